@@ -1,0 +1,225 @@
+"""What a user can choose: one frozen, self-checking dataclass a stage, and their union for the whole job."""
+
+import re
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from flap_stream.errors import InvalidOption
+
+METRICS = ("wifv", "ifv", "wifn")
+STRUCTURES = ("al-am", "al-mm", "ul-mm", "ul-um")
+METHODS = ("flap", "wanda-sp", "magnitude-sp")
+HEAD_SCORES = ("mean-z", "l2")
+STATISTICS = ("exact", "released")
+RESTORATIONS = ("bias", "none")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+_Part = TypeVar("_Part")
+_SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as `5GB` (10^9) or `20GiB` (2^30).
+
+    Raises InvalidOption if the text is no positive size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match and match[2].upper() in _SIZE_UNITS and float(match[1]) > 0:
+        return int(float(match[1]) * _SIZE_UNITS[match[2].upper()])
+    raise InvalidOption(f"{text!r} is not a size; write a number with a unit, such as 5GB or 20GiB")
+
+
+def _require_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidOption(f"--{option} {value!r} is unknown; choose one of {', '.join(choices)}")
+
+
+def _require_at_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise InvalidOption(f"--{option} is {value}; it must be at least {least}")
+
+
+def _require_ratio(ratio: float) -> None:
+    if not 0 < ratio < 1:
+        raise InvalidOption(f"--ratio is {ratio}; it must lie between 0 and 1, both excluded, such as 0.2")
+
+
+class _Options:
+    """End of the chain of checks, so that every class below can call the next one's."""
+
+    def __post_init__(self) -> None:
+        """Nothing left to check."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(_Options):
+    """How decoder layers are run.
+
+    device: `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.
+    dtype: of the forward; `auto` is the checkpoint's.
+    batch_size: windows that run through a layer at once; None lets the engine choose.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: int | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        super().__post_init__()
+        _require_choice("dtype", self.dtype, DTYPES)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise InvalidOption(f"--device {self.device!r} is unknown; write auto, cpu, cuda or cuda:N")
+        if self.batch_size is not None:
+            _require_at_least("batch-size", self.batch_size, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig(EngineConfig):
+    """Pass 1: what the statistics are collected from.
+
+    calibration: `wikitext2`, `c4` or `ptb`, or files (.txt, .jsonl, .parquet, a directory of them, or one .npy).
+    sequence_length: tokens in a calibration window.
+    ratio: concerns `wanda-sp` alone, whose pruned layers feed the next.
+    snapshot_interval: layers between two snapshots of the hidden states; None chooses it by their cost.
+    """
+
+    calibration: tuple[str, ...] = ("wikitext2",)
+    samples: int = 1024
+    sequence_length: int = 128
+    seed: int = 0
+    method: str = "flap"
+    ratio: float = 0.2
+    min_heads: int = 1
+    min_neurons: int = 1
+    snapshot_interval: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        super().__post_init__()
+        _require_choice("method", self.method, METHODS)
+        _require_at_least("samples", self.samples, 1)
+        _require_at_least("sequence-length", self.sequence_length, 2)
+        _require_ratio(self.ratio)
+        if not self.calibration:
+            raise InvalidOption("--calibration names nothing; give wikitext2, c4, ptb or at least one file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(_Options):
+    """The decision: which KV groups and neurons stay.
+
+    ratio: share of the decoder layers' prunable weights (q k v o gate up down) that goes.
+    remove_heads: query heads to remove in all layers together, for `al-mm` and `ul-mm` alone.
+    min_heads, min_neurons: that many stay in every layer.
+    structure: None is the method's own (`al-am` for flap, `ul-um` for the baselines).
+    """
+
+    method: str = "flap"
+    ratio: float = 0.2
+    metric: str = "wifv"
+    structure: str | None = None
+    head_score: str = "mean-z"
+    statistics: str = "exact"
+    remove_heads: int | None = None
+    min_heads: int = 1
+    min_neurons: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range and combinations that mean nothing."""
+        if self.structure is None:
+            object.__setattr__(self, "structure", "al-am" if self.method == "flap" else "ul-um")
+        super().__post_init__()
+        _require_choice("method", self.method, METHODS)
+        _require_choice("metric", self.metric, METRICS)
+        _require_choice("structure", str(self.structure), STRUCTURES)
+        _require_choice("head-score", self.head_score, HEAD_SCORES)
+        _require_choice("statistics", self.statistics, STATISTICS)
+        _require_ratio(self.ratio)
+        _require_at_least("min-heads", self.min_heads, 0)
+        _require_at_least("min-neurons", self.min_neurons, 0)
+        if self.method != "flap" and self.structure != "ul-um":
+            raise InvalidOption(f"--structure {self.structure} does not go with --method {self.method}, which is ul-um")
+        needs_heads = str(self.structure).endswith("-mm")
+        if needs_heads and self.remove_heads is None:
+            raise InvalidOption(
+                f"--structure {self.structure} needs --remove-heads N, the query heads to remove in all"
+            )
+        if not needs_heads and self.remove_heads is not None:
+            raise InvalidOption(f"--remove-heads goes with al-mm and ul-mm alone, not with {self.structure}")
+        if self.remove_heads is not None:
+            _require_at_least("remove-heads", self.remove_heads, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewriteConfig(_Options):
+    """Pass 2: how the pruned checkpoint is written.
+
+    restore: `bias` adds W[:, removed]·mean[removed]; None is the method's own (`bias` for flap, else `none`).
+    max_shard_bytes: no shard is larger, except one that holds a single larger tensor.
+    """
+
+    restore: str | None = None
+    max_shard_bytes: int = 5 * 10**9
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        super().__post_init__()
+        if self.restore is not None:
+            _require_choice("restore", self.restore, RESTORATIONS)
+        _require_at_least("max-shard-size", self.max_shard_bytes, 1)
+
+
+def require_restoration(method: str, restore: str | None) -> str:
+    """The restoration in force: the one asked for, else the method's own.
+
+    Raises InvalidOption for a bias with a baseline method, which is defined without one.
+    """
+    if method != "flap" and restore == "bias":
+        raise InvalidOption(f"--restore bias goes with --method flap alone; {method} is defined without a bias")
+    return restore or ("bias" if method == "flap" else "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig(PlanConfig, CollectConfig, RewriteConfig):
+    """The whole job: all options of the three stages.
+
+    `statistics="released"` runs one window at a time unless a batch size is given, since the released code does.
+    """
+
+    keep_run: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range, and a restoration that the method has no statistics for."""
+        super().__post_init__()
+        require_restoration(self.method, self.restore)
+        if self.statistics == "released" and self.batch_size is None:
+            object.__setattr__(self, "batch_size", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(EngineConfig):
+    """Perplexity: which text, in windows of how many tokens.
+
+    text: as `calibration` of pass 1.
+    samples: at most so many windows, from the beginning of the text; None is all.
+    """
+
+    text: tuple[str, ...] = ("wikitext2",)
+    sequence_length: int = 128
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        super().__post_init__()
+        _require_at_least("sequence-length", self.sequence_length, 2)
+        if self.samples is not None:
+            _require_at_least("samples", self.samples, 1)
+
+
+def part_of(config: Any, kind: type[_Part], **changes: Any) -> _Part:
+    """The fields of `config` that dataclass `kind` has, as a `kind`, some of them changed."""
+    own = {field.name: getattr(config, field.name) for field in fields(kind) if hasattr(config, field.name)}
+    return kind(**{**own, **changes})

@@ -1,0 +1,79 @@
+"""Every error that this package raises on purpose.
+
+    FlapStreamError                 exit code 1: a failure that a rerun may pass
+    ├── RunLocked                   another process is writing the run directory
+    ├── CorruptRun                  a committed file is not what the journal says
+    └── InvalidInput                exit code 2: wrong use, or an input that cannot be pruned
+        ├── InvalidOption           an option's value is out of its range or contradicts another
+        ├── InvalidModel            no such model, or not one that can be read
+        │   ├── UnsupportedModel    a readable model that this package does not prune
+        │   └── CorruptCheckpoint   missing, truncated or lying tensors
+        ├── InvalidText             text or tokens that cannot serve
+        ├── NonFinite               NaN or infinity in weights or hidden states
+        ├── ShapeMismatch           statistics or plans of different sizes meet
+        ├── RunMismatch             the run directory belongs to another model, text or options
+        ├── OutputConflict          something that is not ours stands where the output goes
+        └── InsufficientSpace       not enough room for the output
+
+A message says what was found, what was expected, where, and what to do next.
+"""
+
+
+class FlapStreamError(Exception):
+    """Base of all errors raised on purpose; the command line prints it as one line."""
+
+    exit_code = 1
+
+
+class RunLocked(FlapStreamError):
+    """Another process holds the run directory's lock."""
+
+
+class CorruptRun(FlapStreamError):
+    """A committed file of the run directory is missing or altered."""
+
+
+class InvalidInput(FlapStreamError):
+    """Wrong use, or an input that cannot be pruned."""
+
+    exit_code = 2
+
+
+class InvalidOption(InvalidInput):
+    """An option's value is out of its range or contradicts another option."""
+
+
+class InvalidModel(InvalidInput):
+    """The model does not exist or cannot be read."""
+
+
+class UnsupportedModel(InvalidModel):
+    """The model can be read, but not pruned by this package."""
+
+
+class CorruptCheckpoint(InvalidModel):
+    """A shard or a tensor of the checkpoint is missing, truncated or of the wrong form."""
+
+
+class InvalidText(InvalidInput):
+    """Calibration or evaluation text, or tokens, that cannot serve."""
+
+
+class NonFinite(InvalidInput):
+    """NaN or infinity in weights or hidden states."""
+
+
+class ShapeMismatch(InvalidInput):
+    """Statistics, plans or tensors of different sizes were put together."""
+
+
+class RunMismatch(InvalidInput):
+    """The run directory was made for another model, text or options."""
+
+
+class OutputConflict(InvalidInput):
+    """Something that this run did not make stands where its output goes."""
+
+
+class InsufficientSpace(InvalidInput):
+    """The output does not fit on the disk."""

@@ -1,0 +1,132 @@
+"""Every operation on files that must survive a kill or a power loss goes through here.
+
+A file is committed by writing it under a temporary name, fsync, rename, fsync of its directory. Whatever carries the
+suffix `.partial` is unfinished and may be deleted by its owner.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+PARTIAL_SUFFIX = ".partial"
+_READ_BYTES = 1 << 22
+
+
+def partial_path(path: Path) -> Path:
+    """Where `path` is written until it is whole."""
+    return path.with_name(path.name + PARTIAL_SUFFIX)
+
+
+def write_committed(path: Path, chunks: bytes | Iterable[bytes | memoryview]) -> str:
+    """Write a whole file, durably, replacing any older one; the sha256 of its bytes comes out."""
+    digest = hashlib.sha256()
+    temporary = partial_path(path)
+    with open(temporary, "wb", buffering=0) as file:
+        for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
+            write_all(file.fileno(), chunk)
+            digest.update(chunk)
+        os.fsync(file.fileno())
+    commit_rename(temporary, path)
+    return digest.hexdigest()
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write every byte, whatever the kernel takes at a time."""
+    view = memoryview(data).cast("B")
+    while len(view):
+        view = view[os.write(descriptor, view) :]
+
+
+def append_committed(path: Path, data: bytes) -> None:
+    """Add bytes at the end of a file and wait until they are on the disk."""
+    is_new = not path.exists()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        write_all(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if is_new:
+        sync_directory(path.parent)
+
+
+def truncate_committed(path: Path, size: int) -> None:
+    """Cut a file to its first `size` bytes, durably."""
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        os.ftruncate(descriptor, size)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit_rename(source: Path, target: Path) -> None:
+    """Rename a file or directory whose contents are on the disk, and make the new name durable."""
+    os.replace(source, target)
+    sync_directory(target.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """Make a directory and all that it holds durable, leaves first."""
+    for directory, _, names in os.walk(path, topdown=False):
+        for name in names:
+            descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_directory(Path(directory))
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and its missing parents, and make their names durable."""
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
+    for directory in reversed(missing):
+        directory.mkdir(exist_ok=True)
+        sync_directory(directory.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a whole directory if it is there, and make that durable."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.exists() or path.is_symlink():
+        path.unlink()
+    else:
+        return
+    sync_directory(path.parent)
+
+
+def file_digest(path: Path) -> str:
+    """Sha256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def tree_digest(path: Path) -> str:
+    """Sha256 over the relative names and contents of all files in a directory, in order of name."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{file_digest(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that an ordinary user can still write where `path` is or will be."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
