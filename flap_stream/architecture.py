@@ -1,0 +1,173 @@
+"""What is known of each model family, as data: which tensors share a unit, on which axis, in which blocks.
+
+A unit is what is kept or removed as a whole: in attention one KV group (its key and value head with the query heads
+that read it), in the MLP one neuron. A family is a row of `FAMILIES`; its forward is transformers' own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flap_stream.errors import UnsupportedModel
+
+ROWS, COLUMNS = 0, 1
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one decoder layer.
+
+    heads_per_group: query heads that read one KV head; 1 is multi-head attention.
+    group_cost, neuron_cost: weights that go with one KV group, with one neuron.
+    """
+
+    kv_groups: int
+    heads_per_group: int
+    head_dim: int
+    neurons: int
+    group_cost: int
+    neuron_cost: int
+
+    @property
+    def prunable(self) -> int:
+        """Weights of the layer's pruned projections."""
+        return self.kv_groups * self.group_cost + self.neurons * self.neuron_cost
+
+    def units(self, kind: str) -> int:
+        """How many units of a kind (`attention` or `mlp`) the layer has."""
+        return self.kv_groups if kind == "attention" else self.neurons
+
+    def block_size(self, block: str) -> int:
+        """Rows or columns that one unit has in a block of a projection."""
+        return {"query": self.heads_per_group * self.head_dim, "key_value": self.head_dim, "neuron": 1}[block]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear whose rows (or columns) belong to units.
+
+    name: module path inside the decoder layer.
+    axis: ROWS or COLUMNS of its `[out, in]` weight.
+    blocks: what stands one after another on that axis; a fused projection has several.
+    """
+
+    name: str
+    axis: int
+    blocks: tuple[str, ...]
+
+    def kept_indices(self, kept_units: np.ndarray, shape: LayerShape, kind: str) -> np.ndarray:
+        """Rows or columns that stay, ascending int64, for the units that stay."""
+        units, offset, parts = shape.units(kind), 0, []
+        for block in self.blocks:
+            size = shape.block_size(block)
+            parts.append((offset + kept_units[:, None] * size + np.arange(size)[None, :]).ravel())
+            offset += units * size
+        return np.concatenate(parts).astype(np.int64)
+
+    def size(self, shape: LayerShape, kind: str) -> int:
+        """Length of the pruned axis."""
+        return shape.units(kind) * sum(shape.block_size(block) for block in self.blocks)
+
+
+@dataclass(frozen=True)
+class UnitKind:
+    """All projections that lose something when a unit goes. The last one's inputs are what is measured."""
+
+    name: str
+    projections: tuple[Projection, ...]
+
+    @property
+    def output(self) -> Projection:
+        """The projection that reads the units' outputs (o_proj, down_proj)."""
+        return self.projections[-1]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: where its decoder layers are and what its units are made of.
+
+    class_prefix: of the classes in `modeling/` (`Pruned<prefix>Model`, `Pruned<prefix>ForCausalLM`).
+    layers: module path of the decoder layers in the causal language model.
+    """
+
+    class_prefix: str
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens.weight"
+    norm: str = "model.norm"
+    head: str = "lm_head.weight"
+    kinds: tuple[UnitKind, ...] = (
+        UnitKind(
+            "attention",
+            (
+                Projection("self_attn.q_proj", ROWS, ("query",)),
+                Projection("self_attn.k_proj", ROWS, ("key_value",)),
+                Projection("self_attn.v_proj", ROWS, ("key_value",)),
+                Projection("self_attn.o_proj", COLUMNS, ("query",)),
+            ),
+        ),
+        UnitKind(
+            "mlp",
+            (
+                Projection("mlp.gate_proj", ROWS, ("neuron",)),
+                Projection("mlp.up_proj", ROWS, ("neuron",)),
+                Projection("mlp.down_proj", COLUMNS, ("neuron",)),
+            ),
+        ),
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("Llama"),
+    "mistral": Family("Mistral"),
+    "qwen2": Family("Qwen2"),
+    "qwen3": Family("Qwen3"),
+}
+
+
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """The table row for a config.json.
+
+    Raises UnsupportedModel, naming the supported families, for any other and for quantised checkpoints.
+    """
+    model_type = config.get("model_type")
+    if config.get("quantization_config") is not None:
+        method = dict(config["quantization_config"]).get("quant_method", "unknown method")
+        raise UnsupportedModel(
+            f"{where} is quantised ({method}); pruning needs the bf16, fp16 or fp32 checkpoint it was made from"
+        )
+    if model_type not in FAMILIES:
+        raise UnsupportedModel(
+            f"{where} has model_type {model_type!r}; supported families are {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[model_type]
+
+
+def layer_shape(family: Family, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> LayerShape:
+    """Sizes of one decoder layer, the unit counts and costs taken from its tensors.
+
+    tensors: relative name (`self_attn.q_proj.weight`) to shape, already checked against the architecture.
+    """
+    heads = config["num_attention_heads"]
+    heads_per_group = heads // (config.get("num_key_value_heads") or heads)
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    sizes = {"query": heads_per_group * head_dim, "key_value": head_dim, "neuron": 1}
+    units, costs = {}, {}
+    for kind in family.kinds:
+        weight = tensors.get(f"{kind.output.name}.weight")
+        per_unit = sum(sizes[block] for block in kind.output.blocks)
+        units[kind.name] = 0 if weight is None else weight[COLUMNS] // per_unit
+        costs[kind.name] = sum(
+            sum(sizes[block] for block in projection.blocks) * tensors[f"{projection.name}.weight"][1 - projection.axis]
+            for projection in kind.projections
+            if weight is not None
+        )
+    return LayerShape(
+        kv_groups=units["attention"],
+        heads_per_group=heads_per_group,
+        head_dim=head_dim,
+        neurons=units["mlp"],
+        group_cost=costs["attention"],
+        neuron_cost=costs["mlp"],
+    )

@@ -1,0 +1,277 @@
+"""Reading a checkpoint directory: config.json, the index, safetensors headers and byte ranges.
+
+Headers are parsed and checked here, once; tensors are read with `preadv` into buffers that the caller owns, so that
+nothing is mapped and nothing is held.
+"""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from flap_stream.errors import CorruptCheckpoint, InvalidModel
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+DTYPE_BYTES = {
+    **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
+    **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1},
+}
+FORWARD_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "USE_POLICY*"]
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor's bytes are: `nbytes` bytes at `offset` of `file`, row-major."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one element."""
+        return DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers have been read and checked; no tensor has been.
+
+    source: what the user named (a directory or a Hub id).
+    tensors: name to entry, in the order of files and offsets.
+    header_digests: shard file to sha256 of its header.
+    """
+
+    source: str
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorEntry]
+    header_digests: dict[str, str]
+    shard_bytes: dict[str, int]
+    _files: "_OpenFiles" = field(repr=False, compare=False)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the model: digests of its config and headers, sizes of its shards."""
+        config = json.dumps(self.config, sort_keys=True).encode()
+        return {
+            "config": hashlib.sha256(config).hexdigest(),
+            "headers": self.header_digests,
+            "shard_bytes": self.shard_bytes,
+        }
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all tensors."""
+        return sum(prod(entry.shape) for entry in self.tensors.values())
+
+    def read_into(self, entry: TensorEntry, buffer: memoryview, start: int = 0) -> None:
+        """Fill `buffer` with the tensor's bytes from byte `start` on."""
+        self._files.read(entry, entry.offset + start, [buffer])
+
+    def read_ranges(self, entry: TensorEntry, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> None:
+        """Fill `buffer` with byte ranges `(start, stop)` of the tensor, one after another."""
+        at = 0
+        for start, stop in ranges:
+            self._files.read(entry, entry.offset + start, [buffer[at : at + stop - start]])
+            at += stop - start
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read so far."""
+        return self._files.bytes_read
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.close()
+
+
+class _OpenFiles:
+    """Descriptors of the shards, opened at first use, shared by threads."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self.bytes_read = 0
+
+    def read(self, entry: TensorEntry, offset: int, buffers: list[memoryview]) -> None:
+        with self._lock:
+            if entry.file not in self._descriptors:
+                self._descriptors[entry.file] = os.open(self._directory / entry.file, os.O_RDONLY)
+            descriptor = self._descriptors[entry.file]
+            self.bytes_read += sum(len(buffer) for buffer in buffers)
+        for buffer in buffers:
+            while len(buffer):
+                count = os.preadv(descriptor, [buffer], offset)
+                if count == 0:
+                    raise CorruptCheckpoint(
+                        f"{self._directory / entry.file} ended at byte {offset} inside tensor {entry.name}; "
+                        "it was changed or truncated while in use, so restore it and run again"
+                    )
+                buffer, offset = buffer[count:], offset + count
+
+    def close(self) -> None:
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """Read and check config.json, the index and all shard headers of a directory or a Hub id.
+
+    Raises InvalidModel if there is no such model or no safetensors in it, CorruptCheckpoint for a shard that is
+    missing, truncated or whose header contradicts itself.
+    """
+    directory = _resolve(str(model))
+    config = _read_json(directory / "config.json", "a model directory needs config.json beside its safetensors shards")
+    files = _shard_files(directory)
+    tensors: dict[str, TensorEntry] = {}
+    header_digests, shard_bytes = {}, {}
+    for file in sorted(set(files.values())) if files else [SINGLE_NAME]:
+        entries, header_digests[file], shard_bytes[file] = read_header(directory / file)
+        for entry in entries:
+            if files and files.get(entry.name) != file:
+                continue  # the index decides which copy counts, as in transformers
+            tensors[entry.name] = entry
+    for name, file in files.items():
+        if name not in tensors:
+            raise CorruptCheckpoint(f"{directory / INDEX_NAME} places tensor {name} in {file}, which does not hold it")
+    return Checkpoint(str(model), directory, config, tensors, header_digests, shard_bytes, _OpenFiles(directory))
+
+
+def read_header(path: Path) -> tuple[list[TensorEntry], str, int]:
+    """Entries of a safetensors file by offset, sha256 of its header, and the file's size in bytes.
+
+    Raises CorruptCheckpoint unless the tensors fill the file exactly, without holes or overlaps.
+    Source: the format section of the safetensors README.
+    """
+    if not path.is_file():
+        raise CorruptCheckpoint(f"shard {path} is missing; download the checkpoint again")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise CorruptCheckpoint(
+                f"{path} has {size} bytes, but claims a header of {length}; it is truncated or no safetensors file"
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        if not isinstance(header, dict):
+            raise ValueError("not an object")
+        entries = [_entry(path, name, item, 8 + length) for name, item in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"the header of {path} cannot be read ({error}); download the shard again") from error
+    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    end = 8 + length
+    for entry in entries:
+        if entry.offset != end:
+            raise CorruptCheckpoint(
+                f"tensor {entry.name} in {path} starts at byte {entry.offset}, expected {end}: the header's offsets lie"
+            )
+        end += entry.nbytes
+    if end != size:
+        raise CorruptCheckpoint(f"{path} has {size} bytes, but its header describes {end}; download the shard again")
+    return entries, hashlib.sha256(raw).hexdigest(), size
+
+
+def _entry(path: Path, name: str, item: dict[str, Any], data_start: int) -> TensorEntry:
+    dtype, shape, (start, stop) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"tensor {name} has dtype {dtype!r}, expected one of {', '.join(DTYPE_BYTES)}")
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        raise ValueError(f"tensor {name} has sizes or offsets that are no natural numbers")
+    if stop - start != prod(shape) * DTYPE_BYTES[dtype]:
+        raise ValueError(f"tensor {name} {dtype} {list(shape)} cannot take {stop - start} bytes")
+    return TensorEntry(name, path.name, dtype, shape, data_start + start, stop - start)
+
+
+def _read_json(path: Path, need: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise InvalidModel(f"{path} does not exist; {need}")
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InvalidModel(f"{path} is not JSON ({error}); {need}") from error
+    if not isinstance(value, dict):
+        raise InvalidModel(f"{path} holds no JSON object; {need}")
+    return value
+
+
+def _shard_files(directory: Path) -> dict[str, str]:
+    """The index's weight_map, or an empty one for a checkpoint in a single file."""
+    index = directory / INDEX_NAME
+    if index.exists():
+        weight_map = _read_json(index, "download it again").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CorruptCheckpoint(f"{index} has no weight_map; download it again")
+        for file in weight_map.values():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CorruptCheckpoint(f"{index} names shard {file!r}, which is not a file beside it")
+        return weight_map
+    if (directory / SINGLE_NAME).exists():
+        return {}
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pth")):
+        raise InvalidModel(
+            f"{directory} holds PyTorch pickles but no safetensors; convert it once with "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        )
+    raise InvalidModel(
+        f"{directory} holds no safetensors ({SINGLE_NAME} or {INDEX_NAME}); save the model there with "
+        "save_pretrained, which writes safetensors"
+    )
+
+
+def _resolve(model: str) -> Path:
+    """The directory of a model; a Hub id is downloaded (or found in the Hub cache) first."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InvalidModel(f"{model} is a file; name the directory that holds config.json and the safetensors shards")
+    if model.count("/") > 1 or model.startswith(("/", ".", "~")):
+        raise InvalidModel(f"no such model: {model} is not a directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InvalidModel(
+            f"no such model: {model} is neither a directory nor a Hub id within reach ({reason})"
+        ) from error
+
+
+def row_ranges(indices: np.ndarray, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Byte ranges `(start, stop)` of ascending rows, neighbours joined."""
+    if len(indices) == 0:
+        return
+    breaks = np.flatnonzero(np.diff(indices) != 1)
+    firsts = indices[np.concatenate(([0], breaks + 1))]
+    lasts = indices[np.concatenate((breaks, [len(indices) - 1]))]
+    for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+        yield first * row_bytes, (last + 1) * row_bytes

@@ -1,0 +1,108 @@
+"""Moments of a linear's inputs: taken per window on the device, combined on the host in float64."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flap_stream.errors import ShapeMismatch
+
+_ROW_BLOCK = 256
+
+
+def window_moments(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and sum of squared deviations of every window's inputs.
+
+    inputs: `[sample, token, channel]`, any floating dtype, any device.
+    Both results are float32 `[sample, channel]`; two passes, so that nothing cancels.
+    """
+    means, squares = [], []
+    for window in inputs:  # one window at a time stays in cache and needs no float32 copy of the batch
+        values = window.float()
+        mean = values.mean(dim=0)
+        means.append(mean)
+        squares.append((values - mean).square_().sum(dim=0))
+    return torch.stack(means), torch.stack(squares)
+
+
+@dataclass
+class Moments:
+    """Running moments of a linear's inputs over windows of equal length.
+
+    count: tokens. mean, m2: float64 `[channel]`; m2 is the sum of squared deviations from the mean.
+    released_fluctuation, released_baseline: float64 `[channel]`, what the released code accumulates (`add_windows`).
+    """
+
+    count: int
+    samples: int
+    mean: np.ndarray
+    m2: np.ndarray
+    released_fluctuation: np.ndarray
+    released_baseline: np.ndarray
+
+    @classmethod
+    def empty(cls, channels: int) -> "Moments":
+        """Moments of no tokens."""
+        return cls(0, 0, *(np.zeros(channels) for _ in range(4)))
+
+    def add_windows(self, means: np.ndarray, m2s: np.ndarray, tokens: int) -> None:
+        """Take in windows, in order.
+
+        means, m2s: float32 `[sample, channel]` from `window_moments`; tokens: of each window.
+        Raises ShapeMismatch if channel counts differ.
+
+        The fluctuation is that of lib/layerwrapper.py:70-81 of the released code in closed form: with b_k the mean of
+        the first k + 1 window means and S_k = sum over tokens of (x - b_k)^2, counted from 0,
+        F = 1/(N - 1) * sum_{k=1..N-1} S_k * k/(k + 1). The sum is kept here and divided when it is read.
+        The baseline is its running mean in float32, rounding included, since it is cut to half before use there.
+        """
+        if means.shape[1:] != self.mean.shape:
+            raise ShapeMismatch(f"windows have {means.shape[1]} channels, the moments {self.mean.shape[0]}")
+        new = len(means)
+        k = np.arange(self.samples, self.samples + new, dtype=np.float64)[:, None]
+        wide, wide_m2s = means.astype(np.float64), m2s.astype(np.float64)
+        baselines = (self.mean * self.samples + np.cumsum(wide, axis=0)) / (k + 1)
+        deviations = wide_m2s + tokens * np.square(wide - baselines)
+        self.released_fluctuation += (deviations * (k / (k + 1))).sum(axis=0)
+        baseline = self.released_baseline.astype(np.float32)
+        for n, mean in enumerate(means, start=self.samples):
+            baseline = baseline * np.float32(n / (n + 1)) + mean / np.float32(n + 1)
+        self.released_baseline = baseline.astype(np.float64)
+
+        batch_mean = wide.mean(axis=0)
+        batch_m2 = wide_m2s.sum(axis=0) + tokens * np.square(wide - batch_mean).sum(axis=0)
+        count = self.count + new * tokens
+        self.mean, self.m2 = merge((self.count, self.mean, self.m2), (new * tokens, batch_mean, batch_m2))
+        self.count, self.samples = count, self.samples + new
+
+
+def merge(
+    a: tuple[int, np.ndarray, np.ndarray], b: tuple[int, np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and m2 of the union of two disjoint token sets, exactly up to rounding.
+
+    a, b: count of tokens, mean and m2, float64 `[channel]`.
+    Raises ShapeMismatch if channel counts differ.
+    Source: Chan, Golub & LeVeque (1983), pairwise update.
+    """
+    (count_a, mean_a, m2_a), (count_b, mean_b, m2_b) = a, b
+    if mean_a.shape != mean_b.shape:
+        raise ShapeMismatch(f"moments of {mean_a.shape[0]} and of {mean_b.shape[0]} channels cannot be merged")
+    share = count_b / max(count_a + count_b, 1)
+    delta = mean_b - mean_a
+    return mean_a + delta * share, m2_a + m2_b + np.square(delta) * (count_a * share)
+
+
+def column_norms(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Squared L2 norm of every column, and mean absolute value of every column; float64 `[channel]`.
+
+    weight: `[out, channel]`, any floating dtype, any device; reduced in float32 a block of rows at a time, the blocks
+    summed in float64.
+    """
+    squared = np.zeros(weight.shape[1])
+    absolute = np.zeros(weight.shape[1])
+    for block in weight.split(_ROW_BLOCK):
+        values = block.float()
+        squared += values.square().sum(dim=0).cpu().numpy().astype(np.float64)
+        absolute += values.abs().sum(dim=0).cpu().numpy().astype(np.float64)
+    return squared, absolute / weight.shape[0]

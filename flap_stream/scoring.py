@@ -1,0 +1,120 @@
+"""From statistics to one score a unit. Pure numpy in float64; nothing here knows where statistics are stored."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from flap_stream.errors import NonFinite
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """All that decisions and biases need to know of one linear (o_proj or down_proj) of one layer.
+
+    count, samples: tokens and windows behind the moments; 0 where only weights were read.
+    mean, m2, released_fluctuation, released_baseline: float64 `[channel]` as in `moments.Moments`.
+    weight_squared_norm: float64 `[channel]`, sum over rows of W[:, j]^2.
+    weight_abs_mean: float64 `[channel]`, mean over rows of |W[:, j]|.
+    """
+
+    count: int
+    samples: int
+    mean: np.ndarray
+    m2: np.ndarray
+    released_fluctuation: np.ndarray
+    released_baseline: np.ndarray
+    weight_squared_norm: np.ndarray
+    weight_abs_mean: np.ndarray
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Statistics of both kinds of units of one decoder layer."""
+
+    attention: ChannelStatistics
+    mlp: ChannelStatistics
+
+    def of(self, kind: str) -> ChannelStatistics:
+        """Those of a kind of unit."""
+        return self.attention if kind == "attention" else self.mlp
+
+
+def fluctuation(statistics: ChannelStatistics, form: str) -> np.ndarray:
+    """Variance of the inputs (IFV), float64 `[channel]`.
+
+    form: `exact` is the n-1 variance over tokens; `released` is what the released code accumulates (ALGORITHM items
+    1 and 2: divided by windows, not tokens; the first window gives nothing).
+    """
+    if form == "released":
+        return statistics.released_fluctuation / max(statistics.samples - 1, 1)
+    return statistics.m2 / max(statistics.count - 1, 1)
+
+
+def baseline_input(statistics: ChannelStatistics, form: str) -> np.ndarray:
+    """Mean of the inputs, which compensates for what is removed; float64 `[channel]`.
+
+    form: `exact`, or `released`, which cuts it to half precision (lib/prune.py:349 of the released code).
+    """
+    if form == "released":
+        return statistics.released_baseline.astype(np.float16).astype(np.float64)
+    return statistics.mean
+
+
+def root_mean_square(statistics: ChannelStatistics) -> np.ndarray:
+    """Root of the inputs' mean square over tokens, float64 `[channel]`."""
+    return np.sqrt(statistics.m2 / max(statistics.count, 1) + np.square(statistics.mean))
+
+
+def channel_metric(statistics: ChannelStatistics, metric: str, form: str) -> np.ndarray:
+    """The metric of every input channel, float64 `[channel]`.
+
+    metric: `wifv`, `ifv`, `wifn` (FLAP, arXiv 2312.11983, section 3.2; lib/prune.py:14-18 of the released code).
+    """
+    if metric == "ifv":
+        return fluctuation(statistics, form)
+    if metric == "wifv":
+        return fluctuation(statistics, form) * statistics.weight_squared_norm
+    return statistics.weight_abs_mean * root_mean_square(statistics)
+
+
+def standardise(metric: np.ndarray) -> np.ndarray:
+    """(x - mean) / std with the n-1 std over channels; zeros where all channels are alike."""
+    if len(metric) < 2:
+        return np.zeros_like(metric)
+    deviation = metric.std(ddof=1)
+    return np.zeros_like(metric) if deviation == 0 else (metric - metric.mean()) / deviation
+
+
+def flap_scores(
+    layer: LayerStatistics, metric: str, form: str, head_score: str, channels_per_group: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Standardised scores of one layer's KV groups and neurons, float64 `[group]`, `[neuron]`.
+
+    The attention metric is squared, the MLP metric is not (lib/prune.py:249 of the released code, and the authors'
+    answer in its issue 6). `mean-z`: square, standardise, mean over the group's channels. `l2`: square, standardise,
+    square, sum, root.
+    Raises NonFinite if statistics hold NaN or infinity.
+    """
+    attention = standardise(np.square(channel_metric(layer.attention, metric, form)))
+    grouped = attention.reshape(-1, channels_per_group)
+    groups = grouped.mean(axis=1) if head_score == "mean-z" else np.sqrt(np.square(grouped).sum(axis=1))
+    return _finite(groups), _finite(standardise(channel_metric(layer.mlp, metric, form)))
+
+
+def wanda_scores(layer: LayerStatistics, channels_per_group: int) -> tuple[np.ndarray, np.ndarray]:
+    """Wanda-sp: mean_i |W[i, j]| * ||X[:, j]||, summed over a group's channels (lib/prune.py, prune_wanda_sp)."""
+    attention = layer.attention.weight_abs_mean * root_mean_square(layer.attention)
+    mlp = layer.mlp.weight_abs_mean * root_mean_square(layer.mlp)
+    return _finite(attention.reshape(-1, channels_per_group).sum(axis=1)), _finite(mlp)
+
+
+def magnitude_scores(layer: LayerStatistics, channels_per_group: int) -> tuple[np.ndarray, np.ndarray]:
+    """Magnitude-sp: L2 norm of a column, summed over a group's channels (lib/prune.py, prune_magnitude_sp)."""
+    attention = np.sqrt(layer.attention.weight_squared_norm)
+    return _finite(attention.reshape(-1, channels_per_group).sum(axis=1)), np.sqrt(layer.mlp.weight_squared_norm)
+
+
+def _finite(scores: np.ndarray) -> np.ndarray:
+    if not np.isfinite(scores).all():
+        raise NonFinite("the statistics give NaN or infinite scores; collect again in float32 (--dtype float32)")
+    return scores
