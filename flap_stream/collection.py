@@ -1,0 +1,209 @@
+"""Pass 1: every decoder layer's statistics, taken while the dense model streams by."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from flap_stream import files
+from flap_stream.allocation import LayerKeep, keep_in_layer
+from flap_stream.architecture import UnitKind
+from flap_stream.config import CollectConfig, PlanConfig, part_of
+from flap_stream.errors import CorruptRun
+from flap_stream.hidden_states import HiddenStates
+from flap_stream.layers import StreamedModel
+from flap_stream.moments import Moments, column_norms, window_moments
+from flap_stream.progress import Progress
+from flap_stream.scoring import ChannelStatistics, LayerStatistics, wanda_scores
+from flap_stream.store import RunDirectory
+from flap_stream.surgery import removed_indices
+
+logger = logging.getLogger(__name__)
+
+# A snapshot is taken when the layers since the last one took this many times as long as writing one.
+_SNAPSHOT_SHARE = 20.0
+_FIRST_WRITE_RATE = 500e6  # bytes per second, until one snapshot has been measured
+
+
+def collect_statistics(
+    model: StreamedModel, run: RunDirectory, options: CollectConfig, batch_size: int, progress: Progress
+) -> None:
+    """Bring the statistics of all layers into the run directory, going on where an earlier run stopped.
+
+    Layers whose statistics are stored are not measured again; they are only run, from the newest snapshot on, to
+    give the next layer its input.
+    """
+    first = run.complete_layers()
+    count = len(model.layers)
+    if first == count:
+        return
+    with progress.stage("collect", count) as stage, torch.inference_mode():
+        if options.method == "magnitude-sp":
+            stage.skip(first)
+            for i, weights in model.stream(first):
+                run.write_statistics(i, _weights_alone(model, weights))
+                stage.advance(bytes_moved=model.layer_bytes(i))
+            return
+        tokens = run.read_tokens()
+        start, hidden = _resume(model, run, tokens, batch_size, first)
+        stage.skip(start)
+        snapshots = _Snapshots(run, hidden, options.snapshot_interval)
+        for i, weights in model.stream(start):
+            statistics = None
+            if i >= first:
+                statistics = _measure(model, i, weights, hidden, batch_size, options)
+                run.write_statistics(i, statistics)
+            elif options.method == "wanda-sp":
+                _forward_pruned(model, i, weights, hidden, batch_size, options, run.read_statistics(i))
+            else:
+                model.forward_layer(i, weights, hidden, batch_size)
+            if i + 1 < count:
+                snapshots.layer_done(i + 1)
+            stage.advance(tokens=tokens.size, bytes_moved=model.layer_bytes(i))
+        run.drop_snapshots()
+
+
+def wanda_keep(model_shape: Any, statistics: LayerStatistics, options: PlanConfig) -> LayerKeep:
+    """Wanda-sp's decision for one layer, which is also what its next layer sees."""
+    channels = model_shape.heads_per_group * model_shape.head_dim
+    return keep_in_layer(wanda_scores(statistics, channels), model_shape, options)
+
+
+def _resume(
+    model: StreamedModel, run: RunDirectory, tokens: np.ndarray, batch_size: int, first: int
+) -> tuple[int, HiddenStates]:
+    """The layer to start from, and the hidden states that enter it."""
+    for layer, digest in run.snapshots():
+        if layer > first:
+            continue
+        hidden = HiddenStates(*tokens.shape, model.hidden_size, model.dtype)
+        try:
+            hidden.load(run.snapshot_path(layer), digest)
+        except CorruptRun as error:
+            logger.warning("%s; going on from an earlier point", error)
+            continue
+        model.record_calls(*tokens.shape, batch_size)
+        return layer, hidden
+    return 0, model.embed(tokens, batch_size)
+
+
+def _measure(
+    model: StreamedModel,
+    index: int,
+    weights: Mapping[str, torch.Tensor],
+    hidden: HiddenStates,
+    batch_size: int,
+    options: CollectConfig,
+) -> LayerStatistics:
+    """Run a layer, take the moments of what its output projections read, and hand its output on."""
+    statistics: dict[str, ChannelStatistics] = {}
+    with _input_moments(model, index, weights) as (moments, merge_batch):
+        own_output = options.method != "wanda-sp"
+        model.forward_layer(index, weights, hidden, batch_size, keep_output=own_output, after_batch=merge_batch)
+    for kind in model.family.kinds:
+        statistics[kind.name] = _channel_statistics(kind, weights, moments[kind.name])
+    layer = LayerStatistics(**statistics)
+    if options.method == "wanda-sp":
+        _forward_pruned(model, index, weights, hidden, batch_size, options, layer)
+    return layer
+
+
+def _forward_pruned(
+    model: StreamedModel,
+    index: int,
+    weights: Mapping[str, torch.Tensor],
+    hidden: HiddenStates,
+    batch_size: int,
+    options: CollectConfig,
+    statistics: LayerStatistics,
+) -> None:
+    """Hand on the output of the layer as Wanda-sp prunes it: what is removed contributes nothing."""
+    shape = model.shapes[index]
+    keep = wanda_keep(shape, statistics, part_of(options, PlanConfig, method="wanda-sp"))
+    for kind in model.family.kinds:
+        kept = kind.output.kept_indices(keep.of(kind.name), shape, kind.name)
+        removed = removed_indices(kept, kind.output.size(shape, kind.name))
+        if len(removed):
+            weights[f"{kind.output.name}.weight"][:, torch.from_numpy(removed).to(model.device)] = 0
+    model.forward_layer(index, weights, hidden, batch_size)
+
+
+def _weights_alone(model: StreamedModel, weights: Mapping[str, torch.Tensor]) -> LayerStatistics:
+    """Statistics for a method that looks at weights only; count is 0."""
+    return LayerStatistics(**{kind.name: _channel_statistics(kind, weights, None) for kind in model.family.kinds})
+
+
+def _channel_statistics(kind: UnitKind, weights: Mapping[str, torch.Tensor], moments: Moments | None) -> Any:
+    weight = weights.get(f"{kind.output.name}.weight")
+    channels = 0 if weight is None else weight.shape[1]
+    squared, absolute = (np.zeros(0), np.zeros(0)) if weight is None else column_norms(weight)
+    moments = moments or Moments.empty(channels)
+    return ChannelStatistics(
+        count=moments.count,
+        samples=moments.samples,
+        mean=moments.mean,
+        m2=moments.m2,
+        released_fluctuation=moments.released_fluctuation,
+        released_baseline=moments.released_baseline,
+        weight_squared_norm=squared,
+        weight_abs_mean=absolute,
+    )
+
+
+@contextmanager
+def _input_moments(model: StreamedModel, index: int, weights: Mapping[str, torch.Tensor]) -> Any:
+    """Moments of the inputs of the layer's output projections while it runs, and a function to call a batch."""
+    moments: dict[str, Moments] = {}
+    pending: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
+    handles = []
+
+    def hook_for(kind: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+        def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            pending[kind] = (*window_moments(inputs[0]), inputs[0].shape[1])
+
+        return hook
+
+    def merge_batch() -> None:
+        for kind, (means, m2s, tokens) in pending.items():
+            moments[kind].add_windows(means.cpu().numpy(), m2s.cpu().numpy(), tokens)
+        pending.clear()
+
+    for kind in model.family.kinds:
+        weight = weights.get(f"{kind.output.name}.weight")
+        moments[kind.name] = Moments.empty(0 if weight is None else weight.shape[1])
+        if weight is not None:
+            module = model.layers[index].get_submodule(kind.output.name)
+            handles.append(module.register_forward_pre_hook(hook_for(kind.name)))
+    try:
+        yield moments, merge_batch
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Snapshots:
+    """Saves the hidden states every so many layers, or as often as it costs little."""
+
+    def __init__(self, run: RunDirectory, hidden: HiddenStates, interval: int | None) -> None:
+        self._run, self._hidden, self._interval = run, hidden, interval
+        self._write_seconds = hidden.nbytes / _FIRST_WRITE_RATE
+        self._since = time.monotonic()
+
+    def layer_done(self, next_layer: int) -> None:
+        """The hidden states now are those that enter `next_layer`."""
+        if self._interval is None:
+            due = time.monotonic() - self._since >= _SNAPSHOT_SHARE * self._write_seconds
+        else:
+            due = next_layer % self._interval == 0
+        path = self._run.snapshot_path(next_layer)
+        if not due or files.free_bytes(path) < 2 * self._hidden.nbytes:
+            return
+        started = time.monotonic()
+        files.make_directory(path.parent)
+        self._run.record_snapshot(next_layer, self._hidden.save(path))
+        self._since = time.monotonic()
+        self._write_seconds = self._since - started

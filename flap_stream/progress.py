@@ -1,0 +1,91 @@
+"""Telling a person on stderr how far a stage is: a bar on a terminal, a line a layer elsewhere."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+
+def peak_host_bytes() -> int:
+    """Largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_device_bytes() -> int:
+    """Most memory that torch had allocated on the current CUDA device; 0 without one."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.max_memory_allocated() if torch and torch.cuda.is_initialized() else 0
+
+
+def format_bytes(count: float) -> str:
+    """A size for people, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
+
+
+@dataclass
+class Stage:
+    """One stage under way, counted in layers (or shards)."""
+
+    name: str
+    total: int
+    bar: Any = None
+    lines: bool = False
+    done: int = 0
+    tokens: int = 0
+    bytes_moved: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def advance(self, tokens: int = 0, bytes_moved: int = 0) -> None:
+        """One more layer is done, after so many tokens and bytes."""
+        self.done += 1
+        self.tokens += tokens
+        self.bytes_moved += bytes_moved
+        if self.bar is not None:
+            self.bar.set_postfix_str(self._rates())
+            self.bar.update(1)
+        elif self.lines:
+            left = (time.monotonic() - self.started) / self.done * (self.total - self.done)
+            print(f"{self.name}: {self.done}/{self.total}, {self._rates()}, {left:.0f} s left", file=sys.stderr)
+
+    def skip(self, count: int) -> None:
+        """So many layers were done by an earlier run."""
+        self.total -= count
+        if self.bar is not None:
+            self.bar.total = self.total
+            self.bar.refresh()
+
+    def _rates(self) -> str:
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        parts = [f"{self.tokens / seconds:,.0f} tokens/s"] if self.tokens else []
+        parts.append(f"{format_bytes(self.bytes_moved / seconds)}/s")
+        parts.append(f"peak {format_bytes(peak_host_bytes())}")
+        if device := peak_device_bytes():
+            parts.append(f"device {format_bytes(device)}")
+        return ", ".join(parts)
+
+
+class Progress:
+    """Where stages report. `mode` is `auto` (a bar on a terminal, else lines) or `silent`."""
+
+    def __init__(self, mode: str = "silent") -> None:
+        self._mode = mode
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str = "layer") -> Iterator[Stage]:
+        """A stage of `total` layers (or other units)."""
+        if self._mode == "silent":
+            yield Stage(name, total)
+        elif sys.stderr.isatty():
+            with tqdm(total=total, desc=name, unit=unit, file=sys.stderr) as bar:
+                yield Stage(name, total, bar=bar)
+        else:
+            yield Stage(name, total, lines=True)

@@ -1,0 +1,337 @@
+"""The run directory: what is stored where, who may write it, and what of it is complete.
+
+Only what the journal names, with the digest that the journal names, is believed.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import socket
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec
+
+from flap_stream import files
+from flap_stream.allocation import LayerKeep
+from flap_stream.architecture import LayerShape
+from flap_stream.config import PlanConfig
+from flap_stream.errors import CorruptRun, RunLocked, RunMismatch
+from flap_stream.scoring import ChannelStatistics, LayerStatistics
+
+FORMAT, VERSION = "flap-stream-run", 1
+_KINDS = ("attention", "mlp")
+_ARRAYS = ("mean", "m2", "released_fluctuation", "released_baseline", "weight_squared_norm", "weight_abs_mean")
+
+
+class Journal:
+    """An append-only list of what is complete: one checked JSON line an entry, on the disk before it counts.
+
+    A last line that was torn by a kill is dropped.
+    Raises CorruptRun if any other line is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: list[dict[str, Any]] = []
+        data = path.read_bytes() if path.exists() else b""
+        self._whole_bytes = 0
+        for line in data.splitlines(keepends=True):
+            entry = self._parse(line)
+            if entry is None:
+                if self._whole_bytes + len(line) < len(data):
+                    raise CorruptRun(f"{path} is damaged at byte {self._whole_bytes}; delete the run directory")
+                break
+            self.entries.append(entry)
+            self._whole_bytes += len(line)
+        self._torn = self._whole_bytes < len(data)
+
+    @staticmethod
+    def _parse(line: bytes) -> dict[str, Any] | None:
+        digest, _, body = line.rstrip(b"\n").partition(b" ")
+        if not line.endswith(b"\n") or hashlib.sha256(body).hexdigest()[:16].encode() != digest:
+            return None
+        return json.loads(body)
+
+    def find(self, kind: str, name: str) -> dict[str, Any] | None:
+        """The newest entry of that kind and name."""
+        return next((e for e in reversed(self.entries) if e["kind"] == kind and e["name"] == name), None)
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """All entries of a kind, oldest first."""
+        return [entry for entry in self.entries if entry["kind"] == kind]
+
+    def append(self, kind: str, name: str, **values: Any) -> None:
+        """Record something that is on the disk already."""
+        if self._torn:
+            files.truncate_committed(self.path, self._whole_bytes)
+            self._torn = False
+        entry = {"kind": kind, "name": name, **values}
+        body = json.dumps(entry, sort_keys=True).encode()
+        line = hashlib.sha256(body).hexdigest()[:16].encode() + b" " + body + b"\n"
+        files.append_committed(self.path, line)
+        self._whole_bytes += len(line)
+        self.entries.append(entry)
+
+
+class RunDirectory:
+    """An open run directory; use it in a `with` block, which holds the lock of a writer.
+
+    Raises RunMismatch if there is no run directory of this version, RunLocked if another process is writing it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        manifest = path / "run.json"
+        if not manifest.is_file():
+            raise RunMismatch(f"{path} is no run directory (it has no run.json); make one with flap-stream collect")
+        self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._acquire()
+            self.manifest: dict[str, Any] = _load_manifest(manifest)
+            self.journal = Journal(path / "journal")
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    @classmethod
+    def create(cls, path: Path, manifest: dict[str, Any]) -> "RunDirectory":
+        """Open the run directory, or make it; one that exists must have been made for the same.
+
+        manifest: JSON values; its keys `model`, `tokens` and `options` decide what the statistics are.
+        Raises RunMismatch, naming what differs.
+        """
+        if not (path / "run.json").exists():
+            if path.exists() and (not path.is_dir() or any(p.name not in _UNBORN for p in path.iterdir())):
+                raise RunMismatch(f"{path} exists and is no run directory; name another with --run")
+            files.make_directory(path)
+            whole = {"format": FORMAT, "version": VERSION, **manifest, "versions": _versions()}
+            files.write_committed(path / "run.json", json.dumps(whole, indent=1).encode())
+        run = cls(path)
+        try:
+            run._require_same(manifest)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock."""
+        os.close(self._lock)
+
+    def remove(self) -> None:
+        """Delete the whole run directory; run.json goes first, so that what is left is never taken for a run."""
+        (self.path / "run.json").unlink()
+        files.remove(self.path)
+
+    # --- tokens ---
+
+    def write_tokens(self, tokens: np.ndarray) -> None:
+        """Store the windows, int64 `[sample, token]`."""
+        self._commit_group("tokens.zarr", {"tokens": tokens}, {})
+        self.journal.append("tokens", "tokens", digest=files.tree_digest(self.path / "tokens.zarr"))
+
+    def has_tokens(self) -> bool:
+        """Whether the windows are stored."""
+        return self.journal.find("tokens", "tokens") is not None
+
+    def read_tokens(self) -> np.ndarray:
+        """The stored windows, int64 `[sample, token]`. Raises CorruptRun if they are altered."""
+        self._verify(self.path / "tokens.zarr", self.journal.find("tokens", "tokens"))
+        return np.asarray(zarr.open_group(self.path / "tokens.zarr", mode="r")["tokens"])
+
+    # --- statistics ---
+
+    @property
+    def layer_shapes(self) -> list[LayerShape]:
+        """Sizes of the model's decoder layers."""
+        return [LayerShape(**shape) for shape in self.manifest["layers"]]
+
+    def complete_layers(self) -> int:
+        """How many layers, from the first on, have their statistics stored."""
+        done = {entry["name"] for entry in self.journal.of_kind("statistics")}
+        count = 0
+        while _layer_name(count) in done:
+            count += 1
+        return count
+
+    def write_statistics(self, layer: int, statistics: LayerStatistics) -> None:
+        """Store a layer's statistics: all of them or nothing."""
+        name = f"statistics.zarr/layers/{_layer_name(layer)}"
+        arrays, attributes = {}, {}
+        for kind in _KINDS:
+            own = statistics.of(kind)
+            arrays |= {f"{kind}/{array}": getattr(own, array) for array in _ARRAYS}
+            attributes[kind] = {"count": own.count, "samples": own.samples}
+        root = self.path / "statistics.zarr"
+        if not (root / "layers" / "zarr.json").exists():
+            zarr.open_group(root, mode="a").require_group("layers")
+            files.sync_tree(root)
+        self._commit_group(name, arrays, attributes)
+        self.journal.append("statistics", _layer_name(layer), digest=files.tree_digest(self.path / name))
+
+    def read_statistics(self, layer: int) -> LayerStatistics:
+        """A layer's statistics. Raises CorruptRun if they are missing or altered."""
+        path = self.path / "statistics.zarr" / "layers" / _layer_name(layer)
+        self._verify(path, self.journal.find("statistics", _layer_name(layer)))
+        group = zarr.open_group(path, mode="r")
+        counts: dict[str, Any] = dict(group.attrs)
+        parts = {
+            kind: ChannelStatistics(
+                **counts[kind], **{array: np.asarray(group[f"{kind}/{array}"]) for array in _ARRAYS}
+            )
+            for kind in _KINDS
+        }
+        return LayerStatistics(**parts)
+
+    # --- snapshots of the hidden states ---
+
+    def snapshot_path(self, layer: int) -> Path:
+        """Where the hidden states that enter a layer are saved."""
+        return self.path / "hidden" / f"{_layer_name(layer)}.bin"
+
+    def record_snapshot(self, layer: int, digest: str) -> None:
+        """The hidden states that enter a layer are on the disk; all but the two newest snapshots go."""
+        self.journal.append("hidden", _layer_name(layer), layer=layer, digest=digest)
+        recent = {entry["layer"] for entry in self.journal.of_kind("hidden")[-2:]}
+        self._drop_snapshots(keep={self.snapshot_path(i).name for i in recent})
+
+    def snapshots(self) -> list[tuple[int, str]]:
+        """Layer and sha256 of the snapshots that should be there, the newest first."""
+        entries = reversed(self.journal.of_kind("hidden")[-2:])
+        return [(e["layer"], e["digest"]) for e in entries if self.snapshot_path(e["layer"]).exists()]
+
+    def drop_snapshots(self) -> None:
+        """Delete all snapshots: no layer is left to run."""
+        self._drop_snapshots(keep=set())
+
+    def _drop_snapshots(self, keep: set[str]) -> None:
+        directory = self.path / "hidden"
+        for file in directory.iterdir() if directory.exists() else ():
+            if file.name not in keep:
+                files.remove(file)
+
+    # --- the plan ---
+
+    def write_plan(self, options: PlanConfig, layers: Iterable[LayerKeep]) -> None:
+        """Store the decision, replacing an older one."""
+        body = {
+            "options": asdict(options),
+            "layers": [
+                {"kept_kv_groups": keep.kv_groups.tolist(), "kept_neurons": keep.neurons.tolist()} for keep in layers
+            ],
+        }
+        digest = files.write_committed(self.path / "plan.json", json.dumps(body).encode())
+        self.journal.append("plan", "plan", digest=digest)
+
+    def read_plan(self) -> tuple[PlanConfig, list[LayerKeep]]:
+        """Options and decision of the current plan.
+
+        Raises RunMismatch if there is none, CorruptRun if it is altered.
+        """
+        entry = self.journal.find("plan", "plan")
+        if entry is None:
+            raise RunMismatch(f"{self.path} holds no plan yet; make one with flap-stream plan {self.path} --ratio R")
+        self._verify(self.path / "plan.json", entry)
+        body = json.loads((self.path / "plan.json").read_bytes())
+        layers = [
+            LayerKeep(
+                np.array(layer["kept_kv_groups"], dtype=np.int64), np.array(layer["kept_neurons"], dtype=np.int64)
+            )
+            for layer in body["layers"]
+        ]
+        return PlanConfig(**body["options"]), layers
+
+    # --- how things get there ---
+
+    def _commit_group(self, name: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
+        """Write a zarr group under a temporary name, then make it durable and give it its name."""
+        target = self.path / name
+        temporary = files.partial_path(target)
+        files.remove(temporary)
+        group = zarr.open_group(temporary, mode="w", attributes=attributes)
+        for array, values in arrays.items():
+            fill = np.nan if values.dtype.kind == "f" else -1
+            stored = group.create_array(
+                array,
+                shape=values.shape,
+                dtype=values.dtype,
+                chunks=tuple(max(1, n) for n in values.shape),
+                fill_value=fill,
+                serializer=BytesCodec(),
+                compressors=[Crc32cCodec()],
+                config={"write_empty_chunks": True},
+            )
+            stored[...] = values
+        files.sync_tree(temporary)
+        files.remove(target)  # not in the journal, so it is a leftover of a killed run
+        files.commit_rename(temporary, target)
+
+    def _verify(self, path: Path, entry: dict[str, Any] | None) -> None:
+        if entry is None:
+            raise CorruptRun(f"{path} is not complete; run flap-stream collect again to finish it")
+        digest = files.tree_digest(path) if path.is_dir() else files.file_digest(path) if path.is_file() else None
+        if digest != entry["digest"]:
+            state = "missing" if digest is None else "altered"
+            raise CorruptRun(f"{path} is {state} since it was written; delete the run directory and collect again")
+
+    def _acquire(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(self._lock, 200, 0).decode(errors="replace").strip() or "another process"
+            raise RunLocked(f"{self.path} is in use by {holder}; wait for it or name another directory") from error
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+    def _require_same(self, manifest: dict[str, Any]) -> None:
+        for part in ("model", "tokens", "options"):
+            before, now = self.manifest[part], json.loads(json.dumps(manifest[part]))
+            for key in sorted(set(before) | set(now)):
+                if before.get(key) != now.get(key):
+                    was, is_now = (str(value.get(key))[:80] for value in (before, now))
+                    raise RunMismatch(
+                        f"{self.path} was made for another {part}: {key} was {was}, now it is {is_now}; "
+                        "name another directory with --run, or delete that one"
+                    )
+
+
+_UNBORN = {"run.json" + files.PARTIAL_SUFFIX, "lock"}
+
+
+def _layer_name(layer: int) -> str:
+    return f"{layer:04d}"
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in ("flap-stream", "torch", "transformers", "zarr")
+    }
+
+
+def _load_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_bytes())
+        found = (manifest["format"], manifest["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptRun(f"{path} is damaged; delete the run directory and collect again") from error
+    if found != (FORMAT, VERSION):
+        raise RunMismatch(f"{path} has format {found[0]} {found[1]}, this version writes {FORMAT} {VERSION}")
+    return manifest
