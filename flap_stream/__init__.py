@@ -1,0 +1,47 @@
+"""Structured pruning of large language models, streamed one decoder layer at a time from disk.
+
+The stages as functions, each on stored values: `prune` (the whole job), `collect`, `plan`, `rewrite`, `evaluate`.
+Their options are the dataclasses of `flap_stream.config`; what they raise is in `flap_stream.errors`.
+Importing this package loads neither torch nor transformers; the first stage that runs does.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
+from flap_stream.errors import FlapStreamError
+
+if TYPE_CHECKING:
+    from flap_stream.evaluation import EvaluateResult, evaluate
+    from flap_stream.pipeline import CollectResult, PlanResult, PruneResult, collect, plan, prune, rewrite
+
+_LAZY = {
+    **dict.fromkeys(("evaluate", "EvaluateResult"), "flap_stream.evaluation"),
+    **dict.fromkeys(
+        ("prune", "collect", "plan", "rewrite", "PruneResult", "CollectResult", "PlanResult"), "flap_stream.pipeline"
+    ),
+}
+
+__all__ = [
+    "CollectConfig",
+    "CollectResult",
+    "EvaluateConfig",
+    "EvaluateResult",
+    "FlapStreamError",
+    "PlanConfig",
+    "PlanResult",
+    "PruneConfig",
+    "PruneResult",
+    "RewriteConfig",
+    "collect",
+    "evaluate",
+    "plan",
+    "prune",
+    "rewrite",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'flap_stream' has no attribute {name!r}")

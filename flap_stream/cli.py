@@ -1,0 +1,53 @@
+"""The command `flap-stream`: finds the verb, configures logging, turns our errors into one line and an exit code."""
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+from flap_stream.errors import FlapStreamError
+
+VERBS = {
+    "prune": "the main job: prune a model into a checkpoint; run it again after any interruption and it goes on",
+    "collect": "pass 1 alone: the statistics of every layer",
+    "plan": "decide what stays, in seconds; prints what would remain, layer by layer",
+    "rewrite": "pass 2 alone: write the pruned checkpoint that the plan describes",
+    "evaluate": "perplexity of a dense or pruned model, one layer in memory at a time",
+    "inspect": "what is in a run directory or a pruned checkpoint",
+    "demo": "the main job on the bundled model and text, offline",
+}
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit code comes out (0 done, 1 may pass on a rerun, 2 wrong use or input, 130 interrupted)."""
+    parser = argparse.ArgumentParser(
+        prog="flap-stream", description="Structured pruning of LLMs that do not fit, streamed from disk (FLAP)."
+    )
+    parser.add_argument("--version", action="version", version=f"flap-stream {version('flap-stream')}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, summary in VERBS.items():
+        module = import_module(f"flap_stream.commands.{verb}")
+        module.add_arguments(verbs.add_parser(verb, help=summary, description=summary, allow_abbrev=False))
+    options = parser.parse_args(arguments)
+    quiet = getattr(options, "quiet", False)
+    level = logging.ERROR if quiet else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="flap-stream: %(message)s", stream=sys.stderr)
+    logging.getLogger("flap_stream").setLevel(level)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        import_module(f"flap_stream.commands.{options.verb}").run(options)
+    except FlapStreamError as error:
+        print(f"flap-stream: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nflap-stream: interrupted; nothing is lost, run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt

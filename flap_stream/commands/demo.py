@@ -1,0 +1,48 @@
+"""`flap-stream demo`: the main job on the bundled model and text, offline."""
+
+import argparse
+import tempfile
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from flap_stream.commands import options as shared
+from flap_stream.config import EvaluateConfig, PruneConfig
+from flap_stream.progress import format_bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument(
+        "--out", metavar="OUT", help="where the pruned checkpoint goes (default: a new temporary folder)"
+    )
+    parser.add_argument("--ratio", type=shared.ratio, default=0.2, help="default: 0.2")
+    shared.add_output(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prune the bundled model, print perplexity and sizes before and after."""
+    out = Path(options.out or Path(tempfile.mkdtemp(prefix="flap-stream-demo-")) / "pruned")
+    progress = shared.progress_of(options)
+    with as_file(files("flap_stream") / "demo") as bundle:
+        model, text = str(bundle / "model"), (str(bundle / "evaluation.txt"),)
+        config = PruneConfig(ratio=options.ratio, calibration=(str(bundle / "calibration.txt"),), dtype="float32")
+        from flap_stream.evaluation import evaluate
+        from flap_stream.pipeline import prune
+
+        measure = EvaluateConfig(text=text, dtype="float32")
+        before = evaluate(model, measure, progress)
+        result = prune(model, out, config, progress=progress)
+        after = evaluate(str(out), measure, progress)
+        dense_bytes, pruned_bytes = _weight_bytes(Path(model)), _weight_bytes(out)
+    if options.json:
+        perplexity = {"before": before.perplexity, "after": after.perplexity}
+        weights = {"before": dense_bytes, "after": pruned_bytes}
+        shared.print_json({**shared.totals(result), "perplexity": perplexity, "weight_bytes": weights})
+        return
+    print(f"perplexity   {before.perplexity:.2f} -> {after.perplexity:.2f}  (held-out text, windows of 128)")
+    print(f"weights      {format_bytes(dense_bytes)} -> {format_bytes(pruned_bytes)}")
+    shared.print_result(result)
+
+
+def _weight_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))

@@ -1,0 +1,29 @@
+"""`flap-stream evaluate MODEL --text FILE`."""
+
+import argparse
+from dataclasses import asdict
+
+from flap_stream.commands import options as shared
+from flap_stream.config import EvaluateConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("model", metavar="MODEL", help="a directory or a Hub id, dense or pruned")
+    parser.add_argument("--text", nargs="+", default=["wikitext2"], metavar="TEXT", help="as --calibration of prune")
+    parser.add_argument("--sequence-length", type=int, default=128, help="tokens a window (default: 128)")
+    parser.add_argument("--samples", type=int, help="at most so many windows (default: all)")
+    shared.add_engine(parser)
+    shared.add_output(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Evaluate, and print the perplexity."""
+    config = shared.values(options, EvaluateConfig)
+    from flap_stream.evaluation import evaluate
+
+    result = evaluate(options.model, config, shared.progress_of(options))
+    if options.json:
+        shared.print_json({"model": options.model, **asdict(result)})
+    else:
+        print(f"perplexity {result.perplexity:.4f} over {result.windows} windows of {result.sequence_length} tokens")

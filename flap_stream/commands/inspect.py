@@ -1,0 +1,63 @@
+"""`flap-stream inspect RUN|OUT`."""
+
+import argparse
+from pathlib import Path
+
+from flap_stream.commands import options as shared
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("place", metavar="RUN|OUT", help="a run directory or a pruned checkpoint")
+    shared.add_output(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print what is there: progress of a run, sizes and kept shares of a checkpoint."""
+    place = Path(options.place)
+    if (place / "run.json").exists():
+        _inspect_run(place, options.json)
+    else:
+        _inspect_output(place, options.json)
+
+
+def _inspect_run(place: Path, as_json: bool) -> None:
+    from flap_stream.store import RunDirectory
+
+    with RunDirectory(place) as directory:
+        manifest, total = directory.manifest, len(directory.layer_shapes)
+        body = {
+            "run": str(place),
+            "model": manifest["source"],
+            "method": manifest["options"]["method"],
+            "calibration": manifest["calibration"],
+            "layers": total,
+            "complete_layers": directory.complete_layers(),
+            "has_plan": directory.journal.find("plan", "plan") is not None,
+            "versions": manifest["versions"],
+        }
+    if as_json:
+        shared.print_json(body)
+        return
+    print(f"run of {body['model']}, method {body['method']}")
+    print(f"statistics   {body['complete_layers']} of {total} layers")
+    print(f"plan         {'there' if body['has_plan'] else 'none yet'}")
+
+
+def _inspect_output(place: Path, as_json: bool) -> None:
+    from flap_stream.errors import InvalidInput
+    from flap_stream.output import read_record
+
+    record = read_record(place)
+    if record is None:
+        raise InvalidInput(f"{place} is neither a run directory (run.json) nor a pruned checkpoint (pruning.json)")
+    if as_json:
+        shared.print_json({"out": str(place), **record})
+        return
+    options = record["options"]
+    print(f"pruned from {record['base']['name']} by {options['method']}, {options['structure']}, {options['metric']}")
+    shared.print_sizes(record)
+    print("layer   KV groups        neurons")
+    for i, layer in enumerate(record["layers"]):
+        groups, neurons = len(layer["kept_kv_groups"]), len(layer["kept_neurons"])
+        print(f"{i:5d}   {groups:4d} of {layer['kv_groups']:<6d}  {neurons:6d} of {layer['neurons']}")

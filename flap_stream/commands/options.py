@@ -1,0 +1,131 @@
+"""Options that several verbs share, and what they print."""
+
+import argparse
+import json
+from typing import Any
+
+from flap_stream import config
+from flap_stream.progress import Progress, format_bytes
+
+
+def ratio(text: str) -> float:
+    """A share; whether it is in range is for the config to say."""
+    return float(text)
+
+
+def batch_size(text: str) -> int | None:
+    """`auto` or a number of windows."""
+    return None if text == "auto" else int(text)
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """--json and --quiet."""
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout at the end")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """How layers are run."""
+    group = parser.add_argument_group("how layers are run")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    group.add_argument("--dtype", default="auto", choices=config.DTYPES, help="of the forward (default: the model's)")
+    group.add_argument("--batch-size", type=batch_size, default=None, metavar="auto|N", help="windows at once")
+    group.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run the model's own code")
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """What statistics are collected from."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--calibration",
+        nargs="+",
+        default=["wikitext2"],
+        metavar="TEXT",
+        help="wikitext2, c4, ptb; or .txt, .jsonl, .parquet files or directories of them; or one .npy of int tokens "
+        "[sample, token], used in order (default: wikitext2)",
+    )
+    group.add_argument("--samples", type=int, default=1024, help="calibration windows (default: 1024)")
+    group.add_argument("--sequence-length", type=int, default=128, help="tokens a window (default: 128)")
+    group.add_argument("--seed", type=int, default=0, help="of the window sampling (default: 0)")
+
+
+def add_method(parser: argparse.ArgumentParser) -> None:
+    """What collecting and planning must agree on."""
+    group = parser.add_argument_group("decision")
+    group.add_argument(
+        "--ratio", type=ratio, default=0.2, help="share of the prunable weights to remove (default: 0.2)"
+    )
+    group.add_argument("--method", default="flap", choices=config.METHODS, help="default: flap")
+    group.add_argument("--min-heads", type=int, default=1, help="query heads that stay in every layer (default: 1)")
+    group.add_argument("--min-neurons", type=int, default=1, help="neurons that stay in every layer (default: 1)")
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """The rest of the decision."""
+    group = parser.add_argument_group("decision, in detail")
+    group.add_argument("--metric", default="wifv", choices=config.METRICS, help="default: wifv")
+    group.add_argument("--structure", choices=config.STRUCTURES, help="default: al-am (flap), ul-um (the baselines)")
+    group.add_argument("--head-score", default="mean-z", choices=config.HEAD_SCORES, help="default: mean-z")
+    group.add_argument("--statistics", default="exact", choices=config.STATISTICS, help="default: exact")
+    group.add_argument("--remove-heads", type=int, metavar="N", help="query heads to remove in all (al-mm, ul-mm)")
+
+
+def add_rewrite(parser: argparse.ArgumentParser) -> None:
+    """How the output is written."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--restore", choices=config.RESTORATIONS, help="default: bias (flap), none (the baselines)")
+    group.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
+
+
+def values(options: argparse.Namespace, kind: type) -> Any:
+    """The config dataclass `kind`, filled from parsed arguments."""
+    given = dict(vars(options))
+    if "calibration" in given:
+        given["calibration"] = tuple(given["calibration"])
+    if "text" in given:
+        given["text"] = tuple(given["text"])
+    if "max_shard_size" in given:
+        given["max_shard_bytes"] = config.parse_size(given["max_shard_size"])
+    return config.part_of(argparse.Namespace(**given), kind)
+
+
+def progress_of(options: argparse.Namespace) -> Progress:
+    """Progress on stderr, unless --quiet."""
+    return Progress("silent" if options.quiet else "auto")
+
+
+def print_json(body: dict[str, Any]) -> None:
+    """The one object that --json promises."""
+    print(json.dumps(body))
+
+
+def print_sizes(record: dict[str, Any]) -> None:
+    """Parameters and ratios of a pruning.json, for people."""
+    before, after, ratios = record["parameters"]["before"], record["parameters"]["after"], record["realised_ratio"]
+    print(f"parameters   {before:,} -> {after:,}")
+    print(f"removed      {ratios['decoder']:.2%} of the prunable weights, {ratios['model']:.2%} of the model")
+
+
+def totals(result: Any) -> dict[str, Any]:
+    """Totals of a PruneResult, as `--json` gives them."""
+    record, measured = result.record, result.measured
+    return {
+        "out": str(result.out),
+        "realised_ratio": record["realised_ratio"],
+        "parameters": record["parameters"],
+        "seconds": measured.seconds,
+        "bytes_read": measured.bytes_read,
+        "bytes_written": measured.bytes_written,
+        "peak_host_bytes": measured.peak_host_bytes,
+        "peak_device_bytes": measured.peak_device_bytes,
+    }
+
+
+def print_result(result: Any) -> None:
+    """A PruneResult, for people."""
+    print_sizes(result.record)
+    if result.measured.seconds:
+        spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.measured.seconds.items())
+        print(f"time         {spent}")
+        print(f"peak memory  {format_bytes(result.measured.peak_host_bytes)}")
+    print(f"result       {result.out}")

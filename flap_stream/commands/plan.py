@@ -1,0 +1,41 @@
+"""`flap-stream plan RUN --ratio R`."""
+
+import argparse
+
+from flap_stream.commands import options as shared
+from flap_stream.config import PlanConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("run_directory", metavar="RUN", help="a run directory whose collection is complete")
+    shared.add_method(parser)
+    shared.add_plan(parser)
+    shared.add_output(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Plan, and print what would remain, layer by layer."""
+    config = shared.values(options, PlanConfig)
+    from flap_stream.pipeline import plan
+
+    result = plan(options.run_directory, config)
+    if options.json:
+        shared.print_json(
+            {
+                "run": str(result.run),
+                "realised_ratio": {"decoder": result.decoder_ratio, "model": result.model_ratio},
+                "parameters": {"before": result.parameters_before, "after": result.parameters_after},
+                "layers": [
+                    {"kept_kv_groups": keep.kv_groups.tolist(), "kept_neurons": keep.neurons.tolist()}
+                    for keep in result.layers
+                ],
+            }
+        )
+        return
+    print("layer   KV groups        neurons")
+    for i, (keep, groups, neurons) in enumerate(zip(result.layers, result.kv_groups, result.neurons, strict=True)):
+        print(f"{i:5d}   {len(keep.kv_groups):4d} of {groups:<6d}  {len(keep.neurons):6d} of {neurons}")
+    print(f"parameters   {result.parameters_before:,} -> {result.parameters_after:,}")
+    print(f"removed      {result.decoder_ratio:.2%} of the prunable weights, {result.model_ratio:.2%} of the model")
+    print(f"next: flap-stream rewrite {result.run} OUT")

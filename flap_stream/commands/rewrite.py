@@ -1,0 +1,29 @@
+"""`flap-stream rewrite RUN OUT`."""
+
+import argparse
+
+from flap_stream.commands import options as shared
+from flap_stream.config import RewriteConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("run_directory", metavar="RUN", help="a run directory that holds a plan")
+    parser.add_argument("out", metavar="OUT", help="where the pruned checkpoint goes")
+    parser.add_argument("--model", metavar="MODEL", help="where the dense model is now (default: where it was)")
+    shared.add_rewrite(parser)
+    shared.add_output(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Rewrite, and print what came out."""
+    config = shared.values(options, RewriteConfig)
+    from flap_stream.pipeline import rewrite
+
+    result = rewrite(
+        options.run_directory, options.out, config, model=options.model, progress=shared.progress_of(options)
+    )
+    if options.json:
+        shared.print_json(shared.totals(result))
+    else:
+        shared.print_result(result)

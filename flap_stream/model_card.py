@@ -1,0 +1,78 @@
+"""The README.md of a pruned checkpoint, with the Hub's metadata."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+_LICENSE_KEYS = ("license", "license_name", "license_link", "language")
+
+
+def model_card(base: str, base_directory: Path, record: dict[str, Any]) -> str:
+    """Markdown with YAML metadata: base model, method, ratio, a row a layer, how to load.
+
+    base: directory or Hub id of the dense model; its licence and language are carried over from its own card.
+    record: the contents of pruning.json.
+    """
+    options, parameters = record["options"], record["parameters"]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["flap", "flap-stream", "structured-pruning", "custom_code"],
+        **_carried_metadata(base_directory),
+    )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
+        data.base_model = base
+        data.base_model_relation = "finetune"
+        title = f"[`{base}`](https://huggingface.co/{base})"
+    else:
+        title = f"`{Path(base).name}`"
+    name = Path(base).name
+    ratio = record["realised_ratio"]
+    rows = "\n".join(
+        f"| {i} | {len(layer['kept_kv_groups'])} of {layer['kv_groups']} | "
+        f"{len(layer['kept_neurons'])} of {layer['neurons']} |"
+        for i, layer in enumerate(record["layers"])
+    )
+    body = f"""
+# {name}, pruned by {options["ratio"]:.0%} with {options["method"]}
+
+{title} with whole KV groups of attention heads and MLP neurons removed, without retraining, by
+[flap-stream](https://pypi.org/project/flap-stream/) (FLAP, [arXiv 2312.11983](https://arxiv.org/abs/2312.11983)).
+
+| | dense | pruned |
+|---|---|---|
+| parameters | {parameters["before"]:,} | {parameters["after"]:,} |
+| removed of the decoder layers' prunable weights | | {ratio["decoder"]:.2%} |
+| removed of the whole model | | {ratio["model"]:.2%} |
+
+Structure {options["structure"]}, metric {options["metric"]}, statistics {options["statistics"]}, restoration
+{record["restore"]}. Every layer has its own size, so the
+modelling file beside the weights is needed:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(PATH)
+```
+
+`pruning.json` lists what was kept, as indices into the dense model.
+
+| layer | KV groups | neurons |
+|---|---|---|
+{rows}
+"""
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}"))
+
+
+def _carried_metadata(directory: Path) -> dict[str, Any]:
+    card = directory / "README.md"
+    if not card.is_file():
+        return {}
+    try:
+        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, UnicodeDecodeError):  # a card that is not in the Hub's form has nothing to carry over
+        return {}
+    return {key: data[key] for key in _LICENSE_KEYS if key in data}

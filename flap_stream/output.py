@@ -1,0 +1,239 @@
+"""The pruned checkpoint as a whole: built beside its place, and there only when it is complete."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.resources import files as package_files
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flap_stream import files
+from flap_stream.allocation import LayerKeep
+from flap_stream.architecture import LayerShape, family_of
+from flap_stream.checkpoint import INDEX_NAME, Checkpoint
+from flap_stream.config import PlanConfig
+from flap_stream.errors import InsufficientSpace, OutputConflict
+from flap_stream.model_card import model_card
+from flap_stream.progress import Progress
+from flap_stream.shards import ShardPlan, plan_digest, plan_shards, write_shard
+from flap_stream.store import RunDirectory
+
+RECORD_NAME = "pruning.json"
+RECORD_FORMAT, RECORD_VERSION = "flap-stream-pruning", 1
+MODELING_NAME = "modeling_flap_stream.py"
+
+_MARGIN_BYTES = 16 << 20
+_CARRIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+_CARRIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_WRITTEN_NAMES = ("config.json", INDEX_NAME, RECORD_NAME, "README.md")
+
+
+def read_record(out: Path) -> dict[str, Any] | None:
+    """Contents of pruning.json of a complete output; None if nothing (or an empty directory) is there.
+
+    Raises OutputConflict if something else is there.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        record = json.loads((out / RECORD_NAME).read_bytes())
+        if record["format"] == RECORD_FORMAT:
+            return record
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise OutputConflict(f"{out} exists and was not made by flap-stream; name another OUT or move it away")
+
+
+def require_free_place(out: Path, needed_bytes: int = 0) -> None:
+    """Raise OutputConflict if something stands at `out`, InsufficientSpace if the disk has no such room."""
+    if read_record(out) is not None:
+        raise OutputConflict(f"{out} holds another pruned checkpoint; name another OUT or move it away")
+    require_space(out, needed_bytes)
+
+
+def require_space(out: Path, needed_bytes: int) -> None:
+    """Raise InsufficientSpace if the disk of `out` has no room for so many bytes."""
+    free = files.free_bytes(out.absolute())
+    if free < needed_bytes + _MARGIN_BYTES:
+        raise InsufficientSpace(
+            f"the output needs {needed_bytes + _MARGIN_BYTES:,} bytes, but the disk of {out.absolute().parent} has "
+            f"{free:,} free; make room or name an OUT on another disk"
+        )
+
+
+def options_record(options: PlanConfig) -> dict[str, Any]:
+    """The options of a plan as pruning.json holds them."""
+    return json.loads(json.dumps(asdict(options)))
+
+
+def fingerprint_digest(fingerprint: dict[str, Any]) -> str:
+    """One sha256 for all that identifies a model."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+
+
+def write_checkpoint(
+    source: Checkpoint,
+    run: RunDirectory,
+    out: Path,
+    options: PlanConfig,
+    keeps: Sequence[LayerKeep],
+    means: Sequence[dict[str, np.ndarray]] | None,
+    restore: str,
+    max_shard_bytes: int,
+    progress: Progress,
+) -> tuple[dict[str, Any], int]:
+    """Write the pruned checkpoint, going on with shards that an interrupted call finished.
+
+    means: mean inputs a layer by kind, for the biases; None adds none.
+    The contents of pruning.json and the bytes written come out.
+    Raises OutputConflict or InsufficientSpace before anything is written.
+    """
+    shapes, family = run.layer_shapes, family_of(source.config, source.source)
+    plan = plan_shards(source, family, shapes, keeps, means, max_shard_bytes)
+    record = _record(source, run, options, keeps, plan, restore)
+    if read_record(out) == record:
+        return record, 0
+    require_free_place(out)
+    staging = files.partial_path(out)
+    job = _open_job(run, out, staging, plan, record)
+    finished = {e["name"]: e["digest"] for e in run.journal.of_kind("shard") if e["job"] == job}
+    finished = {name: digest for name, digest in finished.items() if _is_whole(staging / name, digest)}
+    require_space(out, sum(shard.nbytes for shard in plan.shards if shard.name not in finished))
+    written = 0
+    with progress.stage("rewrite", len(plan.shards), unit="shard") as stage:
+        stage.skip(len(finished))
+        for shard in plan.shards:
+            if shard.name in finished:
+                continue
+            digest = write_shard(source, shard, staging)
+            run.journal.append("shard", shard.name, job=job, digest=digest)
+            written += shard.nbytes
+            stage.advance(bytes_moved=shard.nbytes)
+    for name, contents in _small_files(source, plan, record, shapes, keeps, restore, family.class_prefix):
+        files.write_committed(staging / name, contents)
+        written += len(contents)
+    files.commit_rename(staging, out)
+    return record, written
+
+
+def _open_job(run: RunDirectory, out: Path, staging: Path, plan: ShardPlan, record: dict[str, Any]) -> str:
+    """Make the staging directory, or take up the one that an interrupted call of this very job left."""
+    place = str(staging.absolute())
+    parts = (place, plan_digest(plan), json.dumps(record, sort_keys=True))
+    job = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    previous = [entry for entry in run.journal.of_kind("rewrite") if entry["place"] == place]
+    if staging.exists() and not previous:
+        raise OutputConflict(
+            f"{staging} exists and was not made by the run in {run.path}; move it away or name another OUT"
+        )
+    if not previous or previous[-1]["job"] != job:
+        files.remove(staging)  # of an older plan
+        run.journal.append("rewrite", out.name, place=place, job=job)
+    files.make_directory(staging)
+    return job
+
+
+def _is_whole(path: Path, digest: str) -> bool:
+    return path.is_file() and files.file_digest(path) == digest
+
+
+def _record(
+    source: Checkpoint,
+    run: RunDirectory,
+    options: PlanConfig,
+    keeps: Sequence[LayerKeep],
+    plan: ShardPlan,
+    restore: str,
+) -> dict[str, Any]:
+    shapes = run.layer_shapes
+    total = sum(shape.prunable for shape in shapes)
+    left = sum(keep.cost(shape) for keep, shape in zip(keeps, shapes, strict=True))
+    return {
+        "format": RECORD_FORMAT,
+        "version": RECORD_VERSION,
+        "base": {"name": Path(source.source).name, "fingerprint": fingerprint_digest(source.fingerprint)},
+        "options": options_record(options),
+        "restore": restore,
+        "calibration": run.manifest["calibration"],
+        "realised_ratio": {"decoder": 1 - left / total, "model": 1 - plan.parameters / source.parameters},
+        "parameters": {"before": source.parameters, "after": plan.parameters},
+        "layers": [
+            {
+                "kv_groups": shape.kv_groups,
+                "neurons": shape.neurons,
+                "kept_kv_groups": keep.kv_groups.tolist(),
+                "kept_neurons": keep.neurons.tolist(),
+            }
+            for keep, shape in zip(keeps, shapes, strict=True)
+        ],
+    }
+
+
+def _small_files(
+    source: Checkpoint,
+    plan: ShardPlan,
+    record: dict[str, Any],
+    shapes: Sequence[LayerShape],
+    keeps: Sequence[LayerKeep],
+    restore: str,
+    class_prefix: str,
+) -> list[tuple[str, bytes]]:
+    """Names and contents of all files without tensors, the index and the config last."""
+    contents = []
+    for path in sorted(source.directory.iterdir()):
+        carried = path.suffix in _CARRIED_SUFFIXES or path.name.startswith(_CARRIED_NAMES)
+        if path.is_file() and carried and path.name not in _WRITTEN_NAMES:
+            contents.append((path.name, path.read_bytes()))
+    contents.append((MODELING_NAME, package_files("flap_stream.modeling").joinpath(MODELING_NAME).read_bytes()))
+    contents.append((RECORD_NAME, json.dumps(record, separators=(",", ":")).encode() + b"\n"))
+    card = model_card(source.source, source.directory, record)
+    contents.append(("README.md", card.encode()))
+    index = plan.index()
+    if index is not None:
+        contents.append((INDEX_NAME, index))
+    config = _pruned_config(source.config, shapes, keeps, restore, class_prefix)
+    contents.append(("config.json", json.dumps(config, indent=2).encode() + b"\n"))
+    return contents
+
+
+def _pruned_config(
+    config: dict[str, Any],
+    shapes: Sequence[LayerShape],
+    keeps: Sequence[LayerKeep],
+    restore: str,
+    class_prefix: str,
+) -> dict[str, Any]:
+    """The dense config.json with every layer's own sizes, and the classes that know what to do with them.
+
+    The global sizes stay the dense ones: they pass validation everywhere, and without remote code loading then fails
+    on shapes instead of giving a wrong model.
+    """
+    classes = {"AutoModel": f"Pruned{class_prefix}Model", "AutoModelForCausalLM": f"Pruned{class_prefix}ForCausalLM"}
+    module = MODELING_NAME.removesuffix(".py")
+    return {
+        **config,
+        "architectures": [classes["AutoModelForCausalLM"]],
+        "auto_map": {auto: f"{module}.{name}" for auto, name in classes.items()},
+        "head_dim": shapes[0].head_dim,
+        "per_layer_config": {
+            str(i): {
+                "num_attention_heads": len(keep.kv_groups) * shape.heads_per_group,
+                "num_key_value_heads": len(keep.kv_groups),
+                "intermediate_size": len(keep.neurons),
+            }
+            for i, (keep, shape) in enumerate(zip(keeps, shapes, strict=True))
+        },
+        "allow_global_per_layer_attribute_access": True,
+        "pruned_output_bias": restore == "bias" or config.get("pruned_output_bias", False),
+    }
+
+
+def estimated_bytes(source: Checkpoint, shapes: Sequence[LayerShape], ratio: float) -> int:
+    """About how large the output will be, before anything is decided."""
+    dense_bytes = sum(entry.nbytes for entry in source.tensors.values())
+    elements = sum(prod(entry.shape) for entry in source.tensors.values())
+    return int(dense_bytes - ratio * sum(shape.prunable for shape in shapes) * dense_bytes / elements)

@@ -1,0 +1,318 @@
+"""The order of the stages, and how each goes on after an interruption. Nothing else knows that order."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flap_stream import checkpoint as checkpoints
+from flap_stream import output
+from flap_stream.allocation import LayerKeep, allocate
+from flap_stream.calibration import calibration_tokens, load_tokenizer, tokens_digest
+from flap_stream.collection import collect_statistics
+from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, RewriteConfig, part_of, require_restoration
+from flap_stream.errors import InvalidOption, OutputConflict, RunMismatch
+from flap_stream.layers import StreamedModel, release
+from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
+from flap_stream.scoring import baseline_input, flap_scores, magnitude_scores, wanda_scores
+from flap_stream.store import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Measured:
+    """What a call took: seconds a stage, bytes read from the model and written to the output, peak memory."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes_read: int = 0
+    bytes_written: int = 0
+    peak_host_bytes: int = 0
+    peak_device_bytes: int = 0
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+            self.peak_host_bytes, self.peak_device_bytes = peak_host_bytes(), peak_device_bytes()
+
+
+@dataclass(frozen=True)
+class CollectResult:
+    """Pass 1 is complete: its run directory, how many layers and windows, what this call took."""
+
+    run: Path
+    layers: int
+    samples: int
+    sequence_length: int
+    measured: Measured
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """A decision: what stays in every layer, and the realised ratios.
+
+    decoder_ratio: removed share of the decoder layers' prunable weights; model_ratio: of the whole model's parameters,
+    the biases that a restoration adds not counted.
+    """
+
+    run: Path
+    options: PlanConfig
+    layers: list[LayerKeep]
+    kv_groups: list[int]
+    neurons: list[int]
+    decoder_ratio: float
+    model_ratio: float
+    parameters_before: int
+    parameters_after: int
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A pruned checkpoint: where it is, the contents of its pruning.json, what this call took."""
+
+    out: Path
+    record: dict[str, Any]
+    measured: Measured
+
+
+def prune(
+    model: str | Path,
+    out: str | Path,
+    options: PruneConfig,
+    *,
+    run: str | Path | None = None,
+    progress: Progress | None = None,
+) -> PruneResult:
+    """Prune a model into a checkpoint at `out`; called again after any interruption, it goes on.
+
+    model: a directory or a Hub id. run: the run directory; by default `<out>.run`, removed at the end unless
+    `options.keep_run`; one that is named here stays.
+    Raises InvalidInput (see errors.py) before any long work for what cannot be pruned.
+    """
+    out, measured, progress = Path(out), Measured(), progress or Progress()
+    run_path = Path(run) if run is not None else out.with_name(out.name + ".run")
+    removes_run = run is None and not options.keep_run
+    with checkpoints.open_checkpoint(model) as source:
+        record = output.read_record(out)
+        if record is not None:
+            _require_same_job(source, out, record, options)
+            logger.warning("%s is complete already; nothing to do", out)
+            if removes_run and (run_path / "run.json").exists():
+                with RunDirectory(run_path) as directory:
+                    directory.remove()
+            return PruneResult(out, record, measured)
+        _collect(source, run_path, options, progress, measured, out)
+        with RunDirectory(run_path) as directory:
+            with measured.stage("plan"):
+                _plan(directory, part_of(options, PlanConfig))
+            result = _rewrite(source, directory, out, part_of(options, RewriteConfig), progress, measured)
+            if removes_run:
+                directory.remove()
+    return result
+
+
+def collect(
+    model: str | Path, run: str | Path, options: CollectConfig, *, progress: Progress | None = None
+) -> CollectResult:
+    """Pass 1 alone: statistics of every layer into the run directory `run`, which serves any number of plans.
+
+    With `method="wanda-sp"` the collection belongs to `options.ratio`, since the pruned layers feed the next.
+    """
+    with checkpoints.open_checkpoint(model) as source:
+        return _collect(source, Path(run), options, progress or Progress(), Measured())
+
+
+def plan(run: str | Path, options: PlanConfig) -> PlanResult:
+    """Decide from the run directory alone what stays; the decision is stored there for `rewrite`.
+
+    Raises RunMismatch if the statistics do not serve the method, CorruptRun if they are incomplete or altered,
+    InvalidOption if the ratio cannot be met.
+    """
+    with RunDirectory(Path(run)) as directory:
+        return _plan(directory, options)
+
+
+def rewrite(
+    run: str | Path,
+    out: str | Path,
+    options: RewriteConfig,
+    *,
+    model: str | Path | None = None,
+    progress: Progress | None = None,
+) -> PruneResult:
+    """Pass 2 alone: write the pruned checkpoint that the run directory's plan describes.
+
+    model: where the dense model is now, if it was moved since `collect`.
+    """
+    with (
+        RunDirectory(Path(run)) as directory,
+        checkpoints.open_checkpoint(model or directory.manifest["source"]) as source,
+    ):
+        return _rewrite(source, directory, Path(out), options, progress or Progress(), Measured())
+
+
+def _collect(
+    source: checkpoints.Checkpoint,
+    run: Path,
+    options: CollectConfig,
+    progress: Progress,
+    measured: Measured,
+    out: Path | None = None,
+) -> CollectResult:
+    """Pass 1. out: where the output will go, if this is part of a whole job; its place and room are checked first."""
+    with measured.stage("collect"):
+        model = StreamedModel(source, options)
+        if out is not None:
+            output.require_space(out, output.estimated_bytes(source, model.shapes, options.ratio))
+        tokens = _tokens_for(model, options)
+        samples, length = tokens.shape
+        batch_size = model.batch_size(options.batch_size, samples, length) if samples else 0
+        with RunDirectory.create(run, _manifest(model, options, tokens, batch_size)) as directory:
+            if samples and not directory.has_tokens():
+                directory.write_tokens(tokens)
+            collect_statistics(model, directory, options, batch_size, progress)
+        release(model.device)
+    measured.bytes_read = source.bytes_read
+    return CollectResult(run, len(model.shapes), samples, length, measured)
+
+
+def _tokens_for(model: StreamedModel, options: CollectConfig) -> np.ndarray:
+    if options.method == "magnitude-sp":
+        return np.zeros((0, 0), dtype=np.int64)
+    return calibration_tokens(
+        options.calibration,
+        options.samples,
+        options.sequence_length,
+        options.seed,
+        lambda: load_tokenizer(model.checkpoint.directory, options.trust_remote_code),
+        model.vocab_size,
+    )
+
+
+def _manifest(model: StreamedModel, options: CollectConfig, tokens: np.ndarray, batch_size: int) -> dict[str, Any]:
+    """What the statistics depend on (`model`, `tokens`, `options`), and what planning needs to know of the model."""
+    decides: dict[str, Any] = {"method": options.method}
+    if options.method != "magnitude-sp":
+        decides |= {"dtype": str(model.dtype), "device": model.device.type, "batch_size": batch_size}
+    if options.method == "wanda-sp":
+        decides |= {name: getattr(options, name) for name in ("ratio", "min_heads", "min_neurons")}
+    return {
+        "model": model.checkpoint.fingerprint,
+        "tokens": {"sha256": tokens_digest(tokens), "shape": list(tokens.shape)},
+        "options": decides,
+        "source": _absolute(model.checkpoint.source),
+        "calibration": _calibration_record(options),
+        "parameters": model.checkpoint.parameters,
+        "layers": [asdict(shape) for shape in model.shapes],
+    }
+
+
+def _calibration_record(options: CollectConfig) -> dict[str, Any]:
+    """What the calibration was asked to be, as run.json and pruning.json hold it."""
+    if options.method == "magnitude-sp":
+        return {}
+    sources = [Path(source).name for source in options.calibration]
+    return {"sources": sources, **{key: getattr(options, key) for key in ("samples", "sequence_length", "seed")}}
+
+
+def _absolute(source: str) -> str:
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+
+def _plan(run: RunDirectory, options: PlanConfig) -> PlanResult:
+    collected = run.manifest["options"]
+    if options.method != collected["method"] and not (
+        options.method == "magnitude-sp" and collected["method"] == "flap"
+    ):
+        raise RunMismatch(
+            f"{run.path} was collected for {collected['method']}, which does not serve {options.method}; "
+            f"collect again with --method {options.method}"
+        )
+    for name in ("ratio", "min_heads", "min_neurons"):
+        if name in collected and getattr(options, name) != collected[name]:
+            raise RunMismatch(
+                f"{run.path} was collected with wanda-sp for {name} {collected[name]} (pruned layers feed the next); "
+                f"it does not serve {name} {getattr(options, name)}, so collect again for that"
+            )
+    shapes = run.layer_shapes
+    scores = []
+    for i, shape in enumerate(shapes):
+        statistics, channels = run.read_statistics(i), shape.heads_per_group * shape.head_dim
+        if options.method == "flap":
+            pair = flap_scores(statistics, options.metric, options.statistics, options.head_score, channels)
+        else:
+            pair = (wanda_scores if options.method == "wanda-sp" else magnitude_scores)(statistics, channels)
+        scores.append(pair)
+    keeps = allocate(scores, shapes, options)
+    run.write_plan(options, keeps)
+    total = sum(shape.prunable for shape in shapes)
+    removed = total - sum(keep.cost(shape) for keep, shape in zip(keeps, shapes, strict=True))
+    before = run.manifest["parameters"]
+    if removed == 0:
+        raise InvalidOption(f"--ratio {options.ratio} removes nothing from this model; raise it")
+    return PlanResult(
+        run=run.path,
+        options=options,
+        layers=keeps,
+        kv_groups=[shape.kv_groups for shape in shapes],
+        neurons=[shape.neurons for shape in shapes],
+        decoder_ratio=removed / total,
+        model_ratio=removed / before,
+        parameters_before=before,
+        parameters_after=before - removed,
+    )
+
+
+def _rewrite(
+    source: checkpoints.Checkpoint,
+    run: RunDirectory,
+    out: Path,
+    options: RewriteConfig,
+    progress: Progress,
+    measured: Measured,
+) -> PruneResult:
+    plan_options, keeps = run.read_plan()
+    restore = require_restoration(plan_options.method, options.restore)
+    if source.fingerprint != run.manifest["model"]:
+        raise RunMismatch(
+            f"{source.source} is not the model that {run.path} was collected from (its config or headers differ); "
+            "give that model, or collect again"
+        )
+    with measured.stage("rewrite"):
+        means = [_means(run, i, plan_options.statistics) for i in range(len(keeps))] if restore == "bias" else None
+        record, measured.bytes_written = output.write_checkpoint(
+            source, run, out, plan_options, keeps, means, restore, options.max_shard_bytes, progress
+        )
+    measured.bytes_read = source.bytes_read
+    return PruneResult(out, record, measured)
+
+
+def _means(run: RunDirectory, layer: int, form: str) -> dict[str, np.ndarray]:
+    statistics = run.read_statistics(layer)
+    return {kind: baseline_input(statistics.of(kind), form) for kind in ("attention", "mlp")}
+
+
+def _require_same_job(source: checkpoints.Checkpoint, out: Path, record: dict[str, Any], options: PruneConfig) -> None:
+    """Raise OutputConflict unless the output's record is what this command would write again."""
+    wanted = {
+        "options": output.options_record(part_of(options, PlanConfig)),
+        "restore": require_restoration(options.method, options.restore),
+        "calibration": _calibration_record(options),
+        "base": {"name": Path(source.source).name, "fingerprint": output.fingerprint_digest(source.fingerprint)},
+    }
+    for key, value in wanted.items():
+        if record.get(key) != value:
+            raise OutputConflict(
+                f"{out} holds a checkpoint pruned from another model or with other options ({key} was "
+                f"{str(record.get(key))[:120]}); name another OUT or move it away"
+            )

@@ -1,0 +1,68 @@
+"""Tiny random models of every family, made on the spot: real transformers models in real safetensors files."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+FAMILY_EXTRAS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+}
+VOCABULARY = 97
+
+
+def tiny_config(family: str = "llama", kv_heads: int = 2, tied: bool = False, layers: int = 3, **changes: Any) -> Any:
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return CONFIG_MAPPING[family](**{**sizes, **FAMILY_EXTRAS[family], **changes})
+
+
+def tiny_model(config: Any, seed: int = 0) -> PreTrainedModel:
+    """A float32 model in which nothing is trivially zero or one, with channels of very different scales."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=0.1)
+                parameter.mul_(torch.rand(parameter.shape[0], 1).add_(0.3))
+    return model
+
+
+def save(model: PreTrainedModel, path: Path, shard_size: str = "60KB", dtype: torch.dtype | None = None) -> Path:
+    model = model if dtype is None else model.to(dtype)
+    model.save_pretrained(path, max_shard_size=shard_size)
+    return path
+
+
+def random_tokens(samples: int, length: int, seed: int = 0) -> np.ndarray:
+    """Tokens int64 `[sample, token]`, some of them far more frequent than others."""
+    draw = np.random.default_rng(seed)
+    weights = 1 / np.arange(1, VOCABULARY - 2)
+    return 3 + draw.choice(VOCABULARY - 3, size=(samples, length), p=weights / weights.sum()).astype(np.int64)
+
+
+def save_tokens(path: Path, tokens: np.ndarray) -> str:
+    np.save(path, tokens)
+    return str(path)

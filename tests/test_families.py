@@ -1,0 +1,150 @@
+"""One suite for every family: the pruned checkpoint computes what the masked dense model with biases computes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from masked import layer_inputs, masked_model
+from models import FAMILY_EXTRAS, random_tokens, save, save_tokens, tiny_config, tiny_model
+from transformers import AutoModel, AutoModelForCausalLM
+
+import flap_stream
+from flap_stream.architecture import FAMILIES
+from flap_stream.config import EvaluateConfig, PruneConfig
+
+CASES = [(family, kv_heads, tied) for family in FAMILIES for kv_heads in (2, 4) for tied in (False, True)]
+
+
+def load(path: Path, kind=AutoModelForCausalLM, **options):
+    return kind.from_pretrained(path, trust_remote_code=True, dtype=torch.float32, **options).eval()
+
+
+def expected_model(model, record, tokens):
+    """The masked dense model with biases from the whole array of its inputs."""
+    groups = [layer["kept_kv_groups"] for layer in record["layers"]]
+    neurons = [layer["kept_neurons"] for layer in record["layers"]]
+    head_dim = model.model.layers[0].self_attn.head_dim
+    repeats = model.config.num_attention_heads // model.config.num_key_value_heads
+    biases = []
+    for i, (layer, inputs) in enumerate(zip(model.model.layers, layer_inputs(model, tokens), strict=True)):
+        pair = []
+        for module, kind, kept, size in (
+            (layer.self_attn.o_proj, "attention", groups[i], repeats * head_dim),
+            (layer.mlp.down_proj, "mlp", neurons[i], 1),
+        ):
+            removed = torch.ones(module.weight.shape[1] // size, size, dtype=torch.bool)
+            removed[kept] = False
+            shift = module.weight.detach().double() @ (inputs[kind].mean(dim=0) * removed.flatten())
+            pair.append((shift + (0 if module.bias is None else module.bias.detach().double())).float())
+        biases.append(tuple(pair))
+    return masked_model(model, groups, neurons, biases)
+
+
+@pytest.fixture(
+    scope="module", params=CASES, ids=lambda case: f"{case[0]}-kv{case[1]}-{'tied' if case[2] else 'untied'}"
+)
+def pruned(request, tmp_path_factory):
+    family, kv_heads, tied = request.param
+    place = tmp_path_factory.mktemp(family)
+    model = tiny_model(tiny_config(family, kv_heads, tied), seed=3)
+    tokens = random_tokens(8, 24)
+    path = save(model, place / "model")
+    options = PruneConfig(
+        ratio=0.3, calibration=(save_tokens(place / "tokens.npy", tokens),), max_shard_bytes=60_000, batch_size=3
+    )
+    record = flap_stream.prune(path, place / "out", options).record
+    return place, expected_model(model, record, torch.from_numpy(tokens)), record
+
+
+def test_layers_get_sizes_of_their_own(pruned) -> None:
+    _, _, record = pruned
+    sizes = {(len(layer["kept_kv_groups"]), len(layer["kept_neurons"])) for layer in record["layers"]}
+    assert len(sizes) > 1
+    assert abs(record["realised_ratio"]["decoder"] - 0.3) < 0.02
+
+
+def test_logits_equal_the_masked_dense_models(pruned) -> None:
+    place, expected, _ = pruned
+    tokens = torch.from_numpy(random_tokens(3, 20, seed=5))
+    with torch.no_grad():
+        difference = load(place / "out")(tokens).logits - expected(tokens).logits
+    assert difference.abs().max() <= 1e-5
+
+
+def test_generation_with_a_cache_and_left_padding_is_equal(pruned) -> None:
+    place, expected, _ = pruned
+    tokens = torch.from_numpy(random_tokens(2, 9, seed=6))
+    mask = torch.ones_like(tokens)
+    tokens[0, :4], mask[0, :4] = 0, 0
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(load(place / "out").generate(tokens, **options), expected.generate(tokens, **options))
+    with torch.no_grad():
+        ours, theirs = (m(tokens, attention_mask=mask).logits for m in (load(place / "out"), expected))
+    assert (ours - theirs)[mask.bool()].abs().max() <= 1e-5
+
+
+def test_base_model_loads_alone(pruned) -> None:
+    place, expected, _ = pruned
+    tokens = torch.from_numpy(random_tokens(2, 9, seed=7))
+    with torch.no_grad():
+        ours = load(place / "out", AutoModel)(tokens).last_hidden_state
+        assert (ours - expected.model(tokens).last_hidden_state).abs().max() <= 1e-5
+
+
+def test_saving_and_loading_again_changes_nothing(pruned, tmp_path: Path) -> None:
+    place, _, _ = pruned
+    model = load(place / "out")
+    model.save_pretrained(tmp_path / "again")
+    tokens = torch.from_numpy(random_tokens(2, 9, seed=8))
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "again")(tokens).logits, model(tokens).logits)
+
+
+def test_device_map_auto_loads(pruned) -> None:
+    place, expected, _ = pruned
+    tokens = torch.from_numpy(random_tokens(2, 9, seed=9))
+    model = load(place / "out", device_map="auto")
+    with torch.no_grad():
+        assert (model(tokens.to(model.device)).logits.cpu() - expected(tokens).logits).abs().max() <= 1e-5
+
+
+def test_streaming_perplexity_equals_the_in_memory_one(pruned) -> None:
+    place, expected, _ = pruned
+    tokens = random_tokens(7, 20, seed=10)
+    text = save_tokens(place / "evaluation.npy", tokens)
+    for path, model in ((place / "model", load(place / "model")), (place / "out", expected)):
+        with torch.no_grad():
+            ids = torch.from_numpy(tokens)
+            in_memory = model(ids, labels=ids).loss.exp().item()
+        streamed = flap_stream.evaluate(str(path), EvaluateConfig(text=(text,), batch_size=2)).perplexity
+        assert streamed == pytest.approx(in_memory, rel=1e-5)
+
+
+def test_the_pruned_checkpoint_can_be_pruned_again(pruned, tmp_path: Path) -> None:
+    place, _, _ = pruned
+    tokens = random_tokens(8, 24)
+    options = PruneConfig(ratio=0.25, calibration=(str(place / "tokens.npy"),))
+    record = flap_stream.prune(place / "out", tmp_path / "again", options).record
+    first = load(place / "out")
+    groups = [layer["kept_kv_groups"] for layer in record["layers"]]
+    with torch.no_grad():
+        for layer, inputs, kept in zip(
+            first.model.layers, layer_inputs(first, torch.from_numpy(tokens)), record["layers"], strict=True
+        ):
+            head_dim, repeats = layer.self_attn.head_dim, layer.self_attn.num_key_value_groups
+            for module, kind, units, size in (
+                (layer.self_attn.o_proj, "attention", kept["kept_kv_groups"], repeats * head_dim),
+                (layer.mlp.down_proj, "mlp", kept["kept_neurons"], 1),
+            ):
+                keep = torch.zeros(module.weight.shape[1] // size, size)
+                keep[units] = 1
+                mean = inputs[kind].mean(dim=0) * (1 - keep.flatten())
+                module.bias += (module.weight.double() @ mean).float()
+                module.weight *= keep.flatten()
+        ids = torch.from_numpy(random_tokens(3, 20, seed=11))
+        assert (load(tmp_path / "again")(ids).logits - first(ids).logits).abs().max() <= 1e-5
+    assert all(groups)
+
+
+def test_the_table_and_the_suite_have_the_same_families() -> None:
+    assert set(FAMILIES) == set(FAMILY_EXTRAS)

@@ -1,0 +1,92 @@
+"""`--statistics released` decides as the released code does, head for head and neuron for neuron."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from released_reference import released_baseline, released_flap
+from safetensors.torch import load_file
+
+import flap_stream
+from flap_stream.config import PlanConfig, PruneConfig
+from flap_stream.store import RunDirectory
+
+SAMPLES, LENGTH = 12, 16
+
+
+@pytest.fixture(scope="module")
+def model_and_run(tmp_path_factory: pytest.TempPathFactory):
+    place = tmp_path_factory.mktemp("released")
+    model = tiny_model(tiny_config(kv_heads=4, layers=4))
+    tokens = random_tokens(SAMPLES, LENGTH)
+    path = save(model, place / "model")
+    config = flap_stream.CollectConfig(calibration=(save_tokens(place / "tokens.npy", tokens),), dtype="float32")
+    flap_stream.collect(path, place / "run", config)
+    return model, tokens, place
+
+
+def masks(result: flap_stream.PlanResult) -> tuple[list[list[int]], list[list[int]]]:
+    return [keep.kv_groups.tolist() for keep in result.layers], [keep.neurons.tolist() for keep in result.layers]
+
+
+def indices(keep: list[torch.Tensor]) -> list[list[int]]:
+    return [mask.nonzero().flatten().tolist() for mask in keep]
+
+
+@pytest.mark.parametrize("metric", ["wifv", "ifv", "wifn"])
+@pytest.mark.parametrize(
+    ("structure", "ratio", "remove_heads"),
+    [
+        *[("al-am", ratio, None) for ratio in (0.1, 0.2, 0.3, 0.5)],
+        *[("ul-um", ratio, None) for ratio in (0.1, 0.25, 0.5)],
+        *[("al-mm", 0.3, heads) for heads in (1, 3, 5)],
+        *[("ul-mm", 0.3, heads) for heads in (4, 8)],
+    ],
+)
+def test_decision_equals_the_released_codes(model_and_run, metric, structure, ratio, remove_heads) -> None:
+    model, tokens, place = model_and_run
+    options = PlanConfig(
+        ratio=ratio, metric=metric, structure=structure, remove_heads=remove_heads, statistics="released",
+        min_heads=0, min_neurons=0,
+    )  # fmt: skip
+    ours = masks(flap_stream.plan(place / "run", options))
+    theirs = released_flap(model, tokens, ratio, structure, metric, remove_heads or 0)
+    assert ours == (indices(theirs.attention), indices(theirs.mlp))
+
+
+@pytest.mark.parametrize("structure", ["al-am", "ul-um"])
+def test_biases_equal_the_released_codes(model_and_run, tmp_path: Path, structure: str) -> None:
+    model, tokens, place = model_and_run
+    text = (str(place / "tokens.npy"),)
+    options = PruneConfig(ratio=0.3, structure=structure, statistics="released", dtype="float32", calibration=text)
+    flap_stream.prune(place / "model", tmp_path / "out", options)
+    tensors = {k: v for file in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(file).items()}
+    theirs = released_flap(model, tokens, 0.3, structure)
+    for i in range(4):
+        for name, expected in (("self_attn.o_proj", theirs.attention_bias[i]), ("mlp.down_proj", theirs.mlp_bias[i])):
+            ours = tensors[f"model.layers.{i}.{name}.bias"]
+            assert torch.linalg.norm(ours - expected) <= 1e-5 * torch.linalg.norm(expected)
+
+
+def test_exact_and_released_differ_where_the_recurrences_do(model_and_run) -> None:
+    _, _, place = model_and_run
+    with RunDirectory(place / "run") as run:
+        mlp = run.read_statistics(0).mlp
+    exact, released = mlp.m2 / (mlp.count - 1), mlp.released_fluctuation / (mlp.samples - 1)
+    assert np.all(released < exact * LENGTH)  # divided by windows, not tokens, and the first window gives nothing
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+@pytest.mark.parametrize("method", ["wanda-sp", "magnitude-sp"])
+def test_baselines_equal_the_released_codes(model_and_run, tmp_path: Path, method: str, ratio: float) -> None:
+    model, tokens, place = model_and_run
+    text = (str(place / "tokens.npy"),)
+    flap_stream.collect(
+        place / "model", tmp_path / "run", flap_stream.CollectConfig(method=method, ratio=ratio, calibration=text)
+    )
+    ours = masks(flap_stream.plan(tmp_path / "run", PlanConfig(method=method, ratio=ratio)))
+    theirs = released_baseline(copy.deepcopy(model), tokens if method == "wanda-sp" else None, ratio)
+    assert ours == (indices(theirs[0]), indices(theirs[1]))
