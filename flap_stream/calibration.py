@@ -211,7 +211,7 @@ def _load_dataset(
 def _c4_windows(samples: int, length: int, draw: random.Random, tokenize: Tokenize) -> np.ndarray:
     """One window from each of `samples` random documents that are long enough (get_c4 in lib/data.py)."""
     documents = _load_dataset("c4", _C4[0], None, "train", {"train": _C4[1]})
-    windows = []
+    windows: list[Sequence[int]] = []
     while len(windows) < samples:
         ids = tokenize(documents[draw.randint(0, len(documents) - 1)]["text"])
         if len(ids) > length:

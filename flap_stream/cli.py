@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     level = logging.ERROR if quiet else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="flap-stream: %(message)s", stream=sys.stderr)
     logging.getLogger("flap_stream").setLevel(level)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints are for users of its models, not for ours
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         import_module(f"flap_stream.commands.{options.verb}").run(options)

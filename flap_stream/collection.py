@@ -77,16 +77,17 @@ def _resume(
     model: StreamedModel, run: RunDirectory, tokens: np.ndarray, batch_size: int, first: int
 ) -> tuple[int, HiddenStates]:
     """The layer to start from, and the hidden states that enter it."""
+    samples, length = tokens.shape
     for layer, digest in run.snapshots():
         if layer > first:
             continue
-        hidden = HiddenStates(*tokens.shape, model.hidden_size, model.dtype)
+        hidden = HiddenStates(samples, length, model.hidden_size, model.dtype)
         try:
             hidden.load(run.snapshot_path(layer), digest)
         except CorruptRun as error:
             logger.warning("%s; going on from an earlier point", error)
             continue
-        model.record_calls(*tokens.shape, batch_size)
+        model.record_calls(samples, length, batch_size)
         return layer, hidden
     return 0, model.embed(tokens, batch_size)
 

@@ -221,5 +221,6 @@ class EvaluateConfig(EngineConfig):
 
 def part_of(config: Any, kind: type[_Part], **changes: Any) -> _Part:
     """The fields of `config` that dataclass `kind` has, as a `kind`, some of them changed."""
-    own = {field.name: getattr(config, field.name) for field in fields(kind) if hasattr(config, field.name)}
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    own = {name: getattr(config, name) for name in names if hasattr(config, name)}
     return kind(**{**own, **changes})

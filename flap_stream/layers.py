@@ -15,7 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -46,7 +46,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def build_skeleton(config: Mapping[str, Any], family: Family, where: str) -> nn.Module:
+def build_skeleton(config: Mapping[str, Any], family: Family, where: str) -> PreTrainedModel:
     """The causal language model of a config.json, its parameters on the meta device, its buffers real.
 
     A pruned checkpoint gets the classes of `modeling/`, which give every layer its own size.
@@ -107,10 +107,11 @@ class StreamedModel:
         self.device = choose_device(options.device)
         self._skeleton = build_skeleton(checkpoint.config, self.family, checkpoint.source)
         for module in self._skeleton.modules():
-            module._buffers.update({name: buffer.to(self.device) for name, buffer in module._buffers.items()})
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
         self._base_name = self.family.layers.rpartition(".")[0]
         self._base = self._skeleton.get_submodule(self._base_name)
-        self.layers = list(self._skeleton.get_submodule(self.family.layers))
+        self.layers = list(self._skeleton.get_submodule(self.family.layers).children())
         self._layer_entries = [self._entries_of(f"{self.family.layers}.{i}.", m) for i, m in enumerate(self.layers)]
         self._norm_entries = self._entries_of(f"{self.family.norm}.", self._skeleton.get_submodule(self.family.norm))
         self._embedding_entry = self._entry(self.family.embedding, None)
@@ -234,12 +235,16 @@ class StreamedModel:
         return logits_of
 
     def _record(self, inputs: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        recorders = nn.ModuleList(_Recorder(layer) for layer in self.layers)
+        recorders = [_Recorder(layer) for layer in self.layers]
         layers_name = self.family.layers.rpartition(".")[2]
         norm_name = self.family.norm.rpartition(".")[2]
-        with _replaced(self._base, layers_name, recorders), _replaced(self._base, norm_name, nn.Identity()):
+        with (
+            _replaced(self._base, layers_name, nn.ModuleList(recorders)),
+            _replaced(self._base, norm_name, nn.Identity()),
+        ):
             functional_call(self._base, weights, kwargs={**inputs, "use_cache": False})
         first = recorders[0].hidden_states
+        assert first is not None, "the model's forward did not call its first layer"
         self._calls[len(first)] = [recorder.call for recorder in recorders]
         return first
 

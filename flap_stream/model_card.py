@@ -24,7 +24,6 @@ def model_card(base: str, base_directory: Path, record: dict[str, Any]) -> str:
     )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
         data.base_model = base
-        data.base_model_relation = "finetune"
         title = f"[`{base}`](https://huggingface.co/{base})"
     else:
         title = f"`{Path(base).name}`"

@@ -78,7 +78,11 @@ def channel_metric(statistics: ChannelStatistics, metric: str, form: str) -> np.
 
 
 def standardise(metric: np.ndarray) -> np.ndarray:
-    """(x - mean) / std with the n-1 std over channels; zeros where all channels are alike."""
+    """(x - mean) / std with the n-1 std over channels; zeros where all channels are alike.
+
+    Raises NonFinite if the metric holds NaN or infinity.
+    """
+    _finite(metric)
     if len(metric) < 2:
         return np.zeros_like(metric)
     deviation = metric.std(ddof=1)
@@ -98,7 +102,7 @@ def flap_scores(
     attention = standardise(np.square(channel_metric(layer.attention, metric, form)))
     grouped = attention.reshape(-1, channels_per_group)
     groups = grouped.mean(axis=1) if head_score == "mean-z" else np.sqrt(np.square(grouped).sum(axis=1))
-    return _finite(groups), _finite(standardise(channel_metric(layer.mlp, metric, form)))
+    return groups, standardise(channel_metric(layer.mlp, metric, form))
 
 
 def wanda_scores(layer: LayerStatistics, channels_per_group: int) -> tuple[np.ndarray, np.ndarray]:

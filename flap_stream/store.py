@@ -173,7 +173,8 @@ class RunDirectory:
     def write_statistics(self, layer: int, statistics: LayerStatistics) -> None:
         """Store a layer's statistics: all of them or nothing."""
         name = f"statistics.zarr/layers/{_layer_name(layer)}"
-        arrays, attributes = {}, {}
+        arrays: dict[str, np.ndarray] = {}
+        attributes: dict[str, dict[str, int]] = {}
         for kind in _KINDS:
             own = statistics.of(kind)
             arrays |= {f"{kind}/{array}": getattr(own, array) for array in _ARRAYS}
@@ -190,13 +191,10 @@ class RunDirectory:
         path = self.path / "statistics.zarr" / "layers" / _layer_name(layer)
         self._verify(path, self.journal.find("statistics", _layer_name(layer)))
         group = zarr.open_group(path, mode="r")
-        counts: dict[str, Any] = dict(group.attrs)
-        parts = {
-            kind: ChannelStatistics(
-                **counts[kind], **{array: np.asarray(group[f"{kind}/{array}"]) for array in _ARRAYS}
-            )
-            for kind in _KINDS
-        }
+        parts = {}
+        for kind in _KINDS:
+            values: dict[str, Any] = {array: np.asarray(group[f"{kind}/{array}"]) for array in _ARRAYS}
+            parts[kind] = ChannelStatistics(**dict(group.attrs)[kind], **values)  # type: ignore[arg-type]
         return LayerStatistics(**parts)
 
     # --- snapshots of the hidden states ---

@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+
+from flap_stream.architecture import COLUMNS, FAMILIES, ROWS, LayerShape, Projection, family_of, layer_shape
+from flap_stream.errors import UnsupportedModel
+
+SHAPE = LayerShape(kv_groups=3, heads_per_group=2, head_dim=4, neurons=5, group_cost=0, neuron_cost=0)
+
+
+def test_kept_rows_of_a_group_are_its_heads_rows() -> None:
+    query = Projection("q", ROWS, ("query",)).kept_indices(np.array([0, 2]), SHAPE, "attention")
+    assert query.tolist() == [*range(8), *range(16, 24)]
+    key = Projection("k", ROWS, ("key_value",)).kept_indices(np.array([1]), SHAPE, "attention")
+    assert key.tolist() == [4, 5, 6, 7]
+
+
+def test_a_fused_projection_is_cut_block_by_block() -> None:
+    fused = Projection("qkv", ROWS, ("query", "key_value", "key_value"))
+    assert fused.size(SHAPE, "attention") == 48
+    indices = fused.kept_indices(np.array([1]), SHAPE, "attention")
+    assert indices.tolist() == [*range(8, 16), *range(28, 32), *range(40, 44)]
+
+
+def test_costs_come_from_tensor_shapes() -> None:
+    config = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
+    tensors = {
+        **{f"self_attn.{name}.weight": (rows, 32) for name, rows in (("q_proj", 32), ("k_proj", 16), ("v_proj", 16))},
+        "self_attn.o_proj.weight": (32, 32),
+        **{f"mlp.{name}.weight": (7, 32) for name in ("gate_proj", "up_proj")},
+        "mlp.down_proj.weight": (32, 7),
+    }
+    shape = layer_shape(FAMILIES["llama"], config, tensors)
+    assert (shape.kv_groups, shape.heads_per_group, shape.head_dim, shape.neurons) == (2, 2, 8, 7)
+    assert shape.group_cost == 32 * 8 * (2 * 2 + 2) and shape.neuron_cost == 3 * 32
+    assert shape.prunable == sum(rows * columns for rows, columns in tensors.values())
+
+
+def test_units_of_a_column_projection_are_its_inputs() -> None:
+    for family in FAMILIES.values():
+        assert all(kind.output.axis == COLUMNS for kind in family.kinds)
+        assert all(p.axis == ROWS for kind in family.kinds for p in kind.projections[:-1])
+
+
+def test_other_families_are_refused_with_the_list() -> None:
+    with pytest.raises(UnsupportedModel, match="llama, mistral, qwen2, qwen3"):
+        family_of({"model_type": "gpt2"}, "somewhere")
