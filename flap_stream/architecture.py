@@ -83,6 +83,11 @@ class UnitKind:
         """The projection that reads the units' outputs (o_proj, down_proj)."""
         return self.projections[-1]
 
+    @property
+    def module(self) -> str:
+        """Path, inside the decoder layer, of the module that is gone when all its units are."""
+        return self.output.name.rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class Family:

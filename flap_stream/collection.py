@@ -40,6 +40,7 @@ def collect_statistics(
     first = run.complete_layers()
     count = len(model.layers)
     if first == count:
+        run.drop_snapshots()  # a kill may have come between the last layer and this
         return
     with progress.stage("collect", count) as stage, torch.inference_mode():
         if options.method == "magnitude-sp":

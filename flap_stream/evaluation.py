@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ class EvaluateResult:
     peak_device_bytes: int
 
 
-def evaluate(model: str, options: EvaluateConfig, progress: Progress | None = None) -> EvaluateResult:
+def evaluate(model: str | Path, options: EvaluateConfig, progress: Progress | None = None) -> EvaluateResult:
     """Perplexity of a model (directory or Hub id), one decoder layer in memory at a time.
 
     Every window predicts its tokens but the first from those before them in the window; the perplexity is the

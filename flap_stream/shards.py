@@ -108,8 +108,7 @@ def plan_shards(
     changed = {name: tensors for plan in plans for name, tensors in plan.items()}
     outputs: list[OutputTensor] = []
     for entry in checkpoint.tensors.values():
-        whole = OutputTensor(entry.name, entry.dtype, entry.shape, entry.nbytes, entry)
-        outputs.extend(changed.get(entry.name, [whole]))
+        outputs.extend(changed.get(entry.name, [_whole(entry)]))
     groups: list[list[OutputTensor]] = [[]]
     size = 0
     for tensor in outputs:
@@ -137,21 +136,39 @@ def _plan_layer(
     changed: dict[str, list[OutputTensor]] = {}
     prefix = f"{family.layers}.{index}."
     for kind in family.kinds:
-        units = keep.of(kind.name)
-        for projection in kind.projections:
-            weight = checkpoint.tensors.get(f"{prefix}{projection.name}.weight")
-            if weight is None:
-                continue  # pruned away entirely by an earlier run
-            indices = projection.kept_indices(units, shape, kind.name)
-            changed[weight.name] = [_cut(weight, projection, indices)] if len(units) else []
-            bias = checkpoint.tensors.get(f"{prefix}{projection.name}.bias")
-            if bias is not None and projection.axis == ROWS:
-                changed[bias.name] = [_cut(bias, projection, indices)] if len(units) else []
-            if projection is kind.output and means is not None:
-                changed[weight.name].append(_shifted_bias(kind, shape, indices, weight, bias, means[kind.name]))
-                if bias is not None:
-                    changed[bias.name] = []  # it stands beside its weight now
+        if f"{prefix}{kind.output.name}.weight" in checkpoint.tensors:  # else an earlier run left the bias alone
+            mean = None if means is None else means[kind.name]
+            changed |= _plan_kind(checkpoint, kind, prefix, shape, keep.of(kind.name), mean)
     return changed
+
+
+def _plan_kind(
+    checkpoint: Checkpoint, kind: UnitKind, prefix: str, shape: LayerShape, units: np.ndarray, mean: np.ndarray | None
+) -> dict[str, list[OutputTensor]]:
+    """Tensors of one kind of unit in one layer that change; without units, all of the module go but the bias."""
+    tensors = checkpoint.tensors
+    changed: dict[str, list[OutputTensor]] = {}
+    if len(units) == 0:
+        changed = {name: [] for name in tensors if name.startswith(f"{prefix}{kind.module}.")}
+    else:
+        for projection in kind.projections:
+            indices = projection.kept_indices(units, shape, kind.name)
+            for part in ("weight", "bias") if projection.axis == ROWS else ("weight",):
+                if (name := f"{prefix}{projection.name}.{part}") in tensors:
+                    changed[name] = [_cut(tensors[name], projection, indices)]
+    weight, bias = (tensors.get(f"{prefix}{kind.output.name}.{part}") for part in ("weight", "bias"))
+    assert weight is not None
+    if mean is None:
+        changed |= {bias.name: [_whole(bias)]} if bias is not None else {}
+        return changed
+    if bias is not None:
+        changed[bias.name] = []  # it moves beside its weight, which is read for it
+    kept = kind.output.kept_indices(units, shape, kind.name)
+    return {**changed, weight.name: [*changed[weight.name], _shifted_bias(kind, shape, kept, weight, bias, mean)]}
+
+
+def _whole(entry: TensorEntry) -> OutputTensor:
+    return OutputTensor(entry.name, entry.dtype, entry.shape, entry.nbytes, entry)
 
 
 def _cut(entry: TensorEntry, projection: Projection, indices: np.ndarray) -> OutputTensor:

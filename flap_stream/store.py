@@ -92,9 +92,8 @@ class RunDirectory:
         manifest = path / "run.json"
         if not manifest.is_file():
             raise RunMismatch(f"{path} is no run directory (it has no run.json); make one with flap-stream collect")
-        self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        self._lock = _acquire_lock(path)
         try:
-            self._acquire()
             self.manifest: dict[str, Any] = _load_manifest(manifest)
             self.journal = Journal(path / "journal")
         except BaseException:
@@ -112,8 +111,13 @@ class RunDirectory:
             if path.exists() and (not path.is_dir() or any(p.name not in _UNBORN for p in path.iterdir())):
                 raise RunMismatch(f"{path} exists and is no run directory; name another with --run")
             files.make_directory(path)
-            whole = {"format": FORMAT, "version": VERSION, **manifest, "versions": _versions()}
-            files.write_committed(path / "run.json", json.dumps(whole, indent=1).encode())
+            lock = _acquire_lock(path)  # so that of two that start at once, one alone says what the run is for
+            try:
+                if not (path / "run.json").exists():
+                    whole = {"format": FORMAT, "version": VERSION, **manifest, "versions": _versions()}
+                    files.write_committed(path / "run.json", json.dumps(whole, indent=1).encode())
+            finally:
+                os.close(lock)
         run = cls(path)
         try:
             run._require_same(manifest)
@@ -135,8 +139,16 @@ class RunDirectory:
         os.close(self._lock)
 
     def remove(self) -> None:
-        """Delete the whole run directory; run.json goes first, so that what is left is never taken for a run."""
-        (self.path / "run.json").unlink()
+        """Delete the whole run directory.
+
+        The journal goes first, run.json and the lock last: what a kill leaves is a run without anything complete,
+        which can be removed or taken up again.
+        """
+        files.remove(self.path / "journal")
+        for path in self.path.iterdir():
+            if path.name not in ("run.json", "lock"):
+                files.remove(path)
+        files.remove(self.path / "run.json")
         files.remove(self.path)
 
     # --- tokens ---
@@ -183,6 +195,7 @@ class RunDirectory:
         if not (root / "layers" / "zarr.json").exists():
             zarr.open_group(root, mode="a").require_group("layers")
             files.sync_tree(root)
+            files.sync_directory(self.path)
         self._commit_group(name, arrays, attributes)
         self.journal.append("statistics", _layer_name(layer), digest=files.tree_digest(self.path / name))
 
@@ -245,7 +258,8 @@ class RunDirectory:
         entry = self.journal.find("plan", "plan")
         if entry is None:
             raise RunMismatch(f"{self.path} holds no plan yet; make one with flap-stream plan {self.path} --ratio R")
-        self._verify(self.path / "plan.json", entry)
+        again = f"make it again with flap-stream plan {self.path} --ratio R"
+        self._verify(self.path / "plan.json", entry, remedy=again)
         body = json.loads((self.path / "plan.json").read_bytes())
         layers = [
             LayerKeep(
@@ -280,22 +294,18 @@ class RunDirectory:
         files.remove(target)  # not in the journal, so it is a leftover of a killed run
         files.commit_rename(temporary, target)
 
-    def _verify(self, path: Path, entry: dict[str, Any] | None) -> None:
+    def _verify(
+        self,
+        path: Path,
+        entry: dict[str, Any] | None,
+        remedy: str = "delete the run directory and collect again",
+    ) -> None:
         if entry is None:
             raise CorruptRun(f"{path} is not complete; run flap-stream collect again to finish it")
         digest = files.tree_digest(path) if path.is_dir() else files.file_digest(path) if path.is_file() else None
         if digest != entry["digest"]:
             state = "missing" if digest is None else "altered"
-            raise CorruptRun(f"{path} is {state} since it was written; delete the run directory and collect again")
-
-    def _acquire(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(self._lock, 200, 0).decode(errors="replace").strip() or "another process"
-            raise RunLocked(f"{self.path} is in use by {holder}; wait for it or name another directory") from error
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            raise CorruptRun(f"{path} is {state} since it was written; {remedy}")
 
     def _require_same(self, manifest: dict[str, Any]) -> None:
         for part in ("model", "tokens", "options"):
@@ -310,6 +320,26 @@ class RunDirectory:
 
 
 _UNBORN = {"run.json" + files.PARTIAL_SUFFIX, "lock"}
+
+
+def _acquire_lock(path: Path) -> int:
+    """Descriptor that holds the lock of the run directory `path` until it is closed or the process ends.
+
+    Raises RunLocked, naming the process that holds it.
+    """
+    lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    except BlockingIOError as error:
+        holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
+        os.close(lock)
+        raise RunLocked(f"{path} is in use by {holder}; wait for it or name another directory") from error
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _layer_name(layer: int) -> str:

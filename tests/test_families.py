@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from masked import layer_inputs, masked_model
@@ -9,8 +10,10 @@ from models import FAMILY_EXTRAS, random_tokens, save, save_tokens, tiny_config,
 from transformers import AutoModel, AutoModelForCausalLM
 
 import flap_stream
+from flap_stream.allocation import LayerKeep
 from flap_stream.architecture import FAMILIES
-from flap_stream.config import EvaluateConfig, PruneConfig
+from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
+from flap_stream.store import RunDirectory
 
 CASES = [(family, kv_heads, tied) for family in FAMILIES for kv_heads in (2, 4) for tied in (False, True)]
 
@@ -148,3 +151,40 @@ def test_the_pruned_checkpoint_can_be_pruned_again(pruned, tmp_path: Path) -> No
 
 def test_the_table_and_the_suite_have_the_same_families() -> None:
     assert set(FAMILIES) == set(FAMILY_EXTRAS)
+
+
+@pytest.mark.parametrize("restore", ["bias", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_without_heads_or_neurons_load_and_generate(family: str, restore: str, tmp_path: Path) -> None:
+    model = tiny_model(tiny_config(family), seed=2)
+    tokens = random_tokens(8, 24)
+    flap_stream.collect(
+        save(model, tmp_path / "model"),
+        tmp_path / "run",
+        CollectConfig(calibration=(save_tokens(tmp_path / "tokens.npy", tokens),)),
+    )
+    flap_stream.plan(tmp_path / "run", PlanConfig(ratio=0.4))
+    with RunDirectory(tmp_path / "run") as run:  # a decision that empties layers, made by hand
+        plan_options, keeps = run.read_plan()
+        nothing = np.zeros(0, dtype=np.int64)
+        keeps = [LayerKeep(nothing, keeps[0].neurons), LayerKeep(keeps[1].kv_groups, nothing), keeps[2]]
+        run.write_plan(plan_options, keeps)
+    record = flap_stream.rewrite(tmp_path / "run", tmp_path / "out", RewriteConfig(restore=restore)).record
+    expected = expected_model(model, record, torch.from_numpy(tokens))
+    if restore == "none":
+        groups = [layer["kept_kv_groups"] for layer in record["layers"]]
+        neurons = [layer["kept_neurons"] for layer in record["layers"]]
+        expected = masked_model(model, groups, neurons, [(None, None)] * 3)
+    ours = load(tmp_path / "out")
+    ids = torch.from_numpy(random_tokens(2, 9, seed=6))
+    with torch.no_grad():
+        assert (ours(ids).logits - expected(ids).logits).abs().max() <= 1e-5
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.generate(ids, **settings), expected.generate(ids, **settings))
+    ids = random_tokens(5, 12, seed=7)
+    with torch.no_grad():
+        in_memory = expected(torch.from_numpy(ids), labels=torch.from_numpy(ids)).loss.exp().item()
+    text = (save_tokens(tmp_path / "evaluation.npy", ids),)
+    assert flap_stream.evaluate(tmp_path / "out", EvaluateConfig(text=text)).perplexity == pytest.approx(
+        in_memory, rel=1e-5
+    )

@@ -1,7 +1,16 @@
-"""Structurally pruned decoder: per-layer KV groups and MLP width, a bias on o_proj and down_proj.
-Sizes: config.per_layer_config = {"0": {"num_attention_heads", "num_key_value_heads", "intermediate_size"}, ...}
-(the transformers heterogeneous-config schema; releases without it keep the raw dict, which works too)."""
+"""Decoder-only models whose layers have sizes of their own, after structured pruning by flap-stream.
 
+This file travels with the checkpoint (`auto_map` in config.json) and needs torch and transformers alone. It reads
+
+- `per_layer_config`: for every layer its `num_attention_heads`, `num_key_value_heads` and `intermediate_size`; the
+  global sizes are those of the dense model. Releases of transformers without per-layer configs keep the raw dict.
+- `pruned_output_bias`: whether the output projections (o_proj, down_proj) have the bias that pruning adds.
+
+A layer may have lost its attention or its MLP altogether; the bias of the output projection is then all that is left.
+No class here is named after attention: transformers looks for such names when it switches implementations.
+"""
+
+import torch
 from torch import nn
 from transformers import (
     LlamaForCausalLM,
@@ -15,57 +24,111 @@ from transformers import (
 )
 
 
-def layer_size(config, i, name):
+def layer_size(config, layer_idx, name):
+    """A size of one layer; the global one where the layer does not say."""
     layers = config.per_layer_config
-    if isinstance(layers, dict):  # no heterogeneous configs in this transformers
-        return {int(k): v for k, v in layers.items()}.get(i, {}).get(name, getattr(config, name))
-    return getattr(layers[i], name)
+    if isinstance(layers, dict):  # no per-layer configs in this transformers
+        return {int(key): value for key, value in layers.items()}.get(layer_idx, {}).get(name, getattr(config, name))
+    return getattr(layers[layer_idx], name)
+
+
+class OutputBias(nn.Module):
+    """Stands for a sublayer without units: gives the bias of its output projection, or zeros."""
+
+    def __init__(self, projection, hidden_size, bias):
+        super().__init__()
+        self.projection = projection
+        self.add_module(projection, nn.Module())
+        self.get_submodule(projection).register_parameter(
+            "bias", nn.Parameter(torch.zeros(hidden_size)) if bias else None
+        )
+
+    def forward(self, hidden_states):
+        """`[sample, token, hidden]`, the same for every token."""
+        bias = self.get_submodule(self.projection).bias
+        return torch.zeros_like(hidden_states) if bias is None else bias.expand_as(hidden_states)
+
+
+class OutputBiasWithCache(OutputBias):
+    """`OutputBias` in the place of attention: the cache goes on counting the positions that it has seen."""
+
+    def __init__(self, projection, hidden_size, bias, layer_idx):
+        super().__init__(projection, hidden_size, bias)
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states, past_key_values=None, **kwargs):
+        """The output as of `OutputBias`, and no attention weights."""
+        if past_key_values is not None:
+            positions = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            past_key_values.update(positions, positions, self.layer_idx)
+        return super().forward(hidden_states), None
 
 
 class PrunedMixin:
+    """Gives every decoder layer of the dense architecture its own sizes."""
+
     def __init__(self, config):
         super().__init__(config)
-        for i, layer in enumerate(self.base_model.layers):
-            attn, mlp, hidden = layer.self_attn, layer.mlp, config.hidden_size
-            kv = layer_size(config, i, "num_key_value_heads") * attn.head_dim
-            q, width = kv * attn.num_key_value_groups, layer_size(config, i, "intermediate_size")
-            attn.q_proj = nn.Linear(hidden, q, attn.q_proj.bias is not None)
-            attn.k_proj = nn.Linear(hidden, kv, attn.k_proj.bias is not None)
-            attn.v_proj = nn.Linear(hidden, kv, attn.v_proj.bias is not None)
-            attn.o_proj = nn.Linear(q, hidden, config.pruned_output_bias or attn.o_proj.bias is not None)
-            mlp.gate_proj = nn.Linear(hidden, width, bias=False)
-            mlp.up_proj = nn.Linear(hidden, width, bias=False)
-            mlp.down_proj = nn.Linear(width, hidden, config.pruned_output_bias or mlp.down_proj.bias is not None)
+        for layer_idx, layer in enumerate(self.base_model.layers):
+            self._resize_heads(config, layer, layer_idx)
+            self._resize_mlp(config, layer, layer_idx)
         self.post_init()
 
+    @staticmethod
+    def _resize_heads(config, layer, layer_idx):
+        dense, hidden_size = layer.self_attn, config.hidden_size
+        key_value_size = layer_size(config, layer_idx, "num_key_value_heads") * dense.head_dim
+        query_size = key_value_size * dense.num_key_value_groups
+        has_bias = config.pruned_output_bias or dense.o_proj.bias is not None
+        if not key_value_size:
+            layer.self_attn = OutputBiasWithCache("o_proj", hidden_size, has_bias, layer_idx)
+            return
+        dense.q_proj = nn.Linear(hidden_size, query_size, dense.q_proj.bias is not None)
+        dense.k_proj = nn.Linear(hidden_size, key_value_size, dense.k_proj.bias is not None)
+        dense.v_proj = nn.Linear(hidden_size, key_value_size, dense.v_proj.bias is not None)
+        dense.o_proj = nn.Linear(query_size, hidden_size, has_bias)
 
-class Base(PrunedMixin):
+    @staticmethod
+    def _resize_mlp(config, layer, layer_idx):
+        dense, hidden_size = layer.mlp, config.hidden_size
+        width = layer_size(config, layer_idx, "intermediate_size")
+        has_bias = config.pruned_output_bias or dense.down_proj.bias is not None
+        if not width:
+            layer.mlp = OutputBias("down_proj", hidden_size, has_bias)
+            return
+        dense.gate_proj = nn.Linear(hidden_size, width, dense.gate_proj.bias is not None)
+        dense.up_proj = nn.Linear(hidden_size, width, dense.up_proj.bias is not None)
+        dense.down_proj = nn.Linear(width, hidden_size, has_bias)
+
+
+class _Base(PrunedMixin):
     _auto_class = "AutoModel"
 
 
-class CausalLM(PrunedMixin):
-    _auto_class = "AutoModelForCausalLM"  # save_pretrained copies this file (needed on transformers 4)
+class _CausalLM(PrunedMixin):
+    _auto_class = "AutoModelForCausalLM"  # save_pretrained copies this file; transformers 4 does so only if it is set
 
 
-class PrunedLlamaModel(Base, LlamaModel): ...
+# One pair a family, named Pruned<prefix>Model and Pruned<prefix>ForCausalLM after its row in architecture.py.
+class PrunedLlamaModel(_Base, LlamaModel): ...  # noqa: D101
 
 
-class PrunedLlamaForCausalLM(CausalLM, LlamaForCausalLM): ...
+class PrunedLlamaForCausalLM(_CausalLM, LlamaForCausalLM): ...  # noqa: D101
 
 
-class PrunedMistralModel(Base, MistralModel): ...
+class PrunedMistralModel(_Base, MistralModel): ...  # noqa: D101
 
 
-class PrunedMistralForCausalLM(CausalLM, MistralForCausalLM): ...
+class PrunedMistralForCausalLM(_CausalLM, MistralForCausalLM): ...  # noqa: D101
 
 
-class PrunedQwen2Model(Base, Qwen2Model): ...
+class PrunedQwen2Model(_Base, Qwen2Model): ...  # noqa: D101
 
 
-class PrunedQwen2ForCausalLM(CausalLM, Qwen2ForCausalLM): ...
+class PrunedQwen2ForCausalLM(_CausalLM, Qwen2ForCausalLM): ...  # noqa: D101
 
 
-class PrunedQwen3Model(Base, Qwen3Model): ...
+class PrunedQwen3Model(_Base, Qwen3Model): ...  # noqa: D101
 
 
-class PrunedQwen3ForCausalLM(CausalLM, Qwen3ForCausalLM): ...
+class PrunedQwen3ForCausalLM(_CausalLM, Qwen3ForCausalLM): ...  # noqa: D101

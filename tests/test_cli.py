@@ -1,0 +1,102 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+
+import flap_stream
+from flap_stream.cli import VERBS, main
+
+
+def run(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("cli")
+    save(tiny_model(tiny_config()), place / "model")
+    save_tokens(place / "tokens.npy", random_tokens(6, 16))
+    return place
+
+
+def test_the_public_surface_is_what_it_says() -> None:
+    assert all(hasattr(flap_stream, name) for name in flap_stream.__all__)
+    with pytest.raises(AttributeError):
+        _ = flap_stream.nothing
+
+
+def test_importing_the_package_and_its_help_load_no_torch() -> None:
+    code = "import sys, flap_stream, flap_stream.cli; sys.exit('torch' in sys.modules or 'zarr' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    code = f"import sys; from flap_stream.cli import main\ntry: main({['--help']})\nexcept SystemExit: pass\n"
+    code += "sys.exit('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert all(verb in result.stdout for verb in VERBS)
+
+
+def test_the_stages_by_themselves_give_what_prune_gives(place: Path, capsys: pytest.CaptureFixture) -> None:
+    text = place / "tokens.npy"
+    collected = run(capsys, "collect", place / "model", place / "run", "--calibration", text)
+    assert collected[0] == 0 and "next: flap-stream plan" in collected[1]
+    assert run(capsys, "plan", place / "run", "--ratio", "0.3")[0] == 0
+    assert run(capsys, "rewrite", place / "run", place / "staged")[0] == 0
+    code, out, err = run(
+        capsys, "prune", place / "model", place / "whole", "--ratio", "0.3", "--calibration", text, "--json"
+    )
+    assert code == 0
+    body = json.loads(out)
+    assert body["parameters"]["after"] < body["parameters"]["before"]
+    assert set(body["seconds"]) == {"collect", "plan", "rewrite"} and body["bytes_written"] > 0
+    assert "collect: 3/3" in err and "tokens/s" in err
+    assert not (place / "whole.run").exists()
+    for file in (place / "staged").iterdir():
+        assert file.read_bytes() == (place / "whole" / file.name).read_bytes()
+
+
+def test_planning_needs_the_run_directory_alone(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = save(tiny_model(tiny_config()), tmp_path / "model")
+    run(capsys, "collect", model, tmp_path / "run", "--calibration", place / "tokens.npy", "--quiet")
+    model.rename(tmp_path / "elsewhere")
+    code, out, _ = run(capsys, "plan", tmp_path / "run", "--ratio", "0.3", "--json")
+    layers = json.loads(out)["layers"]
+    assert code == 0 and len(layers) == 3
+    code, _, err = run(capsys, "rewrite", tmp_path / "run", tmp_path / "out", "--quiet")
+    assert code == 2 and "no such model" in err
+    assert run(capsys, "rewrite", tmp_path / "run", tmp_path / "out", "--model", tmp_path / "elsewhere")[0] == 0
+    record = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    for planned, written in zip(layers, record["layers"], strict=True):
+        assert planned.items() <= written.items()
+
+
+def test_quiet_says_nothing_and_json_is_one_object(place: Path, capsys: pytest.CaptureFixture) -> None:
+    code, out, err = run(capsys, "evaluate", place / "model", "--text", place / "tokens.npy", "--json", "--quiet")
+    assert code == 0 and err == ""
+    assert json.loads(out)["windows"] == 6
+
+
+def test_inspect_tells_runs_from_outputs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text = place / "tokens.npy"
+    run(capsys, "prune", place / "model", tmp_path / "out", "--calibration", text, "--keep-run", "--quiet")
+    assert "statistics   3 of 3 layers" in run(capsys, "inspect", tmp_path / "out.run")[1]
+    assert "by flap, al-am, wifv" in run(capsys, "inspect", tmp_path / "out")[1]
+    assert run(capsys, "inspect", tmp_path)[0] == 2
+
+
+def test_the_model_card_has_the_hubs_metadata(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from huggingface_hub import ModelCard
+
+    model = save(tiny_model(tiny_config()), tmp_path / "model")
+    (model / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Base\n")
+    (model / "LICENSE").write_text("the licence")
+    run(capsys, "prune", model, tmp_path / "out", "--calibration", place / "tokens.npy", "--quiet")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "apache-2.0" and card.data.library_name == "transformers"
+    assert "| 2 |" in card.text
+    assert (tmp_path / "out" / "LICENSE").read_text() == "the licence"
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 2
