@@ -8,6 +8,7 @@ import torch
 from flap_stream.errors import ShapeMismatch
 
 _ROW_BLOCK = 256
+_CACHED_ELEMENTS = 1 << 20
 
 
 def window_moments(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,12 +18,13 @@ def window_moments(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Both results are float32 `[sample, channel]`; two passes, so that nothing cancels.
     """
     means, squares = [], []
-    for window in inputs:  # one window at a time stays in cache and needs no float32 copy of the batch
-        values = window.float()
-        mean = values.mean(dim=0)
+    windows = max(1, _CACHED_ELEMENTS // inputs[0].numel())
+    for block in inputs.split(windows):  # so few that they stay in cache, so many that small ones are not slow
+        values = block.float()
+        mean = values.mean(dim=1)
         means.append(mean)
-        squares.append((values - mean).square_().sum(dim=0))
-    return torch.stack(means), torch.stack(squares)
+        squares.append((values - mean[:, None]).square_().sum(dim=1))
+    return torch.cat(means), torch.cat(squares)
 
 
 @dataclass

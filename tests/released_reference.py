@@ -156,11 +156,10 @@ def released_baseline(
             if tokens is None:
                 scores[name] = torch.norm(weight, dim=0)
                 continue
-            scaler_row, nsamples = torch.zeros(weight.shape[1]), 0
-            for inputs in _inputs_of(model, module, tokens):
+            scaler_row = torch.zeros(weight.shape[1])
+            for nsamples, inputs in enumerate(_inputs_of(model, module, tokens)):
                 scaler_row *= nsamples / (nsamples + 1)
-                nsamples += 1
-                scaler_row += torch.norm(inputs[0].t(), p=2, dim=1) ** 2 / nsamples
+                scaler_row += torch.norm(inputs[0].t(), p=2, dim=1) ** 2 / (nsamples + 1)
             scores[name] = (torch.abs(weight) * torch.sqrt(scaler_row.reshape((1, -1)))).mean(axis=0)
         per_head = scores["o"].reshape(-1, head_dim).sum(dim=1)
         keep_heads = per_head >= torch.sort(per_head)[0][int(ratio * heads)]
