@@ -1,6 +1,7 @@
 """`--statistics released` decides as the released code does, head for head and neuron for neuron."""
 
 import copy
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 from released_reference import released_baseline, released_flap
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flap_stream
 from flap_stream.config import PlanConfig, PruneConfig
@@ -17,11 +19,29 @@ from flap_stream.store import RunDirectory
 SAMPLES, LENGTH = 12, 16
 
 
-@pytest.fixture(scope="module")
-def model_and_run(tmp_path_factory: pytest.TempPathFactory):
+def trained_multi_head_model():
+    """The bundled demo model, its KV heads written out once per query head: the same function, multi-head."""
+    demo = files("flap_stream") / "demo"
+    model = AutoModelForCausalLM.from_pretrained(str(demo / "model"), dtype=torch.float32).eval()
+    grouped, heads = model.config.num_key_value_heads, model.config.num_attention_heads
+    model.config.num_key_value_heads = heads
+    for layer in model.model.layers:
+        layer.self_attn.num_key_value_groups = 1
+        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            rows = projection.weight.data.unflatten(0, (grouped, -1))  # [KV head, head_dim, hidden]
+            projection.weight.data = rows.repeat_interleave(heads // grouped, dim=0).flatten(0, 1)
+            projection.out_features = len(projection.weight)
+    tokenizer = AutoTokenizer.from_pretrained(str(demo / "model"))
+    ids = tokenizer((demo / "calibration.txt").read_text()[:20_000])["input_ids"]
+    return model, np.asarray(ids[: SAMPLES * 32]).reshape(SAMPLES, 32)
+
+
+@pytest.fixture(scope="module", params=["random", "trained"])
+def model_and_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     place = tmp_path_factory.mktemp("released")
-    model = tiny_model(tiny_config(kv_heads=4, layers=4))
-    tokens = random_tokens(SAMPLES, LENGTH)
+    model, tokens = tiny_model(tiny_config(kv_heads=4, layers=4)), random_tokens(SAMPLES, LENGTH)
+    if request.param == "trained":
+        model, tokens = trained_multi_head_model()
     path = save(model, place / "model")
     config = flap_stream.CollectConfig(calibration=(save_tokens(place / "tokens.npy", tokens),), dtype="float32")
     flap_stream.collect(path, place / "run", config)
@@ -65,18 +85,20 @@ def test_biases_equal_the_released_codes(model_and_run, tmp_path: Path, structur
     flap_stream.prune(place / "model", tmp_path / "out", options)
     tensors = {k: v for file in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(file).items()}
     theirs = released_flap(model, tokens, 0.3, structure)
-    for i in range(4):
+    for i in range(model.config.num_hidden_layers):
         for name, expected in (("self_attn.o_proj", theirs.attention_bias[i]), ("mlp.down_proj", theirs.mlp_bias[i])):
             ours = tensors[f"model.layers.{i}.{name}.bias"]
             assert torch.linalg.norm(ours - expected) <= 1e-5 * torch.linalg.norm(expected)
 
 
 def test_exact_and_released_differ_where_the_recurrences_do(model_and_run) -> None:
-    _, _, place = model_and_run
+    _, tokens, place = model_and_run
     with RunDirectory(place / "run") as run:
         mlp = run.read_statistics(0).mlp
     exact, released = mlp.m2 / (mlp.count - 1), mlp.released_fluctuation / (mlp.samples - 1)
-    assert np.all(released < exact * LENGTH)  # divided by windows, not tokens, and the first window gives nothing
+    assert np.all(
+        released < exact * tokens.shape[1]
+    )  # divided by windows, not tokens, and the first window gives nothing
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5])

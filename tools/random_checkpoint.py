@@ -1,0 +1,84 @@
+"""Make a LLaMA-shaped checkpoint of random weights, of any size, one layer in memory at a time.
+
+For measurements only: nothing about it is a language model but its shapes.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+
+def make(path: Path, config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> None:
+    """Write config.json, an index and one shard a layer (and one for embedding, norm and head) into `path`."""
+    path.mkdir(parents=True, exist_ok=True)
+    config.dtype = dtype
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(path)
+    generator = torch.Generator().manual_seed(seed)
+    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        scale = torch.rand(rows, 1, generator=generator).add_(0.5).div_(columns**0.5)
+        return torch.empty(rows, columns).normal_(generator=generator).mul_(scale).to(dtype)
+
+    ends = {"model.embed_tokens.weight": matrix(config.vocab_size, hidden)}
+    ends |= {"model.norm.weight": torch.ones(hidden, dtype=dtype), "lm_head.weight": matrix(config.vocab_size, hidden)}
+    weight_map = {}
+    count = config.num_hidden_layers + 1
+    for i in range(count):
+        tensors = ends
+        if i < config.num_hidden_layers:
+            shapes = {"self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden)}
+            shapes |= {"self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries)}
+            shapes |= {
+                "mlp.gate_proj": (inner, hidden),
+                "mlp.up_proj": (inner, hidden),
+                "mlp.down_proj": (hidden, inner),
+            }
+            tensors = {f"model.layers.{i}.{name}.weight": matrix(*shape) for name, shape in shapes.items()}
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"model.layers.{i}.{norm}.weight"] = torch.ones(hidden, dtype=dtype)
+        file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        save_file(tensors, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    index = {"metadata": {"total_size": sum(f.stat().st_size for f in path.glob("*.safetensors"))}}
+    (path / "model.safetensors.index.json").write_text(json.dumps({**index, "weight_map": weight_map}))
+
+
+def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
+    """Sizes of the model, by default those of TinyLlama 1.1B without grouped heads."""
+    for name, default in (("layers", 22), ("hidden", 2048), ("intermediate", 5632), ("heads", 32), ("kv-heads", 32)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+
+
+def config_of(options: argparse.Namespace, layers: int) -> LlamaConfig:
+    """The LLaMA config of the sizes asked for, with so many layers."""
+    return LlamaConfig(
+        hidden_size=options.hidden,
+        intermediate_size=options.intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.kv_heads,
+        head_dim=options.hidden // options.heads,
+        vocab_size=options.vocabulary,
+    )
+
+
+def main() -> None:
+    """Make one checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", type=Path)
+    add_shape_arguments(parser)
+    options = parser.parse_args()
+    make(options.path, config_of(options, options.layers), getattr(torch, options.dtype))
+
+
+if __name__ == "__main__":
+    main()
