@@ -43,10 +43,8 @@ def main() -> None:
             make(place / "model", config_of(options, depth), getattr(torch, options.dtype))
             runs = [prune(place / "model", place / "tokens.npy", place / "out") for _ in range(options.runs)]
             peaks, seconds = zip(*runs, strict=True)
-            spread = f"{min(peaks):.1f} to {max(peaks):.1f}"
-            print(
-                f"{depth:3d} layers: peak {statistics.median(peaks):.1f} MiB ({spread}), {statistics.median(seconds):.1f} s"
-            )
+            peak = f"{statistics.median(peaks):.1f} MiB ({min(peaks):.1f} to {max(peaks):.1f})"
+            print(f"{depth:3d} layers: peak {peak}, {statistics.median(seconds):.1f} s")
             subprocess.run(["rm", "-rf", str(place / "model")], check=True)
 
 
