@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from flap_stream.errors import UnsupportedModel
+from flap_stream.errors import InvalidModel, UnsupportedModel
 
 ROWS, COLUMNS = 0, 1
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -136,17 +137,29 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
 
     Raises UnsupportedModel, naming the supported families, for any other and for quantised checkpoints.
     """
-    model_type = config.get("model_type")
-    if config.get("quantization_config") is not None:
-        method = dict(config["quantization_config"]).get("quant_method", "unknown method")
+    model_type, quantization = config.get("model_type"), config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise UnsupportedModel(
             f"{where} is quantised ({method}); pruning needs the bf16, fp16 or fp32 checkpoint it was made from"
         )
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedModel(
             f"{where} has model_type {model_type!r}; supported families are {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[model_type]
+
+
+def require_sizes(config: Mapping[str, Any], where: str) -> None:
+    """Raise InvalidModel unless the sizes in a config.json are positive whole numbers that go together."""
+    optional = [name for name in ("num_key_value_heads", "head_dim") if config.get(name) is not None]
+    for name in (*_SIZES, *optional):
+        value = config.get(name)
+        if type(value) is not int or value < 1:
+            raise InvalidModel(f"{where}/config.json has {name} {value!r}; expected a whole number of at least 1")
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
+    if heads % kv_heads:
+        raise InvalidModel(f"{where}/config.json has {heads} heads for {kv_heads} KV heads; expected a multiple")
 
 
 def layer_shape(family: Family, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> LayerShape:

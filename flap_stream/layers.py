@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from flap_stream.architecture import Family, LayerShape, family_of, layer_shape
+from flap_stream.architecture import Family, LayerShape, family_of, layer_shape, require_sizes
 from flap_stream.checkpoint import FORWARD_DTYPES, Checkpoint, TensorEntry
 from flap_stream.config import EngineConfig
 from flap_stream.errors import CorruptCheckpoint, InvalidModel, InvalidOption, NonFinite, UnsupportedModel
@@ -62,8 +62,9 @@ def build_skeleton(config: Mapping[str, Any], family: Family, where: str) -> Pre
                 skeleton = pruned._from_config(hf_config, attn_implementation="sdpa")
             else:
                 skeleton = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InvalidModel(f"transformers cannot build a model from {where}/config.json: {error}") from error
+    except Exception as error:  # whatever transformers makes of a wrong config.json
+        reason = " ".join(str(error).split())
+        raise InvalidModel(f"transformers cannot build a model from {where}/config.json: {reason}") from error
     return skeleton.eval().requires_grad_(False)
 
 
@@ -105,6 +106,7 @@ class StreamedModel:
         self.checkpoint = checkpoint
         self.family = family_of(checkpoint.config, checkpoint.source)
         self.device = choose_device(options.device)
+        self._require_plausible_config()
         self._skeleton = build_skeleton(checkpoint.config, self.family, checkpoint.source)
         for module in self._skeleton.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -114,7 +116,6 @@ class StreamedModel:
         self.layers = list(self._skeleton.get_submodule(self.family.layers).children())
         self._layer_entries = [self._entries_of(f"{self.family.layers}.{i}.", m) for i, m in enumerate(self.layers)]
         self._norm_entries = self._entries_of(f"{self.family.norm}.", self._skeleton.get_submodule(self.family.norm))
-        self._embedding_entry = self._entry(self.family.embedding, None)
         self._head_entry = self._find_head()
         self.dtype = self._choose_dtype(options.dtype)
         self.shapes = [self._shape_of(entries) for entries in self._layer_entries]
@@ -271,17 +272,30 @@ class StreamedModel:
                     "the checkpoint is damaged, so download it again"
                 )
 
+    def _require_plausible_config(self) -> None:
+        """Hold config.json against the tensors before anything is built from it."""
+        config, where = self.checkpoint.config, self.checkpoint.source
+        require_sizes(config, where)
+        layers = config["num_hidden_layers"]
+        prefix = f"{self.family.layers}."
+        found = {name.removeprefix(prefix).split(".")[0] for name in self.checkpoint.tensors if name.startswith(prefix)}
+        if len(found) != layers:
+            raise CorruptCheckpoint(
+                f"{where}/config.json has num_hidden_layers {layers}, but there are tensors of {len(found)} layers; "
+                "the checkpoint is incomplete or its config.json is another model's"
+            )
+        expected = (config["vocab_size"], config["hidden_size"])
+        self._embedding_entry = self._entry(self.family.embedding, expected)
+
     def _entries_of(self, prefix: str, module: nn.Module) -> dict[str, TensorEntry]:
         expected = module.state_dict()
         return {name: self._entry(prefix + name, tuple(tensor.shape)) for name, tensor in expected.items()}
 
-    def _entry(self, name: str, shape: tuple[int, ...] | None) -> TensorEntry:
+    def _entry(self, name: str, shape: tuple[int, ...]) -> TensorEntry:
         entry = self.checkpoint.tensors.get(name)
         where = self.checkpoint.source
         if entry is None:
             raise CorruptCheckpoint(f"tensor {name} is missing from {where}; the checkpoint is incomplete")
-        if shape is None:
-            shape = tuple(self._skeleton.get_parameter(name).shape)
         if entry.shape != shape:
             raise CorruptCheckpoint(
                 f"tensor {name} of {where} has shape {list(entry.shape)}, but its config.json asks for {list(shape)}"
@@ -295,7 +309,7 @@ class StreamedModel:
     def _find_head(self) -> TensorEntry:
         if self._skeleton.config.tie_word_embeddings:
             return self._embedding_entry
-        return self._entry(self.family.head, None)
+        return self._entry(self.family.head, tuple(self._skeleton.get_parameter(self.family.head).shape))
 
     def _choose_dtype(self, name: str) -> torch.dtype:
         if name == "auto":

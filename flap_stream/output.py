@@ -20,7 +20,7 @@ from flap_stream.errors import InsufficientSpace, OutputConflict
 from flap_stream.model_card import model_card
 from flap_stream.progress import Progress
 from flap_stream.shards import ShardPlan, plan_digest, plan_shards, write_shard
-from flap_stream.store import RunDirectory
+from flap_stream.store import Journal, RunDirectory
 
 RECORD_NAME = "pruning.json"
 RECORD_FORMAT, RECORD_VERSION = "flap-stream-pruning", 1
@@ -48,11 +48,19 @@ def read_record(out: Path) -> dict[str, Any] | None:
     raise OutputConflict(f"{out} exists and was not made by flap-stream; name another OUT or move it away")
 
 
-def require_free_place(out: Path, needed_bytes: int = 0) -> None:
-    """Raise OutputConflict if something stands at `out`, InsufficientSpace if the disk has no such room."""
-    if read_record(out) is not None:
-        raise OutputConflict(f"{out} holds another pruned checkpoint; name another OUT or move it away")
-    require_space(out, needed_bytes)
+def require_own_place(source: Checkpoint, out: Path, run: Path) -> None:
+    """Raise OutputConflict if `out` lies in the model's directory, or another run has begun to write it."""
+    if out.resolve().is_relative_to(source.directory.resolve()):
+        raise OutputConflict(f"{out} lies in the model's own directory {source.directory}; name an OUT elsewhere")
+    staging = files.partial_path(out)
+    if staging.exists() and not _begun(run, staging):
+        raise OutputConflict(f"{staging} exists and was not made by the run in {run}; move it away or name another OUT")
+
+
+def _begun(run: Path, staging: Path) -> list[dict[str, Any]]:
+    """Journal entries of the jobs that a run directory began in a staging directory, oldest first."""
+    entries = Journal(run / "journal").of_kind("rewrite")
+    return [entry for entry in entries if entry["place"] == str(staging.absolute())]
 
 
 def require_space(out: Path, needed_bytes: int) -> None:
@@ -97,7 +105,9 @@ def write_checkpoint(
     record = _record(source, run, options, keeps, plan, restore)
     if read_record(out) == record:
         return record, 0
-    require_free_place(out)
+    if read_record(out) is not None:
+        raise OutputConflict(f"{out} holds another pruned checkpoint; name another OUT or move it away")
+    require_own_place(source, out, run.path)
     staging = files.partial_path(out)
     job = _open_job(run, out, staging, plan, record)
     finished = {e["name"]: e["digest"] for e in run.journal.of_kind("shard") if e["job"] == job}
@@ -122,14 +132,9 @@ def write_checkpoint(
 
 def _open_job(run: RunDirectory, out: Path, staging: Path, plan: ShardPlan, record: dict[str, Any]) -> str:
     """Make the staging directory, or take up the one that an interrupted call of this very job left."""
-    place = str(staging.absolute())
+    place, previous = str(staging.absolute()), _begun(run.path, staging)
     parts = (place, plan_digest(plan), json.dumps(record, sort_keys=True))
     job = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    previous = [entry for entry in run.journal.of_kind("rewrite") if entry["place"] == place]
-    if staging.exists() and not previous:
-        raise OutputConflict(
-            f"{staging} exists and was not made by the run in {run.path}; move it away or name another OUT"
-        )
     if not previous or previous[-1]["job"] != job:
         files.remove(staging)  # of an older plan
         run.journal.append("rewrite", out.name, place=place, job=job)

@@ -111,6 +111,7 @@ def prune(
                 with RunDirectory(run_path) as directory:
                     directory.remove()
             return PruneResult(out, record, measured)
+        output.require_own_place(source, out, run_path)
         _collect(source, run_path, options, progress, measured, out)
         with RunDirectory(run_path) as directory:
             with measured.stage("plan"):
@@ -174,6 +175,8 @@ def _collect(
         model = StreamedModel(source, options)
         if out is not None:
             output.require_space(out, output.estimated_bytes(source, model.shapes, options.ratio))
+            nothing = [(np.zeros(shape.kv_groups), np.zeros(shape.neurons)) for shape in model.shapes]
+            allocate(nothing, model.shapes, part_of(options, PlanConfig))  # whether it can be met, scores aside
         tokens = _tokens_for(model, options)
         samples, length = tokens.shape
         batch_size = model.batch_size(options.batch_size, samples, length) if samples else 0
