@@ -146,8 +146,6 @@ class StreamedModel:
         for start, stop in batches(samples, batch_size):
             ids = torch.from_numpy(tokens[start:stop]).to(self.device)
             first = self._record({"input_ids": ids}, {name: weights["weight"]})
-            if not torch.isfinite(first.sum(dtype=torch.float32)):
-                raise NonFinite(f"the embedding gives NaN or infinity: look at {self.family.embedding}")
             hidden.put(start, first)
         return hidden
 
@@ -177,7 +175,7 @@ class StreamedModel:
                     slab = slabs[(i + 1 - start) % 2]
                     pending = reader.submit(self._read_into, self._layer_entries[i + 1], slab)
                 weights = {name: tensor.to(self.device, self.dtype) for name, tensor in host.items()}
-                self._require_finite(i, weights)
+                self._require_finite(f"{self.family.layers}.{i}.", weights)
                 yield i, weights
 
     def run_layer(self, index: int, weights: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
@@ -200,19 +198,17 @@ class StreamedModel:
 
         Raises NonFinite if its output holds NaN or infinity.
         """
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
         for start, stop in batches(len(hidden.values), batch_size):
             output = self.run_layer(index, weights, hidden.get(start, stop, self.device))
-            finite &= torch.isfinite(output.sum(dtype=torch.float32))
+            if not torch.isfinite(output.sum(dtype=torch.float32)):
+                raise NonFinite(
+                    f"hidden states after layer {index} ({self.family.layers}.{index}) hold NaN or infinity, though "
+                    f"its weights are finite; try --dtype float32 (it ran in {self.dtype})"
+                )
             if keep_output:
                 hidden.put(start, output)
             if after_batch is not None:
                 after_batch()
-        if not finite:
-            raise NonFinite(
-                f"hidden states after layer {index} ({self.family.layers}.{index}) hold NaN or infinity, though its "
-                f"weights are finite; try --dtype float32 (it ran in {self.dtype})"
-            )
 
     def head(self) -> Callable[[torch.Tensor], Iterator[tuple[int, torch.Tensor]]]:
         """The final norm and head, loaded: a function from hidden states to logits, in chunks.
@@ -261,14 +257,16 @@ class StreamedModel:
     def _read_to_device(self, entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
         slab = torch.empty(_slab_bytes(entries.values()), dtype=torch.uint8)
         tensors = self._read_into(entries, slab)
-        return {name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
+        weights = {name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
+        self._require_finite("", {entries[name].name: tensor for name, tensor in weights.items()})
+        return weights
 
-    def _require_finite(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
+    def _require_finite(self, prefix: str, weights: Mapping[str, torch.Tensor]) -> None:
         sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in weights.values()])
         for name, is_finite in zip(weights, torch.isfinite(sums).tolist(), strict=True):
             if not is_finite:
                 raise NonFinite(
-                    f"tensor {self.family.layers}.{index}.{name} of {self.checkpoint.source} holds NaN or infinity; "
+                    f"tensor {prefix}{name} of {self.checkpoint.source} holds NaN or infinity; "
                     "the checkpoint is damaged, so download it again"
                 )
 

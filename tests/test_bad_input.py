@@ -1,0 +1,427 @@
+"""Every bad input gets one sentence and exit code 2 before any long work, and nothing that existed is touched."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
+
+from flap_stream.checkpoint import INDEX_NAME
+from flap_stream.cli import main
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("original")
+    save(tiny_model(tiny_config()), place / "model")
+    save_tokens(place / "tokens.npy", random_tokens(6, 16))
+    return place
+
+
+@pytest.fixture
+def place(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(original, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+def contents(place: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(place)): p.read_bytes() if p.is_file() else None for p in sorted(place.rglob("*"))}
+
+
+def refuse(
+    capsys: pytest.CaptureFixture, command: str, *words: str, code: int = 2, touches: tuple[str, ...] = ()
+) -> str:
+    """Run a command that must be refused in one sentence with these words, leaving everything as it was."""
+    capsys.readouterr()
+    before = contents(Path())
+    assert main([*command.split(), "--quiet"]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("flap-stream: ") and captured.err.count("\n") == 1, captured.err
+    for word in words:
+        assert word in captured.err
+    after = contents(Path())
+    changed = {name for name in before.keys() | after.keys() if before.get(name, b"?") != after.get(name, b"?")}
+    assert {name for name in changed if not name.startswith(touches or ("?",))} == set()
+    return captured.err
+
+
+PRUNE = "prune model out --calibration tokens.npy"
+
+
+def edit_config(**changes: object) -> Callable[[Path], None]:
+    def edit(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return edit
+
+
+def edit_header(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """Change the header of the first shard and leave the data alone."""
+
+    def edit(model: Path) -> None:
+        path = sorted(model.glob("*.safetensors"))[0]
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        raw = change(header)
+        raw = raw if isinstance(raw, bytes) else json.dumps(header).encode()
+        path.write_bytes(len(raw).to_bytes(8, "little") + raw + data[8 + length :])
+
+    return edit
+
+
+def first(header: dict) -> dict:
+    return next(value for key, value in header.items() if key != "__metadata__")
+
+
+def edit_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
+    """Change (or, with None, drop) one tensor in its real shard and in the index."""
+
+    def edit(model: Path) -> None:
+        index = json.loads((model / INDEX_NAME).read_text())
+        shard = model / index["weight_map"][name]
+        tensors = load_file(shard)
+        tensor = change(tensors.pop(name))
+        if tensor is None:
+            del index["weight_map"][name]
+            (model / INDEX_NAME).write_text(json.dumps(index))
+        else:
+            tensors[name] = tensor.contiguous()
+        save_file(tensors, shard, metadata={"format": "pt"})
+
+    return edit
+
+
+def with_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[5] = value
+        return tensor
+
+    return change
+
+
+def drop_shards(model: Path) -> None:
+    for file in (*model.glob("*.safetensors"), model / INDEX_NAME):
+        file.unlink()
+
+
+def leave_a_pickle(model: Path) -> None:
+    drop_shards(model)
+    torch.save({}, model / "pytorch_model.bin")
+
+
+def cut_shard(model: Path) -> None:
+    shard = sorted(model.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-10])
+
+
+def edit_index(**weights: str) -> Callable[[Path], None]:
+    def edit(model: Path) -> None:
+        index = json.loads((model / INDEX_NAME).read_text())
+        index["weight_map"] |= weights
+        (model / INDEX_NAME).write_text(json.dumps(index))
+
+    return edit
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+DOWN = "model.layers.2.mlp.down_proj.weight"
+BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "no config": (lambda m: (m / "config.json").unlink(), ("config.json does not exist",)),
+    "config is not JSON": (lambda m: (m / "config.json").write_text("{"), ("config.json is not JSON",)),
+    "config is a list": (lambda m: (m / "config.json").write_text("[]"), ("holds no JSON object",)),
+    "no safetensors": (drop_shards, ("holds no safetensors", "save_pretrained")),
+    "pickles": (leave_a_pickle, ("no safetensors", "convert it", "save_pretrained")),
+    "quantised": (edit_config(quantization_config={"quant_method": "gptq"}), ("quantised", "gptq")),
+    "int8 tensor": (edit_tensor(Q, lambda t: t.to(torch.int8)), (Q, "I8")),
+    "other family": (edit_config(model_type="gpt2"), ("'gpt2'", "llama, mistral, qwen2, qwen3")),
+    "family is a list": (edit_config(model_type=["llama"]), ("supported families",)),
+    "too many layers": (edit_config(num_hidden_layers=10**9), ("num_hidden_layers", "3 layers")),
+    "negative layers": (edit_config(num_hidden_layers=-1), ("num_hidden_layers -1",)),
+    "hidden size is text": (edit_config(hidden_size="64"), ("hidden_size '64'",)),
+    "absurd hidden size": (edit_config(hidden_size=10**12), ("embed_tokens", "1000000000000")),
+    "absurd MLP": (edit_config(intermediate_size=10**15), ("config.json",)),
+    "no heads": (edit_config(num_attention_heads=0), ("num_attention_heads 0",)),
+    "odd KV heads": (edit_config(num_key_value_heads=3), ("4 heads for 3 KV heads",)),
+    "rope is text": (edit_config(rope_parameters="x"), ("transformers cannot build", "rope_parameters")),
+    "shard missing": (lambda m: sorted(m.glob("*.safetensors"))[2].unlink(), ("shard", "is missing")),
+    "shard truncated": (cut_shard, ("bytes, but its header describes",)),
+    "header length": (
+        lambda m: sorted(m.glob("*.safetensors"))[0].write_bytes(b"\xff" * 8 + b"{}"),
+        ("claims a header of 18446744073709551615",),
+    ),
+    "header is empty": (lambda m: sorted(m.glob("*.safetensors"))[0].write_bytes(b""), ("claims a header",)),
+    "header is not JSON": (edit_header(lambda h: b"{]      "), ("cannot be read",)),
+    "header is not UTF-8": (edit_header(lambda h: b'{"\xff\xfe": 1}'), ("cannot be read",)),
+    "offsets overlap": (edit_header(lambda h: first(h).update(data_offsets=[8, 8 + 2 * 97])), ("cannot take",)),
+    "offsets beyond": (
+        edit_header(lambda h: first(h).update(data_offsets=[n + 10**9 for n in first(h)["data_offsets"]])),
+        ("the header's offsets lie",),
+    ),
+    "dtype lies": (edit_header(lambda h: first(h).update(dtype="F16")), ("F16", "cannot take")),
+    "dtype unknown": (edit_header(lambda h: first(h).update(dtype="F12")), ("'F12'", "expected one of")),
+    "shape lies": (edit_header(lambda h: first(h).update(shape=[1, 2])), ("[1, 2]", "cannot take")),
+    "negative shape": (edit_header(lambda h: first(h).update(shape=[-97, -64])), ("no natural numbers",)),
+    "entry is a number": (edit_header(lambda h: h.update(x=5)), ("cannot be read",)),
+    "index names a tensor that is not there": (edit_index(x="model-00001-of-00009.safetensors"), ("tensor x",)),
+    "index leaves the folder": (edit_index(x="../secret.safetensors"), ("../secret.safetensors", "beside it")),
+    "index without a map": (lambda m: (m / INDEX_NAME).write_text("{}"), ("no weight_map",)),
+    "tensor missing": (edit_tensor(Q, lambda t: None), (Q, "is missing")),
+    "tensor of another shape": (edit_tensor(Q, lambda t: t[:32]), (Q, "[32, 64]", "[64, 64]")),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_models_that_cannot_be_pruned_are_refused(case: str, place: Path, capsys: pytest.CaptureFixture) -> None:
+    damage, words = BAD_MODELS[case]
+    damage(place / "model")
+    refuse(capsys, PRUNE, *words)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("nowhere/at/all", ("no such model: nowhere/at/all",)),
+        ("./nowhere", ("is not a directory",)),
+        ("someone/no-such-model", ("no such model", "Hub id")),
+        ("tokens.npy", ("is a file",)),
+    ],
+)
+def test_models_that_are_not_there_are_refused(model: str, words, place: Path, capsys) -> None:
+    refuse(capsys, f"prune {model} out --calibration tokens.npy", *words)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (Q, (Q, "NaN or infinity")),
+        (DOWN, (DOWN, "NaN or infinity")),
+        ("model.embed_tokens.weight", ("model.embed_tokens.weight", "NaN or infinity")),
+        ("model.layers.0.input_layernorm.weight", ("model.layers.0.input_layernorm.weight",)),
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_stop_with_their_name(tensor, words, value, place: Path, capsys) -> None:
+    def change(weights: torch.Tensor) -> torch.Tensor:
+        if "embed" in tensor:
+            weights[3] = value  # a token that occurs
+            return weights
+        return with_value(value)(weights)
+
+    edit_tensor(tensor, change)(place / "model")
+    refuse(capsys, PRUNE, *words, touches=("out.run",))
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("tensor", ["lm_head.weight", "model.norm.weight"])
+def test_a_head_that_is_not_finite_stops_the_evaluation(tensor: str, place: Path, capsys) -> None:
+    edit_tensor(tensor, with_value(float("nan")))(place / "model")
+    refuse(capsys, "evaluate model --text tokens.npy", tensor, "NaN or infinity")
+
+
+def test_hidden_states_that_overflow_stop_with_their_layer(place: Path, capsys) -> None:
+    for name in ("gate_proj", "up_proj"):
+        edit_tensor(f"model.layers.1.mlp.{name}.weight", lambda t: t * 3e3)(place / "model")
+    words = ("hidden states after layer 1", "model.layers.1", "--dtype float32")
+    refuse(capsys, f"{PRUNE} --dtype float16", *words, touches=("out.run",))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--ratio 0", ("--ratio is 0.0", "between 0 and 1")),
+        ("--ratio 1", ("--ratio is 1.0",)),
+        ("--ratio -0.2", ("--ratio is -0.2",)),
+        ("--ratio nan", ("--ratio is nan",)),
+        ("--ratio 0.99", ("--min-heads 1", "at most 0.7")),
+        ("--ratio 0.5 --structure ul-um --min-neurons 90", ("--min-neurons", "lower the ratio")),
+        ("--ratio 0.2 --structure al-mm", ("needs --remove-heads",)),
+        ("--remove-heads 3", ("goes with al-mm and ul-mm",)),
+        ("--ratio 0.1 --structure al-mm --remove-heads 10", ("alone removes more",)),
+        ("--method wanda-sp --structure al-am", ("al-am does not go with --method wanda-sp",)),
+        ("--method magnitude-sp --restore bias", ("defined without a bias",)),
+        ("--samples 0", ("--samples is 0",)),
+        ("--sequence-length 1", ("--sequence-length is 1",)),
+        ("--batch-size 0", ("--batch-size is 0",)),
+        ("--min-heads -1", ("--min-heads is -1",)),
+        ("--max-shard-size 5XB", ("'5XB' is not a size",)),
+        ("--device tpu", ("--device 'tpu'",)),
+        pytest.param(
+            "--device cuda",
+            ("--device cuda", "0 CUDA devices"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA"),
+        ),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: str, words, place: Path, capsys) -> None:
+    refuse(capsys, f"{PRUNE} {options}", *words)
+
+
+def write_npy(name: str, array: np.ndarray) -> str:
+    np.save(name, array, allow_pickle=array.dtype == object)
+    return name
+
+
+BAD_TEXTS: dict[str, tuple[Callable[[], object], str, tuple[str, ...]]] = {
+    "missing": (lambda: None, "nowhere.txt", ("no such text: nowhere.txt",)),
+    "of another kind": (lambda: Path("a.doc").write_text("x"), "a.doc", ("a.doc is none of", ".txt")),
+    "an empty directory": (lambda: Path("texts").mkdir(), "texts", ("texts holds no",)),
+    "not UTF-8": (lambda: Path("a.txt").write_bytes(b"\xff\xfe\xfa"), "a.txt", ("a.txt cannot be read as UTF-8",)),
+    "lines without text": (lambda: Path("a.jsonl").write_text('{"x": 1}'), "a.jsonl", ("a.jsonl line 1", '"text"')),
+    "lines that are not JSON": (lambda: Path("a.jsonl").write_text("\n{\n"), "a.jsonl", ("a.jsonl line 2",)),
+    "parquet that is not": (lambda: Path("a.parquet").write_text("x"), "a.parquet", ("a.parquet cannot be read",)),
+    "one dimension": (lambda: write_npy("a.npy", np.arange(50)), "a.npy", ("int64 [50]", "[sample, token]")),
+    "not whole numbers": (lambda: write_npy("a.npy", np.ones((3, 4))), "a.npy", ("float64 [3, 4]",)),
+    "objects": (lambda: write_npy("a.npy", np.array([[None]])), "a.npy", ("a.npy cannot be read",)),
+    "no windows": (lambda: write_npy("a.npy", np.ones((0, 4), int)), "a.npy", ("[0, 4]",)),
+    "token too high": (lambda: write_npy("a.npy", np.full((3, 4), 97)), "a.npy", ("token 97", "0 to 96")),
+    "token negative": (lambda: write_npy("a.npy", np.full((3, 4), -1)), "a.npy", ("token -1", "0 to 96")),
+    "tokens beside text": (lambda: None, "tokens.npy model", ("stands alone",)),
+}
+
+
+@pytest.mark.parametrize("verb", ["prune", "evaluate"])
+@pytest.mark.parametrize("case", BAD_TEXTS)
+def test_texts_that_cannot_serve_are_refused(case: str, verb: str, place: Path, capsys) -> None:
+    make, text, words = BAD_TEXTS[case]
+    tokenizer = Path(__file__).parents[1] / "flap_stream" / "demo" / "model"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, place / "model" / name)
+    make()
+    command = f"prune model out --calibration {text}" if verb == "prune" else f"evaluate model --text {text}"
+    refuse(capsys, command, *words)
+
+
+def test_text_shorter_than_a_window_and_a_foreign_tokenizer_are_refused(place: Path, capsys) -> None:
+    Path("a.txt").write_text("In the beginning")
+    refuse(capsys, "prune model out --calibration a.txt", "tokenizer", ".npy")
+    tokenizer = Path(__file__).parents[1] / "flap_stream" / "demo" / "model"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, place / "model" / name)
+    refuse(capsys, "prune model out --calibration a.txt", "a.txt gives", "one window of 128 needs 129")
+    refuse(capsys, "evaluate model --text a.txt", "a.txt gives", "one window needs 128")
+    Path("a.txt").write_text("In the beginning God created the heaven and the earth. " * 20)
+    refuse(capsys, "prune model out --calibration a.txt", "the model's vocabulary is 0 to 96")
+
+
+def test_an_output_that_is_not_ours_is_left_alone(place: Path, capsys) -> None:
+    Path("out").mkdir()
+    Path("out/diary.txt").write_text("mine")
+    refuse(capsys, PRUNE, "out exists and was not made by flap-stream")
+    shutil.rmtree("out")
+    Path("out").write_text("mine")
+    refuse(capsys, PRUNE, "out exists and was not made by flap-stream")
+    Path("out").unlink()
+    Path("out.partial").mkdir()
+    Path("out.partial/diary.txt").write_text("mine")
+    refuse(capsys, PRUNE, "out.partial exists and was not made by the run")
+
+
+@pytest.mark.parametrize("out", ["model/out", "model/a/b"])
+def test_an_output_inside_the_model_is_refused(out: str, place: Path, capsys) -> None:
+    refuse(capsys, f"prune model {out} --calibration tokens.npy", "lies in the model's own directory")
+
+
+def test_another_checkpoint_at_the_output_is_left_alone(place: Path, capsys) -> None:
+    assert main([*PRUNE.split(), "--quiet"]) == 0
+    capsys.readouterr()
+    for options in ("--ratio 0.3", "--samples 5", "--metric ifv", "--restore none"):
+        refuse(capsys, f"{PRUNE} {options}", "out holds a checkpoint pruned from another model or with other options")
+    edit_config(rms_norm_eps=0.1)(place / "model")
+    refuse(capsys, PRUNE, "out holds a checkpoint pruned from another model")
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        (lambda: write_npy("tokens.npy", random_tokens(6, 16, seed=9)), "", ("another tokens", "sha256")),
+        (lambda: None, "--samples 4", ("another tokens",)),
+        (lambda: None, "--dtype bfloat16", ("another options", "dtype was torch.float32", "torch.bfloat16")),
+        (lambda: None, "--batch-size 2", ("another options", "batch_size was 6, now it is 2")),
+        (lambda: None, "--method magnitude-sp", ("another",)),
+        (lambda: edit_config(rms_norm_eps=0.1)(Path("model")), "", ("another model", "config")),
+        (
+            lambda: edit_tensor("lm_head.weight", lambda t: t.bfloat16())(Path("model")),
+            "",
+            ("another model", "headers"),
+        ),
+    ],
+)
+def test_a_run_made_for_something_else_says_what_differs(change, options, words, place: Path, capsys) -> None:
+    assert main(["collect", "model", "run", "--calibration", "tokens.npy", "--quiet"]) == 0
+    capsys.readouterr()
+    change()
+    refuse(capsys, f"{PRUNE} --run run {options}", "run was made for", *words)
+
+
+def test_a_directory_that_is_no_run_is_refused(place: Path, capsys) -> None:
+    refuse(capsys, f"{PRUNE} --run model", "model exists and is no run directory")
+    refuse(capsys, "plan model", "is no run directory", "flap-stream collect")
+    refuse(capsys, "rewrite nowhere out", "is no run directory")
+    refuse(capsys, "inspect model", "was not made by flap-stream")
+    refuse(capsys, "inspect nowhere", "neither a run directory")
+
+
+def test_a_plan_that_the_collection_does_not_serve_is_refused(place: Path, capsys) -> None:
+    assert main(["collect", "model", "run", "--calibration", "tokens.npy", "--quiet"]) == 0
+    refuse(capsys, "rewrite run out", "holds no plan yet", "flap-stream plan")
+    refuse(capsys, "plan run --method wanda-sp", "collected for flap", "collect again with --method wanda-sp")
+    assert (
+        main(
+            [
+                "collect",
+                "model",
+                "wanda",
+                "--calibration",
+                "tokens.npy",
+                "--method",
+                "wanda-sp",
+                "--ratio",
+                "0.5",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
+    words = ("collected with wanda-sp for ratio 0.5", "ratio 0.3")
+    refuse(capsys, "plan wanda --method wanda-sp --ratio 0.3", *words)
+    refuse(capsys, "plan wanda --ratio 0.5", "collected for wanda-sp")
+
+
+def test_an_incomplete_collection_is_not_planned(place: Path, capsys) -> None:
+    edit_tensor(DOWN, with_value(float("nan")))(place / "model")
+    assert main(["collect", "model", "run", "--calibration", "tokens.npy", "--quiet"]) == 2
+    capsys.readouterr()
+    refuse(capsys, "plan run", "0002 is not complete", "collect again to finish", code=1)
+
+
+def test_an_output_that_does_not_fit_is_refused_before_any_work(place: Path, capsys) -> None:
+    small = place / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", small], check=False, capture_output=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip("no permission to mount a small file system")
+    try:
+        refuse(capsys, "prune model small/out --calibration tokens.npy", "the output needs", "free", "another disk")
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_the_real_command_prints_one_line_and_no_traceback(place: Path) -> None:
+    command = [sys.executable, "-m", "flap_stream", "prune", "./nowhere", "out"]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "flap-stream: no such model: ./nowhere is not a directory\n"
