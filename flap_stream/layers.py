@@ -325,6 +325,17 @@ def batches(samples: int, batch_size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + batch_size, samples)
 
 
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """So many threads in torch's CPU kernels: products may round otherwise with another number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def release(device: torch.device) -> None:
     """Give freed memory back, so that the next stage starts from little."""
     gc.collect()

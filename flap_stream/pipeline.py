@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from flap_stream import checkpoint as checkpoints
 from flap_stream import output
@@ -17,7 +18,7 @@ from flap_stream.calibration import calibration_tokens, load_tokenizer, tokens_d
 from flap_stream.collection import collect_statistics
 from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, RewriteConfig, part_of, require_restoration
 from flap_stream.errors import InvalidOption, OutputConflict, RunMismatch
-from flap_stream.layers import StreamedModel, release
+from flap_stream.layers import StreamedModel, cpu_threads, release
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.scoring import baseline_input, flap_scores, magnitude_scores, wanda_scores
 from flap_stream.store import RunDirectory
@@ -107,9 +108,8 @@ def prune(
         if record is not None:
             _require_same_job(source, out, record, options)
             logger.warning("%s is complete already; nothing to do", out)
-            if removes_run and (run_path / "run.json").exists():
-                with RunDirectory(run_path) as directory:
-                    directory.remove()
+            if removes_run:
+                RunDirectory.remove_leftover(run_path)
             return PruneResult(out, record, measured)
         output.require_own_place(source, out, run_path)
         _collect(source, run_path, options, progress, measured, out)
@@ -183,7 +183,8 @@ def _collect(
         with RunDirectory.create(run, _manifest(model, options, tokens, batch_size)) as directory:
             if samples and not directory.has_tokens():
                 directory.write_tokens(tokens)
-            collect_statistics(model, directory, options, batch_size, progress)
+            with cpu_threads(directory.manifest["threads"]):
+                collect_statistics(model, directory, options, batch_size, progress)
         release(model.device)
     measured.bytes_read = source.bytes_read
     return CollectResult(run, len(model.shapes), samples, length, measured)
@@ -215,6 +216,7 @@ def _manifest(model: StreamedModel, options: CollectConfig, tokens: np.ndarray, 
         "options": decides,
         "source": _absolute(model.checkpoint.source),
         "calibration": _calibration_record(options),
+        "threads": torch.get_num_threads(),
         "parameters": model.checkpoint.parameters,
         "layers": [asdict(shape) for shape in model.shapes],
     }

@@ -151,6 +151,15 @@ class RunDirectory:
         files.remove(self.path / "run.json")
         files.remove(self.path)
 
+    @classmethod
+    def remove_leftover(cls, path: Path) -> None:
+        """Delete the run directory of a job that is done, or what an interrupted `remove` left of it."""
+        if (path / "run.json").exists():
+            with cls(path) as run:
+                run.remove()
+        elif path.is_dir() and all(file.name in _UNBORN for file in path.iterdir()):
+            files.remove(path)
+
     # --- tokens ---
 
     def write_tokens(self, tokens: np.ndarray) -> None:

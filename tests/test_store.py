@@ -1,0 +1,431 @@
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+
+import flap_stream
+from flap_stream import files, store
+from flap_stream.allocation import LayerKeep
+from flap_stream.config import PlanConfig, PruneConfig
+from flap_stream.errors import CorruptRun, RunLocked, RunMismatch
+from flap_stream.hidden_states import HiddenStates
+from flap_stream.scoring import ChannelStatistics, LayerStatistics
+from flap_stream.store import Journal, RunDirectory
+
+MANIFEST: dict[str, Any] = {
+    "model": {"config": "abc", "shard_bytes": {"model.safetensors": 10}},
+    "tokens": {"sha256": "def", "shape": [3, 5]},
+    "options": {"method": "flap", "dtype": "torch.float32", "batch_size": 4},
+    "layers": [],
+}
+
+
+# --- the journal ---
+
+
+def _journal(path: Path, entries: int) -> Journal:
+    journal = Journal(path)
+    for i in range(entries):
+        journal.append("statistics", f"{i:04d}", digest=f"digest {i}")
+    return journal
+
+
+def test_a_journal_reads_back_what_was_appended(tmp_path: Path) -> None:
+    written = _journal(tmp_path / "journal", 3)
+    written.append("plan", "plan", digest="first")
+    written.append("plan", "plan", digest="second")
+    read = Journal(tmp_path / "journal")
+    assert read.entries == written.entries
+    assert [entry["name"] for entry in read.of_kind("statistics")] == ["0000", "0001", "0002"]
+    newest = read.find("plan", "plan")
+    assert newest is not None and newest["digest"] == "second"
+    assert read.find("plan", "0000") is None
+
+
+def test_a_journal_without_a_file_is_empty(tmp_path: Path) -> None:
+    assert Journal(tmp_path / "journal").entries == []
+
+
+def test_a_last_line_torn_anywhere_is_dropped_and_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    _journal(path, 2)
+    whole = path.read_bytes()
+    start_of_last = whole.index(b"\n") + 1
+    for cut in range(start_of_last + 1, len(whole)):
+        path.write_bytes(whole[:cut])
+        journal = Journal(path)
+        assert [entry["name"] for entry in journal.entries] == ["0000"]
+        assert path.read_bytes() == whole[:cut]  # reading repairs nothing
+        journal.append("statistics", "0001", digest="digest 1")
+        assert path.read_bytes() == whole
+
+
+def test_a_last_line_of_zeros_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    _journal(path, 2)
+    with open(path, "ab") as file:
+        file.write(b"\0" * 40)
+    assert len(Journal(path).entries) == 2
+
+
+def test_a_damaged_line_before_the_last_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    _journal(path, 3)
+    whole = path.read_bytes()
+    first_line = whole.index(b"\n")
+    for position in (0, 10, 16, 17, first_line - 1):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(CorruptRun, match="journal is damaged at byte 0"):
+            Journal(path)
+
+
+# --- the run directory ---
+
+
+def _statistics(seed: int, groups: int = 2, neurons: int = 7) -> LayerStatistics:
+    draw = np.random.default_rng(seed)
+
+    def channel(size: int) -> ChannelStatistics:
+        counts = {"count": 15 + seed, "samples": 3}
+        names = [field.name for field in fields(ChannelStatistics) if field.name not in counts]
+        return ChannelStatistics(**counts, **{name: draw.standard_normal(size) for name in names})
+
+    return LayerStatistics(attention=channel(4 * groups), mlp=channel(neurons))
+
+
+def _assert_bit_equal(one: LayerStatistics, other: LayerStatistics) -> None:
+    for kind in ("attention", "mlp"):
+        for field in fields(ChannelStatistics):
+            a, b = (getattr(layer.of(kind), field.name) for layer in (one, other))
+            if isinstance(a, np.ndarray):
+                assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+            else:
+                assert a == b
+
+
+PLAN = PlanConfig(ratio=0.3, structure="al-mm", remove_heads=2)
+KEEPS = [
+    LayerKeep(np.array([0, 2]), np.array([1, 3, 4])),
+    LayerKeep(np.array([], dtype=np.int64), np.array([0])),
+]
+
+
+def _filled(path: Path) -> Path:
+    """A run directory with tokens, two layers and a plan."""
+    with RunDirectory.create(path, MANIFEST) as run:
+        run.write_tokens(random_tokens(3, 5))
+        for layer in range(2):
+            run.write_statistics(layer, _statistics(layer))
+        run.write_plan(PLAN, KEEPS)
+    return path
+
+
+def test_everything_comes_back_bit_equal(tmp_path: Path) -> None:
+    with RunDirectory(_filled(tmp_path / "run")) as run:
+        assert run.complete_layers() == 2
+        for layer in range(2):
+            _assert_bit_equal(run.read_statistics(layer), _statistics(layer))
+        tokens = run.read_tokens()
+        assert tokens.dtype == np.int64
+        np.testing.assert_array_equal(tokens, random_tokens(3, 5))
+        options, keeps = run.read_plan()
+        assert options == PLAN
+        for read, written in zip(keeps, KEEPS, strict=True):
+            np.testing.assert_array_equal(read.kv_groups, written.kv_groups)
+            np.testing.assert_array_equal(read.neurons, written.neurons)
+            assert read.kv_groups.dtype == read.neurons.dtype == np.int64
+
+
+def test_extreme_values_and_channels_without_weights_come_back_bit_equal(tmp_path: Path) -> None:
+    odd = np.array([np.nan, np.inf, -0.0, 5e-324, -1.7976931348623157e308])
+    arrays = [field.name for field in fields(ChannelStatistics) if field.name not in ("count", "samples")]
+    written = LayerStatistics(
+        attention=ChannelStatistics(count=0, samples=0, **{name: np.zeros(0) for name in arrays}),
+        mlp=ChannelStatistics(count=2**53 + 1, samples=1, **{name: odd for name in arrays}),
+    )
+    with RunDirectory.create(tmp_path / "run", MANIFEST) as run:
+        run.write_statistics(0, written)
+        _assert_bit_equal(run.read_statistics(0), written)
+
+
+def test_a_store_is_one_checked_chunk_an_array_without_compression(tmp_path: Path) -> None:
+    group = _filled(tmp_path / "run") / "statistics.zarr" / "layers" / "0000"
+    mean = json.loads((group / "mlp" / "mean" / "zarr.json").read_bytes())
+    assert [codec["name"] for codec in mean["codecs"]] == ["bytes", "crc32c"]
+    assert mean["fill_value"] == "NaN"
+    assert (group / "mlp" / "mean" / "c" / "0").stat().st_size == 7 * 8 + 4
+    opened = zarr.open_group(tmp_path / "run" / "statistics.zarr", mode="r")  # by anyone's zarr, from the top
+    np.testing.assert_array_equal(opened["layers/0000/mlp/mean"], _statistics(0).mlp.mean)
+
+
+def _flip(path: Path) -> None:
+    body = bytearray(path.read_bytes())
+    body[len(body) // 2] ^= 1
+    path.write_bytes(body)
+
+
+@pytest.mark.parametrize("harm", [_flip, Path.unlink, Path.touch], ids=["flipped", "missing", "added"])
+@pytest.mark.parametrize("file", ["mlp/mean/c/0", "attention/m2/zarr.json", "zarr.json"])
+def test_altered_statistics_are_noticed(tmp_path: Path, harm: Callable[[Path], None], file: str) -> None:
+    path = _filled(tmp_path / "run")
+    harmed = path / "statistics.zarr" / "layers" / "0001" / file
+    harm(harmed.with_name("stranger") if harm is Path.touch else harmed)
+    with RunDirectory(path) as run:
+        run.read_statistics(0)
+        with pytest.raises(CorruptRun, match=r"layers/0001 is altered"):
+            run.read_statistics(1)
+
+
+def test_statistics_that_are_gone_or_not_there_yet_are_told_apart(tmp_path: Path) -> None:
+    path = _filled(tmp_path / "run")
+    files.remove(path / "statistics.zarr" / "layers" / "0000")
+    with RunDirectory(path) as run:
+        with pytest.raises(CorruptRun, match=r"layers/0000 is missing"):
+            run.read_statistics(0)
+        with pytest.raises(CorruptRun, match=r"layers/0002 is not complete"):
+            run.read_statistics(2)
+
+
+def test_altered_tokens_are_noticed(tmp_path: Path) -> None:
+    path = _filled(tmp_path / "run")
+    _flip(path / "tokens.zarr" / "tokens" / "c" / "0" / "0")
+    with RunDirectory(path) as run, pytest.raises(CorruptRun, match=r"tokens\.zarr is altered"):
+        run.read_tokens()
+
+
+@pytest.mark.parametrize(("harm", "state"), [(_flip, "altered"), (Path.unlink, "missing")])
+def test_an_altered_plan_is_noticed_and_can_be_made_again(
+    tmp_path: Path, harm: Callable[[Path], None], state: str
+) -> None:
+    path = _filled(tmp_path / "run")
+    harm(path / "plan.json")
+    with RunDirectory(path) as run:
+        with pytest.raises(CorruptRun, match=rf"plan\.json is {state} .* flap-stream plan"):
+            run.read_plan()
+        run.write_plan(PLAN, KEEPS)
+        assert run.read_plan()[0] == PLAN
+
+
+def test_a_run_without_a_plan_says_how_to_make_one(tmp_path: Path) -> None:
+    with (
+        RunDirectory.create(tmp_path / "run", MANIFEST) as run,
+        pytest.raises(RunMismatch, match="flap-stream plan"),
+    ):
+        run.read_plan()
+
+
+def test_what_the_journal_does_not_name_is_written_anew(tmp_path: Path) -> None:
+    path = _filled(tmp_path / "run")
+    whole = (path / "journal").read_bytes().splitlines(keepends=True)
+    (path / "journal").write_bytes(b"".join(whole[:2]))  # tokens and layer 0
+    (path / "statistics.zarr" / "layers" / "0001.partial").mkdir()
+    with RunDirectory(path) as run:
+        assert run.complete_layers() == 1
+        run.write_statistics(1, _statistics(5))
+        assert run.complete_layers() == 2
+        _assert_bit_equal(run.read_statistics(1), _statistics(5))
+    assert sorted(p.name for p in (path / "statistics.zarr" / "layers").iterdir()) == ["0000", "0001", "zarr.json"]
+
+
+@pytest.mark.parametrize("change", [{"version": store.VERSION + 1}, {"format": "something else"}])
+def test_another_version_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = _filled(tmp_path / "run")
+    manifest = json.loads((path / "run.json").read_bytes())
+    (path / "run.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(RunMismatch, match=f"this version writes {store.FORMAT} {store.VERSION}"):
+        RunDirectory(path)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"{}"])
+def test_a_damaged_manifest_is_refused(tmp_path: Path, body: bytes) -> None:
+    path = _filled(tmp_path / "run")
+    (path / "run.json").write_bytes(body)
+    with pytest.raises(CorruptRun, match=r"run\.json is damaged"):
+        RunDirectory(path)
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunMismatch, match="no run directory"):
+        RunDirectory(tmp_path / "mine")
+    with pytest.raises(RunMismatch, match="is no run directory"):
+        RunDirectory.create(tmp_path / "mine", MANIFEST)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [("model", "config", "other"), ("tokens", "shape", [3, 6]), ("options", "batch_size", 8), ("options", "new", 1)],
+)
+def test_create_names_what_differs(tmp_path: Path, part: str, key: str, value: Any) -> None:
+    path = _filled(tmp_path / "run")
+    other = MANIFEST | {part: MANIFEST[part] | {key: value}}
+    was = MANIFEST[part].get(key)
+    with pytest.raises(RunMismatch) as caught:
+        RunDirectory.create(path, other)
+    assert f"another {part}: {key} was {was}, now it is {value}" in str(caught.value)
+    RunDirectory(path).close()  # the refused call has let go of the lock
+
+
+def test_create_takes_up_what_was_made_for_the_same(tmp_path: Path) -> None:
+    with RunDirectory.create(_filled(tmp_path / "run"), MANIFEST) as run:
+        assert run.complete_layers() == 2
+
+
+def test_a_removed_run_directory_leaves_nothing(tmp_path: Path) -> None:
+    with RunDirectory(_filled(tmp_path / "run")) as run:
+        run.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the lock ---
+
+HOLDER = """
+import sys
+from pathlib import Path
+from flap_stream.store import RunDirectory
+with RunDirectory(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def _holder(path: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_writer_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
+    path = _filled(tmp_path / "run")
+    with _holder(path) as process:
+        for attempt in (RunDirectory, lambda p: RunDirectory.create(p, MANIFEST)):
+            with pytest.raises(RunLocked, match=rf"in use by pid {process.pid} on {os.uname().nodename}"):
+                attempt(path)
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+        with RunDirectory(path) as run:
+            assert run.complete_layers() == 2
+            assert (path / "lock").read_text().startswith(f"pid {os.getpid()} ")
+
+
+def test_of_two_that_start_at_once_one_alone_decides_what_the_run_is_for(tmp_path: Path) -> None:
+    path = _filled(tmp_path / "run")
+    with _holder(path) as process:
+        (path / "run.json").unlink()  # the moment in which the first holds the lock and has not written run.json
+        for name in ("journal", "plan.json", "tokens.zarr", "statistics.zarr"):
+            files.remove(path / name)
+        with pytest.raises(RunLocked):
+            RunDirectory.create(path, MANIFEST)
+        assert not (path / "run.json").exists()
+        process.kill()
+
+
+# --- snapshots of the hidden states ---
+
+
+def _hidden(seed: int) -> HiddenStates:
+    hidden = HiddenStates(2, 3, 4, torch.bfloat16)
+    hidden.put(0, torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(seed)).bfloat16())
+    return hidden
+
+
+def test_the_two_newest_snapshots_alone_are_kept(tmp_path: Path) -> None:
+    with RunDirectory.create(tmp_path / "run", MANIFEST) as run:
+        files.make_directory(tmp_path / "run" / "hidden")
+        digests = {}
+        for layer in (1, 2, 5, 6):
+            digests[layer] = _hidden(layer).save(run.snapshot_path(layer))
+            run.record_snapshot(layer, digests[layer])
+        assert run.snapshots() == [(6, digests[6]), (5, digests[5])]
+        assert sorted(p.name for p in (tmp_path / "run" / "hidden").iterdir()) == ["0005.bin", "0006.bin"]
+        run.drop_snapshots()
+        assert run.snapshots() == []
+        assert list((tmp_path / "run" / "hidden").iterdir()) == []
+
+
+def test_hidden_states_come_back_bit_equal(tmp_path: Path) -> None:
+    digest = _hidden(1).save(tmp_path / "snapshot")
+    read = HiddenStates(2, 3, 4, torch.bfloat16)
+    read.load(tmp_path / "snapshot", digest)
+    assert torch.equal(read.values, _hidden(1).values)
+
+
+@pytest.mark.parametrize("harm", [_flip, Path.unlink, lambda p: p.write_bytes(p.read_bytes()[:-1])])
+def test_an_altered_snapshot_is_refused(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+    digest = _hidden(1).save(tmp_path / "snapshot")
+    harm(tmp_path / "snapshot")
+    with pytest.raises(CorruptRun, match="snapshot is missing or altered"):
+        HiddenStates(2, 3, 4, torch.bfloat16).load(tmp_path / "snapshot", digest)
+
+
+class _Stop(Exception):
+    """Ends a run where a test wants it."""
+
+
+@pytest.mark.parametrize("harmed", [(3,), (2, 3)], ids=["newest", "both"])
+def test_a_corrupted_snapshot_is_passed_over_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, harmed: tuple[int, ...]
+) -> None:
+    model = save(tiny_model(tiny_config(layers=5)), tmp_path / "model")
+    tokens = save_tokens(tmp_path / "tokens.npy", random_tokens(4, 8))
+    options = PruneConfig(
+        calibration=(tokens,), samples=4, sequence_length=8, batch_size=4, ratio=0.3, snapshot_interval=1
+    )
+    expected = flap_stream.prune(model, tmp_path / "expected", options)
+
+    write = RunDirectory.write_statistics
+
+    def stop_at_layer_3(run: RunDirectory, layer: int, statistics: LayerStatistics) -> None:
+        if layer == 3:
+            raise _Stop
+        write(run, layer, statistics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "write_statistics", stop_at_layer_3)
+        with pytest.raises(_Stop):
+            flap_stream.prune(model, tmp_path / "out", options)
+    for layer in harmed:
+        _flip(tmp_path / "out.run" / "hidden" / f"{layer:04d}.bin")
+    with caplog.at_level(logging.WARNING, logger="flap_stream"):
+        result = flap_stream.prune(model, tmp_path / "out", options)
+    warned = [record.getMessage() for record in caplog.records if "going on from an earlier point" in record.message]
+    assert all(f"{layer:04d}.bin" in message for layer, message in zip(harmed[::-1], warned, strict=True))
+    assert result.record == expected.record
+    for file in (tmp_path / "expected").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_snapshots_are_gone_once_all_layers_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save(tiny_model(tiny_config(layers=3)), tmp_path / "model")
+    tokens = save_tokens(tmp_path / "tokens.npy", random_tokens(4, 8))
+    options = flap_stream.CollectConfig(
+        calibration=(tokens,), samples=4, sequence_length=8, batch_size=4, snapshot_interval=1
+    )
+
+    def stop(_run: RunDirectory) -> None:
+        raise _Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "drop_snapshots", stop)
+        with pytest.raises(_Stop):
+            flap_stream.collect(model, tmp_path / "run", options)
+    assert list((tmp_path / "run" / "hidden").iterdir())
+    flap_stream.collect(model, tmp_path / "run", options)
+    assert not list((tmp_path / "run" / "hidden").iterdir())
