@@ -15,7 +15,27 @@ from flap_stream.architecture import FAMILIES
 from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
 from flap_stream.store import RunDirectory
 
-CASES = [(family, kv_heads, tied) for family in FAMILIES for kv_heads in (2, 4) for tied in (False, True)]
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+}  # fmt: skip
+CASES = {
+    f"{family}-kv{kv_heads}-{'tied' if tied else 'untied'}": (family, kv_heads, tied, {})
+    for family in FAMILIES
+    for kv_heads in (2, 4)
+    for tied in (False, True)
+}
+CASES |= {
+    "llama3-rope": ("llama", 2, True, {"rope_parameters": LLAMA3_ROPE}),
+    "llama-biases": ("llama", 2, False, {"attention_bias": True, "mlp_bias": True}),
+    "mistral-sliding-window": ("mistral", 2, False, {"sliding_window": 7}),
+    "qwen2-mixed-windows": (
+        "qwen2",
+        2,
+        False,
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    ),
+}
 
 
 def load(path: Path, kind=AutoModelForCausalLM, **options):
@@ -43,13 +63,11 @@ def expected_model(model, record, tokens):
     return masked_model(model, groups, neurons, biases)
 
 
-@pytest.fixture(
-    scope="module", params=CASES, ids=lambda case: f"{case[0]}-kv{case[1]}-{'tied' if case[2] else 'untied'}"
-)
+@pytest.fixture(scope="module", params=CASES)
 def pruned(request, tmp_path_factory):
-    family, kv_heads, tied = request.param
+    family, kv_heads, tied, changes = CASES[request.param]
     place = tmp_path_factory.mktemp(family)
-    model = tiny_model(tiny_config(family, kv_heads, tied), seed=3)
+    model = tiny_model(tiny_config(family, kv_heads, tied, **changes), seed=3)
     tokens = random_tokens(8, 24)
     path = save(model, place / "model")
     options = PruneConfig(

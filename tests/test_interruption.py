@@ -141,7 +141,7 @@ class Job:
         if contents(place / "out") != self.expected:
             return f"{where}: other bytes"
         left = {p.relative_to(place).as_posix() for p in place.rglob("*")} - {f"out/{name}" for name in self.expected}
-        left -= {"out", "out.run", "out.run/lock"}  # an empty run directory does no harm
+        left -= {"out"}
         shutil.rmtree(place)
         return f"{where}: {sorted(left)} left behind" if left else None
 
