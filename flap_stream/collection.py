@@ -4,14 +4,14 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from flap_stream import files
-from flap_stream.allocation import LayerKeep, keep_in_layer
-from flap_stream.architecture import UnitKind
+from flap_stream.allocation import keep_in_layer
 from flap_stream.config import CollectConfig, PlanConfig, part_of
 from flap_stream.errors import CorruptRun
 from flap_stream.hidden_states import HiddenStates
@@ -46,32 +46,23 @@ def collect_statistics(
         if options.method == "magnitude-sp":
             stage.skip(first)
             for i, weights in model.stream(first):
-                run.write_statistics(i, _weights_alone(model, weights))
+                run.write_statistics(i, _layer_statistics(model, weights, {}))
                 stage.advance(bytes_moved=model.layer_bytes(i))
             return
         tokens = run.read_tokens()
         start, hidden = _resume(model, run, tokens, batch_size, first)
         stage.skip(start)
+        layers = _Pass1(model, hidden, batch_size, options)
         snapshots = _Snapshots(run, hidden, options.snapshot_interval)
         for i, weights in model.stream(start):
-            statistics = None
-            if i >= first:
-                statistics = _measure(model, i, weights, hidden, batch_size, options)
-                run.write_statistics(i, statistics)
-            elif options.method == "wanda-sp":
-                _forward_pruned(model, i, weights, hidden, batch_size, options, run.read_statistics(i))
+            if i < first:
+                layers.repeat(i, weights, run.read_statistics(i))
             else:
-                model.forward_layer(i, weights, hidden, batch_size)
+                run.write_statistics(i, layers.measure(i, weights))
             if i + 1 < count:
                 snapshots.layer_done(i + 1)
             stage.advance(tokens=tokens.size, bytes_moved=model.layer_bytes(i))
         run.drop_snapshots()
-
-
-def wanda_keep(model_shape: Any, statistics: LayerStatistics, options: PlanConfig) -> LayerKeep:
-    """Wanda-sp's decision for one layer, which is also what its next layer sees."""
-    channels = model_shape.heads_per_group * model_shape.head_dim
-    return keep_in_layer(wanda_scores(statistics, channels), model_shape, options)
 
 
 def _resume(
@@ -93,67 +84,55 @@ def _resume(
     return 0, model.embed(tokens, batch_size)
 
 
-def _measure(
-    model: StreamedModel,
-    index: int,
-    weights: Mapping[str, torch.Tensor],
-    hidden: HiddenStates,
-    batch_size: int,
-    options: CollectConfig,
+@dataclass(frozen=True)
+class _Pass1:
+    """The hidden states on their way through the layers."""
+
+    model: StreamedModel
+    hidden: HiddenStates
+    batch_size: int
+    options: CollectConfig
+
+    def measure(self, index: int, weights: Mapping[str, torch.Tensor]) -> LayerStatistics:
+        """Run a layer, take the moments of what its output projections read, and hand its output on."""
+        hands_on_pruned = self.options.method == "wanda-sp"
+        with _input_moments(self.model, index, weights) as (moments, merge_batch):
+            self._forward(index, weights, keep_output=not hands_on_pruned, after_batch=merge_batch)
+        statistics = _layer_statistics(self.model, weights, moments)
+        if hands_on_pruned:
+            self.repeat(index, weights, statistics)
+        return statistics
+
+    def repeat(self, index: int, weights: Mapping[str, torch.Tensor], statistics: LayerStatistics) -> None:
+        """Hand on the output of a layer that has been measured; of Wanda-sp, as pruned: what goes gives nothing."""
+        if self.options.method == "wanda-sp":
+            shape, decision = self.model.shapes[index], part_of(self.options, PlanConfig)
+            channels = shape.heads_per_group * shape.head_dim
+            keep = keep_in_layer(wanda_scores(statistics, channels), shape, decision)
+            for kind in self.model.family.kinds:
+                kept = kind.output.kept_indices(keep.of(kind.name), shape, kind.name)
+                removed = removed_indices(kept, kind.output.size(shape, kind.name))
+                if len(removed):
+                    weights[f"{kind.output.name}.weight"][:, torch.from_numpy(removed).to(self.model.device)] = 0
+        self._forward(index, weights)
+
+    def _forward(self, index: int, weights: Mapping[str, torch.Tensor], **how: Any) -> None:
+        self.model.forward_layer(index, weights, self.hidden, self.batch_size, **how)
+
+
+def _layer_statistics(
+    model: StreamedModel, weights: Mapping[str, torch.Tensor], moments: Mapping[str, Moments]
 ) -> LayerStatistics:
-    """Run a layer, take the moments of what its output projections read, and hand its output on."""
-    statistics: dict[str, ChannelStatistics] = {}
-    with _input_moments(model, index, weights) as (moments, merge_batch):
-        own_output = options.method != "wanda-sp"
-        model.forward_layer(index, weights, hidden, batch_size, keep_output=own_output, after_batch=merge_batch)
+    """Moments by kind and the norms of the weights together; without moments, their count is 0."""
+    statistics = {}
     for kind in model.family.kinds:
-        statistics[kind.name] = _channel_statistics(kind, weights, moments[kind.name])
-    layer = LayerStatistics(**statistics)
-    if options.method == "wanda-sp":
-        _forward_pruned(model, index, weights, hidden, batch_size, options, layer)
-    return layer
-
-
-def _forward_pruned(
-    model: StreamedModel,
-    index: int,
-    weights: Mapping[str, torch.Tensor],
-    hidden: HiddenStates,
-    batch_size: int,
-    options: CollectConfig,
-    statistics: LayerStatistics,
-) -> None:
-    """Hand on the output of the layer as Wanda-sp prunes it: what is removed contributes nothing."""
-    shape = model.shapes[index]
-    keep = wanda_keep(shape, statistics, part_of(options, PlanConfig, method="wanda-sp"))
-    for kind in model.family.kinds:
-        kept = kind.output.kept_indices(keep.of(kind.name), shape, kind.name)
-        removed = removed_indices(kept, kind.output.size(shape, kind.name))
-        if len(removed):
-            weights[f"{kind.output.name}.weight"][:, torch.from_numpy(removed).to(model.device)] = 0
-    model.forward_layer(index, weights, hidden, batch_size)
-
-
-def _weights_alone(model: StreamedModel, weights: Mapping[str, torch.Tensor]) -> LayerStatistics:
-    """Statistics for a method that looks at weights only; count is 0."""
-    return LayerStatistics(**{kind.name: _channel_statistics(kind, weights, None) for kind in model.family.kinds})
-
-
-def _channel_statistics(kind: UnitKind, weights: Mapping[str, torch.Tensor], moments: Moments | None) -> Any:
-    weight = weights.get(f"{kind.output.name}.weight")
-    channels = 0 if weight is None else weight.shape[1]
-    squared, absolute = (np.zeros(0), np.zeros(0)) if weight is None else column_norms(weight)
-    moments = moments or Moments.empty(channels)
-    return ChannelStatistics(
-        count=moments.count,
-        samples=moments.samples,
-        mean=moments.mean,
-        m2=moments.m2,
-        released_fluctuation=moments.released_fluctuation,
-        released_baseline=moments.released_baseline,
-        weight_squared_norm=squared,
-        weight_abs_mean=absolute,
-    )
+        weight = weights.get(f"{kind.output.name}.weight")
+        channels = 0 if weight is None else weight.shape[1]
+        squared, absolute = (np.zeros(0), np.zeros(0)) if weight is None else column_norms(weight)
+        own = moments.get(kind.name, Moments.empty(channels))
+        norms: dict[str, Any] = {"weight_squared_norm": squared, "weight_abs_mean": absolute}
+        statistics[kind.name] = ChannelStatistics(**vars(own), **norms)
+    return LayerStatistics(**statistics)
 
 
 @contextmanager
