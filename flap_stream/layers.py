@@ -5,7 +5,7 @@ the real model's `forward` with its layers replaced by recorders, so no family's
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -200,7 +200,7 @@ class StreamedModel:
         """
         for start, stop in batches(len(hidden.values), batch_size):
             output = self.run_layer(index, weights, hidden.get(start, stop, self.device))
-            if not torch.isfinite(output.sum(dtype=torch.float32)):
+            if not _all_finite([output])[0]:
                 raise NonFinite(
                     f"hidden states after layer {index} ({self.family.layers}.{index}) hold NaN or infinity, though "
                     f"its weights are finite; try --dtype float32 (it ran in {self.dtype})"
@@ -262,8 +262,7 @@ class StreamedModel:
         return weights
 
     def _require_finite(self, prefix: str, weights: Mapping[str, torch.Tensor]) -> None:
-        sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in weights.values()])
-        for name, is_finite in zip(weights, torch.isfinite(sums).tolist(), strict=True):
+        for name, is_finite in zip(weights, _all_finite(weights.values()), strict=True):
             if not is_finite:
                 raise NonFinite(
                     f"tensor {prefix}{name} of {self.checkpoint.source} holds NaN or infinity; "
@@ -341,6 +340,13 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _all_finite(tensors: Iterable[torch.Tensor]) -> list[bool]:
+    """Whether each tensor is free of NaN and infinity, in one pass and without a copy: both survive min and max."""
+    ends = [end for tensor in tensors for end in tensor.aminmax()]
+    finite = torch.isfinite(torch.stack(ends)).view(-1, 2)  # [tensor, (min, max)]
+    return finite.all(dim=1).tolist()
 
 
 def _slab_bytes(entries: Any) -> int:
