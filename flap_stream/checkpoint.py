@@ -9,6 +9,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -29,6 +30,9 @@ DTYPE_BYTES = {
 }
 FORWARD_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
+_MAX_BUFFERS = 1024  # IOV_MAX on Linux
+_READ_THREADS = 2
+_READ_BYTES = 1 << 25
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "USE_POLICY*"]
 
@@ -48,6 +52,20 @@ class TensorEntry:
     def item_bytes(self) -> int:
         """Bytes of one element."""
         return DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Neighbouring bytes of one file: parts `(entry, start, stop)` of tensors, one right after another."""
+
+    file: str
+    offset: int
+    parts: tuple[tuple[TensorEntry, int, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(stop - start for _, start, stop in self.parts)
 
 
 @dataclass(frozen=True)
@@ -82,15 +100,56 @@ class Checkpoint:
         """Number of elements of all tensors."""
         return sum(prod(entry.shape) for entry in self.tensors.values())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
     def read_into(self, entry: TensorEntry, buffer: memoryview, start: int = 0) -> None:
         """Fill `buffer` with the tensor's bytes from byte `start` on."""
-        self._files.read(entry, entry.offset + start, [buffer])
+        self._files.read(entry.file, entry.offset + start, [buffer])
+
+    def read_all(self, requests: Sequence[tuple[TensorEntry, memoryview]]) -> None:
+        """Fill every buffer with its whole tensor; neighbours in a file are read together, by several threads."""
+        buffers = {entry.name: buffer for entry, buffer in requests}
+
+        def read(block: Block) -> None:
+            self.read_block(block, [buffers[entry.name][start:stop] for entry, start, stop in block.parts])
+
+        blocks = self.coalesce([entry for entry, _ in requests], _READ_BYTES)
+        with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="pread") as threads:
+            list(threads.map(read, blocks))
+
+    def coalesce(self, entries: Sequence[TensorEntry], max_bytes: int) -> list[Block]:
+        """Blocks of at most so many bytes that cover these tensors, in the order of files and offsets."""
+        blocks: list[tuple[str, int, list[tuple[TensorEntry, int, int]]]] = []
+        end, room = -1, 0
+        for entry in sorted(entries, key=lambda e: (e.file, e.offset)):
+            start = 0
+            while start < entry.nbytes:
+                at = entry.offset + start
+                if not blocks or blocks[-1][0] != entry.file or at != end or room == 0:
+                    blocks.append((entry.file, at, []))
+                    room = max_bytes
+                stop = min(entry.nbytes, start + room)
+                blocks[-1][2].append((entry, start, stop))
+                room -= stop - start
+                start, end = stop, entry.offset + stop
+        return [Block(file, offset, tuple(parts)) for file, offset, parts in blocks]
+
+    def read_block(self, block: Block, buffers: Sequence[memoryview]) -> None:
+        """Fill buffers, which have the size of the block together, with its bytes."""
+        self._files.read(block.file, block.offset, buffers)
+
+    def drop_from_page_cache(self) -> None:
+        """From now on let go of what was read: for a model larger than the memory that it may take."""
+        self._files.drops = True
 
     def read_ranges(self, entry: TensorEntry, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> None:
         """Fill `buffer` with byte ranges `(start, stop)` of the tensor, one after another."""
         at = 0
         for start, stop in ranges:
-            self._files.read(entry, entry.offset + start, [buffer[at : at + stop - start]])
+            self._files.read(entry.file, entry.offset + start, [buffer[at : at + stop - start]])
             at += stop - start
 
     @property
@@ -115,22 +174,29 @@ class _OpenFiles:
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
         self.bytes_read = 0
+        self.drops = False
 
-    def read(self, entry: TensorEntry, offset: int, buffers: list[memoryview]) -> None:
+    def read(self, file: str, offset: int, buffers: Sequence[memoryview]) -> None:
         with self._lock:
-            if entry.file not in self._descriptors:
-                self._descriptors[entry.file] = os.open(self._directory / entry.file, os.O_RDONLY)
-            descriptor = self._descriptors[entry.file]
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(self._directory / file, os.O_RDONLY)
+            descriptor = self._descriptors[file]
             self.bytes_read += sum(len(buffer) for buffer in buffers)
-        for buffer in buffers:
-            while len(buffer):
-                count = os.preadv(descriptor, [buffer], offset)
-                if count == 0:
-                    raise CorruptCheckpoint(
-                        f"{self._directory / entry.file} ended at byte {offset} inside tensor {entry.name}; "
-                        "it was changed or truncated while in use, so restore it and run again"
-                    )
-                buffer, offset = buffer[count:], offset + count
+        start, left = offset, [buffer for buffer in buffers if len(buffer)]
+        while left:
+            count = os.preadv(descriptor, left[:_MAX_BUFFERS], offset)
+            if count == 0:
+                raise CorruptCheckpoint(
+                    f"{self._directory / file} ended at byte {offset}, inside its tensors; "
+                    "it was changed or truncated while in use, so restore it and run again"
+                )
+            offset += count
+            while left and count >= len(left[0]):
+                count -= len(left.pop(0))
+            if count:
+                left[0] = left[0][count:]
+        if self.drops:
+            os.posix_fadvise(descriptor, start, offset - start, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         with self._lock:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from flap_stream.errors import CorruptRun
 from flap_stream.hidden_states import HiddenStates
 from flap_stream.layers import StreamedModel
 from flap_stream.moments import Moments, column_norms, window_moments
+from flap_stream.planner import Placement
 from flap_stream.progress import Progress
 from flap_stream.scoring import ChannelStatistics, LayerStatistics, wanda_scores
 from flap_stream.store import RunDirectory
@@ -30,7 +31,7 @@ _FIRST_WRITE_RATE = 500e6  # bytes per second, until one snapshot has been measu
 
 
 def collect_statistics(
-    model: StreamedModel, run: RunDirectory, options: CollectConfig, batch_size: int, progress: Progress
+    model: StreamedModel, run: RunDirectory, options: CollectConfig, placement: Placement, progress: Progress
 ) -> None:
     """Bring the statistics of all layers into the run directory, going on where an earlier run stopped.
 
@@ -42,19 +43,22 @@ def collect_statistics(
     if first == count:
         run.drop_snapshots()  # a kill may have come between the last layer and this
         return
-    with progress.stage("collect", count) as stage, torch.inference_mode():
+    with progress.stage("collect", count) as stage, torch.inference_mode(), ExitStack() as stack:
         if options.method == "magnitude-sp":
             stage.skip(first)
-            for i, weights in model.stream(first):
+            for i, weights in model.stream(first, placement.prefetch):
                 run.write_statistics(i, _layer_statistics(model, weights, {}))
                 stage.advance(bytes_moved=model.layer_bytes(i))
             return
         tokens = run.read_tokens()
-        start, hidden = _resume(model, run, tokens, batch_size, first)
+        hidden = stack.enter_context(
+            model.hidden_states(placement.hidden_place, len(tokens), tokens.shape[1], run.path)
+        )
+        start = _resume(model, run, tokens, placement.batch_size, first, hidden)
         stage.skip(start)
-        layers = _Pass1(model, hidden, batch_size, options)
+        layers = _Pass1(model, hidden, placement.batch_size, options)
         snapshots = _Snapshots(run, hidden, options.snapshot_interval)
-        for i, weights in model.stream(start):
+        for i, weights in model.stream(start, placement.prefetch):
             if i < first:
                 layers.repeat(i, weights, run.read_statistics(i))
             else:
@@ -66,22 +70,21 @@ def collect_statistics(
 
 
 def _resume(
-    model: StreamedModel, run: RunDirectory, tokens: np.ndarray, batch_size: int, first: int
-) -> tuple[int, HiddenStates]:
-    """The layer to start from, and the hidden states that enter it."""
-    samples, length = tokens.shape
+    model: StreamedModel, run: RunDirectory, tokens: np.ndarray, batch_size: int, first: int, hidden: HiddenStates
+) -> int:
+    """Bring in the hidden states of the latest point to go on from; the layer that they enter comes out."""
     for layer, digest in run.snapshots():
         if layer > first:
             continue
-        hidden = HiddenStates(samples, length, model.hidden_size, model.dtype)
         try:
             hidden.load(run.snapshot_path(layer), digest)
         except CorruptRun as error:
             logger.warning("%s; going on from an earlier point", error)
             continue
-        model.record_calls(samples, length, batch_size)
-        return layer, hidden
-    return 0, model.embed(tokens, batch_size)
+        model.record_calls(len(tokens), tokens.shape[1], batch_size)
+        return layer
+    model.embed(tokens, batch_size, hidden)
+    return 0
 
 
 @dataclass(frozen=True)

@@ -58,12 +58,17 @@ class EngineConfig(_Options):
 
     device: `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.
     dtype: of the forward; `auto` is the checkpoint's.
-    batch_size: windows that run through a layer at once; None lets the engine choose.
+    batch_size: windows that run through a layer at once; None lets the planner choose.
+    device_memory, host_memory: most bytes to take; None is what is free, minus a margin.
+    prefetch: layers that are read ahead (0 or 1); None lets the planner choose.
     """
 
     device: str = "auto"
     dtype: str = "auto"
     batch_size: int | None = None
+    device_memory: int | None = None
+    host_memory: int | None = None
+    prefetch: int | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -74,6 +79,8 @@ class EngineConfig(_Options):
             raise InvalidOption(f"--device {self.device!r} is unknown; write auto, cpu, cuda or cuda:N")
         if self.batch_size is not None:
             _require_at_least("batch-size", self.batch_size, 1)
+        if self.prefetch not in (None, 0, 1):
+            raise InvalidOption(f"--prefetch is {self.prefetch}; it must be 0 or 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@
         ├── ShapeMismatch           statistics or plans of different sizes meet
         ├── RunMismatch             the run directory belongs to another model, text or options
         ├── OutputConflict          something that is not ours stands where the output goes
-        └── InsufficientSpace       not enough room for the output
+        ├── InsufficientSpace       not enough room on a disk
+        └── InsufficientMemory      no way to run the job within the memory allowed
 
 A message says what was found, what was expected, where, and what to do next.
 """
@@ -76,4 +77,8 @@ class OutputConflict(InvalidInput):
 
 
 class InsufficientSpace(InvalidInput):
-    """The output does not fit on the disk."""
+    """What has to be written does not fit on the disk."""
+
+
+class InsufficientMemory(InvalidInput):
+    """No way to run the job keeps within the memory allowed."""

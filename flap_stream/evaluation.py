@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from flap_stream import memory, planner
 from flap_stream.calibration import evaluation_tokens, load_tokenizer
 from flap_stream.checkpoint import open_checkpoint
 from flap_stream.config import EvaluateConfig
-from flap_stream.layers import StreamedModel, batches
+from flap_stream.layers import StreamedModel
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 
 
@@ -46,7 +47,11 @@ def evaluate(model: str | Path, options: EvaluateConfig, progress: Progress | No
             lambda: load_tokenizer(checkpoint.directory, options.trust_remote_code),
             streamed.vocab_size,
         )
-        mean = _mean_negative_log_likelihood(streamed, tokens, options.batch_size, progress)
+        limits = memory.limits(streamed.device, options.host_memory, options.device_memory)
+        memory.enforce(streamed.device, limits.device)
+        job = streamed.job(*tokens.shape, head=True)
+        placement = planner.place(job, limits, options.batch_size, options.prefetch)
+        mean = _mean_negative_log_likelihood(streamed, tokens, placement, progress)
     return EvaluateResult(
         perplexity=float(np.exp(mean)),
         windows=len(tokens),
@@ -59,21 +64,22 @@ def evaluate(model: str | Path, options: EvaluateConfig, progress: Progress | No
 
 
 def _mean_negative_log_likelihood(
-    model: StreamedModel, tokens: np.ndarray, batch_size: int | None, progress: Progress
+    model: StreamedModel, tokens: np.ndarray, placement: planner.Placement, progress: Progress
 ) -> float:
     """Mean over all predicted tokens, in nats; summed in float64. tokens: int64 `[sample, token]`."""
     samples, length = tokens.shape
-    batch = model.batch_size(batch_size, samples, length)
-    with progress.stage("evaluate", len(model.layers)) as stage:
-        hidden = model.embed(tokens, batch)
-        for i, weights in model.stream():
-            model.forward_layer(i, weights, hidden, batch)
-            stage.advance(tokens=tokens.size, bytes_moved=model.layer_bytes(i))
-    logits_of, total = model.head(), 0.0
-    for start, stop in batches(samples, batch):
-        inputs = hidden.get(start, stop, model.device)[:, :-1].reshape(-1, model.hidden_size)  # [prediction, hidden]
-        targets = torch.from_numpy(tokens[start:stop, 1:].reshape(-1)).to(model.device)
-        for first, logits in logits_of(inputs):
-            chunk = targets[first : first + len(logits)]
-            total += float(functional.cross_entropy(logits, chunk, reduction="sum"))
+    batch = placement.batch_size
+    with model.hidden_states(placement.hidden_place, samples, length) as hidden:
+        with progress.stage("evaluate", len(model.layers)) as stage:
+            model.embed(tokens, batch, hidden)
+            for i, weights in model.stream(prefetch=placement.prefetch):
+                model.forward_layer(i, weights, hidden, batch)
+                stage.advance(tokens=tokens.size, bytes_moved=model.layer_bytes(i))
+        logits_of, total = model.head(), 0.0
+        for start, values in hidden.stream(batch):
+            inputs = values[:, :-1].reshape(-1, model.hidden_size)  # [prediction, hidden]
+            targets = torch.from_numpy(tokens[start : start + len(values), 1:].reshape(-1)).to(model.device)
+            for first, logits in logits_of(inputs):
+                chunk = targets[first : first + len(logits)]
+                total += float(functional.cross_entropy(logits, chunk, reduction="sum"))
     return total / (samples * (length - 1))

@@ -1,61 +1,261 @@
-"""Where the hidden states between two decoder layers live, and their snapshots on disk."""
+"""Where the hidden states between two decoder layers live (device, host or disk), and their snapshots."""
 
+import errno
 import hashlib
+import os
+import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
 from pathlib import Path
+from types import TracebackType
 
-import numpy as np
 import torch
 
 from flap_stream import files
-from flap_stream.errors import CorruptRun
+from flap_stream.errors import CorruptRun, InsufficientSpace
 
-_BLOCK_BYTES = 1 << 26
+PLACES = ("device", "host", "disk")
+
+_BLOCK_BYTES = 1 << 24
 
 
-class HiddenStates:
-    """Hidden states of all windows in one host buffer, `[sample, token, hidden]`, overwritten layer by layer."""
+def batches(samples: int, batch_size: int) -> Iterator[tuple[int, int]]:
+    """Ranges `(start, stop)` of windows, each of `batch_size` but for the last."""
+    for start in range(0, samples, batch_size):
+        yield start, min(start + batch_size, samples)
 
-    def __init__(self, samples: int, tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
-        self.values = torch.empty(samples, tokens, hidden_size, dtype=dtype)
 
-    def get(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
-        """Windows `start:stop` on the device."""
-        return self.values[start:stop].to(device)
+class HiddenStates(ABC):
+    """Hidden states of all windows, `[sample, token, hidden]`: the inputs of the next decoder layer.
+
+    A layer takes its inputs from `stream`, gives its outputs to `put`, and `advance` makes the outputs the inputs.
+    """
+
+    def __init__(self, samples: int, tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = (samples, tokens, hidden_size)
+        self.dtype, self.device = dtype, device
+
+    @property
+    def samples(self) -> int:
+        """Number of windows."""
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all hidden states."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    @abstractmethod
+    def stream(self, batch_size: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """First window and inputs `[sample, token, hidden]` on the device, batch by batch; valid until the next."""
+
+    @abstractmethod
+    def put(self, start: int, values: torch.Tensor) -> None:
+        """Outputs of the windows from `start` on, whose inputs have been used."""
+
+    @abstractmethod
+    def advance(self) -> None:
+        """All outputs have been put: they are the next layer's inputs."""
+
+    def save(self, path: Path) -> str:
+        """Write the inputs' raw bytes to a file, durably; their sha256 comes out."""
+        return files.write_committed(path, self._blocks())
+
+    def load(self, path: Path, digest: str) -> None:
+        """Take the inputs from a file.
+
+        Raises CorruptRun if its size or sha256 is not what was recorded.
+        """
+        if not path.is_file() or path.stat().st_size != self.nbytes or self._load(path) != digest:
+            raise CorruptRun(f"snapshot {path} is missing or altered; delete it to go on from an earlier one")
+
+    def _load(self, path: Path) -> str:
+        """Read a file into the inputs, as far as it goes; the sha256 of what was read comes out."""
+        digest, at = hashlib.sha256(), 0
+        buffer = bytearray(min(_BLOCK_BYTES, self.nbytes))
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                block = memoryview(buffer)[: min(count, self.nbytes - at)]
+                digest.update(block)
+                self._store(at, block)
+                at += len(block)
+        return digest.hexdigest()
+
+    @abstractmethod
+    def _blocks(self) -> Iterator[memoryview]:
+        """The inputs' raw bytes."""
+
+    @abstractmethod
+    def _store(self, offset: int, block: memoryview) -> None:
+        """Overwrite the inputs' raw bytes from `offset` on."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of memory and files."""
+
+    def __enter__(self) -> "HiddenStates":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def make_hidden_states(
+    place: str,
+    samples: int,
+    tokens: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    directory: Path | None = None,
+) -> HiddenStates:
+    """Hidden states in one of PLACES, without values yet. directory: of the files on disk.
+
+    Raises InsufficientSpace if they do not fit on the disk.
+    """
+    if place == "disk":
+        return DiskHiddenStates(samples, tokens, hidden_size, dtype, device, directory)
+    memory = device if place == "device" else torch.device("cpu")
+    return ResidentHiddenStates(samples, tokens, hidden_size, dtype, device, memory)
+
+
+class ResidentHiddenStates(HiddenStates):
+    """Hidden states in one buffer in device or host memory, overwritten in place."""
+
+    def __init__(
+        self,
+        samples: int,
+        tokens: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        memory: torch.device,
+    ) -> None:
+        super().__init__(samples, tokens, hidden_size, dtype, device)
+        self.values = torch.empty(self.shape, dtype=dtype, device=memory)
+
+    def stream(self, batch_size: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Batches of the buffer."""
+        for start, stop in batches(self.samples, batch_size):
+            yield start, self.values[start:stop].to(self.device)
 
     def put(self, start: int, values: torch.Tensor) -> None:
         """Overwrite windows from `start` on."""
         self.values[start : start + len(values)].copy_(values)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffer."""
-        return self.values.nbytes
+    def advance(self) -> None:
+        """Nothing to do: the outputs are in place already."""
 
-    def save(self, path: Path) -> str:
-        """Write the raw bytes to a file, durably; their sha256 comes out."""
-        return files.write_committed(path, self._blocks())
-
-    def load(self, path: Path, digest: str) -> None:
-        """Fill the buffer from a file.
-
-        Raises CorruptRun if its size or sha256 is not what was recorded.
-        """
-        if not path.is_file() or path.stat().st_size != self.nbytes or self._fill(path) != digest:
-            raise CorruptRun(f"snapshot {path} is missing or altered; delete it to go on from an earlier one")
-
-    def _fill(self, path: Path) -> str:
-        """Read a file into the buffer, as far as it goes; the sha256 of what was read comes out."""
-        digest = hashlib.sha256()
-        with open(path, "rb", buffering=0) as file:
-            for block in self._blocks():
-                filled = 0
-                while filled < len(block) and (count := file.readinto(block[filled:])):
-                    filled += count
-                digest.update(block[:filled])
-        return digest.hexdigest()
+    def _bytes(self) -> torch.Tensor:
+        return self.values.view(torch.uint8).view(-1)
 
     def _blocks(self) -> Iterator[memoryview]:
-        raw: np.ndarray = self.values.view(torch.uint8).numpy().reshape(-1)
-        for start in range(0, len(raw), _BLOCK_BYTES):
-            yield memoryview(raw[start : start + _BLOCK_BYTES])
+        for start in range(0, self.nbytes, _BLOCK_BYTES):
+            yield memoryview(self._bytes()[start : start + _BLOCK_BYTES].cpu().numpy())
+
+    def _store(self, offset: int, block: memoryview) -> None:
+        self._bytes()[offset : offset + len(block)].copy_(torch.frombuffer(block, dtype=torch.uint8))
+
+    def close(self) -> None:
+        """Free the buffer."""
+        del self.values
+
+
+class DiskHiddenStates(HiddenStates):
+    """Hidden states in two nameless files, inputs and outputs, which change places after every layer.
+
+    The next batch is read while one is in use, and written while the next is computed. The kernel frees the files when
+    the process ends, however it ends.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        tokens: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        directory: Path | None,
+    ) -> None:
+        super().__init__(samples, tokens, hidden_size, dtype, device)
+        self._window_bytes = tokens * hidden_size * dtype.itemsize
+        self._files = [tempfile.TemporaryFile(buffering=0, dir=directory) for _ in range(2)]  # noqa: SIM115
+        self._inputs, self._outputs = (file.fileno() for file in self._files)
+        self._buffers: list[torch.Tensor] = []
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="hidden-read")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="hidden-write")
+        self._written: Future[None] | None = None
+        try:
+            for file in self._files:
+                os.posix_fallocate(file.fileno(), 0, self.nbytes)
+        except OSError as error:
+            self.close()
+            if error.errno != errno.ENOSPC:
+                raise
+            raise InsufficientSpace(
+                f"hidden states on disk need {2 * self.nbytes:,} bytes in {directory or tempfile.gettempdir()}, which "
+                "has less free; make room, or let more memory be used with --host-memory"
+            ) from error
+
+    def stream(self, batch_size: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Batches of the input file, one being read ahead."""
+        if not self._buffers or len(self._buffers[0]) < min(batch_size, self.samples):
+            shape = (min(batch_size, self.samples), *self.shape[1:])
+            self._buffers = [torch.empty(shape, dtype=self.dtype) for _ in range(2)]
+        ranges = list(batches(self.samples, batch_size))
+        reads = [self._reader.submit(self._read, *ranges[0], self._buffers[0])]
+        for i, (start, _) in enumerate(ranges):
+            values = reads.pop().result()
+            if i + 1 < len(ranges):
+                reads.append(self._reader.submit(self._read, *ranges[i + 1], self._buffers[(i + 1) % 2]))
+            yield start, values.to(self.device)
+
+    def _read(self, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+        values = buffer[: stop - start]
+        left, at = memoryview(values.view(torch.uint8).view(-1).numpy()), start * self._window_bytes
+        while left:
+            count = os.preadv(self._inputs, [left], at)
+            left, at = left[count:], at + count
+        return values
+
+    def put(self, start: int, values: torch.Tensor) -> None:
+        """Hand windows from `start` on to the writer, once it is done with those before."""
+        host = values.contiguous().cpu()
+        self._wait()
+        self._written = self._writer.submit(self._write, self._outputs, start * self._window_bytes, host)
+
+    @staticmethod
+    def _write(descriptor: int, offset: int, values: torch.Tensor) -> None:
+        left = memoryview(values.view(torch.uint8).view(-1).numpy())
+        while left:
+            count = os.pwrite(descriptor, left, offset)
+            left, offset = left[count:], offset + count
+
+    def _wait(self) -> None:
+        if self._written is not None:
+            self._written.result()
+            self._written = None
+
+    def advance(self) -> None:
+        """Swap the files."""
+        self._wait()
+        self._inputs, self._outputs = self._outputs, self._inputs
+
+    def _blocks(self) -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(min(_BLOCK_BYTES, self.nbytes)))
+        for start in range(0, self.nbytes, _BLOCK_BYTES):
+            yield buffer[: os.preadv(self._inputs, [buffer], start)]
+
+    def _store(self, offset: int, block: memoryview) -> None:
+        self._write(self._inputs, offset, torch.frombuffer(block, dtype=torch.uint8))
+
+    def close(self) -> None:
+        """Stop the threads and free the files."""
+        self._reader.shutdown(cancel_futures=True)
+        self._writer.shutdown()
+        for file in self._files:
+            file.close()

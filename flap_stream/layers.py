@@ -1,36 +1,24 @@
-"""The engine: a stream of decoder layers, each read from disk, run over all windows by transformers' own code, dropped.
-
-The model is built without weights. What its layers are called with (masks, rotary embeddings) is recorded by running
-the real model's `forward` with its layers replaced by recorders, so no family's forward is written again here.
-"""
+"""The engine: decoder layers are read one after another, run over all windows by transformers' code, and dropped."""
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import init_empty_weights
-from torch import nn
-from torch.func import functional_call
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from flap_stream.architecture import Family, LayerShape, family_of, layer_shape, require_sizes
-from flap_stream.checkpoint import FORWARD_DTYPES, Checkpoint, TensorEntry
+from flap_stream.architecture import family_of, require_sizes
+from flap_stream.checkpoint import FORWARD_DTYPES, Checkpoint, TensorEntry, row_ranges
 from flap_stream.config import EngineConfig
-from flap_stream.errors import CorruptCheckpoint, InvalidModel, InvalidOption, NonFinite, UnsupportedModel
-from flap_stream.hidden_states import HiddenStates
+from flap_stream.errors import CorruptCheckpoint, InvalidOption, NonFinite, UnsupportedModel
+from flap_stream.hidden_states import HiddenStates, batches, make_hidden_states
+from flap_stream.memory import resident_bytes
+from flap_stream.planner import Job
+from flap_stream.skeleton import LayerCall, Skeleton
+from flap_stream.weight_stream import load, stream_layers
 
-_ALIGNMENT = 64
 _LOGIT_BYTES = 1 << 26
-# Tokens that one batch holds when nobody chooses: enough to keep the matrix products efficient, little workspace.
-_AUTO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-
-LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def choose_device(name: str) -> torch.device:
@@ -46,54 +34,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def build_skeleton(config: Mapping[str, Any], family: Family, where: str) -> PreTrainedModel:
-    """The causal language model of a config.json, its parameters on the meta device, its buffers real.
-
-    A pruned checkpoint gets the classes of `modeling/`, which give every layer its own size.
-    """
-    stock = {key: value for key, value in config.items() if key not in ("auto_map", "architectures", "dtype")}
-    try:
-        hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(stock)
-        with init_empty_weights(include_buffers=False):
-            if "per_layer_config" in config:
-                from flap_stream.modeling import modeling_flap_stream
-
-                pruned = getattr(modeling_flap_stream, f"Pruned{family.class_prefix}ForCausalLM")
-                skeleton = pruned._from_config(hf_config, attn_implementation="sdpa")
-            else:
-                skeleton = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa")
-    except Exception as error:  # whatever transformers makes of a wrong config.json
-        reason = " ".join(str(error).split())
-        raise InvalidModel(f"transformers cannot build a model from {where}/config.json: {reason}") from error
-    return skeleton.eval().requires_grad_(False)
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: keeps what it is called with, gives its input back."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        if hasattr(layer, "attention_type"):
-            self.attention_type = layer.attention_type
-        self.hidden_states: torch.Tensor | None = None
-        self.call: LayerCall = ((), {})
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.hidden_states, self.call = hidden_states, (args, kwargs)
-        return hidden_states
-
-
-class _Returns(nn.Module):
-    """Stands in for the base model when only the head is wanted."""
-
-    def __init__(self, last_hidden_state: torch.Tensor) -> None:
-        super().__init__()
-        self._output = BaseModelOutputWithPast(last_hidden_state=last_hidden_state)
-
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return self._output
-
-
 class StreamedModel:
     """A causal language model of which one decoder layer at a time has weights.
 
@@ -104,85 +44,77 @@ class StreamedModel:
 
     def __init__(self, checkpoint: Checkpoint, options: EngineConfig) -> None:
         self.checkpoint = checkpoint
-        self.family = family_of(checkpoint.config, checkpoint.source)
         self.device = choose_device(options.device)
+        self.family = family_of(checkpoint.config, checkpoint.source)
         self._require_plausible_config()
-        self._skeleton = build_skeleton(checkpoint.config, self.family, checkpoint.source)
-        for module in self._skeleton.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self.device))
-        self._base_name = self.family.layers.rpartition(".")[0]
-        self._base = self._skeleton.get_submodule(self._base_name)
-        self.layers = list(self._skeleton.get_submodule(self.family.layers).children())
-        self._layer_entries = [self._entries_of(f"{self.family.layers}.{i}.", m) for i, m in enumerate(self.layers)]
-        self._norm_entries = self._entries_of(f"{self.family.norm}.", self._skeleton.get_submodule(self.family.norm))
-        self._head_entry = self._find_head()
+        self.skeleton = Skeleton(checkpoint.config, checkpoint.source)
+        self.skeleton.move_buffers(self.device)
+        self.layers = self.skeleton.layers
+        self.layer_entries = [
+            self._entries_of(f"{self.family.layers}.{i}.", self.skeleton.layer_tensors(i))
+            for i in range(len(self.layers))
+        ]
+        self._norm_entries = self._entries_of(f"{self.family.norm}.", self.skeleton.norm_tensors())
+        self._head_entry = (
+            self._embedding_entry if self.skeleton.tied else self._entry(self.family.head, self.skeleton.head_shape())
+        )
         self.dtype = self._choose_dtype(options.dtype)
-        self.shapes = [self._shape_of(entries) for entries in self._layer_entries]
+        self.shapes = [self.skeleton.layer_shape(i) for i in range(len(self.layers))]
         self.vocab_size, self.hidden_size = self._embedding_entry.shape
         self._calls: dict[int, list[LayerCall]] = {}
 
-    def batch_size(self, requested: int | None, samples: int, tokens: int) -> int:
-        """Windows that run through a layer at once; the caller's wish, or what suits the device."""
-        return min(samples, requested or max(1, _AUTO_BATCH_TOKENS[self.device.type] // tokens))
-
-    def layer_parameters(self, index: int) -> int:
-        """Elements of all tensors of one decoder layer."""
-        return sum(int(np.prod(entry.shape)) for entry in self._layer_entries[index].values())
-
     def layer_bytes(self, index: int) -> int:
         """Bytes of one decoder layer in the checkpoint."""
-        return sum(entry.nbytes for entry in self._layer_entries[index].values())
+        return sum(entry.nbytes for entry in self.layer_entries[index].values())
 
-    def embed(self, tokens: np.ndarray, batch_size: int) -> HiddenStates:
-        """Hidden states that enter the first decoder layer.
+    def hidden_states(self, place: str, samples: int, tokens: int, directory: Path | None = None) -> HiddenStates:
+        """Hidden states of so many windows, in one of hidden_states.PLACES, without values yet."""
+        return make_hidden_states(place, samples, tokens, self.hidden_size, self.dtype, self.device, directory)
 
-        tokens: int64 `[sample, token]`. Records what the layers are called with on the way.
+    def job(self, samples: int, tokens: int, *, head: bool = False) -> Job:
+        """What running all layers over so many windows (and the head) means, for the planner."""
+        return Job(
+            skeleton=Skeleton(self.checkpoint.config, self.checkpoint.source),
+            layers=self.layer_entries,
+            dtype=self.dtype,
+            device=self.device.type,
+            samples=max(samples, 1),
+            tokens=max(tokens, 1),
+            base_bytes=resident_bytes(),
+            head=self._head_entry if head else None,
+        )
+
+    def embed(self, tokens: np.ndarray, batch_size: int, hidden: HiddenStates) -> None:
+        """Fill the hidden states with what enters the first decoder layer.
+
+        tokens: int64 `[sample, token]`. Of the embedding, only the rows of these tokens are read, batch by batch.
+        Records what the layers are called with on the way.
         """
-        samples, length = tokens.shape
-        hidden = HiddenStates(samples, length, self.hidden_size, self.dtype)
-        weights = self._read_to_device({"weight": self._embedding_entry})
-        name = self.family.embedding.removeprefix(f"{self._base_name}.")
-        for start, stop in batches(samples, batch_size):
-            ids = torch.from_numpy(tokens[start:stop]).to(self.device)
-            first = self._record({"input_ids": ids}, {name: weights["weight"]})
+        for start, stop in batches(len(tokens), batch_size):
+            unique, ids = np.unique(tokens[start:stop], return_inverse=True)
+            rows = self._embedding_rows(unique)
+            places = torch.from_numpy(ids.reshape(stop - start, -1)).to(self.device)
+            first, self._calls[stop - start] = self.skeleton.record(self.skeleton.embed(rows, places))
             hidden.put(start, first)
-        return hidden
+        hidden.advance()
 
     def record_calls(self, samples: int, tokens: int, batch_size: int) -> None:
         """Learn what the layers are called with, without the embedding's weights; for a run that goes on midway."""
         for count in {stop - start for start, stop in batches(samples, batch_size)}:
             embeds = torch.zeros(count, tokens, self.hidden_size, dtype=self.dtype, device=self.device)
-            self._record({"inputs_embeds": embeds}, {})
+            _, self._calls[count] = self.skeleton.record(embeds)
 
-    def stream(self, start: int = 0) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    def stream(self, start: int = 0, prefetch: int = 1) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Decoder layers from `start` on, each with its weights on the device.
 
-        The next layer is read while the current one is in use. Weights are views of reused buffers: they are valid
+        prefetch: layers that are read ahead while one is in use. Weights are views of reused buffers: they are valid
         until the next step.
         Raises NonFinite, naming layer and tensor, if weights hold NaN or infinity.
         """
-        count = len(self.layers)
-        if start >= count:
-            return
-        size = max(_slab_bytes(entries.values()) for entries in self._layer_entries[start:])
-        slabs = [torch.empty(size, dtype=torch.uint8) for _ in range(min(2, count - start))]
-        with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
-            pending = reader.submit(self._read_into, self._layer_entries[start], slabs[0])
-            for i in range(start, count):
-                host = pending.result()
-                if i + 1 < count:
-                    slab = slabs[(i + 1 - start) % 2]
-                    pending = reader.submit(self._read_into, self._layer_entries[i + 1], slab)
-                weights = {name: tensor.to(self.device, self.dtype) for name, tensor in host.items()}
-                self._require_finite(f"{self.family.layers}.{i}.", weights)
-                yield i, weights
-
-    def run_layer(self, index: int, weights: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-        """One decoder layer's forward over one batch, `[sample, token, hidden]`, by transformers' own code."""
-        args, kwargs = self._calls[len(hidden)][index]
-        output = functional_call(self.layers[index], dict(weights), (hidden, *args), kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        layers = stream_layers(self.checkpoint, self.layer_entries[start:], self.device, self.dtype, prefetch)
+        for i, weights in enumerate(layers, start):
+            self._require_finite(f"{self.family.layers}.{i}.", weights)
+            yield i, weights
 
     def forward_layer(
         self,
@@ -194,12 +126,12 @@ class StreamedModel:
         keep_output: bool = True,
         after_batch: Callable[[], None] | None = None,
     ) -> None:
-        """Run one layer over all windows, overwriting the hidden states unless told not to.
+        """Run one layer over all windows; its outputs become the hidden states unless told not to.
 
         Raises NonFinite if its output holds NaN or infinity.
         """
-        for start, stop in batches(len(hidden.values), batch_size):
-            output = self.run_layer(index, weights, hidden.get(start, stop, self.device))
+        for start, values in hidden.stream(batch_size):
+            output = self.skeleton.run_layer(index, weights, values, self._calls[len(values)][index])
             if not _all_finite([output])[0]:
                 raise NonFinite(
                     f"hidden states after layer {index} ({self.family.layers}.{index}) hold NaN or infinity, though "
@@ -209,6 +141,8 @@ class StreamedModel:
                 hidden.put(start, output)
             if after_batch is not None:
                 after_batch()
+        if keep_output:
+            hidden.advance()
 
     def head(self) -> Callable[[torch.Tensor], Iterator[tuple[int, torch.Tensor]]]:
         """The final norm and head, loaded: a function from hidden states to logits, in chunks.
@@ -216,48 +150,29 @@ class StreamedModel:
         It takes `[token, hidden]` on the device and yields (first token, float32 logits `[token, vocabulary]`), the
         chunks so small that a large vocabulary does not matter.
         """
-        norm_weights = self._read_to_device(self._norm_entries)
-        head_weight = self._read_to_device({"weight": self._head_entry})["weight"]
-        head_name = self.family.head
+        norm_weights = self._load(self._norm_entries)
+        head_weight = self._load({"weight": self._head_entry})["weight"]
         chunk = max(1, _LOGIT_BYTES // (4 * self.vocab_size))
 
         def logits_of(hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-            norm = self._skeleton.get_submodule(self.family.norm)
             for start in range(0, len(hidden), chunk):
-                normed = functional_call(norm, norm_weights, (hidden[start : start + chunk],))
-                with _replaced(self._skeleton, self._base_name, _Returns(normed[None])):
-                    output = functional_call(self._skeleton, {head_name: head_weight}, kwargs={"use_cache": False})
-                yield start, output.logits[0].float()
+                yield start, self.skeleton.logits(norm_weights, head_weight, hidden[start : start + chunk]).float()
 
         return logits_of
 
-    def _record(self, inputs: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        recorders = [_Recorder(layer) for layer in self.layers]
-        layers_name = self.family.layers.rpartition(".")[2]
-        norm_name = self.family.norm.rpartition(".")[2]
-        with (
-            _replaced(self._base, layers_name, nn.ModuleList(recorders)),
-            _replaced(self._base, norm_name, nn.Identity()),
-        ):
-            functional_call(self._base, weights, kwargs={**inputs, "use_cache": False})
-        first = recorders[0].hidden_states
-        assert first is not None, "the model's forward did not call its first layer"
-        self._calls[len(first)] = [recorder.call for recorder in recorders]
-        return first
+    def _embedding_rows(self, ids: np.ndarray) -> torch.Tensor:
+        """Rows of the embedding on the device, `[id, hidden]`. ids: ascending."""
+        entry = self._embedding_entry
+        row_bytes = entry.nbytes // self.vocab_size
+        raw = torch.empty(len(ids) * row_bytes, dtype=torch.uint8)
+        self.checkpoint.read_ranges(entry, list(row_ranges(ids, row_bytes)), memoryview(raw.numpy()))
+        rows = raw.view(getattr(torch, FORWARD_DTYPES[entry.dtype])).view(len(ids), self.hidden_size)
+        rows = rows.to(self.device, self.dtype)
+        self._require_finite("", {entry.name: rows})
+        return rows
 
-    def _read_into(self, entries: Mapping[str, TensorEntry], slab: torch.Tensor) -> dict[str, torch.Tensor]:
-        raw, at, tensors = memoryview(slab.numpy()), 0, {}
-        for name, entry in entries.items():
-            self.checkpoint.read_into(entry, raw[at : at + entry.nbytes])
-            dtype = getattr(torch, FORWARD_DTYPES[entry.dtype])
-            tensors[name] = slab[at : at + entry.nbytes].view(dtype).view(entry.shape)
-            at += -(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT
-        return tensors
-
-    def _read_to_device(self, entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
-        slab = torch.empty(_slab_bytes(entries.values()), dtype=torch.uint8)
-        tensors = self._read_into(entries, slab)
-        weights = {name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
+    def _load(self, entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
+        weights = load(self.checkpoint, entries, self.device, self.dtype)
         self._require_finite("", {entries[name].name: tensor for name, tensor in weights.items()})
         return weights
 
@@ -284,9 +199,8 @@ class StreamedModel:
         expected = (config["vocab_size"], config["hidden_size"])
         self._embedding_entry = self._entry(self.family.embedding, expected)
 
-    def _entries_of(self, prefix: str, module: nn.Module) -> dict[str, TensorEntry]:
-        expected = module.state_dict()
-        return {name: self._entry(prefix + name, tuple(tensor.shape)) for name, tensor in expected.items()}
+    def _entries_of(self, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorEntry]:
+        return {name: self._entry(prefix + name, shape) for name, shape in shapes.items()}
 
     def _entry(self, name: str, shape: tuple[int, ...]) -> TensorEntry:
         entry = self.checkpoint.tensors.get(name)
@@ -303,25 +217,10 @@ class StreamedModel:
             )
         return entry
 
-    def _find_head(self) -> TensorEntry:
-        if self._skeleton.config.tie_word_embeddings:
-            return self._embedding_entry
-        return self._entry(self.family.head, tuple(self._skeleton.get_parameter(self.family.head).shape))
-
     def _choose_dtype(self, name: str) -> torch.dtype:
         if name == "auto":
-            name = FORWARD_DTYPES[next(iter(self._layer_entries[0].values())).dtype]
+            name = FORWARD_DTYPES[next(iter(self.layer_entries[0].values())).dtype]
         return getattr(torch, name)
-
-    def _shape_of(self, entries: Mapping[str, TensorEntry]) -> LayerShape:
-        shapes = {name: entry.shape for name, entry in entries.items()}
-        return layer_shape(self.family, self.checkpoint.config, shapes)
-
-
-def batches(samples: int, batch_size: int) -> Iterator[tuple[int, int]]:
-    """Ranges `(start, stop)` of windows, each of `batch_size` but for the last."""
-    for start in range(0, samples, batch_size):
-        yield start, min(start + batch_size, samples)
 
 
 @contextmanager
@@ -347,18 +246,3 @@ def _all_finite(tensors: Iterable[torch.Tensor]) -> list[bool]:
     ends = [end for tensor in tensors for end in tensor.aminmax()]
     finite = torch.isfinite(torch.stack(ends)).view(-1, 2)  # [tensor, (min, max)]
     return finite.all(dim=1).tolist()
-
-
-def _slab_bytes(entries: Any) -> int:
-    return sum(-(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT for entry in entries)
-
-
-@contextmanager
-def _replaced(parent: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
-    """Another submodule under a name, for a while."""
-    original = getattr(parent, name)
-    setattr(parent, name, module)
-    try:
-        yield
-    finally:
-        setattr(parent, name, original)

@@ -8,7 +8,8 @@ import torch
 from flap_stream.errors import ShapeMismatch
 
 _ROW_BLOCK = 256
-_CACHED_ELEMENTS = 1 << 20
+# Elements that are widened to float32 at once: so few that they stay in cache, so many that small steps are not slow.
+_BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 def window_moments(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,14 +18,29 @@ def window_moments(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     inputs: `[sample, token, channel]`, any floating dtype, any device.
     Both results are float32 `[sample, channel]`; two passes, so that nothing cancels.
     """
+    block_elements = _BLOCK_ELEMENTS.get(inputs.device.type, 1 << 20)
+    if inputs[0].numel() > block_elements:
+        rows = max(1, block_elements // inputs.shape[2])
+        pairs = [_long_window_moments(window, rows) for window in inputs]
+        return torch.stack([mean for mean, _ in pairs]), torch.stack([squares for _, squares in pairs])
     means, squares = [], []
-    windows = max(1, _CACHED_ELEMENTS // inputs[0].numel())
-    for block in inputs.split(windows):  # so few that they stay in cache, so many that small ones are not slow
+    for block in inputs.split(block_elements // inputs[0].numel()):
         values = block.float()
         mean = values.mean(dim=1)
         means.append(mean)
         squares.append((values - mean[:, None]).square_().sum(dim=1))
     return torch.cat(means), torch.cat(squares)
+
+
+def _long_window_moments(window: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of one window `[token, channel]`, so many tokens at a time."""
+    total = window.new_zeros(window.shape[1], dtype=torch.float32)
+    for block in window.split(rows):
+        total += block.sum(dim=0, dtype=torch.float32)
+    mean, squares = total / len(window), torch.zeros_like(total)
+    for block in window.split(rows):
+        squares += (block.float() - mean).square_().sum(dim=0)
+    return mean, squares
 
 
 @dataclass

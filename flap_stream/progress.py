@@ -1,25 +1,32 @@
 """Telling a person on stderr how far a stage is: a bar on a terminal, a line a layer elsewhere."""
 
-import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 
 def peak_host_bytes() -> int:
-    """Largest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest resident memory of this process so far."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        import resource  # its figure starts from the parent's, where a process is started by vfork
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def peak_device_bytes() -> int:
-    """Most memory that torch had allocated on the current CUDA device; 0 without one."""
-    torch = sys.modules.get("torch")
-    return torch.cuda.max_memory_allocated() if torch and torch.cuda.is_initialized() else 0
+    """Most memory that torch had reserved on the current CUDA device; 0 without one."""
+    torch = sys.modules.get("torch")  # not imported for a progress line's sake
+    return torch.cuda.max_memory_reserved() if torch and torch.cuda.is_initialized() else 0
 
 
 def format_bytes(count: float) -> str:

@@ -126,6 +126,12 @@ class RunDirectory:
             raise
         return run
 
+    @staticmethod
+    def recorded_batch_size(path: Path) -> int | None:
+        """The batch size that a run was begun with; None if there is no run, or it has none."""
+        manifest = path / "run.json"
+        return _load_manifest(manifest)["options"].get("batch_size") if manifest.is_file() else None
+
     def __enter__(self) -> "RunDirectory":
         return self
 

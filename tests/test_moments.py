@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from flap_stream import moments
 from flap_stream.errors import ShapeMismatch
 from flap_stream.moments import Moments, column_norms, merge, window_moments
 
@@ -17,19 +18,29 @@ def whole(inputs: torch.Tensor) -> np.ndarray:
 
 
 def moments_in_batches(inputs: torch.Tensor, batch_size: int) -> Moments:
-    moments = Moments.empty(inputs.shape[-1])
+    found = Moments.empty(inputs.shape[-1])
     for batch in inputs.split(batch_size):
         means, m2s = window_moments(batch)
-        moments.add_windows(means.numpy(), m2s.numpy(), inputs.shape[1])
-    return moments
+        found.add_windows(means.numpy(), m2s.numpy(), inputs.shape[1])
+    return found
 
 
 @pytest.mark.parametrize("batch_size", range(1, 12))
 def test_moments_equal_the_whole_array_for_every_batch_size(inputs: torch.Tensor, batch_size: int) -> None:
-    moments = moments_in_batches(inputs, batch_size)
-    assert moments.count == 77 and moments.samples == 11
-    np.testing.assert_allclose(moments.mean, whole(inputs).mean(axis=0), rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(moments.m2 / 76, whole(inputs).var(axis=0, ddof=1), rtol=1e-5)
+    found = moments_in_batches(inputs, batch_size)
+    assert found.count == 77 and found.samples == 11
+    np.testing.assert_allclose(found.mean, whole(inputs).mean(axis=0), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(found.m2 / 76, whole(inputs).var(axis=0, ddof=1), rtol=1e-5)
+
+
+def test_a_window_too_long_for_the_cache_is_taken_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, inputs: torch.Tensor
+) -> None:
+    at_once = window_moments(inputs)
+    monkeypatch.setitem(moments._BLOCK_ELEMENTS, "cpu", 10)  # two tokens of five channels
+    in_blocks = window_moments(inputs)
+    for blocks, whole_window in zip(in_blocks, at_once, strict=True):
+        torch.testing.assert_close(blocks, whole_window, rtol=1e-5, atol=1e-6)
 
 
 def test_merge_is_order_independent(inputs: torch.Tensor) -> None:
@@ -67,9 +78,9 @@ def test_released_fluctuation_equals_its_sequential_recurrence(inputs: torch.Ten
         baseline = baseline * n / (n + 1) + window.mean(axis=0) / (n + 1)
         if n:
             fluctuation = fluctuation * (n - 1) / n + np.square(window - baseline).sum(axis=0) / (n + 1)
-    moments = moments_in_batches(inputs, batch_size)
-    np.testing.assert_allclose(moments.released_fluctuation / 10, fluctuation, rtol=1e-5)
-    np.testing.assert_allclose(moments.released_baseline, baseline, rtol=1e-5, atol=1e-6)
+    found = moments_in_batches(inputs, batch_size)
+    np.testing.assert_allclose(found.released_fluctuation / 10, fluctuation, rtol=1e-5)
+    np.testing.assert_allclose(found.released_baseline, baseline, rtol=1e-5, atol=1e-6)
 
 
 def test_column_norms_of_many_row_blocks() -> None:

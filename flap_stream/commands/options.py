@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from typing import Any
 
 from flap_stream import config
@@ -30,6 +31,9 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     group.add_argument("--dtype", default="auto", choices=config.DTYPES, help="of the forward (default: the model's)")
     group.add_argument("--batch-size", type=batch_size, default=None, metavar="auto|N", help="windows at once")
+    group.add_argument("--host-memory", metavar="SIZE", help="most to take, such as 8GiB (default: what is free)")
+    group.add_argument("--device-memory", metavar="SIZE", help="the same of the GPU's memory")
+    group.add_argument("--prefetch", type=int, metavar="0|1", help="layers to read ahead (default: 1 if it fits)")
     group.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run the model's own code")
 
 
@@ -86,6 +90,9 @@ def values(options: argparse.Namespace, kind: type) -> Any:
         given["text"] = tuple(given["text"])
     if "max_shard_size" in given:
         given["max_shard_bytes"] = config.parse_size(given["max_shard_size"])
+    for name in ("host_memory", "device_memory"):
+        if given.get(name) is not None:
+            given[name] = config.parse_size(given[name])
     return config.part_of(argparse.Namespace(**given), kind)
 
 
@@ -118,6 +125,7 @@ def totals(result: Any) -> dict[str, Any]:
         "bytes_written": measured.bytes_written,
         "peak_host_bytes": measured.peak_host_bytes,
         "peak_device_bytes": measured.peak_device_bytes,
+        "placement": asdict(measured.placement) if measured.placement else None,
     }
 
 

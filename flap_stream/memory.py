@@ -1,0 +1,64 @@
+"""How much memory this process takes, and how much it may take."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from flap_stream.errors import InvalidOption
+
+_HOST_MARGIN = 0.1  # of what is free, left to others when nobody sets a limit
+_DEVICE_MARGIN = 0.05
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Most bytes that this process may take: host resident memory, and device memory through torch (0 without one).
+
+    host_is_promised: the host's limit was asked for, not read off what is free.
+    """
+
+    host: int
+    device: int
+    host_is_promised: bool = False
+
+
+def limits(device: torch.device, host_memory: int | None, device_memory: int | None) -> Limits:
+    """What was asked for, else what is free now minus a margin.
+
+    Raises InvalidOption for a limit of device memory where there is no such device.
+    """
+    if device_memory is not None and device.type == "cpu":
+        raise InvalidOption("--device-memory is the limit of a GPU; this run is on the CPU, so give --host-memory")
+    host = host_memory or resident_bytes() + int(free_host_bytes() * (1 - _HOST_MARGIN))
+    on_device = 0
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        on_device = device_memory or torch.cuda.memory_reserved(device) + int(free * (1 - _DEVICE_MARGIN))
+    return Limits(host, on_device, host_memory is not None)
+
+
+def enforce(device: torch.device, limit: int) -> None:
+    """Hold torch's allocator to a limit: what would exceed it raises torch.OutOfMemoryError."""
+    if device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    return psutil.Process().memory_info().rss
+
+
+def free_host_bytes() -> int:
+    """Memory that this process can still take without swapping: the machine's, and its control group's."""
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = (_CGROUP / "memory.max").read_text().strip(), int((_CGROUP / "memory.current").read_text())
+        pages = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        reclaimable = int(pages.get("inactive_file", 0)) + int(pages.get("active_file", 0))
+        return free if limit == "max" else min(free, int(limit) - used + reclaimable)
+    except (OSError, ValueError):
+        return free  # no control groups, or of version 1

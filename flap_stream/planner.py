@@ -1,0 +1,215 @@
+"""What a job will take, from config and headers alone, and how it is arranged to fit into the memory allowed.
+
+Predictions are made before anything is allocated: buffers are counted, and the workspace of a layer is found by
+running the real layer on tensors that have sizes but no memory.
+"""
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flap_stream.checkpoint import TensorEntry
+from flap_stream.errors import InsufficientMemory
+from flap_stream.memory import Limits
+from flap_stream.moments import window_moments
+from flap_stream.progress import format_bytes
+from flap_stream.skeleton import Skeleton
+from flap_stream.weight_stream import RING_BLOCK_BYTES, RING_BLOCKS, cast_bytes, slab_bytes
+
+# Tokens that one batch holds when nobody chooses: enough to keep the matrix products efficient, little workspace.
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+# Below this, products wait for weights from memory: rather keep hidden states on disk or give up reading ahead.
+_EFFICIENT_TOKENS = 512
+# What lazy imports, thread stacks, kernels compiled at first use and freed but unreturned memory add to the buffers.
+_HOST_SLACK = 48 << 20
+_HEAD_WORKSPACE = 224 << 20  # a chunk of logits, in float32 twice over
+_DEVICE_SLACK = 128 << 20  # workspaces of the matrix library, and rounding of the allocator
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """All windows through all layers once, described by sizes alone.
+
+    layers: a layer's tensors by relative name. dtype: of the forward. head: None if only statistics are wanted.
+    base_bytes: resident memory of the process before the job.
+    """
+
+    skeleton: Skeleton
+    layers: Sequence[Mapping[str, TensorEntry]]
+    dtype: torch.dtype
+    device: str
+    samples: int
+    tokens: int
+    base_bytes: int
+    head: TensorEntry | None = None
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return self.skeleton.config["hidden_size"]
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of the hidden states of all windows."""
+        return self.batch_bytes(self.samples)
+
+    def batch_bytes(self, windows: int) -> int:
+        """Bytes of the hidden states of so many windows."""
+        return windows * self.tokens * self.hidden_size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a job is run, and the most memory that it takes by prediction.
+
+    batch_size: windows at once. hidden_place: one of hidden_states.PLACES. prefetch: layers read ahead.
+    """
+
+    batch_size: int
+    hidden_place: str
+    prefetch: int
+    host_bytes: int
+    device_bytes: int
+
+    def fits(self, limits: Limits) -> bool:
+        """Whether it keeps within the limits."""
+        return self.host_bytes <= limits.host and self.device_bytes <= limits.device
+
+
+def place(job: Job, limits: Limits, batch_size: int | None = None, prefetch: int | None = None) -> Placement:
+    """The fastest placement that fits. batch_size, prefetch: wishes; None leaves them open.
+
+    Raises InsufficientMemory, naming what would fit, if none does.
+    """
+    placements = list(_placements(job, batch_size, prefetch))
+    for placement in placements:
+        if placement.fits(limits):
+            return placement
+    smallest = min(placements, key=lambda p: (p.device_bytes > limits.device, p.host_bytes))
+    raise InsufficientMemory(_refusal(job, limits, smallest, batch_size, prefetch))
+
+
+def _placements(job: Job, batch_size: int | None, prefetch: int | None) -> Iterator[Placement]:
+    """Placements from the fastest to the smallest."""
+    places = ("host", "disk") if job.device == "cpu" else ("device", "host", "disk")
+    prefetches = (1, 0) if prefetch is None else (prefetch,)
+    if batch_size is not None:
+        sizes = [min(batch_size, job.samples)]
+    else:
+        wanted = min(job.samples, max(1, _BATCH_TOKENS[job.device] // job.tokens))
+        sizes = [max(1, wanted >> shift) for shift in range(wanted.bit_length())]
+    efficient = [size for size in sizes if size * job.tokens >= _EFFICIENT_TOKENS] or sizes[:1]
+    for group in (efficient, sizes[len(efficient) :]):
+        for ahead in prefetches:
+            for hidden_place in places:
+                for size in group:
+                    yield predict(job, size, hidden_place, ahead)
+
+
+def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Placement:
+    """A placement with its memory."""
+    slab = max(slab_bytes([entry.nbytes for entry in layer.values()]) for layer in job.layers)
+    weights = min(prefetch + 1, len(job.layers)) * slab + max(cast_bytes(e.values(), job.dtype) for e in job.layers)
+    batch, workspace = job.batch_bytes(batch_size), _workspace(job, batch_size)
+    head = 0 if job.head is None else job.head.nbytes + _HEAD_WORKSPACE
+    hidden = {"device": 0, "host": job.hidden_bytes, "disk": 3 * batch}[hidden_place]
+    if job.device == "cpu":
+        # oneDNN lays a weight out anew for each product, in memory of its own.
+        largest = max(prod(entry.shape) for layer in job.layers for entry in layer.values()) * job.dtype.itemsize
+        host = job.base_bytes + hidden + max(weights + workspace + largest, head) + _HOST_SLACK
+        return Placement(batch_size, hidden_place, prefetch, host, 0)
+    on_device = {"device": job.hidden_bytes, "host": batch, "disk": batch}[hidden_place]
+    device = on_device + max(weights + workspace, head) + _DEVICE_SLACK
+    ring = RING_BLOCKS * RING_BLOCK_BYTES
+    host = job.base_bytes + hidden + ring + max(batch, 0 if job.head is None else job.head.nbytes) + _HOST_SLACK
+    return Placement(batch_size, hidden_place, prefetch, host, device)
+
+
+@lru_cache(maxsize=64)
+def _workspace(job: Job, batch_size: int) -> int:
+    """Most bytes that live at once, weights and hidden states aside, while one batch runs through any layer."""
+    widest = max(range(len(job.layers)), key=lambda i: job.skeleton.layer_shape(i).neurons)
+    largest = max(range(len(job.layers)), key=lambda i: sum(entry.nbytes for entry in job.layers[i].values()))
+    skeleton, peak = job.skeleton, 0
+    # The same mode each time: what a module keeps of one call must be of use in the next.
+    with torch.inference_mode(), _fake_mode():
+        shape = (batch_size, job.tokens, job.hidden_size)
+        hidden, live = torch.empty(shape, dtype=job.dtype), _LiveBytes()
+        with live:
+            _, calls = skeleton.record(hidden)
+        for index in {widest, largest}:
+            sizes = skeleton.layer_tensors(index)
+            weights = {name: torch.empty(size, dtype=job.dtype) for name, size in sizes.items()}
+            handles = _take_moments(skeleton, index)
+            with live:
+                skeleton.run_layer(index, weights, hidden, calls[index])
+            peak = max(peak, live.peak)
+            for handle in handles:
+                handle.remove()
+    return peak
+
+
+@lru_cache(maxsize=1)
+def _fake_mode() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _take_moments(skeleton: Skeleton, index: int) -> list[Any]:
+    """Hooks that compute what statistics need, for their workspace."""
+
+    def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        window_moments(inputs[0])
+
+    layer, names = skeleton.layers[index], (kind.output.name for kind in skeleton.family.kinds)
+    present = [name for name in names if f"{name}.weight" in skeleton.layer_tensors(index)]
+    return [layer.get_submodule(name).register_forward_pre_hook(hook) for name in present]
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, for as long as anyone holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self._seen:
+                storage = tensor.untyped_storage()
+                self._seen.add(storage)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._free, storage.nbytes())
+        return output
+
+    def _free(self, count: int) -> None:
+        self.live -= count
+
+
+def _refusal(job: Job, limits: Limits, smallest: Placement, batch_size: int | None, prefetch: int | None) -> str:
+    found, ways = [], []
+    for name, need, limit in (
+        ("host", smallest.host_bytes, limits.host),
+        ("device", smallest.device_bytes, limits.device),
+    ):
+        if need > limit:
+            found.append(f"{format_bytes(need)} of {name} memory, but {format_bytes(limit)} may be used")
+            ways.append(f"--{name}-memory {-(-need >> 20)}MiB, if there is as much")
+    freer = next((p for p in _placements(job, None, None) if p.fits(limits)), None)
+    if freer is not None and batch_size is not None and freer.batch_size < batch_size:
+        ways.append(f"--batch-size {freer.batch_size}")
+    if freer is not None and prefetch:
+        ways.append("--prefetch 0")
+    if freer is None and predict(replace(job, tokens=min(job.tokens, 128)), 1, "disk", 0).fits(limits):
+        ways.append("a shorter --sequence-length")
+    return f"this job needs at least {' and '.join(found)}; it would run with {', or '.join(ways)}"

@@ -1,0 +1,175 @@
+"""The stream of weights: one decoder layer after another from disk into reused buffers on the device.
+
+On a CPU a layer is read straight into the buffer that it is used from. For CUDA it is read block by block into a ring
+of page-locked host buffers and copied from there on a stream of its own; nothing is reused before its event.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+
+import torch
+
+from flap_stream.checkpoint import FORWARD_DTYPES, Checkpoint, TensorEntry
+
+RING_BLOCKS, RING_BLOCK_BYTES = 4, 1 << 24
+
+_ALIGNMENT = 64
+
+
+def slab_bytes(sizes: Sequence[int]) -> int:
+    """Bytes of a buffer that holds tensors of these sizes, each of them aligned."""
+    return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
+
+
+def load(
+    checkpoint: Checkpoint, entries: Mapping[str, TensorEntry], device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Tensors by the names given, on the device."""
+    slab = torch.empty(slab_bytes([entry.nbytes for entry in entries.values()]), dtype=torch.uint8)
+    _read(checkpoint, entries, slab)
+    return {name: tensor.to(device, dtype) for name, tensor in _views(entries, slab).items()}
+
+
+def stream_layers(
+    checkpoint: Checkpoint,
+    layers: Sequence[Mapping[str, TensorEntry]],
+    device: torch.device,
+    dtype: torch.dtype,
+    prefetch: int,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of each layer, by relative name, in the forward's dtype on the device.
+
+    They are views of reused buffers, valid until the next step.
+    prefetch: layers that are read ahead while one is in use; each needs a buffer of its own.
+    """
+    if not layers:
+        return
+    size = max(slab_bytes([entry.nbytes for entry in entries.values()]) for entries in layers)
+    slots = min(prefetch + 1, len(layers))
+    loader = (
+        _CudaLoader(checkpoint, device, size, slots) if device.type == "cuda" else _HostLoader(checkpoint, size, slots)
+    )
+    cast = _Cast(layers, device, dtype)
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+        ahead = [reader.submit(loader.fill, i, layers[i]) for i in range(min(prefetch, len(layers)))]
+        for i, entries in enumerate(layers):
+            if i + prefetch < len(layers):
+                ahead.append(reader.submit(loader.fill, i + prefetch, layers[i + prefetch]))
+            ahead.pop(0).result()
+            yield cast(_views(entries, loader.take(i)))
+            loader.give_back(i)
+
+
+class _Cast:
+    """Brings a layer's tensors into the forward's dtype, in a buffer of its own if any has another."""
+
+    def __init__(self, layers: Sequence[Mapping[str, TensorEntry]], device: torch.device, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        sizes = [cast_bytes(entries.values(), dtype) for entries in layers]
+        self._slab = torch.empty(max(sizes), dtype=torch.uint8, device=device)
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        result, at = {}, 0
+        for name, tensor in tensors.items():
+            if tensor.dtype == self._dtype:
+                result[name] = tensor
+                continue
+            nbytes = tensor.numel() * self._dtype.itemsize
+            result[name] = self._slab[at : at + nbytes].view(self._dtype).view(tensor.shape).copy_(tensor)
+            at += slab_bytes([nbytes])
+        return result
+
+
+def cast_bytes(entries: Iterable[TensorEntry], dtype: torch.dtype) -> int:
+    """Bytes of a buffer that holds those tensors in the forward's dtype that have another."""
+    others = [entry for entry in entries if getattr(torch, FORWARD_DTYPES[entry.dtype]) != dtype]
+    return slab_bytes([entry.nbytes // entry.item_bytes * dtype.itemsize for entry in others])
+
+
+class _HostLoader:
+    """Buffers in host memory, read into directly."""
+
+    def __init__(self, checkpoint: Checkpoint, size: int, slots: int) -> None:
+        self._checkpoint = checkpoint
+        self._slabs = [torch.empty(size, dtype=torch.uint8) for _ in range(slots)]
+
+    def fill(self, index: int, entries: Mapping[str, TensorEntry]) -> None:
+        """Read a layer into its buffer."""
+        _read(self._checkpoint, entries, self.take(index))
+
+    def take(self, index: int) -> torch.Tensor:
+        """The buffer of a layer."""
+        return self._slabs[index % len(self._slabs)]
+
+    def give_back(self, index: int) -> None:
+        """The layer is no longer in use."""
+
+
+class _CudaLoader:
+    """Buffers in device memory, filled from a page-locked ring on a stream of its own."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, size: int, slots: int) -> None:
+        self._checkpoint, self._device = checkpoint, device
+        self._slabs = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
+        # One allocation, pinned once: pin_memory per tensor rounds up to a power of two and costs.
+        self._ring = torch.empty(RING_BLOCKS, RING_BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._copies = torch.cuda.Stream(device)
+        self._block_copied = [torch.cuda.Event() for _ in range(RING_BLOCKS)]
+        self._filled = [torch.cuda.Event() for _ in range(slots)]
+        self._free = [torch.cuda.Event() for _ in range(slots)]
+        self._turns = count()
+
+    def fill(self, index: int, entries: Mapping[str, TensorEntry]) -> None:
+        """Read a layer and copy it to its buffer, as soon as the layer that used the buffer is done with it."""
+        slot = index % len(self._slabs)
+        self._copies.wait_event(self._free[slot])
+        target, views = self._slabs[slot], _offsets(entries)
+        for block in self._checkpoint.coalesce(list(entries.values()), RING_BLOCK_BYTES):
+            turn = next(self._turns) % RING_BLOCKS
+            self._block_copied[turn].synchronize()
+            self._checkpoint.read_block(block, [memoryview(self._ring[turn, : block.nbytes].numpy())])
+            at = 0
+            with torch.cuda.stream(self._copies):
+                for entry, start, stop in block.parts:
+                    offset = views[entry.name] + start
+                    part = self._ring[turn, at : at + stop - start]
+                    target[offset : offset + stop - start].copy_(part, non_blocking=True)
+                    at += stop - start
+                self._block_copied[turn].record(self._copies)
+        self._filled[slot].record(self._copies)
+
+    def take(self, index: int) -> torch.Tensor:
+        """The buffer of a layer; what is computed from now on waits until it is filled."""
+        slot = index % len(self._slabs)
+        torch.cuda.current_stream(self._device).wait_event(self._filled[slot])
+        return self._slabs[slot]
+
+    def give_back(self, index: int) -> None:
+        """What was launched so far is the last that uses the layer."""
+        self._free[index % len(self._slabs)].record(torch.cuda.current_stream(self._device))
+
+
+def _offsets(entries: Mapping[str, TensorEntry]) -> dict[str, int]:
+    """Full tensor name to its place in a buffer."""
+    offsets, at = {}, 0
+    for entry in entries.values():
+        offsets[entry.name] = at
+        at += slab_bytes([entry.nbytes])
+    return offsets
+
+
+def _views(entries: Mapping[str, TensorEntry], slab: torch.Tensor) -> dict[str, torch.Tensor]:
+    offsets, tensors = _offsets(entries), {}
+    for name, entry in entries.items():
+        at, dtype = offsets[entry.name], getattr(torch, FORWARD_DTYPES[entry.dtype])
+        tensors[name] = slab[at : at + entry.nbytes].view(dtype).view(entry.shape)
+    return tensors
+
+
+def _read(checkpoint: Checkpoint, entries: Mapping[str, TensorEntry], slab: torch.Tensor) -> None:
+    """Read tensors into a host buffer."""
+    raw, offsets = memoryview(slab.numpy()), _offsets(entries)
+    checkpoint.read_all(
+        [(entry, raw[offsets[entry.name] : offsets[entry.name] + entry.nbytes]) for entry in entries.values()]
+    )
