@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from flap_stream.errors import CorruptCheckpoint, InvalidModel
+from flap_stream.errors import CorruptCheckpoint, InvalidModel, UnsupportedModel
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -205,13 +205,45 @@ class _OpenFiles:
             self._descriptors.clear()
 
 
+def describe(
+    source: str, directory: Path, config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: str
+) -> Checkpoint:
+    """The checkpoint that these tensors would make, all of one dtype, of which there is nothing to read."""
+    code = next((code for code, name in FORWARD_DTYPES.items() if name == dtype.removeprefix("torch.")), None)
+    if code is None:
+        raise UnsupportedModel(
+            f"{source}/config.json has dtype {dtype}; pruning needs {', '.join(FORWARD_DTYPES.values())}"
+        )
+    tensors, at = {}, 0
+    for name, shape in shapes.items():
+        tensors[name] = TensorEntry(name, SINGLE_NAME, code, shape, at, prod(shape) * DTYPE_BYTES[code])
+        at += tensors[name].nbytes
+    return Checkpoint(source, directory, config, tensors, {}, {}, _OpenFiles(directory))
+
+
+def read_config(model: str) -> tuple[Path, dict[str, Any]]:
+    """Directory and contents of the config.json of a directory, a file or a Hub id; no weights are downloaded.
+
+    Raises InvalidModel if there is none.
+    """
+    path = Path(model)
+    if not path.is_file():
+        path = _resolve(model, ["config.json"]) / "config.json"
+    return path.parent, _read_json(path, "it is what a dry run needs")
+
+
+def has_shards(directory: Path) -> bool:
+    """Whether a directory holds safetensors under the names that transformers gives them."""
+    return (directory / INDEX_NAME).exists() or (directory / SINGLE_NAME).exists()
+
+
 def open_checkpoint(model: str | Path) -> Checkpoint:
     """Read and check config.json, the index and all shard headers of a directory or a Hub id.
 
     Raises InvalidModel if there is no such model or no safetensors in it, CorruptCheckpoint for a shard that is
     missing, truncated or whose header contradicts itself.
     """
-    directory = _resolve(str(model))
+    directory = _resolve(str(model), _HUB_FILES)
     config = _read_json(directory / "config.json", "a model directory needs config.json beside its safetensors shards")
     files = _shard_files(directory)
     tensors: dict[str, TensorEntry] = {}
@@ -311,7 +343,7 @@ def _shard_files(directory: Path) -> dict[str, str]:
     )
 
 
-def _resolve(model: str) -> Path:
+def _resolve(model: str, patterns: list[str]) -> Path:
     """The directory of a model; a Hub id is downloaded (or found in the Hub cache) first."""
     path = Path(model)
     if path.is_dir():
@@ -324,7 +356,7 @@ def _resolve(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InvalidModel(

@@ -13,7 +13,7 @@ from flap_stream.checkpoint import FORWARD_DTYPES, Checkpoint, TensorEntry, row_
 from flap_stream.config import EngineConfig
 from flap_stream.errors import CorruptCheckpoint, InvalidOption, NonFinite, UnsupportedModel
 from flap_stream.hidden_states import HiddenStates, batches, make_hidden_states
-from flap_stream.memory import resident_bytes
+from flap_stream.memory import keep_malloc_steady, resident_bytes
 from flap_stream.planner import Job
 from flap_stream.skeleton import LayerCall, Skeleton
 from flap_stream.weight_stream import load, stream_layers
@@ -43,6 +43,7 @@ class StreamedModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, options: EngineConfig) -> None:
+        keep_malloc_steady()
         self.checkpoint = checkpoint
         self.device = choose_device(options.device)
         self.family = family_of(checkpoint.config, checkpoint.source)

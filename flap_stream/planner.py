@@ -29,7 +29,8 @@ _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 # Below this, products wait for weights from memory: rather keep hidden states on disk or give up reading ahead.
 _EFFICIENT_TOKENS = 512
 # What lazy imports, thread stacks, kernels compiled at first use and freed but unreturned memory add to the buffers.
-_HOST_SLACK = 48 << 20
+_HOST_SLACK = 40 << 20
+_HEAP_HOLES = 48 << 20  # most that small activations leave unused in the heap
 _HEAD_WORKSPACE = 224 << 20  # a chunk of logits, in float32 twice over
 _DEVICE_SLACK = 128 << 20  # workspaces of the matrix library, and rounding of the allocator
 
@@ -124,7 +125,8 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
     if job.device == "cpu":
         # oneDNN lays a weight out anew for each product, in memory of its own.
         largest = max(prod(entry.shape) for layer in job.layers for entry in layer.values()) * job.dtype.itemsize
-        host = job.base_bytes + hidden + max(weights + workspace + largest, head) + _HOST_SLACK
+        holes = min(3 * workspace // 4, _HEAP_HOLES)
+        host = job.base_bytes + hidden + max(weights + workspace + largest + holes, head) + _HOST_SLACK
         return Placement(batch_size, hidden_place, prefetch, host, 0)
     on_device = {"device": job.hidden_bytes, "host": batch, "disk": batch}[hidden_place]
     device = on_device + max(weights + workspace, head) + _DEVICE_SLACK

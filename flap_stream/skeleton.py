@@ -73,6 +73,13 @@ class Skeleton:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
 
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Full name to shape of all tensors of a checkpoint."""
+        tensors = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
+        if self.tied:
+            del tensors[self.family.head]
+        return tensors
+
     def layer_tensors(self, index: int) -> dict[str, tuple[int, ...]]:
         """Relative name to shape of one decoder layer's tensors."""
         return {name: tuple(tensor.shape) for name, tensor in self.layers[index].state_dict().items()}

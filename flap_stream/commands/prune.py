@@ -1,9 +1,11 @@
 """`flap-stream prune MODEL OUT`."""
 
 import argparse
+from dataclasses import asdict
 
 from flap_stream.commands import options as shared
 from flap_stream.config import PruneConfig
+from flap_stream.progress import format_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="where the pruned checkpoint goes")
     parser.add_argument("--run", metavar="DIR", help="run directory, kept at the end (default: OUT.run, removed)")
     parser.add_argument("--keep-run", action="store_true", help="keep OUT.run at the end")
+    parser.add_argument("--dry-run", action="store_true", help="say what it would take (config.json is enough)")
     shared.add_method(parser)
     shared.add_calibration(parser)
     shared.add_plan(parser)
@@ -23,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Prune, and print what came out."""
     config = shared.values(options, PruneConfig)
+    if options.dry_run:
+        _dry_run(options, config)
+        return
     from flap_stream.pipeline import prune
 
     result = prune(options.model, options.out, config, run=options.run, progress=shared.progress_of(options))
@@ -30,3 +36,30 @@ def run(options: argparse.Namespace) -> None:
         shared.print_json(shared.totals(result))
     else:
         shared.print_result(result)
+
+
+def _dry_run(options: argparse.Namespace, config: PruneConfig) -> None:
+    from flap_stream.forecast import forecast
+
+    found = forecast(options.model, options.out, config)
+    if options.json:
+        shared.print_json(asdict(found))
+        return
+    placement, limits, rates = found.placement, found.limits, found.rates
+    origin = "headers" if found.has_headers else "config.json alone"
+    print(f"model          {found.parameters:,} parameters in {found.layers} layers, from {origin}")
+    print(f"host memory    {format_bytes(placement.host_bytes)} at its peak; {format_bytes(limits.host)} may be used")
+    if limits.device:
+        device = format_bytes(placement.device_bytes)
+        print(f"device memory  {device} at its peak; {format_bytes(limits.device)} may be used")
+    states = (
+        f"hidden states on {placement.hidden_place}" if placement.hidden_place == "disk" else "hidden states in memory"
+    )
+    print(f"run as         {placement.batch_size} windows at once, {placement.prefetch} layer read ahead, {states}")
+    print(f"read, written  {format_bytes(found.bytes_read)}, {format_bytes(found.bytes_written)}")
+    print(f"free disk      {format_bytes(found.disk_bytes)} needed; {format_bytes(found.free_disk_bytes)} are there")
+    print(f"operations     {found.operations / 1e12:,.2f} TFLOP")
+    disk = f"disk {format_bytes(rates.disk_read)}/s read, {format_bytes(rates.disk_write)}/s written"
+    print(f"rates here     {rates.product / 1e12:.2f} TFLOP/s, {disk}")
+    floor = ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in found.floor_seconds.items())
+    print(f"time at best   {floor}")
