@@ -15,7 +15,7 @@ from flap_stream.allocation import keep_in_layer
 from flap_stream.config import CollectConfig, PlanConfig, part_of
 from flap_stream.errors import CorruptRun
 from flap_stream.hidden_states import HiddenStates
-from flap_stream.layers import StreamedModel
+from flap_stream.layers import BatchSizes, StreamedModel
 from flap_stream.moments import Moments, column_norms, window_moments
 from flap_stream.planner import Placement
 from flap_stream.progress import Progress
@@ -56,7 +56,8 @@ def collect_statistics(
         )
         start = _resume(model, run, tokens, placement.batch_size, first, hidden)
         stage.skip(start)
-        layers = _Pass1(model, hidden, placement.batch_size, options)
+        sizes = BatchSizes(placement.batch_size, run.batch_reductions(), run.record_batch_reduction)
+        layers = _Pass1(model, hidden, sizes, options)
         snapshots = _Snapshots(run, hidden, options.snapshot_interval)
         for i, weights in model.stream(start, placement.prefetch):
             if i < first:
@@ -81,7 +82,6 @@ def _resume(
         except CorruptRun as error:
             logger.warning("%s; going on from an earlier point", error)
             continue
-        model.record_calls(len(tokens), tokens.shape[1], batch_size)
         return layer
     model.embed(tokens, batch_size, hidden)
     return 0
@@ -93,14 +93,14 @@ class _Pass1:
 
     model: StreamedModel
     hidden: HiddenStates
-    batch_size: int
+    sizes: BatchSizes
     options: CollectConfig
 
     def measure(self, index: int, weights: Mapping[str, torch.Tensor]) -> LayerStatistics:
         """Run a layer, take the moments of what its output projections read, and hand its output on."""
         hands_on_pruned = self.options.method == "wanda-sp"
         with _input_moments(self.model, index, weights) as (moments, merge_batch):
-            self._forward(index, weights, keep_output=not hands_on_pruned, after_batch=merge_batch)
+            self._forward(index, weights, step=2 * index, keep_output=not hands_on_pruned, after_batch=merge_batch)
         statistics = _layer_statistics(self.model, weights, moments)
         if hands_on_pruned:
             self.repeat(index, weights, statistics)
@@ -108,7 +108,8 @@ class _Pass1:
 
     def repeat(self, index: int, weights: Mapping[str, torch.Tensor], statistics: LayerStatistics) -> None:
         """Hand on the output of a layer that has been measured; of Wanda-sp, as pruned: what goes gives nothing."""
-        if self.options.method == "wanda-sp":
+        hands_on_pruned = self.options.method == "wanda-sp"
+        if hands_on_pruned:
             shape, decision = self.model.shapes[index], part_of(self.options, PlanConfig)
             channels = shape.heads_per_group * shape.head_dim
             keep = keep_in_layer(wanda_scores(statistics, channels), shape, decision)
@@ -117,10 +118,10 @@ class _Pass1:
                 removed = removed_indices(kept, kind.output.size(shape, kind.name))
                 if len(removed):
                     weights[f"{kind.output.name}.weight"][:, torch.from_numpy(removed).to(self.model.device)] = 0
-        self._forward(index, weights)
+        self._forward(index, weights, step=2 * index + hands_on_pruned)
 
     def _forward(self, index: int, weights: Mapping[str, torch.Tensor], **how: Any) -> None:
-        self.model.forward_layer(index, weights, self.hidden, self.batch_size, **how)
+        self.model.forward_layer(index, weights, self.hidden, self.sizes, **how)
 
 
 def _layer_statistics(

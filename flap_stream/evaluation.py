@@ -12,7 +12,7 @@ from flap_stream import memory, planner
 from flap_stream.calibration import evaluation_tokens, load_tokenizer
 from flap_stream.checkpoint import open_checkpoint
 from flap_stream.config import EvaluateConfig
-from flap_stream.layers import StreamedModel
+from flap_stream.layers import BatchSizes, StreamedModel
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 
 
@@ -68,12 +68,12 @@ def _mean_negative_log_likelihood(
 ) -> float:
     """Mean over all predicted tokens, in nats; summed in float64. tokens: int64 `[sample, token]`."""
     samples, length = tokens.shape
-    batch = placement.batch_size
+    batch, sizes = placement.batch_size, BatchSizes(placement.batch_size)
     with model.hidden_states(placement.hidden_place, samples, length) as hidden:
         with progress.stage("evaluate", len(model.layers)) as stage:
             model.embed(tokens, batch, hidden)
             for i, weights in model.stream(prefetch=placement.prefetch):
-                model.forward_layer(i, weights, hidden, batch)
+                model.forward_layer(i, weights, hidden, sizes)
                 stage.advance(tokens=tokens.size, bytes_moved=model.layer_bytes(i))
         logits_of, total = model.head(), 0.0
         for start, values in hidden.stream(batch):

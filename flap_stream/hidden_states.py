@@ -18,7 +18,7 @@ from flap_stream.errors import CorruptRun, InsufficientSpace
 
 PLACES = ("device", "host", "disk")
 
-_BLOCK_BYTES = 1 << 24
+_BLOCK_BYTES = 1 << 22
 
 
 def batches(samples: int, batch_size: int) -> Iterator[tuple[int, int]]:

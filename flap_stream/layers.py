@@ -1,6 +1,7 @@
 """The engine: decoder layers are read one after another, run over all windows by transformers' code, and dropped."""
 
 import gc
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,14 @@ import torch
 from flap_stream.architecture import family_of, require_sizes
 from flap_stream.checkpoint import FORWARD_DTYPES, Checkpoint, TensorEntry, row_ranges
 from flap_stream.config import EngineConfig
-from flap_stream.errors import CorruptCheckpoint, InvalidOption, NonFinite, UnsupportedModel
+from flap_stream.errors import CorruptCheckpoint, InsufficientMemory, InvalidOption, NonFinite, UnsupportedModel
 from flap_stream.hidden_states import HiddenStates, batches, make_hidden_states
-from flap_stream.memory import keep_malloc_steady, resident_bytes
+from flap_stream.memory import keep_malloc_steady
 from flap_stream.planner import Job
 from flap_stream.skeleton import LayerCall, Skeleton
 from flap_stream.weight_stream import load, stream_layers
+
+logger = logging.getLogger(__name__)
 
 _LOGIT_BYTES = 1 << 26
 
@@ -32,6 +35,32 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvalidOption(f"--device {name}: this machine shows {torch.cuda.device_count()} CUDA devices to torch")
     return device
+
+
+class BatchSizes:
+    """How many windows run at once: halved wherever the device runs out of memory, and again just there when repeated.
+
+    reductions: step, window and size of earlier halvings; record: is told of each new one. A step is one run of a layer
+    over all windows, numbered in order.
+    """
+
+    def __init__(
+        self,
+        first: int,
+        reductions: Iterable[tuple[int, int, int]] = (),
+        record: Callable[[int, int, int], None] = lambda step, start, size: None,
+    ) -> None:
+        self.first = first
+        self._reductions, self._record = list(reductions), record
+
+    def at(self, step: int, start: int) -> int:
+        """Windows that run at once from window `start` of a step on."""
+        return min((size for s, w, size in self._reductions if (s, w) <= (step, start)), default=self.first)
+
+    def halve(self, step: int, start: int, failed: int) -> None:
+        """From here on, half as many as have just failed."""
+        self._record(step, start, failed // 2)
+        self._reductions.append((step, start, failed // 2))
 
 
 class StreamedModel:
@@ -81,7 +110,6 @@ class StreamedModel:
             device=self.device.type,
             samples=max(samples, 1),
             tokens=max(tokens, 1),
-            base_bytes=resident_bytes(),
             head=self._head_entry if head else None,
         )
 
@@ -99,11 +127,10 @@ class StreamedModel:
             hidden.put(start, first)
         hidden.advance()
 
-    def record_calls(self, samples: int, tokens: int, batch_size: int) -> None:
-        """Learn what the layers are called with, without the embedding's weights; for a run that goes on midway."""
-        for count in {stop - start for start, stop in batches(samples, batch_size)}:
-            embeds = torch.zeros(count, tokens, self.hidden_size, dtype=self.dtype, device=self.device)
-            _, self._calls[count] = self.skeleton.record(embeds)
+    def _record_calls(self, windows: int, tokens: int) -> list[LayerCall]:
+        """What the layers are called with for a batch of another size than was embedded."""
+        embeds = torch.zeros(windows, tokens, self.hidden_size, dtype=self.dtype, device=self.device)
+        return self.skeleton.record(embeds)[1]
 
     def stream(self, start: int = 0, prefetch: int = 1) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Decoder layers from `start` on, each with its weights on the device.
@@ -122,17 +149,19 @@ class StreamedModel:
         index: int,
         weights: Mapping[str, torch.Tensor],
         hidden: HiddenStates,
-        batch_size: int,
+        sizes: BatchSizes,
         *,
+        step: int | None = None,
         keep_output: bool = True,
         after_batch: Callable[[], None] | None = None,
     ) -> None:
         """Run one layer over all windows; its outputs become the hidden states unless told not to.
 
-        Raises NonFinite if its output holds NaN or infinity.
+        step: of `sizes`; by default the layer's index. after_batch: called after every batch that has run.
+        Raises NonFinite if its output holds NaN or infinity, InsufficientMemory if not even one window can run.
         """
-        for start, values in hidden.stream(batch_size):
-            output = self.skeleton.run_layer(index, weights, values, self._calls[len(values)][index])
+        step = index if step is None else step
+        for start, output in self._outputs(index, weights, hidden, sizes, step):
             if not _all_finite([output])[0]:
                 raise NonFinite(
                     f"hidden states after layer {index} ({self.family.layers}.{index}) hold NaN or infinity, though "
@@ -144,6 +173,40 @@ class StreamedModel:
                 after_batch()
         if keep_output:
             hidden.advance()
+
+    def _outputs(
+        self, index: int, weights: Mapping[str, torch.Tensor], hidden: HiddenStates, sizes: BatchSizes, step: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """First window and outputs, in batches that the device has memory for."""
+        for first, values in hidden.stream(sizes.first):
+            done = 0
+            while done < len(values):
+                part = values[done : done + sizes.at(step, first + done)]
+                output = self._run_if_it_fits(index, weights, part)
+                if output is None:
+                    if len(part) == 1:
+                        raise InsufficientMemory(
+                            f"layer {index} cannot run a single window of {hidden.shape[1]} tokens: the device is out "
+                            "of memory, so free some, raise --device-memory or shorten --sequence-length"
+                        )
+                    sizes.halve(step, first + done, len(part))
+                    logger.warning("out of device memory in layer %d; %d windows at once now", index, len(part) // 2)
+                    continue
+                yield first + done, output
+                done += len(part)
+
+    def _run_if_it_fits(
+        self, index: int, weights: Mapping[str, torch.Tensor], values: torch.Tensor
+    ) -> torch.Tensor | None:
+        """A layer's output, or None if the device ran out of memory."""
+        try:
+            if len(values) not in self._calls:
+                self._calls[len(values)] = self._record_calls(len(values), values.shape[1])
+            return self.skeleton.run_layer(index, weights, values, self._calls[len(values)][index])
+        except torch.OutOfMemoryError:
+            pass  # what it had allocated is held by the exception until here
+        release(self.device)
+        return None
 
     def head(self) -> Callable[[torch.Tensor], Iterator[tuple[int, torch.Tensor]]]:
         """The final norm and head, loaded: a function from hidden states to logits, in chunks.

@@ -9,6 +9,8 @@ import torch
 
 from flap_stream.errors import InvalidOption
 
+OWN_BLOCK_BYTES = 8 << 20  # what malloc gives a mapping of its own, and takes back at once
+
 _HOST_MARGIN = 0.1  # of what is free, left to others when nobody sets a limit
 _DEVICE_MARGIN = 0.05
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -57,7 +59,7 @@ def keep_malloc_steady() -> None:
     """
     try:
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 8 << 20)
+        libc.mallopt(_M_MMAP_THRESHOLD, OWN_BLOCK_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, 512 << 20)
     except (AttributeError, OSError):
         return  # another allocator

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from flap_stream.checkpoint import TensorEntry
 from flap_stream.errors import InsufficientMemory
-from flap_stream.memory import Limits
+from flap_stream.memory import OWN_BLOCK_BYTES, Limits, resident_bytes
 from flap_stream.moments import window_moments
 from flap_stream.progress import format_bytes
 from flap_stream.skeleton import Skeleton
@@ -27,10 +27,10 @@ from flap_stream.weight_stream import RING_BLOCK_BYTES, RING_BLOCKS, cast_bytes,
 # Tokens that one batch holds when nobody chooses: enough to keep the matrix products efficient, little workspace.
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 # Below this, products wait for weights from memory: rather keep hidden states on disk or give up reading ahead.
-_EFFICIENT_TOKENS = 512
+_EFFICIENT_TOKENS = {"cpu": 512, "cuda": 4096}
 # What lazy imports, thread stacks, kernels compiled at first use and freed but unreturned memory add to the buffers.
 _HOST_SLACK = 40 << 20
-_HEAP_HOLES = 48 << 20  # most that small activations leave unused in the heap
+_HEAP_HOLES = 2.25  # bytes that lie idle in the heap, at most, for each that activations have there
 _HEAD_WORKSPACE = 224 << 20  # a chunk of logits, in float32 twice over
 _DEVICE_SLACK = 128 << 20  # workspaces of the matrix library, and rounding of the allocator
 
@@ -40,7 +40,6 @@ class Job:
     """All windows through all layers once, described by sizes alone.
 
     layers: a layer's tensors by relative name. dtype: of the forward. head: None if only statistics are wanted.
-    base_bytes: resident memory of the process before the job.
     """
 
     skeleton: Skeleton
@@ -49,7 +48,6 @@ class Job:
     device: str
     samples: int
     tokens: int
-    base_bytes: int
     head: TensorEntry | None = None
 
     @property
@@ -90,11 +88,10 @@ def place(job: Job, limits: Limits, batch_size: int | None = None, prefetch: int
 
     Raises InsufficientMemory, naming what would fit, if none does.
     """
-    placements = list(_placements(job, batch_size, prefetch))
-    for placement in placements:
+    for placement in _placements(job, batch_size, prefetch):
         if placement.fits(limits):
             return placement
-    smallest = min(placements, key=lambda p: (p.device_bytes > limits.device, p.host_bytes))
+    smallest = min(_placements(job, batch_size, prefetch), key=lambda p: (p.device_bytes > limits.device, p.host_bytes))
     raise InsufficientMemory(_refusal(job, limits, smallest, batch_size, prefetch))
 
 
@@ -107,7 +104,7 @@ def _placements(job: Job, batch_size: int | None, prefetch: int | None) -> Itera
     else:
         wanted = min(job.samples, max(1, _BATCH_TOKENS[job.device] // job.tokens))
         sizes = [max(1, wanted >> shift) for shift in range(wanted.bit_length())]
-    efficient = [size for size in sizes if size * job.tokens >= _EFFICIENT_TOKENS] or sizes[:1]
+    efficient = [size for size in sizes if size * job.tokens >= _EFFICIENT_TOKENS[job.device]] or sizes[:1]
     for group in (efficient, sizes[len(efficient) :]):
         for ahead in prefetches:
             for hidden_place in places:
@@ -119,32 +116,37 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
     """A placement with its memory."""
     slab = max(slab_bytes([entry.nbytes for entry in layer.values()]) for layer in job.layers)
     weights = min(prefetch + 1, len(job.layers)) * slab + max(cast_bytes(e.values(), job.dtype) for e in job.layers)
-    batch, workspace = job.batch_bytes(batch_size), _workspace(job, batch_size)
+    batch, (workspace, small) = job.batch_bytes(batch_size), _workspace(job, batch_size)
     head = 0 if job.head is None else job.head.nbytes + _HEAD_WORKSPACE
+    base = resident_bytes()  # now, since finding the workspace has loaded and kept something too
     hidden = {"device": 0, "host": job.hidden_bytes, "disk": 3 * batch}[hidden_place]
     if job.device == "cpu":
         # oneDNN lays a weight out anew for each product, in memory of its own.
         largest = max(prod(entry.shape) for layer in job.layers for entry in layer.values()) * job.dtype.itemsize
-        holes = min(3 * workspace // 4, _HEAP_HOLES)
-        host = job.base_bytes + hidden + max(weights + workspace + largest + holes, head) + _HOST_SLACK
+        small += largest if largest < OWN_BLOCK_BYTES else 0
+        host = base + hidden + max(weights + workspace + largest + int(_HEAP_HOLES * small), head) + _HOST_SLACK
         return Placement(batch_size, hidden_place, prefetch, host, 0)
     on_device = {"device": job.hidden_bytes, "host": batch, "disk": batch}[hidden_place]
     device = on_device + max(weights + workspace, head) + _DEVICE_SLACK
     ring = RING_BLOCKS * RING_BLOCK_BYTES
-    host = job.base_bytes + hidden + ring + max(batch, 0 if job.head is None else job.head.nbytes) + _HOST_SLACK
+    host = base + hidden + ring + max(batch, 0 if job.head is None else job.head.nbytes) + _HOST_SLACK
     return Placement(batch_size, hidden_place, prefetch, host, device)
 
 
 @lru_cache(maxsize=64)
-def _workspace(job: Job, batch_size: int) -> int:
-    """Most bytes that live at once, weights and hidden states aside, while one batch runs through any layer."""
+def _workspace(job: Job, batch_size: int) -> tuple[int, int]:
+    """Most bytes that live at once, weights and hidden states aside, while one batch runs through any layer.
+
+    The second figure is that of tensors too small for memory of their own (`memory.OWN_BLOCK_BYTES`) alone.
+    """
     widest = max(range(len(job.layers)), key=lambda i: job.skeleton.layer_shape(i).neurons)
     largest = max(range(len(job.layers)), key=lambda i: sum(entry.nbytes for entry in job.layers[i].values()))
-    skeleton, peak = job.skeleton, 0
+    skeleton, peak, small_peak = job.skeleton, 0, 0
     # The same mode each time: what a module keeps of one call must be of use in the next.
     with torch.inference_mode(), _fake_mode():
         shape = (batch_size, job.tokens, job.hidden_size)
-        hidden, live = torch.empty(shape, dtype=job.dtype), _LiveBytes()
+        hidden = torch.empty(shape, dtype=job.dtype)
+        live = _LiveBytes()
         with live:
             _, calls = skeleton.record(hidden)
         for index in {widest, largest}:
@@ -153,10 +155,10 @@ def _workspace(job: Job, batch_size: int) -> int:
             handles = _take_moments(skeleton, index)
             with live:
                 skeleton.run_layer(index, weights, hidden, calls[index])
-            peak = max(peak, live.peak)
+            peak, small_peak = max(peak, live.peak), max(small_peak, live.small_peak)
             for handle in handles:
                 handle.remove()
-    return peak
+    return peak, small_peak
 
 
 @lru_cache(maxsize=1)
@@ -180,7 +182,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.small_live = self.small_peak = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -189,13 +191,14 @@ class _LiveBytes(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self._seen:
                 storage = tensor.untyped_storage()
                 self._seen.add(storage)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._free, storage.nbytes())
+                self._count(storage.nbytes())
+                weakref.finalize(storage, self._count, -storage.nbytes())
         return output
 
-    def _free(self, count: int) -> None:
-        self.live -= count
+    def _count(self, change: int) -> None:
+        self.live += change
+        self.small_live += change if abs(change) < OWN_BLOCK_BYTES else 0
+        self.peak, self.small_peak = max(self.peak, self.live), max(self.small_peak, self.small_live)
 
 
 def _refusal(job: Job, limits: Limits, smallest: Placement, batch_size: int | None, prefetch: int | None) -> str:
@@ -207,11 +210,15 @@ def _refusal(job: Job, limits: Limits, smallest: Placement, batch_size: int | No
         if need > limit:
             found.append(f"{format_bytes(need)} of {name} memory, but {format_bytes(limit)} may be used")
             ways.append(f"--{name}-memory {-(-need >> 20)}MiB, if there is as much")
-    freer = next((p for p in _placements(job, None, None) if p.fits(limits)), None)
-    if freer is not None and batch_size is not None and freer.batch_size < batch_size:
-        ways.append(f"--batch-size {freer.batch_size}")
-    if freer is not None and prefetch:
-        ways.append("--prefetch 0")
+    for batch_wish, prefetch_wish in ((None, prefetch), (batch_size, None), (None, None)):
+        freer = next((p for p in _placements(job, batch_wish, prefetch_wish) if p.fits(limits)), None)
+        if freer is not None:
+            changes = [f"--batch-size {freer.batch_size}"] if freer.batch_size != batch_size else []
+            changes += (
+                [f"--prefetch {freer.prefetch}"] if freer.prefetch != (1 if prefetch is None else prefetch) else []
+            )
+            ways.append(" ".join(changes))
+            break
     if freer is None and predict(replace(job, tokens=min(job.tokens, 128)), 1, "disk", 0).fits(limits):
         ways.append("a shorter --sequence-length")
     return f"this job needs at least {' and '.join(found)}; it would run with {', or '.join(ways)}"

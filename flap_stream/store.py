@@ -225,6 +225,14 @@ class RunDirectory:
             parts[kind] = ChannelStatistics(**dict(group.attrs)[kind], **values)  # type: ignore[arg-type]
         return LayerStatistics(**parts)
 
+    def record_batch_reduction(self, step: int, start: int, size: int) -> None:
+        """From window `start` of a step of pass 1 on, so many windows ran at once: there was no memory for more."""
+        self.journal.append("batch", f"{step}/{start}", step=step, start=start, size=size)
+
+    def batch_reductions(self) -> list[tuple[int, int, int]]:
+        """Step, first window and size of all of them, for a run that is taken up to repeat them."""
+        return [(entry["step"], entry["start"], entry["size"]) for entry in self.journal.of_kind("batch")]
+
     # --- snapshots of the hidden states ---
 
     def snapshot_path(self, layer: int) -> Path:

@@ -1,0 +1,159 @@
+"""What a job takes is known before it runs, and a job that cannot fit is refused."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+
+import flap_stream
+from flap_stream import memory, planner
+from flap_stream.checkpoint import open_checkpoint
+from flap_stream.cli import main
+from flap_stream.config import EngineConfig, PruneConfig
+from flap_stream.errors import InsufficientMemory, InvalidOption
+from flap_stream.forecast import forecast
+from flap_stream.layers import StreamedModel
+
+LLAMA_65B = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "float16",
+}
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tiny_model(tiny_config(layers=4)), tmp_path_factory.mktemp("planner") / "model")
+
+
+@pytest.fixture
+def job(model: Path) -> planner.Job:
+    with open_checkpoint(model) as checkpoint:
+        return StreamedModel(checkpoint, EngineConfig(device="cpu")).job(4096, 128)
+
+
+def test_room_for_all_gives_batches_that_suit_the_device(job: planner.Job) -> None:
+    placement = planner.place(job, memory.Limits(1 << 40, 0))
+    assert (placement.batch_size, placement.hidden_place, placement.prefetch) == (8, "host", 1)
+
+
+def test_less_room_moves_hidden_states_to_disk_first(job: planner.Job) -> None:
+    roomy = planner.place(job, memory.Limits(1 << 40, 0))
+    tight = planner.place(job, memory.Limits(roomy.host_bytes - job.hidden_bytes // 2, 0))
+    assert (tight.batch_size, tight.hidden_place, tight.prefetch) == (8, "disk", 1)
+    assert tight.host_bytes < roomy.host_bytes
+
+
+def test_every_step_down_takes_less_memory(job: planner.Job) -> None:
+    for size, ahead in ((8, 1), (4, 1), (1, 0)):
+        host, disk = (planner.predict(job, size, place, ahead).host_bytes for place in ("host", "disk"))
+        assert disk < host
+    large, small = (planner.predict(job, size, "host", 1).host_bytes for size in (64, 8))
+    assert large - small > 50 * job.batch_bytes(8), "a batch has its workspace, ten times its hidden states"
+
+
+def test_a_cuda_job_keeps_hidden_states_on_the_device_while_they_fit(job: planner.Job) -> None:
+    on_gpu = replace(job, device="cuda")
+    roomy = planner.place(on_gpu, memory.Limits(1 << 40, 1 << 40))
+    assert roomy.hidden_place == "device" and roomy.device_bytes > on_gpu.hidden_bytes
+    tight = planner.place(on_gpu, memory.Limits(1 << 40, roomy.device_bytes - on_gpu.hidden_bytes))
+    assert tight.hidden_place == "host" and tight.device_bytes < roomy.device_bytes
+
+
+def test_wishes_are_kept_or_refused(job: planner.Job) -> None:
+    placement = planner.place(job, memory.Limits(1 << 40, 0), batch_size=3, prefetch=0)
+    assert (placement.batch_size, placement.prefetch) == (3, 0)
+    limit = planner.predict(job, 8, "disk", 1).host_bytes + 8 * MIB
+    with pytest.raises(InsufficientMemory, match=r"--host-memory \d+MiB, if there is as much, or --batch-size 8$"):
+        planner.place(job, memory.Limits(limit, 0), batch_size=1024, prefetch=1)
+
+
+def test_long_windows_that_do_not_fit_are_told_to_be_shorter(model: Path) -> None:
+    with open_checkpoint(model) as checkpoint:
+        job = StreamedModel(checkpoint, EngineConfig(device="cpu")).job(4, 1 << 17)
+    with pytest.raises(InsufficientMemory, match="a shorter --sequence-length"):
+        planner.place(job, memory.Limits(memory.resident_bytes() + 100 * MIB, 0))
+
+
+def prune(model: Path, out: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flap_stream", "prune", str(model), str(out), "--quiet", *extra]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_limit_that_a_refusal_names_works_and_is_kept(model: Path, tmp_path: Path) -> None:
+    tokens = save_tokens(tmp_path / "tokens.npy", np.repeat(random_tokens(8, 128), 128, axis=0))
+    text = ("--calibration", tokens, "--samples", "1024", "--json")
+    refused = prune(model, tmp_path / "out", *text, "--host-memory", "50MiB")
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert not (tmp_path / "out.run").exists()
+    named = re.search(r"--host-memory (\d+)MiB", refused.stderr)
+    assert named is not None
+    limit = int(named[1]) * MIB + 4 * MIB  # two processes differ by a few pages
+    fitting = prune(model, tmp_path / "out", *text, "--host-memory", f"{limit}B")
+    assert fitting.returncode == 0, fitting.stderr
+    body = json.loads(fitting.stdout)
+    assert body["peak_host_bytes"] <= body["placement"]["host_bytes"] <= limit
+    assert body["placement"]["hidden_place"] == "disk"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device_memory": 1 << 30}, "--device-memory is the limit of a GPU"),
+        ({"prefetch": 2}, "--prefetch is 2"),
+    ],
+)
+def test_limits_that_mean_nothing_are_refused(model: Path, tmp_path: Path, options: dict, words: str) -> None:
+    with pytest.raises(InvalidOption, match=words):
+        forecast(model, tmp_path / "out", PruneConfig(device="cpu", **options))
+
+
+def test_a_dry_run_on_a_bare_config_predicts_llama_65b(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_65B))
+    for model in (tmp_path, tmp_path / "config.json"):
+        arguments = ["prune", str(model), str(tmp_path / "out"), "--dry-run", "--device", "cpu", "--json"]
+        assert main([*arguments, "--host-memory", "8GiB"]) == 0
+        body = json.loads(capsys.readouterr().out)
+        assert body["parameters"] == 65_285_660_672 and body["layers"] == 80 and not body["has_headers"]
+        layer = 4 * 8192**2 + 3 * 8192 * 22016
+        tokens = 1024 * 128
+        assert body["operations"] == 80 * tokens * (2 * layer + 4 * 128 * 8192)
+        assert 0.75 * 2 * 65.3e9 < body["bytes_written"] < 0.85 * 2 * 65.3e9
+        host = body["placement"]["host_bytes"]
+        assert 2 * 2 * layer + tokens * 8192 * 2 < host < 8 << 30
+        assert all(seconds > 0 for seconds in body["floor_seconds"].values())
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert main(["prune", str(tmp_path), str(tmp_path / "out"), "--dry-run", "--device", "cpu"]) == 0
+    assert "65,285,660,672 parameters in 80 layers, from config.json alone" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_the_run_then_takes(model: Path, tmp_path: Path) -> None:
+    tokens = save_tokens(tmp_path / "tokens.npy", random_tokens(8, 16))
+    options = PruneConfig(calibration=(tokens,), samples=8, sequence_length=16, ratio=0.3, device="cpu")
+    found = forecast(model, tmp_path / "out", options)
+    assert not (tmp_path / "out").exists() and found.has_headers
+    result = flap_stream.prune(model, tmp_path / "out", options)
+    placement = result.measured.placement
+    assert placement is not None
+    assert (placement.batch_size, placement.hidden_place) == (found.placement.batch_size, found.placement.hidden_place)
+    assert result.record["parameters"]["before"] == found.parameters
+    written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert found.bytes_written == pytest.approx(written, rel=0.05)
+    assert found.bytes_read == pytest.approx(result.measured.bytes_read, rel=0.1)
+
+
+def test_a_dry_run_needs_a_config(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["prune", str(tmp_path), str(tmp_path / "out"), "--dry-run"]) == 2
+    assert f"{tmp_path}/config.json does not exist" in capsys.readouterr().err
