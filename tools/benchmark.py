@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -30,6 +29,8 @@ import numpy as np
 import torch
 from random_checkpoint import add_shape_arguments, config_of, make
 from torch import nn
+
+from flap_stream.progress import peak_host_bytes
 
 BUFFER_WINDOWS = 2048  # lib/prune.py:120 of the released code
 FORWARD_BATCHES = (1, 8, 16, 32)
@@ -248,7 +249,10 @@ def run_part(part: str, options: argparse.Namespace, model: Path, tokens: Path, 
         command += ["--place", str(place), "--device", options.device]
     body = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
     peaks = {name: body[f"peak_{name}_bytes"] / 2**20 for name in ("host", "device")}
-    return {"seconds": body["seconds"], **{f"peak_{name}_mib": value for name, value in peaks.items()}}
+    result = {"seconds": body["seconds"], **{f"peak_{name}_mib": value for name, value in peaks.items()}}
+    if part == "flap-stream":
+        result["predicted_host_mib"] = body["placement"]["host_bytes"] / 2**20
+    return result
 
 
 def part_main(options: argparse.Namespace) -> None:
@@ -258,8 +262,7 @@ def part_main(options: argparse.Namespace) -> None:
     with torch.no_grad():
         seconds = MEASURES[options.part](options.model, tokens, device, options.place)
     peak_device = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    peak_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "peak_host_bytes": peak_host, "peak_device_bytes": peak_device}))
+    print(json.dumps({"seconds": seconds, "peak_host_bytes": peak_host_bytes(), "peak_device_bytes": peak_device}))
 
 
 def summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
@@ -287,6 +290,9 @@ def summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     ratios = {
         "prune / plain, seconds": median(lambda p: total("flap-stream")(p) / total("plain")(p)),
         "prune / plain, peak host": median(lambda p: p["flap-stream"]["peak_host_mib"] / p["plain"]["peak_host_mib"]),
+        "peak host, predicted / measured": median(
+            lambda p: p["flap-stream"]["predicted_host_mib"] / p["flap-stream"]["peak_host_mib"]
+        ),
         "pass 1 / forward": median(lambda p: ours("collect")(p) / total("forward")(p)),
         "pass 2 / copy": median(lambda p: ours("rewrite")(p) / total("copy")(p)),
         **{
@@ -333,7 +339,7 @@ def main() -> None:
     for part, row in result["parts"].items():
         print(f"{part:14s} {row['seconds']:9.1f} {row['peak_host_mib']:9.0f} {row['peak_device_mib']:10.0f}")
     for name, ratio in result["ratios"].items():
-        print(f"{name:28s} {ratio:6.3f}")
+        print(f"{name:32s} {ratio:6.3f}")
     if options.json:
         options.json.write_text(json.dumps({"options": {k: str(v) for k, v in vars(options).items()}, **result}))
 
