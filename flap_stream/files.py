@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PARTIAL_SUFFIX = ".partial"
@@ -23,10 +24,11 @@ def write_committed(path: Path, chunks: bytes | Iterable[bytes | memoryview]) ->
     """Write a whole file, durably, replacing any older one; the sha256 of its bytes comes out."""
     digest = hashlib.sha256()
     temporary = partial_path(path)
-    with open(temporary, "wb", buffering=0) as file:
+    with open(temporary, "wb", buffering=0) as file, ThreadPoolExecutor(1, thread_name_prefix="sha256") as hasher:
         for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
+            hashed = hasher.submit(digest.update, chunk)
             write_all(file.fileno(), chunk)
-            digest.update(chunk)
+            hashed.result()
         os.fsync(file.fileno())
     commit_rename(temporary, path)
     return digest.hexdigest()

@@ -34,7 +34,7 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvalidOption(f"--device {name}: this machine shows {torch.cuda.device_count()} CUDA devices to torch")
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 class BatchSizes:

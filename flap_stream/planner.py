@@ -6,7 +6,7 @@ running the real layer on tensors that have sizes but no memory.
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -49,6 +49,7 @@ class Job:
     samples: int
     tokens: int
     head: TensorEntry | None = None
+    _workspaces: dict[int, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     @property
     def hidden_size(self) -> int:
@@ -63,6 +64,15 @@ class Job:
     def batch_bytes(self, windows: int) -> int:
         """Bytes of the hidden states of so many windows."""
         return windows * self.tokens * self.hidden_size * self.dtype.itemsize
+
+    def workspace(self, batch_size: int) -> tuple[int, int]:
+        """Most bytes that live at once, weights and hidden states aside, while one batch runs through any layer.
+
+        The second figure is that of tensors too small for memory of their own (`memory.OWN_BLOCK_BYTES`) alone.
+        """
+        if batch_size not in self._workspaces:
+            self._workspaces[batch_size] = _find_workspace(self, batch_size)
+        return self._workspaces[batch_size]
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
     """A placement with its memory."""
     slab = max(slab_bytes([entry.nbytes for entry in layer.values()]) for layer in job.layers)
     weights = min(prefetch + 1, len(job.layers)) * slab + max(cast_bytes(e.values(), job.dtype) for e in job.layers)
-    batch, (workspace, small) = job.batch_bytes(batch_size), _workspace(job, batch_size)
+    batch, (workspace, small) = job.batch_bytes(batch_size), job.workspace(batch_size)
     head = 0 if job.head is None else job.head.nbytes + _HEAD_WORKSPACE
     base = resident_bytes()  # now, since finding the workspace has loaded and kept something too
     hidden = {"device": 0, "host": job.hidden_bytes, "disk": 3 * batch}[hidden_place]
@@ -133,12 +143,7 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
     return Placement(batch_size, hidden_place, prefetch, host, device)
 
 
-@lru_cache(maxsize=64)
-def _workspace(job: Job, batch_size: int) -> tuple[int, int]:
-    """Most bytes that live at once, weights and hidden states aside, while one batch runs through any layer.
-
-    The second figure is that of tensors too small for memory of their own (`memory.OWN_BLOCK_BYTES`) alone.
-    """
+def _find_workspace(job: Job, batch_size: int) -> tuple[int, int]:
     widest = max(range(len(job.layers)), key=lambda i: job.skeleton.layer_shape(i).neurons)
     largest = max(range(len(job.layers)), key=lambda i: sum(entry.nbytes for entry in job.layers[i].values()))
     skeleton, peak, small_peak = job.skeleton, 0, 0
@@ -219,6 +224,6 @@ def _refusal(job: Job, limits: Limits, smallest: Placement, batch_size: int | No
             )
             ways.append(" ".join(changes))
             break
-    if freer is None and predict(replace(job, tokens=min(job.tokens, 128)), 1, "disk", 0).fits(limits):
+    if freer is None and predict(replace(job, tokens=min(job.tokens, 128), _workspaces={}), 1, "disk", 0).fits(limits):
         ways.append("a shorter --sequence-length")
     return f"this job needs at least {' and '.join(found)}; it would run with {', or '.join(ways)}"

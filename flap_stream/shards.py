@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,7 +17,7 @@ from flap_stream.architecture import COLUMNS, ROWS, Family, LayerShape, Projecti
 from flap_stream.checkpoint import FORWARD_DTYPES, SINGLE_NAME, Checkpoint, TensorEntry, row_ranges
 from flap_stream.surgery import baseline_shift, removed_indices, select_columns
 
-_BLOCK_BYTES = 1 << 24
+_BLOCK_BYTES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,16 @@ def _header(tensors: Sequence[OutputTensor]) -> bytes:
 
 def write_shard(checkpoint: Checkpoint, shard: Shard, directory: Path) -> str:
     """Stream one shard into a directory, durably; the sha256 of its bytes comes out."""
-    return files.write_committed(directory / shard.name, _shard_chunks(checkpoint, shard))
+    return files.write_committed(directory / shard.name, _one_ahead(_shard_chunks(checkpoint, shard)))
+
+
+def _one_ahead(chunks: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """The same chunks, the next being made by another thread while one is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="shard") as thread:
+        ahead = thread.submit(next, chunks, None)
+        while (chunk := ahead.result()) is not None:
+            ahead = thread.submit(next, chunks, None)
+            yield chunk
 
 
 def _shard_chunks(checkpoint: Checkpoint, shard: Shard) -> Iterator[bytes | memoryview]:
@@ -233,21 +243,24 @@ def _shard_chunks(checkpoint: Checkpoint, shard: Shard) -> Iterator[bytes | memo
 
 
 def _copied(checkpoint: Checkpoint, entry: TensorEntry) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(min(_BLOCK_BYTES, entry.nbytes)))
     for start in range(0, entry.nbytes, _BLOCK_BYTES):
-        block = buffer[: min(_BLOCK_BYTES, entry.nbytes - start)]
+        block = _new_buffer(min(_BLOCK_BYTES, entry.nbytes - start))
         checkpoint.read_into(entry, block, start)
         yield block
+
+
+def _new_buffer(nbytes: int) -> memoryview:
+    """Memory of its own for each chunk: the last one may still be on its way to the disk."""
+    return memoryview(torch.empty(nbytes, dtype=torch.uint8).numpy())
 
 
 def _row_blocks(checkpoint: Checkpoint, entry: TensorEntry, keep: np.ndarray) -> Iterator[memoryview]:
     """The kept rows, neighbours read together."""
     row_bytes = prod(entry.shape[1:]) * entry.item_bytes
     rows = max(1, _BLOCK_BYTES // row_bytes)
-    buffer = memoryview(bytearray(min(rows, len(keep)) * row_bytes))
     for start in range(0, len(keep), rows):
         chosen = keep[start : start + rows]
-        block = buffer[: len(chosen) * row_bytes]
+        block = _new_buffer(len(chosen) * row_bytes)
         checkpoint.read_ranges(entry, list(row_ranges(chosen, row_bytes)), block)
         yield block
 

@@ -120,6 +120,7 @@ class _CudaLoader:
         self._free = [torch.cuda.Event() for _ in range(slots)]
         self._turns = count()
 
+    @torch.inference_mode()  # a thread's own: without it, what was made under one cannot be written to
     def fill(self, index: int, entries: Mapping[str, TensorEntry]) -> None:
         """Read a layer and copy it to its buffer, as soon as the layer that used the buffer is done with it."""
         slot = index % len(self._slabs)

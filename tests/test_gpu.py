@@ -1,5 +1,6 @@
 """The same code on CUDA: what the CPU decides, the GPU decides. Skipped where there is no CUDA device."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,10 @@ import torch
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
+from flap_stream import pipeline, planner
 from flap_stream.config import EvaluateConfig, PruneConfig
+from flap_stream.errors import InsufficientMemory
+from flap_stream.hidden_states import PLACES
 
 pytestmark = pytest.mark.gpu
 
@@ -26,3 +30,34 @@ def test_pruning_on_cuda_gives_a_checkpoint_like_the_cpus(dtype: str, tmp_path: 
     assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-4 if dtype == "float32" else 0.05)
     if dtype == "float32":
         assert records[0]["layers"] == records[1]["layers"]
+
+
+def test_on_cuda_neither_reading_ahead_nor_the_place_of_hidden_states_matters(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = save(tiny_model(tiny_config(layers=5)), tmp_path / "model", dtype=torch.bfloat16)
+    text = save_tokens(tmp_path / "tokens.npy", random_tokens(9, 24))
+    options = PruneConfig(ratio=0.3, calibration=(text,), device="cuda", batch_size=4)
+    place, outs = planner.place, []
+    for hidden_place in PLACES:
+        for prefetch in (0, 1):
+            how = {"hidden_place": hidden_place, "prefetch": prefetch}
+            monkeypatch.setattr(pipeline.planner, "place", lambda *a, how=how: replace(place(*a), **how))
+            outs.append(tmp_path / f"{hidden_place}-{prefetch}")
+            flap_stream.prune(path, outs[-1], options)
+    for out in outs[1:]:
+        for file in outs[0].iterdir():
+            assert (out / file.name).read_bytes() == file.read_bytes()
+
+
+def test_on_cuda_the_allocator_is_held_to_the_limit(tmp_path: Path) -> None:
+    path = save(tiny_model(tiny_config(hidden_size=1024, intermediate_size=4096)), tmp_path / "model", "1GB")
+    text = save_tokens(tmp_path / "tokens.npy", random_tokens(256, 128))
+    limit = 400 << 20
+    options = PruneConfig(ratio=0.3, calibration=(text,), samples=256, device="cuda", device_memory=limit)
+    result = flap_stream.prune(path, tmp_path / "out", options)
+    placement = result.measured.placement
+    assert placement is not None
+    assert 0 < result.measured.peak_device_bytes <= placement.device_bytes <= limit
+    with pytest.raises(InsufficientMemory, match="--device-memory"):
+        flap_stream.prune(path, tmp_path / "other", replace(options, device_memory=64 << 20))

@@ -65,7 +65,7 @@ def test_every_step_down_takes_less_memory(job: planner.Job) -> None:
 
 
 def test_a_cuda_job_keeps_hidden_states_on_the_device_while_they_fit(job: planner.Job) -> None:
-    on_gpu = replace(job, device="cuda")
+    on_gpu = replace(job, device="cuda", _workspaces={})
     roomy = planner.place(on_gpu, memory.Limits(1 << 40, 1 << 40))
     assert roomy.hidden_place == "device" and roomy.device_bytes > on_gpu.hidden_bytes
     tight = planner.place(on_gpu, memory.Limits(1 << 40, roomy.device_bytes - on_gpu.hidden_bytes))

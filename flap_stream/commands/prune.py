@@ -52,10 +52,8 @@ def _dry_run(options: argparse.Namespace, config: PruneConfig) -> None:
     if limits.device:
         device = format_bytes(placement.device_bytes)
         print(f"device memory  {device} at its peak; {format_bytes(limits.device)} may be used")
-    states = (
-        f"hidden states on {placement.hidden_place}" if placement.hidden_place == "disk" else "hidden states in memory"
-    )
-    print(f"run as         {placement.batch_size} windows at once, {placement.prefetch} layer read ahead, {states}")
+    how = f"{placement.prefetch} layer read ahead, hidden states on the {placement.hidden_place}"
+    print(f"run as         {placement.batch_size} windows at once, {how}")
     print(f"read, written  {format_bytes(found.bytes_read)}, {format_bytes(found.bytes_written)}")
     print(f"free disk      {format_bytes(found.disk_bytes)} needed; {format_bytes(found.free_disk_bytes)} are there")
     print(f"operations     {found.operations / 1e12:,.2f} TFLOP")
