@@ -30,7 +30,7 @@ _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _EFFICIENT_TOKENS = {"cpu": 512, "cuda": 4096}
 # What lazy imports, thread stacks, kernels compiled at first use and freed but unreturned memory add to the buffers.
 _HOST_SLACK = 40 << 20
-_HEAP_HOLES = 2.25  # bytes that lie idle in the heap, at most, for each that activations have there
+_HEAP_HOLES = 2  # bytes that lie idle in the heap, at most, for each that activations have there
 _HEAD_WORKSPACE = 224 << 20  # a chunk of logits, in float32 twice over
 _DEVICE_SLACK = 128 << 20  # workspaces of the matrix library, and rounding of the allocator
 
@@ -134,7 +134,7 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
         # oneDNN lays a weight out anew for each product, in memory of its own.
         largest = max(prod(entry.shape) for layer in job.layers for entry in layer.values()) * job.dtype.itemsize
         small += largest if largest < OWN_BLOCK_BYTES else 0
-        host = base + hidden + max(weights + workspace + largest + int(_HEAP_HOLES * small), head) + _HOST_SLACK
+        host = base + hidden + max(weights + workspace + largest + _HEAP_HOLES * small, head) + _HOST_SLACK
         return Placement(batch_size, hidden_place, prefetch, host, 0)
     on_device = {"device": job.hidden_bytes, "host": batch, "disk": batch}[hidden_place]
     device = on_device + max(weights + workspace, head) + _DEVICE_SLACK
