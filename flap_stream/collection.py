@@ -96,20 +96,24 @@ class _Pass1:
     sizes: BatchSizes
     options: CollectConfig
 
+    @property
+    def _hands_on_pruned(self) -> bool:
+        return self.options.method == "wanda-sp"
+
     def measure(self, index: int, weights: Mapping[str, torch.Tensor]) -> LayerStatistics:
         """Run a layer, take the moments of what its output projections read, and hand its output on."""
-        hands_on_pruned = self.options.method == "wanda-sp"
         with _input_moments(self.model, index, weights) as (moments, merge_batch):
-            self._forward(index, weights, step=2 * index, keep_output=not hands_on_pruned, after_batch=merge_batch)
+            self._forward(
+                index, weights, step=2 * index, keep_output=not self._hands_on_pruned, after_batch=merge_batch
+            )
         statistics = _layer_statistics(self.model, weights, moments)
-        if hands_on_pruned:
+        if self._hands_on_pruned:
             self.repeat(index, weights, statistics)
         return statistics
 
     def repeat(self, index: int, weights: Mapping[str, torch.Tensor], statistics: LayerStatistics) -> None:
         """Hand on the output of a layer that has been measured; of Wanda-sp, as pruned: what goes gives nothing."""
-        hands_on_pruned = self.options.method == "wanda-sp"
-        if hands_on_pruned:
+        if self._hands_on_pruned:
             shape, decision = self.model.shapes[index], part_of(self.options, PlanConfig)
             channels = shape.heads_per_group * shape.head_dim
             keep = keep_in_layer(wanda_scores(statistics, channels), shape, decision)
@@ -118,7 +122,7 @@ class _Pass1:
                 removed = removed_indices(kept, kind.output.size(shape, kind.name))
                 if len(removed):
                     weights[f"{kind.output.name}.weight"][:, torch.from_numpy(removed).to(self.model.device)] = 0
-        self._forward(index, weights, step=2 * index + hands_on_pruned)
+        self._forward(index, weights, step=2 * index + self._hands_on_pruned)
 
     def _forward(self, index: int, weights: Mapping[str, torch.Tensor], **how: Any) -> None:
         self.model.forward_layer(index, weights, self.hidden, self.sizes, **how)

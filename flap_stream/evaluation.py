@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from flap_stream import memory, planner
 from flap_stream.calibration import evaluation_tokens, load_tokenizer
 from flap_stream.checkpoint import open_checkpoint
 from flap_stream.config import EvaluateConfig
 from flap_stream.layers import BatchSizes, StreamedModel
+from flap_stream.planner import Placement
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 
 
@@ -47,10 +47,7 @@ def evaluate(model: str | Path, options: EvaluateConfig, progress: Progress | No
             lambda: load_tokenizer(checkpoint.directory, options.trust_remote_code),
             streamed.vocab_size,
         )
-        limits = memory.limits(streamed.device, options.host_memory, options.device_memory)
-        memory.enforce(streamed.device, limits.device)
-        job = streamed.job(*tokens.shape, head=True)
-        placement = planner.place(job, limits, options.batch_size, options.prefetch)
+        placement = streamed.place(options, *tokens.shape, head=True)
         mean = _mean_negative_log_likelihood(streamed, tokens, placement, progress)
     return EvaluateResult(
         perplexity=float(np.exp(mean)),
@@ -64,7 +61,7 @@ def evaluate(model: str | Path, options: EvaluateConfig, progress: Progress | No
 
 
 def _mean_negative_log_likelihood(
-    model: StreamedModel, tokens: np.ndarray, placement: planner.Placement, progress: Progress
+    model: StreamedModel, tokens: np.ndarray, placement: Placement, progress: Progress
 ) -> float:
     """Mean over all predicted tokens, in nats; summed in float64. tokens: int64 `[sample, token]`."""
     samples, length = tokens.shape

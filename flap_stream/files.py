@@ -129,6 +129,9 @@ def tree_digest(path: Path) -> str:
 
 def free_bytes(path: Path) -> int:
     """Bytes that an ordinary user can still write where `path` is or will be."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(existing_directory(path)).free
+
+
+def existing_directory(path: Path) -> Path:
+    """The path itself or its nearest parent, whichever is a directory."""
+    return next(place for place in (path, *path.parents) if place.is_dir())

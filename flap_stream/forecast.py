@@ -126,12 +126,8 @@ def _operations(model: StreamedModel, samples: int, tokens: int) -> int:
 
 
 def _measure_rates(model: StreamedModel, tokens: int, source: Checkpoint, has_headers: bool, out: Path) -> Rates:
-    place = out.absolute()
-    while not place.is_dir():
-        place = place.parent
-    written, read = _disk_rates(place)
-    if has_headers:
-        read = _read_rate(source.directory / next(iter(source.shard_bytes)))
+    shard = source.directory / next(iter(source.shard_bytes)) if has_headers else None
+    read, written = _disk_rates(files.existing_directory(out.absolute()), shard)
     return Rates(_product_rate(model, max(tokens, 1)), read, written)
 
 
@@ -165,8 +161,11 @@ def _rate(action: Callable[[], None], seconds: float) -> float:
     return count / spent
 
 
-def _disk_rates(directory: Path) -> tuple[float, float]:
-    """Bytes per second that a nameless file takes (with fsync) and gives back from the disk."""
+def _disk_rates(directory: Path, shard: Path | None) -> tuple[float, float]:
+    """Bytes per second that come from a shard, and that a nameless file takes (with fsync).
+
+    Without a shard, what was written is read back.
+    """
     size = min(_PROBE_BYTES, files.free_bytes(directory) // 4)
     block = os.urandom(_PROBE_BLOCK_BYTES)
     with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
@@ -177,7 +176,8 @@ def _disk_rates(directory: Path) -> tuple[float, float]:
             written += len(block)
         os.fsync(file.fileno())
         seconds = time.monotonic() - started
-        return max(written, 1) / seconds, _read_back(file.fileno(), max(written, 1))
+        read = _read_back(file.fileno(), max(written, 1)) if shard is None else _read_rate(shard)
+        return read, max(written, 1) / seconds
 
 
 def _read_rate(path: Path) -> float:

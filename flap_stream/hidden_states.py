@@ -7,6 +7,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -27,20 +28,23 @@ def batches(samples: int, batch_size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + batch_size, samples)
 
 
+@dataclass(eq=False)
 class HiddenStates(ABC):
     """Hidden states of all windows, `[sample, token, hidden]`: the inputs of the next decoder layer.
 
     A layer takes its inputs from `stream`, gives its outputs to `put`, and `advance` makes the outputs the inputs.
     """
 
-    def __init__(self, samples: int, tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape = (samples, tokens, hidden_size)
-        self.dtype, self.device = dtype, device
+    samples: int
+    tokens: int
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
 
     @property
-    def samples(self) -> int:
-        """Number of windows."""
-        return self.shape[0]
+    def shape(self) -> tuple[int, int, int]:
+        """Windows, tokens of each, width."""
+        return self.samples, self.tokens, self.hidden_size
 
     @property
     def nbytes(self) -> int:
@@ -123,20 +127,15 @@ def make_hidden_states(
     return ResidentHiddenStates(samples, tokens, hidden_size, dtype, device, memory)
 
 
+@dataclass(eq=False)
 class ResidentHiddenStates(HiddenStates):
     """Hidden states in one buffer in device or host memory, overwritten in place."""
 
-    def __init__(
-        self,
-        samples: int,
-        tokens: int,
-        hidden_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        memory: torch.device,
-    ) -> None:
-        super().__init__(samples, tokens, hidden_size, dtype, device)
-        self.values = torch.empty(self.shape, dtype=dtype, device=memory)
+    memory: torch.device
+
+    def __post_init__(self) -> None:
+        """Take the memory."""
+        self.values = torch.empty(self.shape, dtype=self.dtype, device=self.memory)
 
     def stream(self, batch_size: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Batches of the buffer."""
@@ -165,6 +164,7 @@ class ResidentHiddenStates(HiddenStates):
         del self.values
 
 
+@dataclass(eq=False)
 class DiskHiddenStates(HiddenStates):
     """Hidden states in two nameless files, inputs and outputs, which change places after every layer.
 
@@ -172,18 +172,12 @@ class DiskHiddenStates(HiddenStates):
     the process ends, however it ends.
     """
 
-    def __init__(
-        self,
-        samples: int,
-        tokens: int,
-        hidden_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        directory: Path | None,
-    ) -> None:
-        super().__init__(samples, tokens, hidden_size, dtype, device)
-        self._window_bytes = tokens * hidden_size * dtype.itemsize
-        self._files = [tempfile.TemporaryFile(buffering=0, dir=directory) for _ in range(2)]  # noqa: SIM115
+    directory: Path | None
+
+    def __post_init__(self) -> None:
+        """Make the files and their room."""
+        self._window_bytes = self.nbytes // self.samples
+        self._files = [tempfile.TemporaryFile(buffering=0, dir=self.directory) for _ in range(2)]  # noqa: SIM115
         self._inputs, self._outputs = (file.fileno() for file in self._files)
         self._buffers: list[torch.Tensor] = []
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="hidden-read")
@@ -197,8 +191,8 @@ class DiskHiddenStates(HiddenStates):
             if error.errno != errno.ENOSPC:
                 raise
             raise InsufficientSpace(
-                f"hidden states on disk need {2 * self.nbytes:,} bytes in {directory or tempfile.gettempdir()}, which "
-                "has less free; make room, or let more memory be used with --host-memory"
+                f"hidden states on disk need {2 * self.nbytes:,} bytes in {self.directory or tempfile.gettempdir()}, "
+                "which has less free; make room, or let more memory be used with --host-memory"
             ) from error
 
     def stream(self, batch_size: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -216,7 +210,7 @@ class DiskHiddenStates(HiddenStates):
 
     def _read(self, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
         values = buffer[: stop - start]
-        left, at = memoryview(values.view(torch.uint8).view(-1).numpy()), start * self._window_bytes
+        left, at = _raw(values), start * self._window_bytes
         while left:
             count = os.preadv(self._inputs, [left], at)
             left, at = left[count:], at + count
@@ -226,11 +220,10 @@ class DiskHiddenStates(HiddenStates):
         """Hand windows from `start` on to the writer, once it is done with those before."""
         host = values.contiguous().cpu()
         self._wait()
-        self._written = self._writer.submit(self._write, self._outputs, start * self._window_bytes, host)
+        self._written = self._writer.submit(self._write, self._outputs, start * self._window_bytes, _raw(host))
 
     @staticmethod
-    def _write(descriptor: int, offset: int, values: torch.Tensor) -> None:
-        left = memoryview(values.view(torch.uint8).view(-1).numpy())
+    def _write(descriptor: int, offset: int, left: memoryview) -> None:
         while left:
             count = os.pwrite(descriptor, left, offset)
             left, offset = left[count:], offset + count
@@ -251,7 +244,7 @@ class DiskHiddenStates(HiddenStates):
             yield buffer[: os.preadv(self._inputs, [buffer], start)]
 
     def _store(self, offset: int, block: memoryview) -> None:
-        self._write(self._inputs, offset, torch.frombuffer(block, dtype=torch.uint8))
+        self._write(self._inputs, offset, block)
 
     def close(self) -> None:
         """Stop the threads and free the files."""
@@ -259,3 +252,8 @@ class DiskHiddenStates(HiddenStates):
         self._writer.shutdown()
         for file in self._files:
             file.close()
+
+
+def _raw(values: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in host memory."""
+    return memoryview(values.view(torch.uint8).view(-1).numpy())

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from flap_stream import memory, planner
 from flap_stream.architecture import family_of, require_sizes
 from flap_stream.checkpoint import FORWARD_DTYPES, Checkpoint, TensorEntry, row_ranges
 from flap_stream.config import EngineConfig
 from flap_stream.errors import CorruptCheckpoint, InsufficientMemory, InvalidOption, NonFinite, UnsupportedModel
 from flap_stream.hidden_states import HiddenStates, batches, make_hidden_states
-from flap_stream.memory import keep_malloc_steady
-from flap_stream.planner import Job
+from flap_stream.planner import Job, Placement
 from flap_stream.skeleton import LayerCall, Skeleton
 from flap_stream.weight_stream import load, stream_layers
 
@@ -72,7 +72,7 @@ class StreamedModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, options: EngineConfig) -> None:
-        keep_malloc_steady()
+        memory.keep_malloc_steady()
         self.checkpoint = checkpoint
         self.device = choose_device(options.device)
         self.family = family_of(checkpoint.config, checkpoint.source)
@@ -101,10 +101,26 @@ class StreamedModel:
         """Hidden states of so many windows, in one of hidden_states.PLACES, without values yet."""
         return make_hidden_states(place, samples, tokens, self.hidden_size, self.dtype, self.device, directory)
 
+    def place(
+        self, options: EngineConfig, samples: int, tokens: int, *, head: bool = False, recorded: int | None = None
+    ) -> Placement:
+        """How to run over so many windows within the memory allowed, to which the allocator and page cache are held.
+
+        recorded: the batch size of a run that is taken up, in force unless the options name one.
+        Raises InsufficientMemory if there is no way.
+        """
+        limits = memory.limits(self.device, options.host_memory, options.device_memory)
+        memory.enforce(self.device, limits.device)
+        job = self.job(samples, tokens, head=head)
+        placement = planner.place(job, limits, options.batch_size or recorded, options.prefetch)
+        if self.checkpoint.nbytes > limits.host - placement.host_bytes:
+            self.checkpoint.drop_from_page_cache()
+        return placement
+
     def job(self, samples: int, tokens: int, *, head: bool = False) -> Job:
         """What running all layers over so many windows (and the head) means, for the planner."""
         return Job(
-            skeleton=Skeleton(self.checkpoint.config, self.checkpoint.source),
+            skeleton=Skeleton(self.checkpoint.config, self.checkpoint.source),  # not ours: its runs leave traces
             layers=self.layer_entries,
             dtype=self.dtype,
             device=self.device.type,

@@ -19,14 +19,10 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Limits:
-    """Most bytes that this process may take: host resident memory, and device memory through torch (0 without one).
-
-    host_is_promised: the host's limit was asked for, not read off what is free.
-    """
+    """Most bytes that this process may take: host resident memory, and device memory through torch (0 without one)."""
 
     host: int
     device: int
-    host_is_promised: bool = False
 
 
 def limits(device: torch.device, host_memory: int | None, device_memory: int | None) -> Limits:
@@ -41,7 +37,7 @@ def limits(device: torch.device, host_memory: int | None, device_memory: int | N
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         on_device = device_memory or torch.cuda.memory_reserved(device) + int(free * (1 - _DEVICE_MARGIN))
-    return Limits(host, on_device, host_memory is not None)
+    return Limits(host, on_device)
 
 
 def enforce(device: torch.device, limit: int) -> None:

@@ -5,7 +5,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.resources import files as package_files
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +238,4 @@ def _pruned_config(
 
 def estimated_bytes(source: Checkpoint, shapes: Sequence[LayerShape], ratio: float) -> int:
     """About how large the output will be, before anything is decided."""
-    dense_bytes = sum(entry.nbytes for entry in source.tensors.values())
-    elements = sum(prod(entry.shape) for entry in source.tensors.values())
-    return int(dense_bytes - ratio * sum(shape.prunable for shape in shapes) * dense_bytes / elements)
+    return int(source.nbytes - ratio * sum(shape.prunable for shape in shapes) * source.nbytes / source.parameters)

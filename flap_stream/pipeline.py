@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from flap_stream import checkpoint as checkpoints
-from flap_stream import memory, output, planner
+from flap_stream import output, planner
 from flap_stream.allocation import LayerKeep, allocate
 from flap_stream.calibration import calibration_tokens, load_tokenizer, tokens_digest
 from flap_stream.collection import collect_statistics
@@ -183,7 +183,7 @@ def _collect(
             allocate(nothing, model.shapes, part_of(options, PlanConfig))  # whether it can be met, scores aside
         tokens = _tokens_for(model, options)
         samples, length = tokens.shape
-        placement = _place(model, options, samples, length, RunDirectory.recorded_batch_size(run))
+        placement = model.place(options, samples, length, recorded=RunDirectory.recorded_batch_size(run))
         measured.placement = placement
         with RunDirectory.create(run, _manifest(model, options, tokens, placement.batch_size)) as directory:
             if samples and not directory.has_tokens():
@@ -193,18 +193,6 @@ def _collect(
         release(model.device)
     measured.bytes_read = source.bytes_read
     return CollectResult(run, len(model.shapes), samples, length, measured)
-
-
-def _place(
-    model: StreamedModel, options: CollectConfig, samples: int, length: int, recorded: int | None
-) -> planner.Placement:
-    """How to run within the memory allowed. recorded: the batch size of the run that is taken up, which decides."""
-    limits = memory.limits(model.device, options.host_memory, options.device_memory)
-    memory.enforce(model.device, limits.device)
-    placement = planner.place(model.job(samples, length), limits, options.batch_size or recorded, options.prefetch)
-    if model.checkpoint.nbytes > limits.host - placement.host_bytes:
-        model.checkpoint.drop_from_page_cache()
-    return placement
 
 
 def _tokens_for(model: StreamedModel, options: CollectConfig) -> np.ndarray:
