@@ -90,52 +90,94 @@ class UnitKind:
         return self.output.name.rpartition(".")[0]
 
 
+_ATTENTION = UnitKind(
+    "attention",
+    (
+        Projection("self_attn.q_proj", ROWS, ("query",)),
+        Projection("self_attn.k_proj", ROWS, ("key_value",)),
+        Projection("self_attn.v_proj", ROWS, ("key_value",)),
+        Projection("self_attn.o_proj", COLUMNS, ("query",)),
+    ),
+)
+_FUSED_ATTENTION = UnitKind(
+    "attention",
+    (
+        Projection("self_attn.qkv_proj", ROWS, ("query", "key_value", "key_value")),
+        Projection("self_attn.o_proj", COLUMNS, ("query",)),
+    ),
+)
+_MLP = UnitKind(
+    "mlp",
+    (
+        Projection("mlp.gate_proj", ROWS, ("neuron",)),
+        Projection("mlp.up_proj", ROWS, ("neuron",)),
+        Projection("mlp.down_proj", COLUMNS, ("neuron",)),
+    ),
+)
+_FUSED_MLP = UnitKind(
+    "mlp",
+    (
+        Projection("mlp.gate_up_proj", ROWS, ("neuron", "neuron")),
+        Projection("mlp.down_proj", COLUMNS, ("neuron",)),
+    ),
+)
+
+
 @dataclass(frozen=True)
 class Family:
     """A model family: where its decoder layers are and what its units are made of.
 
-    class_prefix: of the classes in `modeling/` (`Pruned<prefix>Model`, `Pruned<prefix>ForCausalLM`).
+    causal_class: the causal language model in transformers; base_class: the model without a head, by default of the
+    same prefix. Their pruned forms in `modeling/` are named `Pruned<class>`.
     layers: module path of the decoder layers in the causal language model.
     """
 
-    class_prefix: str
+    causal_class: str
+    base_class: str = ""
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens.weight"
     norm: str = "model.norm"
     head: str = "lm_head.weight"
-    kinds: tuple[UnitKind, ...] = (
-        UnitKind(
-            "attention",
-            (
-                Projection("self_attn.q_proj", ROWS, ("query",)),
-                Projection("self_attn.k_proj", ROWS, ("key_value",)),
-                Projection("self_attn.v_proj", ROWS, ("key_value",)),
-                Projection("self_attn.o_proj", COLUMNS, ("query",)),
-            ),
-        ),
-        UnitKind(
-            "mlp",
-            (
-                Projection("mlp.gate_proj", ROWS, ("neuron",)),
-                Projection("mlp.up_proj", ROWS, ("neuron",)),
-                Projection("mlp.down_proj", COLUMNS, ("neuron",)),
-            ),
-        ),
-    )
+    kinds: tuple[UnitKind, ...] = (_ATTENTION, _MLP)
+
+    @property
+    def pruned_classes(self) -> dict[str, str]:
+        """Auto class to the class in `modeling/`, as `auto_map` has them."""
+        base = self.base_class or self.causal_class.removesuffix("ForCausalLM") + "Model"
+        return {"AutoModel": f"Pruned{base}", "AutoModelForCausalLM": f"Pruned{self.causal_class}"}
 
 
+# To add a family: a row here under its model_type, naming its class in transformers and, if its layers are built
+# otherwise than Llama's, the projections of its units. What the layers compute is transformers' business. A row in
+# FAMILY_EXTRAS of tests/models.py then puts it through the whole suite.
 FAMILIES: dict[str, Family] = {
-    "llama": Family("Llama"),
-    "mistral": Family("Mistral"),
-    "qwen2": Family("Qwen2"),
-    "qwen3": Family("Qwen3"),
+    "exaone4": Family("Exaone4ForCausalLM"),
+    "gemma": Family("GemmaForCausalLM"),
+    "gemma2": Family("Gemma2ForCausalLM"),
+    "gemma3_text": Family("Gemma3ForCausalLM", base_class="Gemma3TextModel"),
+    "glm": Family("GlmForCausalLM", kinds=(_ATTENTION, _FUSED_MLP)),
+    "glm4": Family("Glm4ForCausalLM", kinds=(_ATTENTION, _FUSED_MLP)),
+    "granite": Family("GraniteForCausalLM"),
+    "hunyuan_v1_dense": Family("HunYuanDenseV1ForCausalLM"),
+    "llama": Family("LlamaForCausalLM"),
+    "ministral": Family("MinistralForCausalLM"),
+    "mistral": Family("MistralForCausalLM"),
+    "olmo": Family("OlmoForCausalLM"),
+    "phi3": Family("Phi3ForCausalLM", kinds=(_FUSED_ATTENTION, _FUSED_MLP)),
+    "qwen2": Family("Qwen2ForCausalLM"),
+    "qwen3": Family("Qwen3ForCausalLM"),
+    "seed_oss": Family("SeedOssForCausalLM"),
+    "smollm3": Family("SmolLM3ForCausalLM"),
 }
+
+_NORM_OVER_HEADS = "its query and key norms span all heads, so that removing one changes the others"
+REFUSED = {"olmo2": _NORM_OVER_HEADS, "olmo3": _NORM_OVER_HEADS}
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The table row for a config.json.
 
-    Raises UnsupportedModel, naming the supported families, for any other and for quantised checkpoints.
+    Raises UnsupportedModel, naming the reason or the supported families, for any other and for quantised checkpoints.
     """
     model_type, quantization = config.get("model_type"), config.get("quantization_config")
     if quantization is not None:
@@ -143,6 +185,8 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
         raise UnsupportedModel(
             f"{where} is quantised ({method}); pruning needs the bf16, fp16 or fp32 checkpoint it was made from"
         )
+    if isinstance(model_type, str) and model_type in REFUSED:
+        raise UnsupportedModel(f"{where} has model_type {model_type!r}, which cannot be pruned: {REFUSED[model_type]}")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedModel(
             f"{where} has model_type {model_type!r}; supported families are {', '.join(sorted(FAMILIES))}"

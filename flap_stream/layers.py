@@ -324,5 +324,7 @@ def release(device: torch.device) -> None:
 def _all_finite(tensors: Iterable[torch.Tensor]) -> list[bool]:
     """Whether each tensor is free of NaN and infinity, in one pass and without a copy: both survive min and max."""
     ends = [end for tensor in tensors for end in tensor.aminmax()]
+    if not ends:
+        return []  # a norm without weights
     finite = torch.isfinite(torch.stack(ends)).view(-1, 2)  # [tensor, (min, max)]
     return finite.all(dim=1).tolist()

@@ -12,7 +12,7 @@ import numpy as np
 
 from flap_stream import files
 from flap_stream.allocation import LayerKeep
-from flap_stream.architecture import LayerShape, family_of
+from flap_stream.architecture import Family, LayerShape, family_of
 from flap_stream.checkpoint import INDEX_NAME, Checkpoint
 from flap_stream.config import PlanConfig
 from flap_stream.errors import InsufficientSpace, OutputConflict
@@ -122,7 +122,7 @@ def write_checkpoint(
             run.journal.append("shard", shard.name, job=job, digest=digest)
             written += shard.nbytes
             stage.advance(bytes_moved=shard.nbytes)
-    for name, contents in _small_files(source, plan, record, shapes, keeps, restore, family.class_prefix):
+    for name, contents in _small_files(source, plan, record, shapes, keeps, restore, family):
         files.write_committed(staging / name, contents)
         written += len(contents)
     files.commit_rename(staging, out)
@@ -184,7 +184,7 @@ def _small_files(
     shapes: Sequence[LayerShape],
     keeps: Sequence[LayerKeep],
     restore: str,
-    class_prefix: str,
+    family: Family,
 ) -> list[tuple[str, bytes]]:
     """Names and contents of all files without tensors, the index and the config last."""
     contents = []
@@ -199,7 +199,7 @@ def _small_files(
     index = plan.index()
     if index is not None:
         contents.append((INDEX_NAME, index))
-    config = _pruned_config(source.config, shapes, keeps, restore, class_prefix)
+    config = _pruned_config(source.config, shapes, keeps, restore, family)
     contents.append(("config.json", json.dumps(config, indent=2).encode() + b"\n"))
     return contents
 
@@ -209,14 +209,14 @@ def _pruned_config(
     shapes: Sequence[LayerShape],
     keeps: Sequence[LayerKeep],
     restore: str,
-    class_prefix: str,
+    family: Family,
 ) -> dict[str, Any]:
     """The dense config.json with every layer's own sizes, and the classes that know what to do with them.
 
     The global sizes stay the dense ones: they pass validation everywhere, and without remote code loading then fails
     on shapes instead of giving a wrong model.
     """
-    classes = {"AutoModel": f"Pruned{class_prefix}Model", "AutoModelForCausalLM": f"Pruned{class_prefix}ForCausalLM"}
+    classes = family.pruned_classes
     module = MODELING_NAME.removesuffix(".py")
     return {
         **config,

@@ -21,6 +21,9 @@ from flap_stream.errors import InvalidModel
 
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 
+# Keys of a config.json that say where code is or how it runs; transformers chooses the attention implementation.
+_NOT_THE_ARCHITECTURE = {"auto_map", "architectures", "dtype", "attn_implementation", "_attn_implementation"}
+
 
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: keeps what it is called with, gives its input back."""
@@ -139,17 +142,17 @@ def _build(config: Mapping[str, Any], family: Family, where: str) -> PreTrainedM
 
     A pruned checkpoint gets the classes of `modeling/`, which give every layer its own size.
     """
-    stock = {key: value for key, value in config.items() if key not in ("auto_map", "architectures", "dtype")}
+    stock = {key: value for key, value in config.items() if key not in _NOT_THE_ARCHITECTURE}
     try:
         hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(stock)
         with init_empty_weights(include_buffers=False):
             if "per_layer_config" in config:
                 from flap_stream.modeling import modeling_flap_stream
 
-                pruned = getattr(modeling_flap_stream, f"Pruned{family.class_prefix}ForCausalLM")
-                skeleton = pruned._from_config(hf_config, attn_implementation="sdpa")
+                pruned = getattr(modeling_flap_stream, family.pruned_classes["AutoModelForCausalLM"])
+                skeleton = pruned._from_config(hf_config)
             else:
-                skeleton = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa")
+                skeleton = AutoModelForCausalLM.from_config(hf_config)
     except Exception as error:  # whatever transformers makes of a wrong config.json
         reason = " ".join(str(error).split())
         raise InvalidModel(f"transformers cannot build a model from {where}/config.json: {reason}") from error

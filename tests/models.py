@@ -8,11 +8,25 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+_MIXED = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 FAMILY_EXTRAS: dict[str, dict[str, Any]] = {
+    "exaone4": {"head_dim": 16, **_MIXED},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, **_MIXED},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, **_MIXED},
+    "glm": {"head_dim": 16},
+    "glm4": {"head_dim": 16},
+    "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7},
+    "hunyuan_v1_dense": {"head_dim": 16},
     "llama": {},
+    "ministral": {"head_dim": 16, **_MIXED},
     "mistral": {"sliding_window": None},
+    "olmo": {"clip_qkv": 2.0},
+    "phi3": {},
     "qwen2": {},
     "qwen3": {"head_dim": 16},
+    "seed_oss": {"head_dim": 16, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
 }
 VOCABULARY = 97
 
@@ -31,13 +45,13 @@ def tiny_config(family: str = "llama", kv_heads: int = 2, tied: bool = False, la
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    return CONFIG_MAPPING[family](**{**sizes, **FAMILY_EXTRAS[family], **changes})
+    return CONFIG_MAPPING[family](**{**sizes, **FAMILY_EXTRAS.get(family, {}), **changes})
 
 
 def tiny_model(config: Any, seed: int = 0) -> PreTrainedModel:
     """A float32 model in which nothing is trivially zero or one, with channels of very different scales."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float().eval()
+    model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -11,22 +11,26 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import flap_stream
 from flap_stream.allocation import LayerKeep
-from flap_stream.architecture import FAMILIES
+from flap_stream.architecture import COLUMNS, FAMILIES, ROWS, Family, Projection, UnitKind
 from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
+from flap_stream.errors import UnsupportedModel
 from flap_stream.store import RunDirectory
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8,
 }  # fmt: skip
+FIRST = ("llama", "mistral", "qwen2", "qwen3")
 CASES = {
     f"{family}-kv{kv_heads}-{'tied' if tied else 'untied'}": (family, kv_heads, tied, {})
-    for family in FAMILIES
+    for family in FIRST
     for kv_heads in (2, 4)
     for tied in (False, True)
 }
+CASES |= {family: (family, 2, family.startswith("gemma"), {}) for family in FAMILIES if family not in FIRST}
 CASES |= {
     "llama3-rope": ("llama", 2, True, {"rope_parameters": LLAMA3_ROPE}),
+    "phi3-multi-head": ("phi3", 4, False, {}),
     "llama-biases": ("llama", 2, False, {"attention_bias": True, "mlp_bias": True}),
     "mistral-sliding-window": ("mistral", 2, False, {"sliding_window": 7}),
     "qwen2-mixed-windows": (
@@ -169,6 +173,24 @@ def test_the_pruned_checkpoint_can_be_pruned_again(pruned, tmp_path: Path) -> No
 
 def test_the_table_and_the_suite_have_the_same_families() -> None:
     assert set(FAMILIES) == set(FAMILY_EXTRAS)
+
+
+def test_a_family_is_added_by_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = tiny_model(tiny_config("arcee"), seed=4)
+    path, tokens = save(model, tmp_path / "model"), random_tokens(8, 24)
+    options = PruneConfig(ratio=0.3, calibration=(save_tokens(tmp_path / "tokens.npy", tokens),))
+    with pytest.raises(UnsupportedModel, match="'arcee'"):
+        flap_stream.prune(path, tmp_path / "out", options)
+    attention, _ = FAMILIES["llama"].kinds
+    ungated = UnitKind(
+        "mlp", (Projection("mlp.up_proj", ROWS, ("neuron",)), Projection("mlp.down_proj", COLUMNS, ("neuron",)))
+    )
+    monkeypatch.setitem(FAMILIES, "arcee", Family("ArceeForCausalLM", kinds=(attention, ungated)))
+    record = flap_stream.prune(path, tmp_path / "out", options).record
+    expected = expected_model(model, record, torch.from_numpy(tokens))
+    ids = torch.from_numpy(random_tokens(2, 9, seed=6))
+    with torch.no_grad():
+        assert (load(tmp_path / "out")(ids).logits - expected(ids).logits).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("restore", ["bias", "none"])

@@ -11,17 +11,8 @@ No class here is named after attention: transformers looks for such names when i
 """
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    LlamaForCausalLM,
-    LlamaModel,
-    MistralForCausalLM,
-    MistralModel,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
 
 
 def layer_size(config, layer_idx, name):
@@ -64,6 +55,19 @@ class OutputBiasWithCache(OutputBias):
         return super().forward(hidden_states), None
 
 
+class LayerConfig:
+    """A config in which some sizes are one layer's own; everything else is the model's, now and later."""
+
+    def __init__(self, config, **sizes):
+        self.__dict__.update(sizes, _model_config=config)
+
+    def __getattr__(self, name):
+        """What the layer does not say itself."""
+        if name == "_model_config":  # asked for by copy and pickle before there is one
+            raise AttributeError(name)
+        return getattr(self._model_config, name)
+
+
 class PrunedMixin:
     """Gives every decoder layer of the dense architecture its own sizes."""
 
@@ -76,29 +80,40 @@ class PrunedMixin:
 
     @staticmethod
     def _resize_heads(config, layer, layer_idx):
-        dense, hidden_size = layer.self_attn, config.hidden_size
-        key_value_size = layer_size(config, layer_idx, "num_key_value_heads") * dense.head_dim
-        query_size = key_value_size * dense.num_key_value_groups
+        dense = layer.self_attn
+        groups = layer_size(config, layer_idx, "num_key_value_heads")
+        heads = groups * dense.num_key_value_groups
         has_bias = config.pruned_output_bias or dense.o_proj.bias is not None
-        if not key_value_size:
-            layer.self_attn = OutputBiasWithCache("o_proj", hidden_size, has_bias, layer_idx)
+        if not groups:
+            layer.self_attn = OutputBiasWithCache("o_proj", config.hidden_size, has_bias, layer_idx)
             return
-        dense.q_proj = nn.Linear(hidden_size, query_size, dense.q_proj.bias is not None)
-        dense.k_proj = nn.Linear(hidden_size, key_value_size, dense.k_proj.bias is not None)
-        dense.v_proj = nn.Linear(hidden_size, key_value_size, dense.v_proj.bias is not None)
-        dense.o_proj = nn.Linear(query_size, hidden_size, has_bias)
+        query_size, key_value_size = heads * dense.head_dim, groups * dense.head_dim
+        sizes = {"q_proj": query_size, "k_proj": key_value_size, "v_proj": key_value_size}
+        sizes["qkv_proj"] = query_size + 2 * key_value_size
+        _resize(dense, sizes, ("o_proj", query_size, has_bias), config.hidden_size)
+        if hasattr(dense, "qkv_proj"):  # it is cut apart by these
+            dense.num_key_value_heads = groups
+            dense.config = LayerConfig(config, num_attention_heads=heads, num_key_value_heads=groups)
 
     @staticmethod
     def _resize_mlp(config, layer, layer_idx):
-        dense, hidden_size = layer.mlp, config.hidden_size
+        dense = layer.mlp
         width = layer_size(config, layer_idx, "intermediate_size")
         has_bias = config.pruned_output_bias or dense.down_proj.bias is not None
         if not width:
-            layer.mlp = OutputBias("down_proj", hidden_size, has_bias)
+            layer.mlp = OutputBias("down_proj", config.hidden_size, has_bias)
             return
-        dense.gate_proj = nn.Linear(hidden_size, width, dense.gate_proj.bias is not None)
-        dense.up_proj = nn.Linear(hidden_size, width, dense.up_proj.bias is not None)
-        dense.down_proj = nn.Linear(width, hidden_size, has_bias)
+        sizes = {"gate_proj": width, "up_proj": width, "gate_up_proj": 2 * width}
+        _resize(dense, sizes, ("down_proj", width, has_bias), config.hidden_size)
+
+
+def _resize(module, sizes, output, hidden_size):
+    """New linears in the place of those that the module has. output: name, inputs and bias of the last one."""
+    for name, size in sizes.items():
+        if hasattr(module, name):
+            setattr(module, name, nn.Linear(hidden_size, size, getattr(module, name).bias is not None))
+    name, size, has_bias = output
+    setattr(module, name, nn.Linear(size, hidden_size, has_bias))
 
 
 class _Base(PrunedMixin):
@@ -109,26 +124,14 @@ class _CausalLM(PrunedMixin):
     _auto_class = "AutoModelForCausalLM"  # save_pretrained copies this file; transformers 4 does so only if it is set
 
 
-# One pair a family, named Pruned<prefix>Model and Pruned<prefix>ForCausalLM after its row in architecture.py.
-class PrunedLlamaModel(_Base, LlamaModel): ...  # noqa: D101
+def __getattr__(name):
+    """`Pruned<Class>` for a model class of transformers, made when it is asked for.
 
-
-class PrunedLlamaForCausalLM(_CausalLM, LlamaForCausalLM): ...  # noqa: D101
-
-
-class PrunedMistralModel(_Base, MistralModel): ...  # noqa: D101
-
-
-class PrunedMistralForCausalLM(_CausalLM, MistralForCausalLM): ...  # noqa: D101
-
-
-class PrunedQwen2Model(_Base, Qwen2Model): ...  # noqa: D101
-
-
-class PrunedQwen2ForCausalLM(_CausalLM, Qwen2ForCausalLM): ...  # noqa: D101
-
-
-class PrunedQwen3Model(_Base, Qwen3Model): ...  # noqa: D101
-
-
-class PrunedQwen3ForCausalLM(_CausalLM, Qwen3ForCausalLM): ...  # noqa: D101
+    So this file loads in every release of transformers, whichever families that has.
+    """
+    dense = getattr(transformers, name.removeprefix("Pruned"), None)
+    if not name.startswith("Pruned") or dense is None:
+        raise AttributeError(f"module {__name__} has no {name}; transformers {transformers.__version__} may be too old")
+    mixin = _CausalLM if name.endswith("ForCausalLM") else _Base
+    globals()[name] = type(name, (mixin, dense), {"__module__": __name__, "__doc__": f"{dense.__name__}, pruned."})
+    return globals()[name]
