@@ -1,8 +1,8 @@
 """The decision: from scores to the KV groups and neurons that stay. Pure numpy, seconds for 80 layers of 65B."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, replace
+from math import ceil, gcd, lcm
 
 import numpy as np
 
@@ -67,13 +67,17 @@ def allocate(
     """Decide for every layer which KV groups and neurons stay.
 
     scores: a layer's `[group]` and `[neuron]` scores, the better the higher.
-    Raises InvalidOption if the ratio cannot be met without leaving a layer below its minimum.
+    Raises InvalidOption if the ratio cannot be met without leaving a layer below its minimum, or with sizes so rounded.
     """
+    if options.rounds:
+        return _allocate_rounded(scores, shapes, options)
     pool = _Pool.of(scores, shapes)
     protected = _protected(pool, shapes, options)
     released = options.method == "flap" and options.statistics == "released"
     if options.structure == "al-am":
-        keep = _released_prefix(pool, shapes, options) | protected if released else _prefix(pool, protected, options)
+        budget = (1 - options.ratio) * pool.cost.sum()
+        keep = _released_prefix(pool, shapes, options) if released else _prefix(pool, protected, budget, options)
+        keep |= protected
     elif options.structure == "al-mm":
         keep = _remove_globally(pool, protected, shapes, options, released)
     else:
@@ -101,17 +105,16 @@ def _protected(pool: _Pool, shapes: Sequence[LayerShape], options: PlanConfig) -
     return protected
 
 
-def _prefix(pool: _Pool, protected: np.ndarray, options: PlanConfig) -> np.ndarray:
-    """The prefix of the descending sort whose cost is nearest to (1 - ratio) of the total; bool `[unit]`.
+def _prefix(pool: _Pool, protected: np.ndarray, budget: float, options: PlanConfig) -> np.ndarray:
+    """The prefix of the descending sort whose cost is nearest to the budget; bool `[unit]`.
 
     Protected units stand first, so that they are paid for out of the same budget.
     """
     order = np.lexsort((-pool.score, ~protected))
     spent = np.cumsum(pool.cost[order])
-    budget = (1 - options.ratio) * spent[-1]
     length = int(np.argmin(np.abs(spent - budget))) + 1
     if length < protected.sum():
-        needed = 1 - spent[protected.sum() - 1] / spent[-1]
+        needed = 1 - (1 - options.ratio) * spent[protected.sum() - 1] / budget
         raise InvalidOption(
             f"--ratio {options.ratio} would leave a layer below --min-heads {options.min_heads} or --min-neurons "
             f"{options.min_neurons}; those minima allow a ratio of at most {needed:.4f}"
@@ -198,3 +201,115 @@ def _require_left(count: int, removable: int, is_group: bool, where: str, option
             f"--ratio {options.ratio} with {options.structure} removes {count} {units} of {where}, but {option} leaves "
             f"only {removable} to remove; lower the ratio"
         )
+
+
+def _allocate_rounded(
+    scores: Sequence[tuple[np.ndarray, np.ndarray]], shapes: Sequence[LayerShape], options: PlanConfig
+) -> list[LayerKeep]:
+    """The decision among blocks of units, so that what stays is a multiple of a block in every layer.
+
+    In each layer and kind the units are ranked and cut into blocks; a block scores the mean of its units and costs
+    their sum. What does not fill a block, the worst, goes. The budget is that of all units.
+    """
+    steps = [_steps(i, shape, options) for i, shape in enumerate(shapes)]
+    coarse = [
+        replace(
+            shape,
+            kv_groups=shape.kv_groups // groups,
+            heads_per_group=shape.heads_per_group * groups,
+            group_cost=shape.group_cost * groups,
+            neurons=shape.neurons // neurons,
+            neuron_cost=shape.neuron_cost * neurons,
+        )
+        for shape, (groups, neurons) in zip(shapes, steps, strict=True)
+    ]
+    blocks = [
+        (_block_means(pair[0], groups), _block_means(pair[1], neurons))
+        for pair, (groups, neurons) in zip(scores, steps, strict=True)
+    ]
+    pool = _Pool.of(blocks, coarse)
+    least_neurons = max(ceil(options.min_neurons / neurons) for _, neurons in steps)
+    protected = _protected(pool, coarse, replace(options, min_neurons=least_neurons))
+    if options.structure == "al-am":
+        budget = (1 - options.ratio) * sum(shape.prunable for shape in shapes)
+        _require_enough_blocks(pool, budget, options)
+        keep = _prefix(pool, protected, budget, options)
+    else:
+        scopes = [range(len(shapes))] if options.structure == "al-mm" else [range(i, i + 1) for i in range(len(shapes))]
+        keep = protected.copy()
+        for layers in scopes:
+            _keep_counts(keep, pool, layers, shapes, coarse, options)
+    return [
+        LayerKeep(
+            *(
+                np.sort(np.argsort(-score, kind="stable")[: step * int((keep & (pool.layer == i) & own).sum())])
+                for score, step, own in zip(pair, steps[i], (pool.is_group, ~pool.is_group), strict=True)
+            )
+        )
+        for i, pair in enumerate(scores)
+    ]
+
+
+def _steps(layer: int, shape: LayerShape, options: PlanConfig) -> tuple[int, int]:
+    """How many KV groups, and how many neurons, stay or go together."""
+    groups = options.round_heads_to // gcd(options.round_heads_to, shape.heads_per_group)
+    steps = lcm(groups, options.tensor_parallel), lcm(options.round_neurons_to, options.tensor_parallel)
+    for step, units, name in zip(steps, (shape.kv_groups, shape.neurons), ("KV groups", "neurons"), strict=True):
+        if 0 < units < step:
+            raise InvalidOption(
+                f"layer {layer} has {units} {name}, but --round-heads-to, --round-neurons-to and --tensor-parallel ask "
+                f"for a multiple of {step}; lower them"
+            )
+    return steps
+
+
+def _block_means(score: np.ndarray, step: int) -> np.ndarray:
+    """Mean scores `[block]` of the ranked units, those left over at the end not counted."""
+    ranked = -np.sort(-score)
+    return ranked[: len(score) // step * step].reshape(-1, step).mean(axis=1)
+
+
+def _require_enough_blocks(pool: _Pool, budget: float, options: PlanConfig) -> None:
+    most = pool.cost.sum()
+    if budget > most + pool.cost.max():
+        least = 1 - (1 - options.ratio) * most / budget
+        raise InvalidOption(
+            f"sizes so rounded remove at least {least:.4f} of the weights, more than --ratio {options.ratio}; raise it "
+            "or round to smaller multiples"
+        )
+
+
+def _keep_counts(
+    keep: np.ndarray,
+    pool: _Pool,
+    layers: range,
+    shapes: Sequence[LayerShape],
+    coarse: Sequence[LayerShape],
+    options: PlanConfig,
+) -> None:
+    """Mark the best blocks of these layers together: as many KV groups as the structure says, neurons for the rest.
+
+    keep: bool `[block]`, True where a block is protected.
+    """
+    here, first = (pool.layer >= layers.start) & (pool.layer < layers.stop), layers.start
+    dense = [shapes[i] for i in layers]
+    groups, head_groups = sum(shape.kv_groups for shape in dense), shapes[first].heads_per_group
+    if options.structure == "ul-um":
+        removed = options.ratio * groups
+    else:
+        removed = (options.remove_heads or 0) * len(layers) / len(shapes) / head_groups
+    budget = (1 - options.ratio) * sum(shape.prunable for shape in dense)
+    step = coarse[first].heads_per_group // head_groups
+    for is_group, cost in ((True, coarse[first].group_cost), (False, coarse[first].neuron_cost)):
+        own = np.flatnonzero(here & (pool.is_group == is_group))
+        wanted = round((groups - removed) / step) if is_group else round(budget / max(cost, 1))
+        least = int(keep[own].sum())
+        if wanted < least:
+            kind, option = ("KV groups", "--min-heads") if is_group else ("neurons", "--min-neurons")
+            raise InvalidOption(
+                f"--ratio {options.ratio} with {options.structure} and sizes so rounded leaves fewer {kind} than "
+                f"{option} asks for; lower the ratio"
+            )
+        best = own[np.lexsort((-pool.score[own], ~keep[own]))[: max(wanted, 0)]]
+        keep[best] = True
+        budget -= len(best) * cost

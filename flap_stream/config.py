@@ -89,7 +89,7 @@ class CollectConfig(EngineConfig):
 
     calibration: `wikitext2`, `c4` or `ptb`, or files (.txt, .jsonl, .parquet, a directory of them, or one .npy).
     sequence_length: tokens in a calibration window.
-    ratio: concerns `wanda-sp` alone, whose pruned layers feed the next.
+    ratio and what follows it: concern `wanda-sp` alone, whose pruned layers feed the next.
     snapshot_interval: layers between two snapshots of the hidden states; None chooses it by their cost.
     """
 
@@ -101,6 +101,9 @@ class CollectConfig(EngineConfig):
     ratio: float = 0.2
     min_heads: int = 1
     min_neurons: int = 1
+    round_heads_to: int = 1
+    round_neurons_to: int = 1
+    tensor_parallel: int = 1
     snapshot_interval: int | None = None
 
     def __post_init__(self) -> None:
@@ -121,6 +124,8 @@ class PlanConfig(_Options):
     ratio: share of the decoder layers' prunable weights (q k v o gate up down) that goes.
     remove_heads: query heads to remove in all layers together, for `al-mm` and `ul-mm` alone.
     min_heads, min_neurons: that many stay in every layer.
+    round_heads_to, round_neurons_to: every layer keeps a multiple of so many query heads, of so many neurons.
+    tensor_parallel: KV groups and neurons of every layer can be divided among so many ranks.
     structure: None is the method's own (`al-am` for flap, `ul-um` for the baselines).
     """
 
@@ -133,6 +138,14 @@ class PlanConfig(_Options):
     remove_heads: int | None = None
     min_heads: int = 1
     min_neurons: int = 1
+    round_heads_to: int = 1
+    round_neurons_to: int = 1
+    tensor_parallel: int = 1
+
+    @property
+    def rounds(self) -> bool:
+        """Whether sizes are rounded."""
+        return max(self.round_heads_to, self.round_neurons_to, self.tensor_parallel) > 1
 
     def __post_init__(self) -> None:
         """Refuse values out of range and combinations that mean nothing."""
@@ -147,6 +160,10 @@ class PlanConfig(_Options):
         _require_ratio(self.ratio)
         _require_at_least("min-heads", self.min_heads, 0)
         _require_at_least("min-neurons", self.min_neurons, 0)
+        for name in ("round_heads_to", "round_neurons_to", "tensor_parallel"):
+            _require_at_least(name.replace("_", "-"), getattr(self, name), 1)
+        if self.rounds and self.method == "flap" and self.statistics == "released":
+            raise InvalidOption("--statistics released decides as the released code does, which rounds no sizes")
         if self.method != "flap" and self.structure != "ul-um":
             raise InvalidOption(f"--structure {self.structure} does not go with --method {self.method}, which is ul-um")
         needs_heads = str(self.structure).endswith("-mm")

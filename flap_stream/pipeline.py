@@ -25,6 +25,9 @@ from flap_stream.store import RunDirectory
 
 logger = logging.getLogger(__name__)
 
+# What decides the pruned layers that wanda-sp feeds the next.
+_FED_ON = ("ratio", "min_heads", "min_neurons", "round_heads_to", "round_neurons_to", "tensor_parallel")
+
 
 @dataclass
 class Measured:
@@ -214,7 +217,7 @@ def _manifest(model: StreamedModel, options: CollectConfig, tokens: np.ndarray, 
     if options.method != "magnitude-sp":
         decides |= {"dtype": str(model.dtype), "device": model.device.type, "batch_size": batch_size}
     if options.method == "wanda-sp":
-        decides |= {name: getattr(options, name) for name in ("ratio", "min_heads", "min_neurons")}
+        decides |= {name: getattr(options, name) for name in _FED_ON}
     return {
         "model": model.checkpoint.fingerprint,
         "tokens": {"sha256": tokens_digest(tokens), "shape": list(tokens.shape)},
@@ -248,7 +251,7 @@ def _plan(run: RunDirectory, options: PlanConfig) -> PlanResult:
             f"{run.path} was collected for {collected['method']}, which does not serve {options.method}; "
             f"collect again with --method {options.method}"
         )
-    for name in ("ratio", "min_heads", "min_neurons"):
+    for name in _FED_ON:
         if name in collected and getattr(options, name) != collected[name]:
             raise RunMismatch(
                 f"{run.path} was collected with wanda-sp for {name} {collected[name]} (pruned layers feed the next); "

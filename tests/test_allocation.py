@@ -91,3 +91,55 @@ def test_planning_80_layers_of_a_65b_model_is_quick() -> None:
     result = allocate(scores, [shape] * 80, PlanConfig(ratio=0.2))
     share = sum(keep.cost(shape) for keep in result) / (80 * shape.prunable)
     assert share == pytest.approx(0.8, abs=1e-4)
+
+
+def rounded(structure, shape, layers=6, ratio=0.3, seed=1, **options):
+    draw = np.random.default_rng(seed)
+    scores = [(draw.normal(i / 4, 1, shape.kv_groups), draw.normal(i / 4, 1, shape.neurons)) for i in range(layers)]
+    if structure.endswith("mm"):
+        options["remove_heads"] = round(ratio * layers * shape.kv_groups) * shape.heads_per_group
+    keeps = allocate(scores, [shape] * layers, PlanConfig(ratio=ratio, structure=structure, **options))
+    share = sum(keep.cost(shape) for keep in keeps) / (layers * shape.prunable)
+    return scores, keeps, share
+
+
+GROUPED = LayerShape(kv_groups=8, heads_per_group=4, head_dim=16, neurons=1400, group_cost=40960, neuron_cost=768)
+
+
+@pytest.mark.parametrize("structure", ["al-am", "al-mm", "ul-mm", "ul-um"])
+@pytest.mark.parametrize("multiple", [32, 64, 256])
+def test_rounded_sizes_are_multiples_at_the_requested_ratio(structure: str, multiple: int) -> None:
+    _, keeps, share = rounded(structure, GROUPED, round_neurons_to=multiple, round_heads_to=8)
+    assert all(len(keep.neurons) % multiple == 0 and len(keep.neurons) > 0 for keep in keeps)
+    assert all(len(keep.kv_groups) * 4 % 8 == 0 and len(keep.kv_groups) > 0 for keep in keeps)
+    unit = max(multiple * GROUPED.neuron_cost, 2 * GROUPED.group_cost)
+    scopes = 1 if structure.startswith("al") else len(keeps)  # of every layer by itself, in the uniform structures
+    assert abs(share - 0.7) * len(keeps) * GROUPED.prunable <= unit * scopes
+
+
+def test_the_best_scored_units_win_when_sizes_are_rounded() -> None:
+    scores, keeps, _ = rounded("al-am", GROUPED, round_neurons_to=32)
+    kept_means, removed_means = [], []
+    for (_, neurons), keep in zip(scores, keeps, strict=True):
+        order = np.argsort(-neurons)
+        assert set(keep.neurons) == set(order[: len(keep.neurons)])
+        means = neurons[order][: 1400 // 32 * 32].reshape(-1, 32).mean(axis=1)
+        kept_means += means[1 : len(keep.neurons) // 32].tolist()  # the first is protected
+        removed_means += means[len(keep.neurons) // 32 :].tolist()
+    assert min(kept_means) > max(removed_means)
+
+
+def test_tensor_parallel_ranks_can_divide_every_layer() -> None:
+    _, keeps, _ = rounded("al-am", GROUPED, tensor_parallel=4, round_neurons_to=6)
+    assert all(len(keep.kv_groups) % 4 == 0 and len(keep.neurons) % 12 == 0 for keep in keeps)
+
+
+def test_rounding_that_no_layer_can_meet_is_refused() -> None:
+    with pytest.raises(InvalidOption, match=r"layer 0 has 8 KV groups.*multiple of 16"):
+        rounded("al-am", GROUPED, tensor_parallel=16)
+    with pytest.raises(InvalidOption, match=r"remove at least 0\.\d+ of the weights, more than --ratio 0\.02"):
+        rounded("al-am", GROUPED, ratio=0.02, round_neurons_to=512)
+    with pytest.raises(InvalidOption, match="released"):
+        PlanConfig(statistics="released", round_neurons_to=32)
+    with pytest.raises(InvalidOption, match="round-heads-to is 0"):
+        PlanConfig(round_heads_to=0)

@@ -193,6 +193,19 @@ def test_a_family_is_added_by_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         assert (load(tmp_path / "out")(ids).logits - expected(ids).logits).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("method", ["flap", "wanda-sp"])
+def test_rounded_sizes_reach_the_checkpoint(method: str, tmp_path: Path) -> None:
+    model, tokens = tiny_model(tiny_config("llama", 4), seed=5), random_tokens(8, 24)
+    options = PruneConfig(
+        ratio=0.4, method=method, round_neurons_to=16, tensor_parallel=2,
+        calibration=(save_tokens(tmp_path / "tokens.npy", tokens),),
+    )  # fmt: skip
+    flap_stream.prune(save(model, tmp_path / "model"), tmp_path / "out", options)
+    for layer in load(tmp_path / "out").model.layers:
+        assert layer.mlp.up_proj.out_features % 16 == 0
+        assert layer.self_attn.k_proj.out_features % (2 * layer.self_attn.head_dim) == 0
+
+
 @pytest.mark.parametrize("restore", ["bias", "none"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_without_heads_or_neurons_load_and_generate(family: str, restore: str, tmp_path: Path) -> None:

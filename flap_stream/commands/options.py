@@ -62,6 +62,11 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--method", default="flap", choices=config.METHODS, help="default: flap")
     group.add_argument("--min-heads", type=int, default=1, help="query heads that stay in every layer (default: 1)")
     group.add_argument("--min-neurons", type=int, default=1, help="neurons that stay in every layer (default: 1)")
+    group.add_argument("--round-heads-to", type=int, default=1, metavar="N", help="a multiple of N heads in each layer")
+    group.add_argument("--round-neurons-to", type=int, default=1, metavar="N", help="the same of neurons")
+    group.add_argument(
+        "--tensor-parallel", type=int, default=1, metavar="N", help="sizes that N ranks can divide among themselves"
+    )
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
