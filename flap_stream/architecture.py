@@ -13,6 +13,7 @@ import numpy as np
 from flap_stream.errors import InvalidModel, UnsupportedModel
 
 ROWS, COLUMNS = 0, 1
+HOLE = -1  # in the place of an index: a row or column of zeros
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
@@ -65,6 +66,16 @@ class Projection:
             size = shape.block_size(block)
             parts.append((offset + kept_units[:, None] * size + np.arange(size)[None, :]).ravel())
             offset += units * size
+        return np.concatenate(parts).astype(np.int64)
+
+    def padded_indices(self, units: int, shape: LayerShape, kind: str) -> np.ndarray:
+        """All rows or columns and, where further units would stand to make so many, HOLE; int64."""
+        offset, parts = 0, []
+        for block in self.blocks:
+            size = shape.block_size(block)
+            length = shape.units(kind) * size
+            parts += [np.arange(offset, offset + length), np.full(units * size - length, HOLE)]
+            offset += length
         return np.concatenate(parts).astype(np.int64)
 
     def size(self, shape: LayerShape, kind: str) -> int:

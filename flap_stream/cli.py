@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 
 from flap_stream.errors import FlapStreamError
 
@@ -16,6 +17,7 @@ VERBS = {
     "collect": "pass 1 alone: the statistics of every layer",
     "plan": "decide what stays, in seconds; prints what would remain, layer by layer",
     "rewrite": "pass 2 alone: write the pruned checkpoint that the plan describes",
+    "export-stock": "a pruned checkpoint that loads without remote code",
     "evaluate": "perplexity of a dense or pruned model, one layer in memory at a time",
     "inspect": "what is in a run directory or a pruned checkpoint",
     "demo": "the main job on the bundled model and text, offline",
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"flap-stream {version('flap-stream')}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, summary in VERBS.items():
-        module = import_module(f"flap_stream.commands.{verb}")
+        module = _module_of(verb)
         module.add_arguments(verbs.add_parser(verb, help=summary, description=summary, allow_abbrev=False))
     options = parser.parse_args(arguments)
     quiet = getattr(options, "quiet", False)
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints are for users of its models, not for ours
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        import_module(f"flap_stream.commands.{options.verb}").run(options)
+        _module_of(options.verb).run(options)
     except FlapStreamError as error:
         print(f"flap-stream: {error}", file=sys.stderr)
         return error.exit_code
@@ -49,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nflap-stream: interrupted; nothing is lost, run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _module_of(verb: str) -> ModuleType:
+    return import_module(f"flap_stream.commands.{verb.replace('-', '_')}")
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

@@ -243,6 +243,23 @@ class EvaluateConfig(EngineConfig):
             _require_at_least("samples", self.samples, 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportStockConfig(_Options):
+    """A checkpoint that needs no code of its own.
+
+    pad: fill layers up with zeros to the size of the widest; without it, layers of different sizes are refused.
+    max_shard_bytes: as of pass 2.
+    """
+
+    pad: bool = False
+    max_shard_bytes: int = 5 * 10**9
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        super().__post_init__()
+        _require_at_least("max-shard-size", self.max_shard_bytes, 1)
+
+
 def part_of(config: Any, kind: type[_Part], **changes: Any) -> _Part:
     """The fields of `config` that dataclass `kind` has, as a `kind`, some of them changed."""
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]

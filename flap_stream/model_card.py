@@ -6,21 +6,21 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-_LICENSE_KEYS = ("license", "license_name", "license_link", "language")
+_CARRIED_KEYS = ("license", "license_name", "license_link", "language")
 
 
-def model_card(base: str, base_directory: Path, record: dict[str, Any]) -> str:
+def model_card(base: str, base_directory: Path, record: dict[str, Any], stock_class: str | None = None) -> str:
     """Markdown with YAML metadata: base model, method, ratio, a row a layer, how to load.
 
     base: directory or Hub id of the dense model; its licence and language are carried over from its own card.
-    record: the contents of pruning.json.
+    record: the contents of pruning.json. stock_class: of transformers, for a checkpoint that needs no other.
     """
     options, parameters = record["options"], record["parameters"]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["flap", "flap-stream", "structured-pruning", "custom_code"],
-        **_carried_metadata(base_directory),
+        tags=["flap", "flap-stream", "structured-pruning"] + (["custom_code"] if stock_class is None else []),
+        **_carried_metadata(base_directory, _CARRIED_KEYS if stock_class is None else (*_CARRIED_KEYS, "base_model")),
     )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
         data.base_model = base
@@ -28,6 +28,12 @@ def model_card(base: str, base_directory: Path, record: dict[str, Any]) -> str:
     else:
         title = f"`{Path(base).name}`"
     name = Path(base).name
+    if stock_class is None:
+        sizes = "Every layer has its own size, so the\nmodelling file beside the weights is needed"
+        flag, kept = ", trust_remote_code=True", "`pruning.json` lists what was kept, as indices into the dense model."
+    else:
+        sizes = f"Zeros fill up smaller layers, so that all\nhave one size and transformers' {stock_class} loads them"
+        flag, kept = "", "What was kept of the dense model:"
     ratio = record["realised_ratio"]
     rows = "\n".join(
         f"| {i} | {len(layer['kept_kv_groups'])} of {layer['kv_groups']} | "
@@ -47,17 +53,16 @@ def model_card(base: str, base_directory: Path, record: dict[str, Any]) -> str:
 | removed of the whole model | | {ratio["model"]:.2%} |
 
 Structure {options["structure"]}, metric {options["metric"]}, statistics {options["statistics"]}, restoration
-{record["restore"]}. Every layer has its own size, so the
-modelling file beside the weights is needed:
+{record["restore"]}. {sizes}:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(PATH{flag})
 tokenizer = AutoTokenizer.from_pretrained(PATH)
 ```
 
-`pruning.json` lists what was kept, as indices into the dense model.
+{kept}
 
 | layer | KV groups | neurons |
 |---|---|---|
@@ -66,7 +71,7 @@ tokenizer = AutoTokenizer.from_pretrained(PATH)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}"))
 
 
-def _carried_metadata(directory: Path) -> dict[str, Any]:
+def _carried_metadata(directory: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     card = directory / "README.md"
     if not card.is_file():
         return {}
@@ -74,4 +79,4 @@ def _carried_metadata(directory: Path) -> dict[str, Any]:
         data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, UnicodeDecodeError):  # a card that is not in the Hub's form has nothing to carry over
         return {}
-    return {key: data[key] for key in _LICENSE_KEYS if key in data}
+    return {key: data[key] for key in keys if key in data}

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -177,6 +177,14 @@ def _record(
     }
 
 
+def carried_files(directory: Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of what goes with a model into anything that is made from it: tokenizer, licence."""
+    for path in sorted(directory.iterdir()):
+        carried = path.suffix in _CARRIED_SUFFIXES or path.name.startswith(_CARRIED_NAMES)
+        if path.is_file() and carried and path.name not in _WRITTEN_NAMES:
+            yield path.name, path.read_bytes()
+
+
 def _small_files(
     source: Checkpoint,
     plan: ShardPlan,
@@ -187,11 +195,7 @@ def _small_files(
     family: Family,
 ) -> list[tuple[str, bytes]]:
     """Names and contents of all files without tensors, the index and the config last."""
-    contents = []
-    for path in sorted(source.directory.iterdir()):
-        carried = path.suffix in _CARRIED_SUFFIXES or path.name.startswith(_CARRIED_NAMES)
-        if path.is_file() and carried and path.name not in _WRITTEN_NAMES:
-            contents.append((path.name, path.read_bytes()))
+    contents = list(carried_files(source.directory))
     contents.append((MODELING_NAME, package_files("flap_stream.modeling").joinpath(MODELING_NAME).read_bytes()))
     contents.append((RECORD_NAME, json.dumps(record, separators=(",", ":")).encode() + b"\n"))
     card = model_card(source.source, source.directory, record)

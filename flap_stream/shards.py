@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -13,7 +13,7 @@ import torch
 
 from flap_stream import files
 from flap_stream.allocation import LayerKeep
-from flap_stream.architecture import COLUMNS, ROWS, Family, LayerShape, Projection, UnitKind
+from flap_stream.architecture import COLUMNS, HOLE, ROWS, Family, LayerShape, Projection, UnitKind
 from flap_stream.checkpoint import FORWARD_DTYPES, SINGLE_NAME, Checkpoint, TensorEntry, row_ranges
 from flap_stream.surgery import baseline_shift, removed_indices, select_columns
 
@@ -24,8 +24,8 @@ _BLOCK_BYTES = 1 << 23
 class OutputTensor:
     """A tensor of the pruned checkpoint and how its bytes come about.
 
-    source: the dense tensor it is copied or cut from; None for a bias that pruning adds.
-    keep: int64 rows or columns of the source that stay; None keeps everything.
+    source: the dense tensor it is copied or cut from; None for a bias that pruning adds, or for zeros.
+    keep: int64 rows or columns of the source that stay, HOLE for zeros; None keeps everything.
     """
 
     name: str
@@ -110,6 +110,11 @@ def plan_shards(
     outputs: list[OutputTensor] = []
     for entry in checkpoint.tensors.values():
         outputs.extend(changed.get(entry.name, [_whole(entry)]))
+    return group_shards(outputs, max_shard_bytes)
+
+
+def group_shards(outputs: Iterable[OutputTensor], max_shard_bytes: int) -> ShardPlan:
+    """The files that these tensors go to, in order, none larger unless it holds a single tensor."""
     groups: list[list[OutputTensor]] = [[]]
     size = 0
     for tensor in outputs:
@@ -230,14 +235,15 @@ def _shard_chunks(checkpoint: Checkpoint, shard: Shard) -> Iterator[bytes | memo
                 checkpoint, tensor, _shift_sum(checkpoint, tensor.shift) if shift_sum is None else shift_sum
             )
             continue
-        assert tensor.source is not None
-        if tensor.axis == COLUMNS and tensor.keep is not None:
+        if tensor.source is None:
+            yield from _zeros(tensor.nbytes)
+        elif tensor.axis == COLUMNS and tensor.keep is not None:
             shift = shifts.get(tensor.source.name)
             if shift is not None:
                 sums[tensor.source.name] = torch.zeros(tensor.source.shape[0], dtype=torch.float64)
             yield from _column_blocks(checkpoint, tensor.source, tensor.keep, shift, sums.get(tensor.source.name))
         elif tensor.keep is not None:
-            yield from _row_blocks(checkpoint, tensor.source, tensor.keep)
+            yield from _padded_row_blocks(checkpoint, tensor.source, tensor.keep)
         else:
             yield from _copied(checkpoint, tensor.source)
 
@@ -252,6 +258,22 @@ def _copied(checkpoint: Checkpoint, entry: TensorEntry) -> Iterator[memoryview]:
 def _new_buffer(nbytes: int) -> memoryview:
     """Memory of its own for each chunk: the last one may still be on its way to the disk."""
     return memoryview(torch.empty(nbytes, dtype=torch.uint8).numpy())
+
+
+def _zeros(nbytes: int) -> Iterator[memoryview]:
+    zeros = memoryview(bytes(min(_BLOCK_BYTES, nbytes)))
+    for start in range(0, nbytes, _BLOCK_BYTES):
+        yield zeros[: nbytes - start]
+
+
+def _padded_row_blocks(checkpoint: Checkpoint, entry: TensorEntry, keep: np.ndarray) -> Iterator[memoryview]:
+    """The kept rows, and zeros in the place of holes."""
+    row_bytes = prod(entry.shape[1:]) * entry.item_bytes
+    for run in np.split(keep, np.flatnonzero(np.diff(keep == HOLE)) + 1):
+        if len(run) and run[0] == HOLE:
+            yield from _zeros(len(run) * row_bytes)
+        else:
+            yield from _row_blocks(checkpoint, entry, run)
 
 
 def _row_blocks(checkpoint: Checkpoint, entry: TensorEntry, keep: np.ndarray) -> Iterator[memoryview]:
@@ -273,11 +295,12 @@ def _column_blocks(
     shift_sum: torch.Tensor | None,
 ) -> Iterator[memoryview]:
     """The kept columns, all rows being read a block at a time; `shift_sum` takes in what the others give."""
-    columns = torch.from_numpy(keep)
+    columns, holes = torch.from_numpy(np.maximum(keep, 0)), torch.from_numpy(np.flatnonzero(keep == HOLE))
     for first, rows in _weight_rows(checkpoint, entry):
         if shift is not None and shift_sum is not None:
             _add_shift(shift_sum, first, rows, shift)
-        yield memoryview(select_columns(rows, columns).view(torch.uint8).numpy()).cast("B")
+        selected = select_columns(rows, columns).index_fill_(1, holes, 0)
+        yield memoryview(selected.view(torch.uint8).numpy()).cast("B")
 
 
 def _shift_sum(checkpoint: Checkpoint, shift: BaselineShift) -> torch.Tensor:

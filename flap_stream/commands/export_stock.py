@@ -1,0 +1,35 @@
+"""`flap-stream export-stock OUT DIR`."""
+
+import argparse
+from dataclasses import asdict
+
+from flap_stream.commands import options as shared
+from flap_stream.config import ExportStockConfig
+from flap_stream.progress import format_bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("out", metavar="OUT", help="a pruned checkpoint")
+    parser.add_argument("directory", metavar="DIR", help="where the checkpoint without remote code goes")
+    parser.add_argument("--pad", action="store_true", help="fill layers up with zeros to the size of the widest")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
+    shared.add_output(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Export, and print what padding costs."""
+    config = shared.values(options, ExportStockConfig)
+    from flap_stream.export.stock import export_stock
+
+    result = export_stock(options.out, options.directory, config, shared.progress_of(options))
+    if options.json:
+        shared.print_json(asdict(result) | {"directory": str(result.directory)})
+        return
+    before, after = result.kv_cache_bytes_before, result.kv_cache_bytes_after
+    print(
+        f"class        {result.model_class}, {result.kv_groups} KV groups and {result.neurons} neurons in every layer"
+    )
+    print(f"parameters   {result.parameters_before:,} -> {result.parameters_after:,}")
+    print(f"KV cache     {format_bytes(before)} -> {format_bytes(after)} a token")
+    print(f"result       {result.directory}")

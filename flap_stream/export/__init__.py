@@ -1,0 +1,1 @@
+"""Pruned checkpoints in the forms that other programs read."""

@@ -1,0 +1,232 @@
+"""A pruned checkpoint without code of its own: layers of one size, in a class that transformers itself has.
+
+Which class that is transformers decides: of the candidates below, the first whose tensors take in all that the
+checkpoint holds, what they have beyond it being biases, which are then zero.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from flap_stream import files, output
+from flap_stream.architecture import FAMILIES, ROWS, Family, LayerShape
+from flap_stream.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, open_checkpoint
+from flap_stream.config import EngineConfig, ExportStockConfig
+from flap_stream.errors import InvalidInput, InvalidModel, OutputConflict, UnsupportedModel
+from flap_stream.layers import StreamedModel
+from flap_stream.model_card import model_card
+from flap_stream.progress import Progress
+from flap_stream.shards import OutputTensor, ShardPlan, group_shards, write_shard
+from flap_stream.skeleton import Skeleton
+
+# Families whose layers compute what Llama's do, so that Llama's class, or SeedOss's with any number of heads, serves.
+_LLAMA_LIKE = ("llama", "ministral", "mistral", "qwen2", "seed_oss")
+_BIAS_FLAGS = ("attention_bias", "attention_out_bias", "mlp_bias")
+_SHARED_KEYS = (
+    "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "head_dim", "hidden_act", "hidden_size",
+    "initializer_range", "max_position_embeddings", "num_hidden_layers", "pad_token_id", "rms_norm_eps",
+    "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "use_cache", "vocab_size",
+)  # fmt: skip
+_PRUNED_KEYS = ("per_layer_config", "auto_map", "allow_global_per_layer_attribute_access", "pruned_output_bias")
+_MARK = ".flap-stream-export"  # in a directory that an export has begun to write
+
+
+@dataclass(frozen=True)
+class ExportStockResult:
+    """A checkpoint that needs no code of its own, and what padding its layers to one size costs.
+
+    parameters_before: of the pruned checkpoint. kv_cache_bytes: a token's keys and values, before and after.
+    """
+
+    directory: Path
+    model_class: str
+    kv_groups: int
+    neurons: int
+    parameters_before: int
+    parameters_after: int
+    kv_cache_bytes_before: int
+    kv_cache_bytes_after: int
+
+
+def export_stock(
+    out: str | Path, directory: str | Path, options: ExportStockConfig, progress: Progress | None = None
+) -> ExportStockResult:
+    """Write the pruned checkpoint `out` into `directory` as one that loads without remote code.
+
+    Raises UnsupportedModel, naming the reason and the way out, if no class of transformers can hold it, OutputConflict
+    if something is at `directory`, InsufficientSpace if there is no room.
+    """
+    directory, progress = Path(directory), progress or Progress()
+    with open_checkpoint(out) as source:
+        if "per_layer_config" not in source.config:
+            raise InvalidInput(f"{out} is no checkpoint that flap-stream has pruned; it is in stock form already")
+        shapes = StreamedModel(source, EngineConfig(device="cpu")).shapes
+        widest = _common_shape(shapes, options.pad, str(out))
+        skeleton, widest = _choose_class(source, widest, options.pad)
+        plan = group_shards(_padded(source, skeleton, shapes, widest), options.max_shard_bytes)
+        _write(source, skeleton, plan, directory, progress)
+    token_bytes = 2 * widest.head_dim * next(iter(source.tensors.values())).item_bytes
+    return ExportStockResult(
+        directory=directory,
+        model_class=skeleton.family.causal_class,
+        kv_groups=widest.kv_groups,
+        neurons=widest.neurons,
+        parameters_before=source.parameters,
+        parameters_after=plan.parameters,
+        kv_cache_bytes_before=token_bytes * sum(shape.kv_groups for shape in shapes),
+        kv_cache_bytes_after=token_bytes * widest.kv_groups * len(shapes),
+    )
+
+
+def _common_shape(shapes: Sequence[LayerShape], pad: bool, where: str) -> LayerShape:
+    """The shape that all layers have or, padded, will have."""
+    groups, neurons = max(shape.kv_groups for shape in shapes), max(shape.neurons for shape in shapes)
+    widest = replace(shapes[0], kv_groups=groups, neurons=neurons)
+    sizes = [(shape.kv_groups, shape.neurons) for shape in shapes]
+    odd = next((i for i, size in enumerate(sizes) if size != (groups, neurons)), None)
+    if odd is not None and not pad:
+        raise UnsupportedModel(
+            f"layer {odd} of {where} has {sizes[odd][0]} KV groups and {sizes[odd][1]} neurons, others up to {groups} and "
+            f"{neurons}, but no class of transformers has layers of different sizes; add --pad to fill up with zeros, or "
+            "prune with --structure ul-um, which gives all layers one size"
+        )
+    if not groups or not neurons:
+        raise UnsupportedModel(f"no layer of {where} has any {'neurons' if groups else 'attention heads'} left")
+    return widest
+
+
+def _choose_class(source: Checkpoint, widest: LayerShape, pad: bool) -> tuple[Skeleton, LayerShape]:
+    """The model in the first stock class that can hold every tensor, and the shape of its layers.
+
+    Some classes want the heads to divide the hidden size: padding goes on, at most to the dense model's, to suit them.
+    """
+    dense_groups = source.config.get("num_key_value_heads") or source.config["num_attention_heads"]
+    misfits: list[str] = []
+    for groups in range(widest.kv_groups, dense_groups + 1 if pad else widest.kv_groups + 1):
+        shape = replace(widest, kv_groups=groups)
+        for config in _candidates(source.config, shape):
+            try:
+                skeleton = Skeleton(config, source.source)
+            except InvalidModel:
+                continue  # its class takes no such sizes
+            held = skeleton.tensors()
+            misfits = [name for name in source.tensors if name not in held]
+            absent = [name for name in held if name not in source.tensors]
+            emptied = _emptied_modules(source, skeleton.family)
+            if not misfits and all(name.endswith(".bias") or name.startswith(emptied) for name in absent):
+                return skeleton, shape
+    family = source.config["model_type"]
+    if misfits:
+        raise UnsupportedModel(
+            f"no class of transformers for {family} has tensor {misfits[0]} of {source.source}; a checkpoint pruned "
+            "with --restore none has no biases of its own and does fit"
+        )
+    raise UnsupportedModel(
+        f"no class of transformers for {family} takes {widest.kv_groups * widest.heads_per_group} heads beside hidden "
+        f"size {source.config['hidden_size']}; add --pad, which goes on to a number that it takes"
+    )
+
+
+def _emptied_modules(source: Checkpoint, family: Family) -> tuple[str, ...]:
+    """Path prefixes of the modules that have lost all units."""
+    layers = range(source.config["num_hidden_layers"])
+    return tuple(
+        f"{family.layers}.{i}.{kind.module}."
+        for i in layers
+        for kind in family.kinds
+        if f"{family.layers}.{i}.{kind.output.name}.weight" not in source.tensors
+    )
+
+
+def _candidates(config: Mapping[str, Any], widest: LayerShape) -> Iterator[dict[str, Any]]:
+    """Stock configs in order of preference: the family's own, with all its biases, Llama's, SeedOss's."""
+    heads = widest.kv_groups * widest.heads_per_group
+    sizes = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": widest.kv_groups,
+        "intermediate_size": widest.neurons,
+        "head_dim": widest.head_dim,
+    }
+    own = {key: value for key, value in config.items() if key not in _PRUNED_KEYS} | sizes
+    yield _named(own)
+    known = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    flags = {flag: True for flag in _BIAS_FLAGS if hasattr(known, flag)}
+    if flags:
+        yield _named(own | flags)
+    if config["model_type"] in _LLAMA_LIKE and not _has_window(known):
+        given = {**known.to_dict(), **config}
+        shared = {key: given[key] for key in _SHARED_KEYS if given.get(key) is not None} | sizes
+        flags = dict.fromkeys(_BIAS_FLAGS, True)
+        yield _named({**shared, **flags, "model_type": "llama"})
+        yield _named({**shared, **flags, "model_type": "seed_oss", "residual_dropout": 0.0})
+
+
+def _named(config: dict[str, Any]) -> dict[str, Any]:
+    return config | {"architectures": [FAMILIES[config["model_type"]].causal_class]}
+
+
+def _has_window(known: PreTrainedConfig) -> bool:
+    """Whether some layer attends only to the last tokens."""
+    types = getattr(known, "layer_types", None)
+    return any(t != "full_attention" for t in types) if types else getattr(known, "sliding_window", None) is not None
+
+
+def _padded(
+    source: Checkpoint, skeleton: Skeleton, shapes: Sequence[LayerShape], widest: LayerShape
+) -> Iterator[OutputTensor]:
+    """Every tensor of the stock class: from the checkpoint, filled up with zeros, or zero altogether."""
+    family, first = skeleton.family, next(iter(source.tensors.values()))
+    projections = {
+        f"{family.layers}.{i}.{projection.name}.{part}": (projection, i, kind)
+        for i in range(len(shapes))
+        for kind in family.kinds
+        for projection in kind.projections
+        for part in (("weight", "bias") if projection.axis == ROWS else ("weight",))
+    }
+    for name, shape in skeleton.tensors().items():
+        entry = source.tensors.get(name)
+        if entry is None:
+            yield OutputTensor(name, first.dtype, shape, prod(shape) * first.item_bytes, None)
+        elif entry.shape == shape:
+            yield OutputTensor(name, entry.dtype, shape, entry.nbytes, entry)
+        else:
+            projection, i, kind = projections[name]
+            keep = projection.padded_indices(widest.units(kind.name), shapes[i], kind.name)
+            yield _resized(entry, shape, projection.axis, keep)
+
+
+def _resized(entry: TensorEntry, shape: tuple[int, ...], axis: int, keep: Any) -> OutputTensor:
+    return OutputTensor(entry.name, entry.dtype, shape, prod(shape) * entry.item_bytes, entry, axis, keep)
+
+
+def _write(source: Checkpoint, skeleton: Skeleton, plan: ShardPlan, directory: Path, progress: Progress) -> None:
+    staging = files.partial_path(directory)
+    if directory.exists():
+        raise OutputConflict(f"{directory} exists already; name another DIR or move it away")
+    if staging.exists() and not (staging / _MARK).exists():
+        raise OutputConflict(f"{staging} exists and was not made by an export; move it away or name another DIR")
+    files.remove(staging)
+    output.require_space(directory, plan.nbytes)
+    files.make_directory(staging)
+    files.write_committed(staging / _MARK, b"")
+    with progress.stage("export", len(plan.shards), unit="shard") as stage:
+        for shard in plan.shards:
+            write_shard(source, shard, staging)
+            stage.advance(bytes_moved=shard.nbytes)
+    for name, contents in output.carried_files(source.directory):
+        files.write_committed(staging / name, contents)
+    record = json.loads((source.directory / output.RECORD_NAME).read_bytes())
+    card = model_card(record["base"]["name"], source.directory, record, stock_class=skeleton.family.causal_class)
+    files.write_committed(staging / "README.md", card.encode())
+    index = plan.index()
+    if index is not None:
+        files.write_committed(staging / INDEX_NAME, index)
+    files.write_committed(staging / "config.json", json.dumps(dict(skeleton.config), indent=2).encode() + b"\n")
+    files.remove(staging / _MARK)
+    files.commit_rename(staging, directory)

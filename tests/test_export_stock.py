@@ -1,0 +1,106 @@
+"""Stock checkpoints compute what the pruned ones do, in classes of transformers alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import flap_stream
+from flap_stream.architecture import FAMILIES
+from flap_stream.cli import main
+from flap_stream.config import ExportStockConfig, PruneConfig
+from flap_stream.errors import OutputConflict, UnsupportedModel
+from flap_stream.export.stock import export_stock
+
+# Families whose own class in transformers has biases on o_proj and down_proj, or whose layers compute what Llama's do.
+WITH_BIASES = {
+    "granite": "GraniteForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "LlamaForCausalLM",
+    "qwen2": "LlamaForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+
+
+def pruned(place: Path, family: str, structure: str, restore: str, kv_heads: int = 2, **options) -> Path:
+    model = tiny_model(tiny_config(family, kv_heads, family.startswith("gemma"), **options), seed=3)
+    tokens = save_tokens(place / "tokens.npy", random_tokens(8, 24))
+    config = PruneConfig(ratio=0.5, structure=structure, restore=restore, calibration=(tokens,), max_shard_bytes=60_000)
+    flap_stream.prune(save(model, place / "model"), place / "out", config)
+    return place / "out"
+
+
+def require_equal(out: Path, stock: Path) -> None:
+    ours = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(stock, dtype=torch.float32).eval()
+    ids = torch.from_numpy(random_tokens(2, 20, seed=6))
+    with torch.no_grad():
+        assert (ours(ids).logits - theirs(ids).logits).abs().max() <= 1e-5
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.generate(ids, **settings), theirs.generate(ids, **settings))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_of_one_size_without_biases_are_the_familys_own_class(family: str, tmp_path: Path) -> None:
+    out = pruned(tmp_path, family, "ul-um", "none")
+    result = export_stock(out, tmp_path / "stock", ExportStockConfig(max_shard_bytes=60_000))
+    assert result.model_class == FAMILIES[family].causal_class
+    assert result.parameters_after == result.parameters_before
+    require_equal(out, tmp_path / "stock")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_of_many_sizes_are_padded(family: str, tmp_path: Path) -> None:
+    out = pruned(tmp_path, family, "al-am", "none", kv_heads=4)
+    with pytest.raises(UnsupportedModel, match="--pad"):
+        export_stock(out, tmp_path / "stock", ExportStockConfig())
+    assert not (tmp_path / "stock").exists()
+    result = export_stock(out, tmp_path / "stock", ExportStockConfig(pad=True))
+    assert result.parameters_after > result.parameters_before
+    assert result.kv_cache_bytes_after >= result.kv_cache_bytes_before
+    require_equal(out, tmp_path / "stock")
+
+
+@pytest.mark.parametrize("structure", ["ul-um", "al-am"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_biases_find_a_class_or_are_refused(family: str, structure: str, tmp_path: Path) -> None:
+    out = pruned(tmp_path, family, structure, "bias", kv_heads=4)
+    options = ExportStockConfig(pad=structure == "al-am")
+    if family in WITH_BIASES:
+        result = export_stock(out, tmp_path / "stock", options)
+        allowed = {WITH_BIASES[family], "SeedOssForCausalLM"} if family != "granite" else {"GraniteForCausalLM"}
+        assert result.model_class in allowed
+        require_equal(out, tmp_path / "stock")
+    else:
+        with pytest.raises(UnsupportedModel, match=r"_proj\.bias of .*; a checkpoint pruned with --restore none"):
+            export_stock(out, tmp_path / "stock", options)
+        assert not (tmp_path / "stock").exists()
+
+
+def test_the_command_says_what_padding_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = pruned(tmp_path, "llama", "al-am", "bias")
+    (out / "LICENSE").write_text("terms")
+    assert main(["export-stock", str(out), str(tmp_path / "stock"), "--pad", "--json", "--quiet"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    sizes = [t.numel() for path in (tmp_path / "stock").glob("*.safetensors") for t in load_file(path).values()]
+    assert sum(sizes) == result["parameters_after"] > result["parameters_before"]
+    assert (tmp_path / "stock" / "LICENSE").read_text() == "terms"
+    card = (tmp_path / "stock" / "README.md").read_text()
+    assert "trust_remote_code" not in card and "custom_code" not in card
+    assert not list((tmp_path / "stock").glob("*.py")) and not list(tmp_path.glob("*.partial"))
+
+
+def test_what_is_there_already_stays(tmp_path: Path) -> None:
+    out = pruned(tmp_path, "llama", "ul-um", "none")
+    for name in ("stock", "other.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text("x")
+    for name in ("stock", "other"):
+        with pytest.raises(OutputConflict, match="move it away"):
+            export_stock(out, tmp_path / name, ExportStockConfig())
+    assert (tmp_path / "stock" / "precious").exists() and (tmp_path / "other.partial" / "precious").exists()
