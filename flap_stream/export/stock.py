@@ -92,9 +92,9 @@ def _common_shape(shapes: Sequence[LayerShape], pad: bool, where: str) -> LayerS
     odd = next((i for i, size in enumerate(sizes) if size != (groups, neurons)), None)
     if odd is not None and not pad:
         raise UnsupportedModel(
-            f"layer {odd} of {where} has {sizes[odd][0]} KV groups and {sizes[odd][1]} neurons, others up to {groups} and "
-            f"{neurons}, but no class of transformers has layers of different sizes; add --pad to fill up with zeros, or "
-            "prune with --structure ul-um, which gives all layers one size"
+            f"layer {odd} of {where} has {sizes[odd][0]} KV groups and {sizes[odd][1]} neurons, others up to {groups} "
+            f"and {neurons}, but no class of transformers has layers of different sizes; add --pad to fill up with "
+            "zeros, or prune with --structure ul-um, which gives all layers one size"
         )
     if not groups or not neurons:
         raise UnsupportedModel(f"no layer of {where} has any {'neurons' if groups else 'attention heads'} left")
