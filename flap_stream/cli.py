@@ -17,6 +17,7 @@ VERBS = {
     "collect": "pass 1 alone: the statistics of every layer",
     "plan": "decide what stays, in seconds; prints what would remain, layer by layer",
     "rewrite": "pass 2 alone: write the pruned checkpoint that the plan describes",
+    "export-gguf": "a GGUF file for llama.cpp",
     "export-stock": "a pruned checkpoint that loads without remote code",
     "evaluate": "perplexity of a dense or pruned model, one layer in memory at a time",
     "inspect": "what is in a run directory or a pruned checkpoint",

@@ -12,6 +12,7 @@ METHODS = ("flap", "wanda-sp", "magnitude-sp")
 HEAD_SCORES = ("mean-z", "l2")
 STATISTICS = ("exact", "released")
 RESTORATIONS = ("bias", "none")
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 _Part = TypeVar("_Part")
@@ -258,6 +259,24 @@ class ExportStockConfig(_Options):
         """Refuse values out of range."""
         super().__post_init__()
         _require_at_least("max-shard-size", self.max_shard_bytes, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportGgufConfig(_Options):
+    """A GGUF file.
+
+    type: of the matrices; None is the checkpoint's own.
+    tokenizer_pre: llama.cpp's name for what splits text before the merges; None finds it.
+    """
+
+    type: str | None = None
+    tokenizer_pre: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse unknown types."""
+        super().__post_init__()
+        if self.type is not None:
+            _require_choice("type", self.type, GGUF_TYPES)
 
 
 def part_of(config: Any, kind: type[_Part], **changes: Any) -> _Part:

@@ -66,7 +66,7 @@ class BatchSizes:
 class StreamedModel:
     """A causal language model of which one decoder layer at a time has weights.
 
-    shapes: sizes of every decoder layer, from its tensors.
+    shapes: sizes of every decoder layer, from its tensors. layer_entries, norm_entries: tensors by relative name.
     Raises UnsupportedModel, InvalidModel or CorruptCheckpoint if any tensor that a forward needs is missing or of
     another shape or dtype than the architecture's; no tensor has been read by then.
     """
@@ -84,13 +84,13 @@ class StreamedModel:
             self._entries_of(f"{self.family.layers}.{i}.", self.skeleton.layer_tensors(i))
             for i in range(len(self.layers))
         ]
-        self._norm_entries = self._entries_of(f"{self.family.norm}.", self.skeleton.norm_tensors())
-        self._head_entry = (
-            self._embedding_entry if self.skeleton.tied else self._entry(self.family.head, self.skeleton.head_shape())
+        self.norm_entries = self._entries_of(f"{self.family.norm}.", self.skeleton.norm_tensors())
+        self.head_entry = (
+            self.embedding_entry if self.skeleton.tied else self._entry(self.family.head, self.skeleton.head_shape())
         )
         self.dtype = self._choose_dtype(options.dtype)
         self.shapes = [self.skeleton.layer_shape(i) for i in range(len(self.layers))]
-        self.vocab_size, self.hidden_size = self._embedding_entry.shape
+        self.vocab_size, self.hidden_size = self.embedding_entry.shape
         self._calls: dict[int, list[LayerCall]] = {}
 
     def layer_bytes(self, index: int) -> int:
@@ -126,7 +126,7 @@ class StreamedModel:
             device=self.device.type,
             samples=max(samples, 1),
             tokens=max(tokens, 1),
-            head=self._head_entry if head else None,
+            head=self.head_entry if head else None,
         )
 
     def embed(self, tokens: np.ndarray, batch_size: int, hidden: HiddenStates) -> None:
@@ -230,8 +230,8 @@ class StreamedModel:
         It takes `[token, hidden]` on the device and yields (first token, float32 logits `[token, vocabulary]`), the
         chunks so small that a large vocabulary does not matter.
         """
-        norm_weights = self._load(self._norm_entries)
-        head_weight = self._load({"weight": self._head_entry})["weight"]
+        norm_weights = self._load(self.norm_entries)
+        head_weight = self._load({"weight": self.head_entry})["weight"]
         chunk = max(1, _LOGIT_BYTES // (4 * self.vocab_size))
 
         def logits_of(hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
@@ -242,7 +242,7 @@ class StreamedModel:
 
     def _embedding_rows(self, ids: np.ndarray) -> torch.Tensor:
         """Rows of the embedding on the device, `[id, hidden]`. ids: ascending."""
-        entry = self._embedding_entry
+        entry = self.embedding_entry
         row_bytes = entry.nbytes // self.vocab_size
         raw = torch.empty(len(ids) * row_bytes, dtype=torch.uint8)
         self.checkpoint.read_ranges(entry, list(row_ranges(ids, row_bytes)), memoryview(raw.numpy()))
@@ -277,7 +277,7 @@ class StreamedModel:
                 "the checkpoint is incomplete or its config.json is another model's"
             )
         expected = (config["vocab_size"], config["hidden_size"])
-        self._embedding_entry = self._entry(self.family.embedding, expected)
+        self.embedding_entry = self._entry(self.family.embedding, expected)
 
     def _entries_of(self, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorEntry]:
         return {name: self._entry(prefix + name, shape) for name, shape in shapes.items()}

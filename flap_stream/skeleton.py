@@ -6,13 +6,14 @@ its layers replaced by recorders, so no family's forward is written again here.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -23,6 +24,20 @@ LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Keys of a config.json that say where code is or how it runs; transformers chooses the attention implementation.
 _NOT_THE_ARCHITECTURE = {"auto_map", "architectures", "dtype", "attn_implementation", "_attn_implementation"}
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """A model's rotary embedding.
+
+    kind: rope_type. inverse_frequencies: float32 `[rotated pair]`, of base ** -(2 i / rotated) if it is `default`.
+    scale: what cosines and sines are multiplied with.
+    """
+
+    kind: str
+    base: float
+    inverse_frequencies: torch.Tensor
+    scale: float
 
 
 class _Recorder(nn.Module):
@@ -99,6 +114,18 @@ class Skeleton:
     def layer_shape(self, index: int) -> LayerShape:
         """Sizes of one decoder layer."""
         return layer_shape(self.family, self.config, self.layer_tensors(index))
+
+    @property
+    def hf_config(self) -> PreTrainedConfig:
+        """The config as transformers reads it, defaults filled in."""
+        return self._model.config
+
+    def rotary(self) -> Rotary:
+        """The rotary embedding, of a model in which all layers have the same."""
+        module, parameters = self._base.get_submodule("rotary_emb"), self._model.config.rope_parameters
+        frequencies = module.get_buffer("inv_freq").float().cpu()
+        scale = float(getattr(module, "attention_scaling", 1.0))
+        return Rotary(parameters.get("rope_type", "default"), parameters["rope_theta"], frequencies, scale)
 
     def embed(self, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings `[sample, token, hidden]`. rows: a part of the table; ids: int64 `[sample, token]` into it."""

@@ -2,13 +2,18 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="flap-stream-tests-modules-")
 
 import pytest
 import torch
+from models import DEMO
 from transformers.utils import logging as transformers_logging
+
+import flap_stream
+from flap_stream.config import PruneConfig
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
@@ -20,3 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def pruned_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model, trained on real text and pruned: its layers have sizes of their own, and biases."""
+    out = tmp_path_factory.mktemp("demo") / "pruned"
+    text = (str(DEMO / "calibration.txt"),)
+    flap_stream.prune(DEMO / "model", out, PruneConfig(ratio=0.3, calibration=text, samples=64, dtype="float32"))
+    return out

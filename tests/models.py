@@ -8,6 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import flap_stream
+
 _MIXED = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 FAMILY_EXTRAS: dict[str, dict[str, Any]] = {
     "exaone4": {"head_dim": 16, **_MIXED},
@@ -29,6 +31,7 @@ FAMILY_EXTRAS: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0, 1]},
 }
 VOCABULARY = 97
+DEMO = Path(flap_stream.__file__).parent / "demo"  # a small model, trained on real text, and that text
 
 
 def tiny_config(family: str = "llama", kv_heads: int = 2, tied: bool = False, layers: int = 3, **changes: Any) -> Any:

@@ -1,0 +1,35 @@
+"""`flap-stream export-gguf OUT FILE.gguf`."""
+
+import argparse
+from dataclasses import asdict
+
+from flap_stream.commands import options as shared
+from flap_stream.config import GGUF_TYPES, ExportGgufConfig
+from flap_stream.progress import format_bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("out", metavar="OUT", help="a pruned checkpoint (or a dense one, to compare)")
+    parser.add_argument("file", metavar="FILE.gguf", help="the file to write")
+    parser.add_argument(
+        "--type",
+        choices=GGUF_TYPES,
+        help="of the matrices (default: the checkpoint's; llama-quantize makes K-quants from bf16 or f16)",
+    )
+    parser.add_argument("--tokenizer-pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer")
+    shared.add_output(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Export, and print what was written."""
+    config = shared.values(options, ExportGgufConfig)
+    from flap_stream.export.gguf import export_gguf
+
+    result = export_gguf(options.out, options.file, config, shared.progress_of(options))
+    if options.json:
+        shared.print_json(asdict(result) | {"file": str(result.file)})
+        return
+    print(f"architecture {result.architecture}, {result.type}, {result.tensors} tensors")
+    print(f"size         {format_bytes(result.nbytes)}")
+    print(f"result       {result.file}")
