@@ -34,17 +34,25 @@ def load_tokenizer(directory: Path, trust_remote_code: bool) -> Tokenize:
 
     Raises InvalidText if there is no tokenizer that loads without the model's own code.
     """
+    tokenizer = pretrained_tokenizer(directory, trust_remote_code)
+    tokenizer.model_max_length = int(1e30)  # whole texts are tokenised at once; the windows are cut afterwards
+    return lambda text: tokenizer(text)["input_ids"]
+
+
+def pretrained_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer that transformers finds beside a model.
+
+    Raises InvalidText if none loads without the model's own code.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InvalidText(
             f"the tokenizer of {directory} does not load ({reason}); give ready tokens as a .npy file instead"
         ) from error
-    tokenizer.model_max_length = int(1e30)  # whole texts are tokenised at once; the windows are cut afterwards
-    return lambda text: tokenizer(text)["input_ids"]
 
 
 def calibration_tokens(

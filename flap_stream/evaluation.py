@@ -48,9 +48,9 @@ def evaluate(model: str | Path, options: EvaluateConfig, progress: Progress | No
             streamed.vocab_size,
         )
         placement = streamed.place(options, *tokens.shape, head=True)
-        mean = _mean_negative_log_likelihood(streamed, tokens, placement, progress)
+        scores, _ = score_tokens(streamed, tokens, placement, progress)
     return EvaluateResult(
-        perplexity=float(np.exp(mean)),
+        perplexity=float(np.exp(-scores.mean(dtype=np.float64))),
         windows=len(tokens),
         sequence_length=tokens.shape[1],
         seconds=time.monotonic() - started,
@@ -60,23 +60,36 @@ def evaluate(model: str | Path, options: EvaluateConfig, progress: Progress | No
     )
 
 
-def _mean_negative_log_likelihood(
-    model: StreamedModel, tokens: np.ndarray, placement: Placement, progress: Progress
-) -> float:
-    """Mean over all predicted tokens, in nats; summed in float64. tokens: int64 `[sample, token]`."""
+def score_tokens(
+    model: StreamedModel,
+    tokens: np.ndarray,
+    placement: Placement,
+    progress: Progress,
+    wanted: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """How likely the model finds each token after those before it in its window.
+
+    tokens: int64 `[sample, token]`. wanted: bool `[sample, token - 1]`, the predictions to make; None makes all.
+    Both results are `[wanted prediction]`, in order of windows: log-probabilities, float32 in nats, and whether the
+    token is the likeliest of all.
+    """
     samples, length = tokens.shape
+    wanted = np.ones((samples, length - 1), dtype=bool) if wanted is None else wanted
     batch, sizes = placement.batch_size, BatchSizes(placement.batch_size)
+    scores, likeliest = [np.zeros(0, dtype=np.float32)], [np.zeros(0, dtype=bool)]
     with model.hidden_states(placement.hidden_place, samples, length) as hidden:
         with progress.stage("evaluate", len(model.layers)) as stage:
             model.embed(tokens, batch, hidden)
             for i, weights in model.stream(prefetch=placement.prefetch):
                 model.forward_layer(i, weights, hidden, sizes)
                 stage.advance(tokens=tokens.size, bytes_moved=model.layer_bytes(i))
-        logits_of, total = model.head(), 0.0
+        logits_of = model.head()
         for start, values in hidden.stream(batch):
-            inputs = values[:, :-1].reshape(-1, model.hidden_size)  # [prediction, hidden]
-            targets = torch.from_numpy(tokens[start : start + len(values), 1:].reshape(-1)).to(model.device)
+            here = wanted[start : start + len(values)]
+            inputs = values[:, :-1][torch.from_numpy(here).to(model.device)]  # [prediction, hidden]
+            targets = torch.from_numpy(tokens[start : start + len(values), 1:][here]).to(model.device)
             for first, logits in logits_of(inputs):
                 chunk = targets[first : first + len(logits)]
-                total += float(functional.cross_entropy(logits, chunk, reduction="sum"))
-    return total / (samples * (length - 1))
+                scores.append(-functional.cross_entropy(logits, chunk, reduction="none").cpu().numpy())
+                likeliest.append((logits.argmax(dim=1) == chunk).cpu().numpy())
+    return np.concatenate(scores), np.concatenate(likeliest)

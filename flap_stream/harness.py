@@ -1,0 +1,165 @@
+"""The model `flap_stream` of lm-evaluation-harness: scores tasks on models that do not fit, layer by layer.
+
+The harness finds no models of other packages by itself, so this module is its command line with one model more:
+
+    python -m flap_stream.harness run --model flap_stream --model_args pretrained=DIR --tasks hellaswag
+
+From Python, importing this module is enough: `lm_eval.simple_evaluate(model="flap_stream", ...)`.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import has_bos_prefix, resolve_max_length
+
+from flap_stream.calibration import pretrained_tokenizer
+from flap_stream.checkpoint import open_checkpoint
+from flap_stream.config import EngineConfig, parse_size
+from flap_stream.errors import InvalidInput
+from flap_stream.evaluation import score_tokens
+from flap_stream.layers import StreamedModel
+from flap_stream.progress import Progress
+
+_SHORTEST, _DEFAULT_LENGTH = 16, 2048
+
+Request = tuple[Any, list[int], list[int]]  # what was asked, tokens of the context, tokens of the continuation
+
+
+@register_model("flap_stream")
+class FlapStreamLM(TemplateLM):
+    """Log-likelihoods by a model of which one decoder layer at a time is in memory.
+
+    Requests are grouped by length, up to a power of two, and a group's windows filled up to that length: so at most
+    half of what is computed is padding, and every group reads the model once.
+    pretrained: a directory or a Hub id, dense or pruned. max_length: tokens of the longest window; None is the model's.
+    host_memory, device_memory: sizes such as `20GiB`; the other options are those of `flap-stream evaluate`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        device: str | None = None,
+        dtype: str = "auto",
+        batch_size: str | int = "auto",
+        max_length: int | None = None,
+        host_memory: str | None = None,
+        device_memory: str | None = None,
+        trust_remote_code: bool = False,
+        **harness: Any,
+    ) -> None:
+        super().__init__()
+        self._options = EngineConfig(
+            device=device or "auto",
+            dtype=dtype,
+            batch_size=None if str(batch_size).startswith("auto") else int(batch_size),
+            host_memory=None if host_memory is None else parse_size(host_memory),
+            device_memory=None if device_memory is None else parse_size(device_memory),
+            trust_remote_code=trust_remote_code,
+        )
+        self._model = StreamedModel(open_checkpoint(pretrained), self._options)
+        self.tokenizer = pretrained_tokenizer(self._model.checkpoint.directory, trust_remote_code)
+        known = self._model.skeleton.hf_config
+        self.max_length = max_length or resolve_max_length(known, self.tokenizer, default=_DEFAULT_LENGTH)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token in front of a text without a context, as of the harness's own `hf`."""
+        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """A name for the harness's cache of requests."""
+        return self._model.checkpoint.source.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text, by the tokenizer's template."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids, special tokens added as the tokenizer does unless told otherwise or there already."""
+        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+            add_special_tokens = False
+        how = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, **how)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows that do not overlap in what they predict."""
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            pieces = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for context, continuation in map(utils.make_disjoint_window, pieces):
+                windows.append((None, context, continuation))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (score, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += score
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Refused: every token would read the whole model."""
+        raise InvalidInput(
+            "the model flap_stream scores log-likelihoods; generating would read the whole model from disk for every "
+            "token, so run generation tasks with --model hf"
+        )
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: Any) -> list[tuple[float, bool]]:
+        """Sum of log-probabilities of each continuation, and whether all its tokens are the likeliest."""
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        for chosen, tokens, wanted in self._groups(requests):
+            placement = self._model.place(self._options, *tokens.shape, head=True)
+            scores, likeliest = score_tokens(self._model, tokens, placement, Progress("silent"), wanted)
+            ends = np.cumsum(wanted.sum(axis=1))[:-1]
+            for request, own_scores, own_likeliest in zip(
+                chosen, np.split(scores, ends), np.split(likeliest, ends), strict=True
+            ):
+                results[request] = float(own_scores.sum(dtype=np.float64)), bool(own_likeliest.all())
+        return results
+
+    def _groups(self, requests: Sequence[Request]) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+        """Requests of about one length: their numbers, tokens `[request, token]`, predictions to score.
+
+        Too long ones lose the beginning of their context. What follows a window does not change what is before it.
+        """
+        groups: dict[int, list[int]] = defaultdict(list)
+        windows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
+        for number, window in enumerate(windows):
+            length = max(_SHORTEST, 1 << (len(window) - 1).bit_length())
+            groups[min(length, self.max_length + 1)].append(number)
+        for numbers in groups.values():
+            length = max(len(windows[number]) for number in numbers)
+            tokens = np.zeros((len(numbers), length), dtype=np.int64)
+            wanted = np.zeros((len(numbers), length - 1), dtype=bool)
+            for row, number in enumerate(numbers):
+                window, scored = windows[number], len(requests[number][2])
+                tokens[row, : len(window)] = window
+                wanted[row, len(window) - 1 - scored : len(window) - 1] = True
+            yield numbers, tokens, wanted
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

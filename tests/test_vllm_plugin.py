@@ -1,0 +1,26 @@
+"""What can be said of the vLLM plugin without vLLM; tools/check_vllm.sh runs it in a real one."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from types import SimpleNamespace
+from unittest.mock import patch
+
+from flap_stream.architecture import FAMILIES
+
+
+def test_vllm_finds_the_plugin() -> None:
+    (found,) = entry_points(group="vllm.general_plugins", name="flap_stream")
+    registered = {}
+    registry = SimpleNamespace(register_model=registered.__setitem__)
+    with patch.dict(sys.modules, {"vllm": SimpleNamespace(ModelRegistry=registry)}):
+        found.load()()
+    assert set(registered) <= {family.pruned_classes["AutoModelForCausalLM"] for family in FAMILIES.values()}
+    assert {f"Pruned{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")} <= set(registered)
+
+
+def test_importing_the_plugin_loads_nothing_heavy() -> None:
+    code = "import sys, json, flap_stream.vllm_plugin; print(json.dumps(sorted(sys.modules)))"
+    modules = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    assert not {"torch", "transformers", "vllm", "zarr", "numpy"} & set(modules)
