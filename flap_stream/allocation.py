@@ -69,6 +69,8 @@ def allocate(
     scores: a layer's `[group]` and `[neuron]` scores, the better the higher.
     Raises InvalidOption if the ratio cannot be met without leaving a layer below its minimum, or with sizes so rounded.
     """
+    if any(shape.experts for shape in shapes):
+        _require_experts_suit(options)
     if options.rounds:
         return _allocate_rounded(scores, shapes, options)
     pool = _Pool.of(scores, shapes)
@@ -89,19 +91,37 @@ def allocate(
     return kept
 
 
+def _require_experts_suit(options: PlanConfig) -> None:
+    """Raise InvalidOption for what is not defined with experts, each of which sees other tokens."""
+    if options.rounds:
+        raise InvalidOption("sizes of experts are not rounded; leave out --round-*-to and --tensor-parallel")
+    if options.method == "wanda-sp" or (options.method == "flap" and options.statistics == "released"):
+        raise InvalidOption(
+            "the released code knows no experts; use --method flap with --statistics exact, or --method magnitude-sp"
+        )
+
+
 def keep_in_layer(scores: tuple[np.ndarray, np.ndarray], shape: LayerShape, options: PlanConfig) -> LayerKeep:
     """The decision for one layer by itself, which the uniform structures allow."""
     return allocate([scores], [shape], options)[0]
 
 
 def _protected(pool: _Pool, shapes: Sequence[LayerShape], options: PlanConfig) -> np.ndarray:
-    """The best-scored units of each layer, up to the minimum that stays in every layer; bool `[unit]`."""
-    protected = np.zeros(len(pool.score), dtype=bool)
+    """The best-scored units of each layer, up to the minimum that stays in every layer; bool `[unit]`.
+
+    Of experts, each keeps its minimum of neurons, one at least. What scores infinity, of which nothing is known, stays.
+    """
+    protected = np.isposinf(pool.score)
     for i, shape in enumerate(shapes):
         least_groups = ceil(options.min_heads / shape.heads_per_group)
         for is_group, least in ((True, least_groups), (False, options.min_neurons)):
             own = np.flatnonzero((pool.layer == i) & (pool.is_group == is_group))
-            protected[own[np.argsort(-pool.score[own], kind="stable")[:least]]] = True
+            if shape.experts and not is_group:
+                parts, least = np.split(own, np.cumsum(shape.experts)[:-1]), max(least, 1)
+            else:
+                parts = [own]
+            for part in parts:
+                protected[part[np.argsort(-pool.score[part], kind="stable")[:least]]] = True
     return protected
 
 
@@ -116,8 +136,8 @@ def _prefix(pool: _Pool, protected: np.ndarray, budget: float, options: PlanConf
     if length < protected.sum():
         needed = 1 - (1 - options.ratio) * spent[protected.sum() - 1] / budget
         raise InvalidOption(
-            f"--ratio {options.ratio} would leave a layer below --min-heads {options.min_heads} or --min-neurons "
-            f"{options.min_neurons}; those minima allow a ratio of at most {needed:.4f}"
+            f"--ratio {options.ratio} would take what must stay (--min-heads {options.min_heads}, --min-neurons "
+            f"{options.min_neurons}, experts that no token reached), which allows a ratio of at most {needed:.4f}"
         )
     keep = np.zeros(len(order), dtype=bool)
     keep[order[:length]] = True

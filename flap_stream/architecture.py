@@ -4,8 +4,9 @@ A unit is what is kept or removed as a whole: in attention one KV group (its key
 that read it), in the MLP one neuron. A family is a row of `FAMILIES`; its forward is transformers' own.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ class LayerShape:
 
     heads_per_group: query heads that read one KV head; 1 is multi-head attention.
     group_cost, neuron_cost: weights that go with one KV group, with one neuron.
+    experts: neurons of each expert, one after another in `neurons`; empty for an MLP without experts.
     """
 
     kv_groups: int
@@ -31,6 +33,7 @@ class LayerShape:
     neurons: int
     group_cost: int
     neuron_cost: int
+    experts: tuple[int, ...] = ()
 
     @property
     def prunable(self) -> int:
@@ -59,28 +62,28 @@ class Projection:
     axis: int
     blocks: tuple[str, ...]
 
-    def kept_indices(self, kept_units: np.ndarray, shape: LayerShape, kind: str) -> np.ndarray:
-        """Rows or columns that stay, ascending int64, for the units that stay."""
-        units, offset, parts = shape.units(kind), 0, []
+    def kept_indices(self, kept_units: np.ndarray, units: int, shape: LayerShape) -> np.ndarray:
+        """Rows or columns that stay, ascending int64, for those of so many units that stay."""
+        offset, parts = 0, []
         for block in self.blocks:
             size = shape.block_size(block)
             parts.append((offset + kept_units[:, None] * size + np.arange(size)[None, :]).ravel())
             offset += units * size
         return np.concatenate(parts).astype(np.int64)
 
-    def padded_indices(self, units: int, shape: LayerShape, kind: str) -> np.ndarray:
-        """All rows or columns and, where further units would stand to make so many, HOLE; int64."""
+    def padded_indices(self, units: int, wanted: int, shape: LayerShape) -> np.ndarray:
+        """Rows or columns of so many units and, for those that are wanted beyond them, HOLE; int64."""
         offset, parts = 0, []
         for block in self.blocks:
             size = shape.block_size(block)
-            length = shape.units(kind) * size
-            parts += [np.arange(offset, offset + length), np.full(units * size - length, HOLE)]
+            length = units * size
+            parts += [np.arange(offset, offset + length), np.full(wanted * size - length, HOLE)]
             offset += length
         return np.concatenate(parts).astype(np.int64)
 
-    def size(self, shape: LayerShape, kind: str) -> int:
-        """Length of the pruned axis."""
-        return shape.units(kind) * sum(shape.block_size(block) for block in self.blocks)
+    def size(self, units: int, shape: LayerShape) -> int:
+        """Length of the pruned axis for so many units."""
+        return units * sum(shape.block_size(block) for block in self.blocks)
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,36 @@ class UnitKind:
         """The projection that reads the units' outputs (o_proj, down_proj)."""
         return self.projections[-1]
 
+    def numbered(self, number: int) -> "UnitKind":
+        """With a number in the names."""
+        return replace(self, projections=tuple(replace(p, name=p.name.format(number)) for p in self.projections))
+
     @property
     def module(self) -> str:
         """Path, inside the decoder layer, of the module that is gone when all its units are."""
         return self.output.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Units of one module in a layer: all of a kind, or with experts those of one expert.
+
+    first: the first of them among the layer's units of that kind; units: how many.
+    """
+
+    kind: UnitKind
+    first: int
+    units: int
+
+    def own(self, kept_units: np.ndarray) -> np.ndarray:
+        """Which of the layer's kept units are this part's, counted from its first."""
+        low, high = np.searchsorted(kept_units, (self.first, self.first + self.units))
+        return kept_units[low:high] - self.first
+
+    def channels(self, shape: LayerShape) -> slice:
+        """Where its output projection's inputs stand among those of the whole kind."""
+        per_unit = self.kind.output.size(1, shape)
+        return slice(self.first * per_unit, (self.first + self.units) * per_unit)
 
 
 _ATTENTION = UnitKind(
@@ -132,6 +161,14 @@ _FUSED_MLP = UnitKind(
         Projection("mlp.down_proj", COLUMNS, ("neuron",)),
     ),
 )
+_EXPERT = UnitKind(
+    "mlp",
+    (
+        Projection("mlp.experts.each.{}.gate", ROWS, ("neuron",)),
+        Projection("mlp.experts.each.{}.up", ROWS, ("neuron",)),
+        Projection("mlp.experts.each.{}.down", COLUMNS, ("neuron",)),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -141,6 +178,8 @@ class Family:
     causal_class: the causal language model in transformers; base_class: the model without a head, by default of the
     same prefix. Their pruned forms in `modeling/` are named `Pruned<class>`.
     layers: module path of the decoder layers in the causal language model.
+    experts: the kind of an expert's neurons, its names with a place for the expert's number; None without experts.
+    renames: pattern and replacement of tensor names that a dense checkpoint has otherwise than the pruned class.
     """
 
     causal_class: str
@@ -150,6 +189,26 @@ class Family:
     norm: str = "model.norm"
     head: str = "lm_head.weight"
     kinds: tuple[UnitKind, ...] = (_ATTENTION, _MLP)
+    experts: UnitKind | None = None
+    renames: tuple[tuple[str, str], ...] = ()
+
+    def parts(self, shape: LayerShape) -> list[Part]:
+        """The modules of a layer that units belong to."""
+        found = []
+        for kind in self.kinds:
+            if kind.name == "mlp" and shape.experts:
+                assert self.experts is not None
+                firsts = np.cumsum([0, *shape.experts]).tolist()
+                found += [Part(self.experts.numbered(i), firsts[i], n) for i, n in enumerate(shape.experts)]
+            else:
+                found.append(Part(kind, 0, shape.units(kind.name)))
+        return found
+
+    def canonical(self, name: str) -> str:
+        """The name that the pruned class has for a tensor of a checkpoint."""
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        return name
 
     @property
     def pruned_classes(self) -> dict[str, str]:
@@ -173,10 +232,25 @@ FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM"),
     "ministral": Family("MinistralForCausalLM"),
     "mistral": Family("MistralForCausalLM"),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        experts=_EXPERT,
+        renames=(
+            (r"\.block_sparse_moe\.experts\.(\d+)\.w1\.", r".mlp.experts.each.\1.gate."),
+            (r"\.block_sparse_moe\.experts\.(\d+)\.w3\.", r".mlp.experts.each.\1.up."),
+            (r"\.block_sparse_moe\.experts\.(\d+)\.w2\.", r".mlp.experts.each.\1.down."),
+            (r"\.block_sparse_moe\.gate\.", ".mlp.gate."),
+        ),
+    ),
     "olmo": Family("OlmoForCausalLM"),
     "phi3": Family("Phi3ForCausalLM", kinds=(_FUSED_ATTENTION, _FUSED_MLP)),
     "qwen2": Family("Qwen2ForCausalLM"),
     "qwen3": Family("Qwen3ForCausalLM"),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        experts=_EXPERT,
+        renames=((r"\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.", r".mlp.experts.each.\1.\2."),),
+    ),
     "seed_oss": Family("SeedOssForCausalLM"),
     "smollm3": Family("SmolLM3ForCausalLM"),
 }
@@ -226,21 +300,28 @@ def layer_shape(family: Family, config: Mapping[str, Any], tensors: Mapping[str,
     heads_per_group = heads // (config.get("num_key_value_heads") or heads)
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     sizes = {"query": heads_per_group * head_dim, "key_value": head_dim, "neuron": 1}
-    units, costs = {}, {}
-    for kind in family.kinds:
+
+    def units_of(kind: UnitKind) -> int:
         weight = tensors.get(f"{kind.output.name}.weight")
-        per_unit = sum(sizes[block] for block in kind.output.blocks)
-        units[kind.name] = 0 if weight is None else weight[COLUMNS] // per_unit
-        costs[kind.name] = sum(
-            sum(sizes[block] for block in projection.blocks) * tensors[f"{projection.name}.weight"][1 - projection.axis]
-            for projection in kind.projections
-            if weight is not None
-        )
+        return 0 if weight is None else weight[COLUMNS] // sum(sizes[block] for block in kind.output.blocks)
+
+    def cost_of(kind: UnitKind) -> int:
+        weights = [(p, tensors.get(f"{p.name}.weight")) for p in kind.projections]
+        return sum(sum(sizes[block] for block in p.blocks) * w[1 - p.axis] for p, w in weights if w is not None)
+
+    attention, mlp = family.kinds
+    experts: tuple[int, ...] = ()
+    if family.experts is not None and any(name.startswith("mlp.experts.") for name in tensors):
+        mlp, count = family.experts.numbered(0), 0
+        while any(name.startswith(f"{family.experts.numbered(count).output.name}.") for name in tensors):
+            experts += (units_of(family.experts.numbered(count)),)
+            count += 1
     return LayerShape(
-        kv_groups=units["attention"],
+        kv_groups=units_of(attention),
         heads_per_group=heads_per_group,
         head_dim=head_dim,
-        neurons=units["mlp"],
-        group_cost=costs["attention"],
-        neuron_cost=costs["mlp"],
+        neurons=sum(experts) if experts else units_of(mlp),
+        group_cost=cost_of(attention),
+        neuron_cost=cost_of(mlp),
+        experts=experts,
     )

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from flap_stream.architecture import FAMILIES
 from flap_stream.errors import CorruptCheckpoint, InvalidModel, UnsupportedModel
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -69,12 +70,37 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Wrapper:
+    """A multimodal model around a text decoder.
+
+    config: its whole config.json. prefix: what the names of the decoder's tensors begin with in its files.
+    """
+
+    config: dict[str, Any]
+    prefix: str
+
+    def inner(self, name: str) -> str:
+        """The name that a text model by itself has for a tensor; other tensors keep theirs."""
+        if name.startswith(self.prefix):
+            return "model." + name.removeprefix(self.prefix)
+        return name.removeprefix("language_model.") if name.startswith("language_model.lm_head.") else name
+
+    def outer(self, name: str) -> str:
+        """The name, in files that transformers loads, of a tensor that `inner` calls `name`."""
+        others = ("model.vision", "model.multi_modal", "model.embed_vision")  # of newer files, not the decoder's
+        is_decoder = name.startswith("model.") and not name.startswith(others)
+        return self.prefix + name.removeprefix("model.") if is_decoder else name
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose headers have been read and checked; no tensor has been.
 
     source: what the user named (a directory or a Hub id).
+    config: of the language model; in a multimodal model, of its text decoder.
     tensors: name to entry, in the order of files and offsets.
     header_digests: shard file to sha256 of its header.
+    wrapper: the multimodal model, if there is one; `tensors` has the decoder's by a text model's names.
     """
 
     source: str
@@ -84,11 +110,13 @@ class Checkpoint:
     header_digests: dict[str, str]
     shard_bytes: dict[str, int]
     _files: "_OpenFiles" = field(repr=False, compare=False)
+    wrapper: Wrapper | None = None
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the model: digests of its config and headers, sizes of its shards."""
-        config = json.dumps(self.config, sort_keys=True).encode()
+        whole = self.config if self.wrapper is None else self.wrapper.config
+        config = json.dumps(whole, sort_keys=True).encode()
         return {
             "config": hashlib.sha256(config).hexdigest(),
             "headers": self.header_digests,
@@ -240,6 +268,7 @@ def has_shards(directory: Path) -> bool:
 def open_checkpoint(model: str | Path) -> Checkpoint:
     """Read and check config.json, the index and all shard headers of a directory or a Hub id.
 
+    Tensors that a family's dense checkpoints name otherwise than its pruned class go by the latter's names.
     Raises InvalidModel if there is no such model or no safetensors in it, CorruptCheckpoint for a shard that is
     missing, truncated or whose header contradicts itself.
     """
@@ -257,7 +286,31 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     for name, file in files.items():
         if name not in tensors:
             raise CorruptCheckpoint(f"{directory / INDEX_NAME} places tensor {name} in {file}, which does not hold it")
-    return Checkpoint(str(model), directory, config, tensors, header_digests, shard_bytes, _OpenFiles(directory))
+    wrapper = _wrapper(config, tensors)
+    config = config if wrapper is None else _text_config(config)
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is not None:
+        inner = wrapper.inner if wrapper is not None else str
+        named = {family.canonical(inner(name)): entry for name, entry in tensors.items()}
+        tensors = {name: replace(entry, name=name) for name, entry in named.items()}
+    return Checkpoint(
+        str(model), directory, config, tensors, header_digests, shard_bytes, _OpenFiles(directory), wrapper
+    )
+
+
+def _wrapper(config: dict[str, Any], tensors: Mapping[str, TensorEntry]) -> Wrapper | None:
+    """What is known of a multimodal model; None for a language model by itself."""
+    text = config.get("text_config")
+    if not isinstance(text, dict) or text.get("model_type") not in FAMILIES or config.get("model_type") in FAMILIES:
+        return None
+    old, new = "language_model.model.", "model.language_model."
+    return Wrapper(config, old if any(name.startswith(old) for name in tensors) else new)
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of the text decoder, with what the wrapper says for both."""
+    shared = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
+    return {**config["text_config"], **{key: config[key] for key in shared if key in config}}
 
 
 def read_header(path: Path) -> tuple[list[TensorEntry], str, int]:

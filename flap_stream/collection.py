@@ -19,7 +19,7 @@ from flap_stream.layers import BatchSizes, StreamedModel
 from flap_stream.moments import Moments, column_norms, window_moments
 from flap_stream.planner import Placement
 from flap_stream.progress import Progress
-from flap_stream.scoring import ChannelStatistics, LayerStatistics, wanda_scores
+from flap_stream.scoring import ChannelStatistics, LayerStatistics, concatenated, wanda_scores
 from flap_stream.store import RunDirectory
 from flap_stream.surgery import removed_indices
 
@@ -47,7 +47,7 @@ def collect_statistics(
         if options.method == "magnitude-sp":
             stage.skip(first)
             for i, weights in model.stream(first, placement.prefetch):
-                run.write_statistics(i, _layer_statistics(model, weights, {}))
+                run.write_statistics(i, _layer_statistics(model, i, weights, {}))
                 stage.advance(bytes_moved=model.layer_bytes(i))
             return
         tokens = run.read_tokens()
@@ -106,7 +106,7 @@ class _Pass1:
             self._forward(
                 index, weights, step=2 * index, keep_output=not self._hands_on_pruned, after_batch=merge_batch
             )
-        statistics = _layer_statistics(self.model, weights, moments)
+        statistics = _layer_statistics(self.model, index, weights, moments)
         if self._hands_on_pruned:
             self.repeat(index, weights, statistics)
         return statistics
@@ -117,11 +117,12 @@ class _Pass1:
             shape, decision = self.model.shapes[index], part_of(self.options, PlanConfig)
             channels = shape.heads_per_group * shape.head_dim
             keep = keep_in_layer(wanda_scores(statistics, channels), shape, decision)
-            for kind in self.model.family.kinds:
-                kept = kind.output.kept_indices(keep.of(kind.name), shape, kind.name)
-                removed = removed_indices(kept, kind.output.size(shape, kind.name))
+            for part in self.model.family.parts(shape):
+                output = part.kind.output
+                kept = output.kept_indices(part.own(keep.of(part.kind.name)), part.units, shape)
+                removed = removed_indices(kept, output.size(part.units, shape))
                 if len(removed):
-                    weights[f"{kind.output.name}.weight"][:, torch.from_numpy(removed).to(self.model.device)] = 0
+                    weights[f"{output.name}.weight"][:, torch.from_numpy(removed).to(self.model.device)] = 0
         self._forward(index, weights, step=2 * index + self._hands_on_pruned)
 
     def _forward(self, index: int, weights: Mapping[str, torch.Tensor], **how: Any) -> None:
@@ -129,18 +130,19 @@ class _Pass1:
 
 
 def _layer_statistics(
-    model: StreamedModel, weights: Mapping[str, torch.Tensor], moments: Mapping[str, Moments]
+    model: StreamedModel, index: int, weights: Mapping[str, torch.Tensor], moments: Mapping[str, Moments]
 ) -> LayerStatistics:
-    """Moments by kind and the norms of the weights together; without moments, their count is 0."""
-    statistics = {}
-    for kind in model.family.kinds:
-        weight = weights.get(f"{kind.output.name}.weight")
+    """Moments and the norms of the weights together, experts one after another; without moments, counts are 0."""
+    found: dict[str, list[ChannelStatistics]] = {"attention": [], "mlp": []}
+    for part in model.family.parts(model.shapes[index]):
+        weight = weights.get(f"{part.kind.output.name}.weight")
         channels = 0 if weight is None else weight.shape[1]
         squared, absolute = (np.zeros(0), np.zeros(0)) if weight is None else column_norms(weight)
-        own = moments.get(kind.name, Moments.empty(channels))
+        own = vars(moments.get(part.kind.output.name, Moments.empty(channels)))
         norms: dict[str, Any] = {"weight_squared_norm": squared, "weight_abs_mean": absolute}
-        statistics[kind.name] = ChannelStatistics(**vars(own), **norms)
-    return LayerStatistics(**statistics)
+        count = np.full(channels, own["count"], dtype=np.int64)
+        found[part.kind.name].append(ChannelStatistics(**{**own, **norms, "count": count}))
+    return LayerStatistics(**{kind: concatenated(parts) for kind, parts in found.items()})
 
 
 @contextmanager
@@ -150,23 +152,24 @@ def _input_moments(model: StreamedModel, index: int, weights: Mapping[str, torch
     pending: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
     handles = []
 
-    def hook_for(kind: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+    def hook_for(name: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
         def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            pending[kind] = (*window_moments(inputs[0]), inputs[0].shape[1])
+            windows = inputs[0] if inputs[0].ndim == 3 else inputs[0][None]  # an expert's tokens are one window
+            pending[name] = (*window_moments(windows), windows.shape[1])
 
         return hook
 
     def merge_batch() -> None:
-        for kind, (means, m2s, tokens) in pending.items():
-            moments[kind].add_windows(means.cpu().numpy(), m2s.cpu().numpy(), tokens)
+        for name, (means, m2s, tokens) in pending.items():
+            moments[name].add_windows(means.cpu().numpy(), m2s.cpu().numpy(), tokens)
         pending.clear()
 
-    for kind in model.family.kinds:
-        weight = weights.get(f"{kind.output.name}.weight")
-        moments[kind.name] = Moments.empty(0 if weight is None else weight.shape[1])
+    for part in model.family.parts(model.shapes[index]):
+        name = part.kind.output.name
+        weight = weights.get(f"{name}.weight")
+        moments[name] = Moments.empty(0 if weight is None else weight.shape[1])
         if weight is not None:
-            module = model.layers[index].get_submodule(kind.output.name)
-            handles.append(module.register_forward_pre_hook(hook_for(kind.name)))
+            handles.append(model.layers[index].get_submodule(name).register_forward_pre_hook(hook_for(name)))
     try:
         yield moments, merge_batch
     finally:

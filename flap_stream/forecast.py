@@ -76,9 +76,9 @@ def forecast(model: str | Path, out: str | Path, options: PruneConfig) -> Foreca
         hidden_traffic = len(streamed.layers) * job.hidden_bytes if placement.hidden_place == "disk" else 0
         cut_bytes = options.ratio * sum(
             entry.nbytes
-            for layer in streamed.layer_entries
-            for kind in streamed.family.kinds
-            for projection in kind.projections
+            for layer, shape in zip(streamed.layer_entries, streamed.shapes, strict=True)
+            for part in streamed.family.parts(shape)
+            for projection in part.kind.projections
             if projection.axis == ROWS and (entry := layer.get(f"{projection.name}.weight")) is not None
         )
         read_again = source.nbytes - int(cut_bytes)  # rows that go are not read
@@ -116,13 +116,13 @@ def _open(model: str) -> tuple[Checkpoint, bool]:
 def _operations(model: StreamedModel, samples: int, tokens: int) -> int:
     """Multiplications and additions of all layers' products, the whole square of the attention included."""
     matrices = sum(
-        entry.shape[0] * entry.shape[1]
+        entry.shape[0] * entry.shape[1] * (model.expert_share if ".experts." in name else 1)
         for layer in model.layer_entries
-        for entry in layer.values()
+        for name, entry in layer.items()
         if len(entry.shape) == 2
     )
     queries = sum(shape.kv_groups * shape.heads_per_group * shape.head_dim for shape in model.shapes)
-    return samples * tokens * (2 * matrices + 4 * tokens * queries)
+    return samples * tokens * (2 * int(matrices) + 4 * tokens * queries)
 
 
 def _measure_rates(model: StreamedModel, tokens: int, source: Checkpoint, has_headers: bool, out: Path) -> Rates:

@@ -93,6 +93,13 @@ class StreamedModel:
         self.vocab_size, self.hidden_size = self.embedding_entry.shape
         self._calls: dict[int, list[LayerCall]] = {}
 
+    @property
+    def expert_share(self) -> float:
+        """Share of a layer's experts that a token goes to; 1 without experts."""
+        config = self.skeleton.hf_config
+        experts = max((len(shape.experts) for shape in self.shapes), default=0)
+        return config.num_experts_per_tok / experts if experts else 1.0
+
     def layer_bytes(self, index: int) -> int:
         """Bytes of one decoder layer in the checkpoint."""
         return sum(entry.nbytes for entry in self.layer_entries[index].values())

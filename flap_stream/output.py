@@ -171,6 +171,7 @@ def _record(
                 "neurons": shape.neurons,
                 "kept_kv_groups": keep.kv_groups.tolist(),
                 "kept_neurons": keep.neurons.tolist(),
+                **({"experts": list(shape.experts)} if shape.experts else {}),
             }
             for keep, shape in zip(keeps, shapes, strict=True)
         ],
@@ -203,13 +204,13 @@ def _small_files(
     index = plan.index()
     if index is not None:
         contents.append((INDEX_NAME, index))
-    config = _pruned_config(source.config, shapes, keeps, restore, family)
+    config = _pruned_config(source, shapes, keeps, restore, family)
     contents.append(("config.json", json.dumps(config, indent=2).encode() + b"\n"))
     return contents
 
 
 def _pruned_config(
-    config: dict[str, Any],
+    source: Checkpoint,
     shapes: Sequence[LayerShape],
     keeps: Sequence[LayerKeep],
     restore: str,
@@ -220,24 +221,60 @@ def _pruned_config(
     The global sizes stay the dense ones: they pass validation everywhere, and without remote code loading then fails
     on shapes instead of giving a wrong model.
     """
-    classes = family.pruned_classes
+    if source.wrapper is not None:
+        whole = source.wrapper.config
+        sizes = _pruned_sizes(whole["text_config"], shapes, keeps, restore, family)
+        return {**whole, **_classes(wrapper_classes(whole)), "text_config": sizes}
+    return {**_pruned_sizes(source.config, shapes, keeps, restore, family), **_classes(family.pruned_classes)}
+
+
+def wrapper_classes(config: dict[str, Any]) -> dict[str, str]:
+    """Auto class to the class in `modeling/` of a multimodal model.
+
+    The model without its head has none: transformers would not find the tensors of another class's.
+    """
+    name = str(config["architectures"][0]).removeprefix("Pruned")
+    return {"AutoModelForImageTextToText": f"Pruned{name}"}
+
+
+def _classes(classes: dict[str, str]) -> dict[str, Any]:
     module = MODELING_NAME.removesuffix(".py")
+    *_, causal = classes.values()
+    return {"architectures": [causal], "auto_map": {auto: f"{module}.{name}" for auto, name in classes.items()}}
+
+
+def _pruned_sizes(
+    config: dict[str, Any],
+    shapes: Sequence[LayerShape],
+    keeps: Sequence[LayerKeep],
+    restore: str,
+    family: Family,
+) -> dict[str, Any]:
+    """A language model's config with every layer's own sizes."""
     return {
         **config,
-        "architectures": [classes["AutoModelForCausalLM"]],
-        "auto_map": {auto: f"{module}.{name}" for auto, name in classes.items()},
         "head_dim": shapes[0].head_dim,
         "per_layer_config": {
             str(i): {
                 "num_attention_heads": len(keep.kv_groups) * shape.heads_per_group,
                 "num_key_value_heads": len(keep.kv_groups),
-                "intermediate_size": len(keep.neurons),
+                **({} if shape.experts else {"intermediate_size": len(keep.neurons)}),
             }
             for i, (keep, shape) in enumerate(zip(keeps, shapes, strict=True))
         },
+        **(
+            {"pruned_expert_sizes": [_expert_sizes(family, *pair) for pair in zip(shapes, keeps, strict=True)]}
+            if family.experts
+            else {}
+        ),
         "allow_global_per_layer_attribute_access": True,
         "pruned_output_bias": restore == "bias" or config.get("pruned_output_bias", False),
     }
+
+
+def _expert_sizes(family: Family, shape: LayerShape, keep: LayerKeep) -> list[int]:
+    """Neurons that stay in each expert of a layer."""
+    return [len(part.own(keep.neurons)) for part in family.parts(shape) if shape.experts and part.kind.name == "mlp"]
 
 
 def estimated_bytes(source: Checkpoint, shapes: Sequence[LayerShape], ratio: float) -> int:

@@ -14,6 +14,7 @@ import torch
 from flap_stream import checkpoint as checkpoints
 from flap_stream import output, planner
 from flap_stream.allocation import LayerKeep, allocate
+from flap_stream.architecture import LayerShape
 from flap_stream.calibration import calibration_tokens, load_tokenizer, tokens_digest
 from flap_stream.collection import collect_statistics
 from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, RewriteConfig, part_of, require_restoration
@@ -263,6 +264,7 @@ def _plan(run: RunDirectory, options: PlanConfig) -> PlanResult:
         statistics, channels = run.read_statistics(i), shape.heads_per_group * shape.head_dim
         if options.method == "flap":
             pair = flap_scores(statistics, options.metric, options.statistics, options.head_score, channels)
+            _tell_unreached(i, shape, statistics.mlp.count)
         else:
             pair = (wanda_scores if options.method == "wanda-sp" else magnitude_scores)(statistics, channels)
         scores.append(pair)
@@ -284,6 +286,16 @@ def _plan(run: RunDirectory, options: PlanConfig) -> PlanResult:
         parameters_before=before,
         parameters_after=before - removed,
     )
+
+
+def _tell_unreached(layer: int, shape: LayerShape, counts: np.ndarray) -> None:
+    """Say which experts saw no token: nothing is known of them, so they stay whole."""
+    parts = np.split(counts, np.cumsum(shape.experts)[:-1]) if shape.experts else []
+    unreached = [str(number) for number, part in enumerate(parts) if len(part) and part.max() == 0]
+    if unreached:
+        logger.warning(
+            "no calibration token reached experts %s of layer %d; they are kept whole", ", ".join(unreached), layer
+        )
 
 
 def _rewrite(

@@ -147,6 +147,7 @@ def _find_workspace(job: Job, batch_size: int) -> tuple[int, int]:
     widest = max(range(len(job.layers)), key=lambda i: job.skeleton.layer_shape(i).neurons)
     largest = max(range(len(job.layers)), key=lambda i: sum(entry.nbytes for entry in job.layers[i].values()))
     skeleton, peak, small_peak = job.skeleton, 0, 0
+    skeleton.route_everywhere()  # where tokens go depends on values, of which there are none here
     # The same mode each time: what a module keeps of one call must be of use in the next.
     with torch.inference_mode(), _fake_mode():
         shape = (batch_size, job.tokens, job.hidden_size)
@@ -175,10 +176,11 @@ def _take_moments(skeleton: Skeleton, index: int) -> list[Any]:
     """Hooks that compute what statistics need, for their workspace."""
 
     def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        window_moments(inputs[0])
+        window_moments(inputs[0] if inputs[0].ndim == 3 else inputs[0][None])
 
-    layer, names = skeleton.layers[index], (kind.output.name for kind in skeleton.family.kinds)
-    present = [name for name in names if f"{name}.weight" in skeleton.layer_tensors(index)]
+    layer, parts = skeleton.layers[index], skeleton.family.parts(skeleton.layer_shape(index))
+    names, tensors = (part.kind.output.name for part in parts), skeleton.layer_tensors(index)
+    present = [name for name in names if f"{name}.weight" in tensors]
     return [layer.get_submodule(name).register_forward_pre_hook(hook) for name in present]
 
 

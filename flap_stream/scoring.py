@@ -1,5 +1,6 @@
 """From statistics to one score a unit. Pure numpy in float64; nothing here knows where statistics are stored."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +12,14 @@ from flap_stream.errors import NonFinite
 class ChannelStatistics:
     """All that decisions and biases need to know of one linear (o_proj or down_proj) of one layer.
 
-    count, samples: tokens and windows behind the moments; 0 where only weights were read.
+    count: int64 `[channel]`, tokens behind the moments; 0 where only weights were read, or no token came by.
+    samples: windows behind the moments.
     mean, m2, released_fluctuation, released_baseline: float64 `[channel]` as in `moments.Moments`.
     weight_squared_norm: float64 `[channel]`, sum over rows of W[:, j]^2.
     weight_abs_mean: float64 `[channel]`, mean over rows of |W[:, j]|.
     """
 
-    count: int
+    count: np.ndarray
     samples: int
     mean: np.ndarray
     m2: np.ndarray
@@ -25,6 +27,14 @@ class ChannelStatistics:
     released_baseline: np.ndarray
     weight_squared_norm: np.ndarray
     weight_abs_mean: np.ndarray
+
+
+def concatenated(parts: Sequence[ChannelStatistics]) -> ChannelStatistics:
+    """The channels of several modules one after another."""
+    arrays = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0]) if name != "samples"
+    }
+    return ChannelStatistics(samples=max(part.samples for part in parts), **arrays)
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ def fluctuation(statistics: ChannelStatistics, form: str) -> np.ndarray:
     """
     if form == "released":
         return statistics.released_fluctuation / max(statistics.samples - 1, 1)
-    return statistics.m2 / max(statistics.count - 1, 1)
+    return statistics.m2 / np.maximum(statistics.count - 1, 1)
 
 
 def baseline_input(statistics: ChannelStatistics, form: str) -> np.ndarray:
@@ -62,7 +72,7 @@ def baseline_input(statistics: ChannelStatistics, form: str) -> np.ndarray:
 
 def root_mean_square(statistics: ChannelStatistics) -> np.ndarray:
     """Root of the inputs' mean square over tokens, float64 `[channel]`."""
-    return np.sqrt(statistics.m2 / max(statistics.count, 1) + np.square(statistics.mean))
+    return np.sqrt(statistics.m2 / np.maximum(statistics.count, 1) + np.square(statistics.mean))
 
 
 def channel_metric(statistics: ChannelStatistics, metric: str, form: str) -> np.ndarray:
@@ -96,13 +106,18 @@ def flap_scores(
 
     The attention metric is squared, the MLP metric is not (lib/prune.py:249 of the released code, and the authors'
     answer in its issue 6). `mean-z`: square, standardise, mean over the group's channels. `l2`: square, standardise,
-    square, sum, root.
+    square, sum, root. Neurons of experts that no token reached score infinity: nothing is known of them, so they stay.
     Raises NonFinite if statistics hold NaN or infinity.
     """
     attention = standardise(np.square(channel_metric(layer.attention, metric, form)))
     grouped = attention.reshape(-1, channels_per_group)
     groups = grouped.mean(axis=1) if head_score == "mean-z" else np.sqrt(np.square(grouped).sum(axis=1))
-    return groups, standardise(channel_metric(layer.mlp, metric, form))
+    seen, neurons = layer.mlp.count > 0, channel_metric(layer.mlp, metric, form)
+    if seen.all() or not seen.any():
+        return groups, standardise(neurons)
+    scores = np.full(len(neurons), np.inf)
+    scores[seen] = standardise(neurons[seen])
+    return groups, scores
 
 
 def wanda_scores(layer: LayerStatistics, channels_per_group: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 
 from flap_stream import files
 from flap_stream.allocation import LayerKeep
-from flap_stream.architecture import COLUMNS, HOLE, ROWS, Family, LayerShape, Projection, UnitKind
+from flap_stream.architecture import COLUMNS, HOLE, ROWS, Family, LayerShape, Part, Projection
 from flap_stream.checkpoint import FORWARD_DTYPES, SINGLE_NAME, Checkpoint, TensorEntry, row_ranges
 from flap_stream.surgery import baseline_shift, removed_indices, select_columns
 
@@ -110,6 +110,8 @@ def plan_shards(
     outputs: list[OutputTensor] = []
     for entry in checkpoint.tensors.values():
         outputs.extend(changed.get(entry.name, [_whole(entry)]))
+    if checkpoint.wrapper is not None:
+        outputs = [replace(tensor, name=checkpoint.wrapper.outer(tensor.name)) for tensor in outputs]
     return group_shards(outputs, max_shard_bytes)
 
 
@@ -141,36 +143,41 @@ def _plan_layer(
     """Tensors of one layer that change: dense name to what stands in its place."""
     changed: dict[str, list[OutputTensor]] = {}
     prefix = f"{family.layers}.{index}."
-    for kind in family.kinds:
+    for part in family.parts(shape):
+        kind = part.kind
         if f"{prefix}{kind.output.name}.weight" in checkpoint.tensors:  # else an earlier run left the bias alone
-            mean = None if means is None else means[kind.name]
-            changed |= _plan_kind(checkpoint, kind, prefix, shape, keep.of(kind.name), mean)
+            mean = None if means is None else means[kind.name][part.channels(shape)]
+            changed |= _plan_part(checkpoint, part, prefix, shape, part.own(keep.of(kind.name)), mean)
     return changed
 
 
-def _plan_kind(
-    checkpoint: Checkpoint, kind: UnitKind, prefix: str, shape: LayerShape, units: np.ndarray, mean: np.ndarray | None
+def _plan_part(
+    checkpoint: Checkpoint, part: Part, prefix: str, shape: LayerShape, units: np.ndarray, mean: np.ndarray | None
 ) -> dict[str, list[OutputTensor]]:
-    """Tensors of one kind of unit in one layer that change; without units, all of the module go but the bias."""
-    tensors = checkpoint.tensors
+    """Tensors of one part of a layer that change; without units, all of the module go but the bias.
+
+    units: those that stay, counted from the part's first.
+    """
+    tensors, kind = checkpoint.tensors, part.kind
     changed: dict[str, list[OutputTensor]] = {}
     if len(units) == 0:
         changed = {name: [] for name in tensors if name.startswith(f"{prefix}{kind.module}.")}
     else:
         for projection in kind.projections:
-            indices = projection.kept_indices(units, shape, kind.name)
-            for part in ("weight", "bias") if projection.axis == ROWS else ("weight",):
-                if (name := f"{prefix}{projection.name}.{part}") in tensors:
+            indices = projection.kept_indices(units, part.units, shape)
+            for name_part in ("weight", "bias") if projection.axis == ROWS else ("weight",):
+                if (name := f"{prefix}{projection.name}.{name_part}") in tensors:
                     changed[name] = [_cut(tensors[name], projection, indices)]
-    weight, bias = (tensors.get(f"{prefix}{kind.output.name}.{part}") for part in ("weight", "bias"))
+    weight, bias = (tensors.get(f"{prefix}{kind.output.name}.{name_part}") for name_part in ("weight", "bias"))
     assert weight is not None
     if mean is None:
         changed |= {bias.name: [_whole(bias)]} if bias is not None else {}
         return changed
     if bias is not None:
         changed[bias.name] = []  # it moves beside its weight, which is read for it
-    kept = kind.output.kept_indices(units, shape, kind.name)
-    return {**changed, weight.name: [*changed[weight.name], _shifted_bias(kind, shape, kept, weight, bias, mean)]}
+    kept = kind.output.kept_indices(units, part.units, shape)
+    removed = removed_indices(kept, kind.output.size(part.units, shape))
+    return {**changed, weight.name: [*changed[weight.name], _shifted_bias(removed, weight, bias, mean)]}
 
 
 def _whole(entry: TensorEntry) -> OutputTensor:
@@ -184,10 +191,7 @@ def _cut(entry: TensorEntry, projection: Projection, indices: np.ndarray) -> Out
     return OutputTensor(entry.name, entry.dtype, shape, prod(shape) * entry.item_bytes, entry, axis, keep)
 
 
-def _shifted_bias(
-    kind: UnitKind, shape: LayerShape, kept: np.ndarray, weight: TensorEntry, bias: TensorEntry | None, mean: np.ndarray
-) -> OutputTensor:
-    removed = removed_indices(kept, kind.output.size(shape, kind.name))
+def _shifted_bias(removed: np.ndarray, weight: TensorEntry, bias: TensorEntry | None, mean: np.ndarray) -> OutputTensor:
     name = weight.name.removesuffix("weight") + "bias"
     dtype, item_bytes = (weight.dtype, weight.item_bytes) if bias is None else (bias.dtype, bias.item_bytes)
     rows = weight.shape[0]

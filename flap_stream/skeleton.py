@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flap_stream.architecture import Family, LayerShape, family_of, layer_shape, require_sizes
@@ -60,9 +60,9 @@ class _Returns(nn.Module):
 
     def __init__(self, last_hidden_state: torch.Tensor) -> None:
         super().__init__()
-        self._output = BaseModelOutputWithPast(last_hidden_state=last_hidden_state)
+        self._output = MoeModelOutputWithPast(last_hidden_state=last_hidden_state)  # others ask for less
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+    def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
         return self._output
 
 
@@ -145,6 +145,14 @@ class Skeleton:
         assert first is not None, "the model's forward did not call its first layer"
         return first, [recorder.call for recorder in recorders]
 
+    def route_everywhere(self) -> None:
+        """From now on send all tokens to the largest expert of a layer and to no other, for its workspace."""
+        for layer in self.layers:
+            experts = getattr(layer.mlp, "experts", None)
+            if experts is not None:
+                largest = max(experts.each, key=lambda expert: expert.down.in_features)
+                experts.forward = lambda hidden, index, weights, run=largest: run(hidden) * weights[:, :1]
+
     def run_layer(
         self, index: int, weights: Mapping[str, torch.Tensor], hidden: torch.Tensor, call: LayerCall
     ) -> torch.Tensor:
@@ -173,13 +181,15 @@ def _build(config: Mapping[str, Any], family: Family, where: str) -> PreTrainedM
     try:
         hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(stock)
         with init_empty_weights(include_buffers=False):
-            if "per_layer_config" in config:
-                from flap_stream.modeling import modeling_flap_stream
+            from flap_stream.modeling import modeling_flap_stream
 
+            if "per_layer_config" in config:
                 pruned = getattr(modeling_flap_stream, family.pruned_classes["AutoModelForCausalLM"])
                 skeleton = pruned._from_config(hf_config)
             else:
                 skeleton = AutoModelForCausalLM.from_config(hf_config)
+                if family.experts is not None:
+                    modeling_flap_stream.separate_experts(skeleton.base_model)
     except Exception as error:  # whatever transformers makes of a wrong config.json
         reason = " ".join(str(error).split())
         raise InvalidModel(f"transformers cannot build a model from {where}/config.json: {reason}") from error

@@ -26,9 +26,9 @@ from flap_stream.config import PlanConfig
 from flap_stream.errors import CorruptRun, RunLocked, RunMismatch
 from flap_stream.scoring import ChannelStatistics, LayerStatistics
 
-FORMAT, VERSION = "flap-stream-run", 1
+FORMAT, VERSION = "flap-stream-run", 2
 _KINDS = ("attention", "mlp")
-_ARRAYS = ("mean", "m2", "released_fluctuation", "released_baseline", "weight_squared_norm", "weight_abs_mean")
+_ARRAYS = ("count", "mean", "m2", "released_fluctuation", "released_baseline", "weight_squared_norm", "weight_abs_mean")
 
 
 class Journal:
@@ -187,7 +187,7 @@ class RunDirectory:
     @property
     def layer_shapes(self) -> list[LayerShape]:
         """Sizes of the model's decoder layers."""
-        return [LayerShape(**shape) for shape in self.manifest["layers"]]
+        return [LayerShape(**{**shape, "experts": tuple(shape["experts"])}) for shape in self.manifest["layers"]]
 
     def complete_layers(self) -> int:
         """How many layers, from the first on, have their statistics stored."""
@@ -205,7 +205,7 @@ class RunDirectory:
         for kind in _KINDS:
             own = statistics.of(kind)
             arrays |= {f"{kind}/{array}": getattr(own, array) for array in _ARRAYS}
-            attributes[kind] = {"count": own.count, "samples": own.samples}
+            attributes[kind] = {"samples": own.samples}
         root = self.path / "statistics.zarr"
         if not (root / "layers" / "zarr.json").exists():
             zarr.open_group(root, mode="a").require_group("layers")

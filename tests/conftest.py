@@ -1,5 +1,6 @@
 """Settings that every test runs under: no network, no progress bars, a module cache of its own for remote code."""
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -25,6 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _all_messages() -> None:
+    """What a command line with --quiet left behind in this process."""
+    logging.getLogger("flap_stream").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

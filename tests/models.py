@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import flap_stream
+from flap_stream.architecture import FAMILIES
 
 _MIXED = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 FAMILY_EXTRAS: dict[str, dict[str, Any]] = {
@@ -23,13 +24,23 @@ FAMILY_EXTRAS: dict[str, dict[str, Any]] = {
     "llama": {},
     "ministral": {"head_dim": 16, **_MIXED},
     "mistral": {"sliding_window": None},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmo": {"clip_qkv": 2.0},
     "phi3": {},
     "qwen2": {},
     "qwen3": {"head_dim": 16},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+    },
     "seed_oss": {"head_dim": 16, "attention_dropout": 0.0, "residual_dropout": 0.0},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
 }
+DENSE = [family for family in FAMILY_EXTRAS if FAMILIES[family].experts is None]
 VOCABULARY = 97
 DEMO = Path(flap_stream.__file__).parent / "demo"  # a small model, trained on real text, and that text
 
@@ -51,10 +62,10 @@ def tiny_config(family: str = "llama", kv_heads: int = 2, tied: bool = False, la
     return CONFIG_MAPPING[family](**{**sizes, **FAMILY_EXTRAS.get(family, {}), **changes})
 
 
-def tiny_model(config: Any, seed: int = 0) -> PreTrainedModel:
+def tiny_model(config: Any, seed: int = 0, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
     """A float32 model in which nothing is trivially zero or one, with channels of very different scales."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
+    model = kind.from_config(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -63,7 +74,7 @@ def tiny_model(config: Any, seed: int = 0) -> PreTrainedModel:
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(std=0.1)
-                parameter.mul_(torch.rand(parameter.shape[0], 1).add_(0.3))
+                parameter.mul_(torch.rand(*parameter.shape[:-1], 1).add_(0.3))
     return model
 
 

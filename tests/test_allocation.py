@@ -46,7 +46,7 @@ def test_minimum_heads_are_rounded_up_to_whole_groups() -> None:
 
 def test_a_ratio_that_the_minimum_forbids_is_refused() -> None:
     scores = [pair([1, 2], [3, 4, 5, 6])]
-    with pytest.raises(InvalidOption, match=r"allow a ratio of at most 0\.58"):
+    with pytest.raises(InvalidOption, match=r"allows a ratio of at most 0\.58"):
         kept(scores, [SHAPE], ratio=0.9)
     with pytest.raises(InvalidOption, match="min-heads"):
         kept(scores, [SHAPE], ratio=0.9, structure="al-mm", remove_heads=2)

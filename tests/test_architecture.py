@@ -8,16 +8,16 @@ SHAPE = LayerShape(kv_groups=3, heads_per_group=2, head_dim=4, neurons=5, group_
 
 
 def test_kept_rows_of_a_group_are_its_heads_rows() -> None:
-    query = Projection("q", ROWS, ("query",)).kept_indices(np.array([0, 2]), SHAPE, "attention")
+    query = Projection("q", ROWS, ("query",)).kept_indices(np.array([0, 2]), 3, SHAPE)
     assert query.tolist() == [*range(8), *range(16, 24)]
-    key = Projection("k", ROWS, ("key_value",)).kept_indices(np.array([1]), SHAPE, "attention")
+    key = Projection("k", ROWS, ("key_value",)).kept_indices(np.array([1]), 3, SHAPE)
     assert key.tolist() == [4, 5, 6, 7]
 
 
 def test_a_fused_projection_is_cut_block_by_block() -> None:
     fused = Projection("qkv", ROWS, ("query", "key_value", "key_value"))
-    assert fused.size(SHAPE, "attention") == 48
-    indices = fused.kept_indices(np.array([1]), SHAPE, "attention")
+    assert fused.size(3, SHAPE) == 48
+    indices = fused.kept_indices(np.array([1]), 3, SHAPE)
     assert indices.tolist() == [*range(8, 16), *range(28, 32), *range(40, 44)]
 
 

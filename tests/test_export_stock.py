@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import DENSE, random_tokens, save, save_tokens, tiny_config, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -45,7 +45,7 @@ def require_equal(out: Path, stock: Path) -> None:
     assert torch.equal(ours.generate(ids, **settings), theirs.generate(ids, **settings))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_layers_of_one_size_without_biases_are_the_familys_own_class(family: str, tmp_path: Path) -> None:
     out = pruned(tmp_path, family, "ul-um", "none")
     result = export_stock(out, tmp_path / "stock", ExportStockConfig(max_shard_bytes=60_000))
@@ -54,7 +54,7 @@ def test_layers_of_one_size_without_biases_are_the_familys_own_class(family: str
     require_equal(out, tmp_path / "stock")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_layers_of_many_sizes_are_padded(family: str, tmp_path: Path) -> None:
     out = pruned(tmp_path, family, "al-am", "none", kv_heads=4)
     with pytest.raises(UnsupportedModel, match="--pad"):
@@ -67,7 +67,7 @@ def test_layers_of_many_sizes_are_padded(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("structure", ["ul-um", "al-am"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_biases_find_a_class_or_are_refused(family: str, structure: str, tmp_path: Path) -> None:
     out = pruned(tmp_path, family, structure, "bias", kv_heads=4)
     options = ExportStockConfig(pad=structure == "al-am")
@@ -104,3 +104,10 @@ def test_what_is_there_already_stays(tmp_path: Path) -> None:
         with pytest.raises(OutputConflict, match="move it away"):
             export_stock(out, tmp_path / name, ExportStockConfig())
     assert (tmp_path / "stock" / "precious").exists() and (tmp_path / "other.partial" / "precious").exists()
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(DENSE)))
+def test_experts_are_refused(family: str, tmp_path: Path) -> None:
+    out = pruned(tmp_path, family, "ul-um", "none")
+    with pytest.raises(UnsupportedModel, match="has experts"):
+        export_stock(out, tmp_path / "stock", ExportStockConfig(pad=True))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from masked import layer_inputs, masked_model
-from models import FAMILY_EXTRAS, random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import DENSE, FAMILY_EXTRAS, random_tokens, save, save_tokens, tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM
 
 import flap_stream
@@ -27,7 +27,7 @@ CASES = {
     for kv_heads in (2, 4)
     for tied in (False, True)
 }
-CASES |= {family: (family, 2, family.startswith("gemma"), {}) for family in FAMILIES if family not in FIRST}
+CASES |= {family: (family, 2, family.startswith("gemma"), {}) for family in DENSE if family not in FIRST}
 CASES |= {
     "llama3-rope": ("llama", 2, True, {"rope_parameters": LLAMA3_ROPE}),
     "phi3-multi-head": ("phi3", 4, False, {}),
@@ -207,7 +207,7 @@ def test_rounded_sizes_reach_the_checkpoint(method: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("restore", ["bias", "none"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_layers_without_heads_or_neurons_load_and_generate(family: str, restore: str, tmp_path: Path) -> None:
     model = tiny_model(tiny_config(family), seed=2)
     tokens = random_tokens(8, 24)

@@ -190,7 +190,7 @@ def test_a_killed_wanda_run_goes_on_to_the_same_bytes(wanda: Job) -> None:
 
 def test_a_run_killed_again_and_again_goes_on_to_the_same_bytes(flap: Job) -> None:
     place, kills = flap.place("again-and-again"), 0
-    while (code := flap.run(place, kill_at=200)) == KILLED:
+    while (code := flap.run(place, kill_at=260)) == KILLED:
         kills += 1
         assert kills < 20
     assert code == 0 and kills > 3

@@ -17,7 +17,7 @@ from flap_stream.scoring import (
 def statistics(variance, mean, norms, absolute, count: int = 11) -> ChannelStatistics:
     variance, mean = np.asarray(variance, float), np.asarray(mean, float)
     return ChannelStatistics(
-        count=count,
+        count=np.full(len(variance), count),
         samples=3,
         mean=mean,
         m2=variance * (count - 1),

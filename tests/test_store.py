@@ -98,7 +98,7 @@ def _statistics(seed: int, groups: int = 2, neurons: int = 7) -> LayerStatistics
     draw = np.random.default_rng(seed)
 
     def channel(size: int) -> ChannelStatistics:
-        counts = {"count": 15 + seed, "samples": 3}
+        counts = {"count": np.full(size, 15 + seed), "samples": 3}
         names = [field.name for field in fields(ChannelStatistics) if field.name not in counts]
         return ChannelStatistics(**counts, **{name: draw.standard_normal(size) for name in names})
 
@@ -152,8 +152,10 @@ def test_extreme_values_and_channels_without_weights_come_back_bit_equal(tmp_pat
     odd = np.array([np.nan, np.inf, -0.0, 5e-324, -1.7976931348623157e308])
     arrays = [field.name for field in fields(ChannelStatistics) if field.name not in ("count", "samples")]
     written = LayerStatistics(
-        attention=ChannelStatistics(count=0, samples=0, **{name: np.zeros(0) for name in arrays}),
-        mlp=ChannelStatistics(count=2**53 + 1, samples=1, **{name: odd for name in arrays}),
+        attention=ChannelStatistics(
+            count=np.zeros(0, dtype=np.int64), samples=0, **{name: np.zeros(0) for name in arrays}
+        ),
+        mlp=ChannelStatistics(count=np.full(5, 2**53 + 1), samples=1, **{name: odd for name in arrays}),
     )
     with RunDirectory.create(tmp_path / "run", MANIFEST) as run:
         run.write_statistics(0, written)

@@ -50,7 +50,7 @@ def checkpoints(place: Path) -> dict[str, Path]:
     for restore in ("bias", "none"):
         name = f"llama-{restore}, a layer without heads"
         options = PruneConfig(
-            ratio=0.4, structure="al-mm", remove_heads=10, min_heads=0, calibration=tokens, restore=restore, samples=32
+            ratio=0.6, structure="al-mm", remove_heads=10, min_heads=0, calibration=tokens, restore=restore, samples=32
         )
         made[name] = place / f"emptied-{restore}"
         record = flap_stream.prune(place / "llama-dense", made[name], options).record

@@ -102,6 +102,8 @@ def export_gguf(
     if file.exists():
         raise OutputConflict(f"{file} exists already; name another FILE or move it away")
     with open_checkpoint(model) as source:
+        if source.wrapper is not None:
+            raise UnsupportedModel(f"{model} is a multimodal model; only language models by themselves are exported")
         streamed = StreamedModel(source, EngineConfig(device="cpu"))
         architecture = _architecture(streamed)
         own = _OWN_TYPES[next(iter(streamed.layer_entries[0].values())).dtype]

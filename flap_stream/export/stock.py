@@ -66,7 +66,11 @@ def export_stock(
     with open_checkpoint(out) as source:
         if "per_layer_config" not in source.config:
             raise InvalidInput(f"{out} is no checkpoint that flap-stream has pruned; it is in stock form already")
+        if source.wrapper is not None:
+            raise UnsupportedModel(f"{out} is a multimodal model; only language models by themselves are exported")
         shapes = StreamedModel(source, EngineConfig(device="cpu")).shapes
+        if any(shape.experts for shape in shapes):
+            raise UnsupportedModel(f"{out} has experts, which transformers' own classes hold in another form")
         widest = _common_shape(shapes, options.pad, str(out))
         skeleton, widest = _choose_class(source, widest, options.pad)
         plan = group_shards(_padded(source, skeleton, shapes, widest), options.max_shard_bytes)
@@ -197,7 +201,8 @@ def _padded(
             yield OutputTensor(name, entry.dtype, shape, entry.nbytes, entry)
         else:
             projection, i, kind = projections[name]
-            keep = projection.padded_indices(widest.units(kind.name), shapes[i], kind.name)
+            units, wanted = (shape.units(kind.name) for shape in (shapes[i], widest))
+            keep = projection.padded_indices(units, wanted, shapes[i])
             yield _resized(entry, shape, projection.axis, keep)
 
 

@@ -5,6 +5,7 @@ This file travels with the checkpoint (`auto_map` in config.json) and needs torc
 - `per_layer_config`: for every layer its `num_attention_heads`, `num_key_value_heads` and `intermediate_size`; the
   global sizes are those of the dense model. Releases of transformers without per-layer configs keep the raw dict.
 - `pruned_output_bias`: whether the output projections (o_proj, down_proj) have the bias that pruning adds.
+- `pruned_expert_sizes`, of a mixture of experts: for every layer the neurons of each expert, none for a dense MLP.
 
 A layer may have lost its attention or its MLP altogether; the bias of the output projection is then all that is left.
 No class here is named after attention: transformers looks for such names when it switches implementations.
@@ -68,14 +69,64 @@ class LayerConfig:
         return getattr(self._model_config, name)
 
 
+class Expert(nn.Module):
+    """One gated MLP of its own width."""
+
+    def __init__(self, act_fn, hidden_size, width, bias):
+        super().__init__()
+        self.gate = nn.Linear(hidden_size, width, bias=False)
+        self.up = nn.Linear(hidden_size, width, bias=False)
+        self.down = nn.Linear(width, hidden_size, bias=bias)
+        self.act_fn = act_fn
+
+    def forward(self, hidden_states):
+        """`[token, hidden]`."""
+        return self.down(self.act_fn(self.gate(hidden_states)) * self.up(hidden_states))
+
+
+class SeparateExperts(nn.Module):
+    """Experts of sizes of their own, in the place of transformers' single tensor for all.
+
+    The names of its weights are none that transformers gathers into that tensor.
+    """
+
+    def __init__(self, act_fn, hidden_size, widths, bias):
+        super().__init__()
+        self.each = nn.ModuleList(Expert(act_fn, hidden_size, width, bias) for width in widths)
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        """`[token, hidden]`: every token's experts, weighted. top_k_index, top_k_weights: `[token, choice]`."""
+        result = torch.zeros_like(hidden_states)
+        for number, expert in enumerate(self.each):
+            token, choice = torch.where(top_k_index == number)
+            if len(token):
+                output = expert(hidden_states[token]) * top_k_weights[token, choice, None]
+                result.index_add_(0, token, output.to(result.dtype))
+        return result
+
+
+def separate_experts(model, sizes=None, bias=False):
+    """Give a model's mixtures of experts separate ones. sizes: a layer's widths; None keeps the dense ones."""
+    for layer_idx, layer in enumerate(model.layers):
+        dense = getattr(layer.mlp, "experts", None)
+        if dense is not None:
+            widths = [dense.intermediate_dim] * dense.num_experts if sizes is None else sizes[layer_idx]
+            layer.mlp.experts = SeparateExperts(dense.act_fn, model.config.hidden_size, widths, bias)
+
+
 class PrunedMixin:
     """Gives every decoder layer of the dense architecture its own sizes."""
 
     def __init__(self, config):
         super().__init__(config)
-        for layer_idx, layer in enumerate(self.base_model.layers):
+        # Of a multimodal model the text decoder is pruned.
+        config, decoder = getattr(config, "text_config", config), self.base_model
+        decoder = getattr(decoder, "language_model", decoder)
+        for layer_idx, layer in enumerate(decoder.layers):
             self._resize_heads(config, layer, layer_idx)
-            self._resize_mlp(config, layer, layer_idx)
+            if not hasattr(layer.mlp, "experts"):
+                self._resize_mlp(config, layer, layer_idx)
+        separate_experts(decoder, getattr(config, "pruned_expert_sizes", None), config.pruned_output_bias)
         self.post_init()
 
     @staticmethod
@@ -124,6 +175,13 @@ class _CausalLM(PrunedMixin):
     _auto_class = "AutoModelForCausalLM"  # save_pretrained copies this file; transformers 4 does so only if it is set
 
 
+class _Multimodal(PrunedMixin):
+    _auto_class = "AutoModelForImageTextToText"
+
+
+_MIXINS = {"ForCausalLM": _CausalLM, "ForConditionalGeneration": _Multimodal}
+
+
 def __getattr__(name):
     """`Pruned<Class>` for a model class of transformers, made when it is asked for.
 
@@ -132,6 +190,6 @@ def __getattr__(name):
     dense = getattr(transformers, name.removeprefix("Pruned"), None)
     if not name.startswith("Pruned") or dense is None:
         raise AttributeError(f"module {__name__} has no {name}; transformers {transformers.__version__} may be too old")
-    mixin = _CausalLM if name.endswith("ForCausalLM") else _Base
+    mixin = next((mixin for suffix, mixin in _MIXINS.items() if name.endswith(suffix)), _Base)
     globals()[name] = type(name, (mixin, dense), {"__module__": __name__, "__doc__": f"{dense.__name__}, pruned."})
     return globals()[name]

@@ -1,0 +1,136 @@
+"""Multimodal models: the text decoder is pruned, the rest stays byte for byte."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from masked import masked_model
+from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForImageTextToText, Gemma3Config, LlavaConfig, Mistral3Config
+
+import flap_stream
+from flap_stream.config import EvaluateConfig, ExportGgufConfig, ExportStockConfig, PruneConfig
+from flap_stream.errors import UnsupportedModel
+from flap_stream.export.gguf import export_gguf
+from flap_stream.export.stock import export_stock
+
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+IMAGE = 96
+CONFIGS = {
+    "llava-llama": lambda: LlavaConfig(
+        text_config=tiny_config("llama").to_dict(), image_token_index=IMAGE,
+        vision_config={"model_type": "clip_vision_model", "projection_dim": 32, **VISION},
+    ),
+    "llava-qwen2-tied": lambda: LlavaConfig(
+        text_config=tiny_config("qwen2", 4, tied=True).to_dict(), image_token_index=IMAGE, tie_word_embeddings=True,
+        vision_config={"model_type": "clip_vision_model", "projection_dim": 32, **VISION},
+    ),
+    "gemma3": lambda: Gemma3Config(
+        text_config=tiny_config("gemma3_text", tied=True).to_dict(), image_token_index=IMAGE, boi_token_index=95,
+        eoi_token_index=94, mm_tokens_per_image=4, vision_config={"model_type": "siglip_vision_model", **VISION},
+    ),
+    "mistral3": lambda: Mistral3Config(
+        text_config=tiny_config("mistral", head_dim=16).to_dict(), image_token_index=IMAGE, spatial_merge_size=1,
+        vision_config={"model_type": "pixtral", "head_dim": 16, **VISION},
+    ),
+}  # fmt: skip
+
+
+def load(path: Path) -> nn.Module:
+    return AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True, dtype=torch.float32).eval()
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, "pt") as shard:
+            found |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+    return found
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pruned(request, tmp_path_factory):
+    place = tmp_path_factory.mktemp(request.param)
+    model = tiny_model(CONFIGS[request.param](), seed=3, kind=AutoModelForImageTextToText)
+    calibration = (save_tokens(place / "tokens.npy", random_tokens(8, 24) % 90),)
+    options = PruneConfig(ratio=0.4, calibration=calibration, restore="none", max_shard_bytes=60_000)
+    record = flap_stream.prune(save(model, place / "model"), place / "out", options).record
+    return place, model, record
+
+
+def masked(model: nn.Module, record: dict) -> nn.Module:
+    """The dense model, its decoder masked as the record says."""
+    groups = [layer["kept_kv_groups"] for layer in record["layers"]]
+    neurons = [layer["kept_neurons"] for layer in record["layers"]]
+
+    class Text(nn.Module):  # the decoder in the form of a language model by itself
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.config = model.model.language_model, model.config.text_config
+
+    decoder = masked_model(Text(), groups, neurons, [(None, None)] * len(groups)).model
+    model.model.language_model = decoder
+    return model
+
+
+def test_everything_but_the_decoder_is_the_same(pruned) -> None:
+    place, _, record = pruned
+    before, after = tensors(place / "model"), tensors(place / "out")
+    if "language_model.lm_head.weight" in before:  # the pruned class has it where transformers has it in memory
+        before["lm_head.weight"] = before.pop("language_model.lm_head.weight")
+    assert set(before) == set(after) and record["realised_ratio"]["decoder"] > 0.35
+    changed = {name for name in before if before[name].shape != after[name].shape}
+    assert changed and all("language_model" in name and ".layers." in name for name in changed)
+    others = [name for name in before if ".layers." not in name or "language_model" not in name]
+    assert any("vision" in name for name in others)
+    assert all(torch.equal(before[name], after[name]) for name in others)
+
+
+def test_text_and_images_give_the_masked_models_logits(pruned) -> None:
+    place, dense, record = pruned
+    ours, expected = load(place / "out"), masked(load(place / "model"), record)
+    ids = torch.from_numpy(random_tokens(2, 20, seed=5) % 90)
+    with torch.no_grad():
+        assert (ours(input_ids=ids).logits - expected(input_ids=ids).logits).abs().max() <= 1e-5
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.generate(ids, **settings), expected.generate(ids, **settings))
+    ids[:, 3:7] = IMAGE
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)}
+    if dense.config.model_type == "mistral3":
+        inputs["image_sizes"] = torch.tensor([[16, 16], [16, 16]])
+    if dense.config.model_type == "gemma3":
+        inputs["token_type_ids"] = (ids == IMAGE).long()
+    with torch.no_grad():
+        assert (ours(**inputs).logits - expected(**inputs).logits).abs().max() <= 1e-5
+
+
+def test_it_saves_evaluates_and_is_pruned_again(pruned, tmp_path: Path) -> None:
+    place, _, _ = pruned
+    model, tokens = load(place / "out"), random_tokens(6, 20, seed=9) % 90
+    model.save_pretrained(tmp_path / "saved")
+    ids = torch.from_numpy(tokens)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        assert (load(tmp_path / "saved")(input_ids=ids).logits - logits).abs().max() <= 1e-6
+    text = (save_tokens(tmp_path / "text.npy", tokens),)
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+    streamed = flap_stream.evaluate(place / "out", EvaluateConfig(text=text, dtype="float32"))
+    assert np.log(streamed.perplexity) == pytest.approx(loss, rel=1e-5)
+    options = PruneConfig(ratio=0.2, calibration=text)
+    flap_stream.prune(place / "out", tmp_path / "again", options)
+    with torch.no_grad():
+        assert load(tmp_path / "again")(input_ids=ids).logits.isfinite().all()
+
+
+def test_exports_are_refused(pruned, tmp_path: Path) -> None:
+    place, _, _ = pruned
+    with pytest.raises(UnsupportedModel, match="multimodal"):
+        export_stock(place / "out", tmp_path / "stock", ExportStockConfig(pad=True))
+    with pytest.raises(UnsupportedModel, match="multimodal"):
+        export_gguf(place / "out", tmp_path / "model.gguf", ExportGgufConfig())
