@@ -9,16 +9,23 @@ from huggingface_hub import ModelCard, ModelCardData
 _CARRIED_KEYS = ("license", "license_name", "license_link", "language")
 
 
-def model_card(base: str, base_directory: Path, record: dict[str, Any], stock_class: str | None = None) -> str:
+def model_card(
+    base: str,
+    base_directory: Path,
+    record: dict[str, Any],
+    stock_class: str | None = None,
+    multimodal: bool = False,
+) -> str:
     """Markdown with YAML metadata: base model, method, ratio, a row a layer, how to load.
 
     base: directory or Hub id of the dense model; its licence and language are carried over from its own card.
     record: the contents of pruning.json. stock_class: of transformers, for a checkpoint that needs no other.
+    multimodal: images go in beside text, and only the text decoder is pruned.
     """
     options, parameters = record["options"], record["parameters"]
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if multimodal else "text-generation",
         tags=["flap", "flap-stream", "structured-pruning"] + (["custom_code"] if stock_class is None else []),
         **_carried_metadata(base_directory, _CARRIED_KEYS if stock_class is None else (*_CARRIED_KEYS, "base_model")),
     )
@@ -34,6 +41,11 @@ def model_card(base: str, base_directory: Path, record: dict[str, Any], stock_cl
     else:
         sizes = f"Zeros fill up smaller layers, so that all\nhave one size and transformers' {stock_class} loads them"
         flag, kept = "", "What was kept of the dense model:"
+    model_class, processor_class, processor = (
+        ("AutoModelForImageTextToText", "AutoProcessor", "processor")
+        if multimodal
+        else ("AutoModelForCausalLM", "AutoTokenizer", "tokenizer")
+    )
     ratio = record["realised_ratio"]
     rows = "\n".join(
         f"| {i} | {len(layer['kept_kv_groups'])} of {layer['kv_groups']} | "
@@ -56,10 +68,10 @@ Structure {options["structure"]}, metric {options["metric"]}, statistics {option
 {record["restore"]}. {sizes}:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {model_class}, {processor_class}
 
-model = AutoModelForCausalLM.from_pretrained(PATH{flag})
-tokenizer = AutoTokenizer.from_pretrained(PATH)
+model = {model_class}.from_pretrained(PATH{flag})
+{processor} = {processor_class}.from_pretrained(PATH)
 ```
 
 {kept}

@@ -199,7 +199,7 @@ def _small_files(
     contents = list(carried_files(source.directory))
     contents.append((MODELING_NAME, package_files("flap_stream.modeling").joinpath(MODELING_NAME).read_bytes()))
     contents.append((RECORD_NAME, json.dumps(record, separators=(",", ":")).encode() + b"\n"))
-    card = model_card(source.source, source.directory, record)
+    card = model_card(source.source, source.directory, record, multimodal=source.wrapper is not None)
     contents.append(("README.md", card.encode()))
     index = plan.index()
     if index is not None:

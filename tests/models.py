@@ -84,6 +84,10 @@ def save(model: PreTrainedModel, path: Path, shard_size: str = "60KB", dtype: to
     return path
 
 
+def load(path: Path, kind: Any = AutoModelForCausalLM, trust: bool = True, **options: Any) -> PreTrainedModel:
+    return kind.from_pretrained(path, trust_remote_code=trust, dtype=torch.float32, **options).eval()
+
+
 def random_tokens(samples: int, length: int, seed: int = 0) -> np.ndarray:
     """Tokens int64 `[sample, token]`, some of them far more frequent than others."""
     draw = np.random.default_rng(seed)

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from safetensors import safe_open
 from torch import nn
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import flap_stream
 from flap_stream.config import EvaluateConfig, PlanConfig, PruneConfig
@@ -91,10 +91,6 @@ def apply_record(model: PreTrainedModel, record: dict, bias: bool) -> PreTrained
                     experts.biases[number] = (weight.double() @ (inputs.mean(dim=0) * ~keep)).float()
                 weight.mul_(keep)
     return model
-
-
-def load(path: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module", params=[(family, restore) for family in FAMILIES for restore in ("bias", "none")])

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from llama_cpp_model import greedy, llama_model, logits
-from models import DEMO, random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import DEMO, load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import flap_stream
 from flap_stream.architecture import FAMILIES
@@ -51,10 +51,6 @@ def pruned(place: Path, family: str, kv_heads: int = 2, tied: bool = False, **op
     config = PruneConfig(ratio=0.4, calibration=(tokens,), **options)
     flap_stream.prune(save(model, place / "model"), place / "out", config)
     return place / "out"
-
-
-def load(path: Path):
-    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=torch.float32).eval()
 
 
 def require_equal(out: Path, file: Path, ids: np.ndarray, bound: float = 1e-3) -> None:

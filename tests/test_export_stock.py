@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import DENSE, random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import DENSE, load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 import flap_stream
 from flap_stream.architecture import FAMILIES
@@ -36,8 +35,8 @@ def pruned(place: Path, family: str, structure: str, restore: str, kv_heads: int
 
 
 def require_equal(out: Path, stock: Path) -> None:
-    ours = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32).eval()
-    theirs = AutoModelForCausalLM.from_pretrained(stock, dtype=torch.float32).eval()
+    ours = load(out)
+    theirs = load(stock, trust=False)
     ids = torch.from_numpy(random_tokens(2, 20, seed=6))
     with torch.no_grad():
         assert (ours(ids).logits - theirs(ids).logits).abs().max() <= 1e-5

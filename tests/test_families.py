@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from masked import layer_inputs, masked_model
-from models import DENSE, FAMILY_EXTRAS, random_tokens, save, save_tokens, tiny_config, tiny_model
-from transformers import AutoModel, AutoModelForCausalLM
+from models import DENSE, FAMILY_EXTRAS, load, random_tokens, save, save_tokens, tiny_config, tiny_model
+from transformers import AutoModel
 
 import flap_stream
 from flap_stream.allocation import LayerKeep
@@ -40,10 +40,6 @@ CASES |= {
         {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     ),
 }
-
-
-def load(path: Path, kind=AutoModelForCausalLM, **options):
-    return kind.from_pretrained(path, trust_remote_code=True, dtype=torch.float32, **options).eval()
 
 
 def expected_model(model, record, tokens):

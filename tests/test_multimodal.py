@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from masked import masked_model
-from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForImageTextToText, Gemma3Config, LlavaConfig, Mistral3Config
@@ -42,8 +43,8 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def load(path: Path) -> nn.Module:
-    return AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True, dtype=torch.float32).eval()
+def load_multimodal(path: Path) -> nn.Module:
+    return load(path, AutoModelForImageTextToText)
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -94,7 +95,7 @@ def test_everything_but_the_decoder_is_the_same(pruned) -> None:
 
 def test_text_and_images_give_the_masked_models_logits(pruned) -> None:
     place, dense, record = pruned
-    ours, expected = load(place / "out"), masked(load(place / "model"), record)
+    ours, expected = load_multimodal(place / "out"), masked(load_multimodal(place / "model"), record)
     ids = torch.from_numpy(random_tokens(2, 20, seed=5) % 90)
     with torch.no_grad():
         assert (ours(input_ids=ids).logits - expected(input_ids=ids).logits).abs().max() <= 1e-5
@@ -112,12 +113,12 @@ def test_text_and_images_give_the_masked_models_logits(pruned) -> None:
 
 def test_it_saves_evaluates_and_is_pruned_again(pruned, tmp_path: Path) -> None:
     place, _, _ = pruned
-    model, tokens = load(place / "out"), random_tokens(6, 20, seed=9) % 90
+    model, tokens = load_multimodal(place / "out"), random_tokens(6, 20, seed=9) % 90
     model.save_pretrained(tmp_path / "saved")
     ids = torch.from_numpy(tokens)
     with torch.no_grad():
         logits = model(input_ids=ids).logits
-        assert (load(tmp_path / "saved")(input_ids=ids).logits - logits).abs().max() <= 1e-6
+        assert (load_multimodal(tmp_path / "saved")(input_ids=ids).logits - logits).abs().max() <= 1e-6
     text = (save_tokens(tmp_path / "text.npy", tokens),)
     loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
     streamed = flap_stream.evaluate(place / "out", EvaluateConfig(text=text, dtype="float32"))
@@ -125,7 +126,14 @@ def test_it_saves_evaluates_and_is_pruned_again(pruned, tmp_path: Path) -> None:
     options = PruneConfig(ratio=0.2, calibration=text)
     flap_stream.prune(place / "out", tmp_path / "again", options)
     with torch.no_grad():
-        assert load(tmp_path / "again")(input_ids=ids).logits.isfinite().all()
+        assert load_multimodal(tmp_path / "again")(input_ids=ids).logits.isfinite().all()
+
+
+def test_the_model_card_names_the_multimodal_classes(pruned) -> None:
+    place, _, _ = pruned
+    card = ModelCard.load(place / "out" / "README.md")
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert "AutoModelForImageTextToText.from_pretrained" in card.text and "AutoModelForCausalLM" not in card.text
 
 
 def test_exports_are_refused(pruned, tmp_path: Path) -> None:

@@ -4,15 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import DEMO
+from models import DEMO, load
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def load(path: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=torch.float32)
 
 
 @pytest.fixture
