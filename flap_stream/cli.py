@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
 
-from flap_stream.errors import FlapStreamError
+from flap_stream.errors import FlapStreamError, StorageFailure
 
 VERBS = {
     "prune": "the main job: prune a model into a checkpoint; run it again after any interruption and it goes on",
@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FlapStreamError as error:
         print(f"flap-stream: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"flap-stream: {StorageFailure.of(error)}", file=sys.stderr)
+        return StorageFailure.exit_code
     except KeyboardInterrupt:
         print("\nflap-stream: interrupted; nothing is lost, run the same command again to go on", file=sys.stderr)
         return INTERRUPTED

@@ -3,6 +3,7 @@
     FlapStreamError                 exit code 1: a failure that a rerun may pass
     ├── RunLocked                   another process is writing the run directory
     ├── CorruptRun                  a committed file is not what the journal says
+    ├── StorageFailure              the disk or the file system failed, or is full
     └── InvalidInput                exit code 2: wrong use, or an input that cannot be pruned
         ├── InvalidOption           an option's value is out of its range or contradicts another
         ├── InvalidModel            no such model, or not one that can be read
@@ -19,6 +20,8 @@
 A message says what was found, what was expected, where, and what to do next.
 """
 
+import errno
+
 
 class FlapStreamError(Exception):
     """Base of all errors raised on purpose; the command line prints it as one line."""
@@ -32,6 +35,20 @@ class RunLocked(FlapStreamError):
 
 class CorruptRun(FlapStreamError):
     """A committed file of the run directory is missing or altered."""
+
+
+class StorageFailure(FlapStreamError):
+    """The operating system failed or refused an operation on a file; its OSError is the cause."""
+
+    @classmethod
+    def of(cls, error: OSError, path: object = None) -> "StorageFailure":
+        """The failure in a sentence. path: what was worked on, where the error itself does not say."""
+        where, reason = error.filename or path or "a file", error.strerror or str(error) or type(error).__name__
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return cls(f"the disk of {where} is full ({reason}); make room and run the same command again: it goes on")
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return cls(f"{where} is out of bounds ({reason}); give access to it or name another place, then run again")
+        return cls(f"{where} failed ({reason}); see to the disk, then run the same command again: it goes on")
 
 
 class InvalidInput(FlapStreamError):

@@ -26,7 +26,7 @@ from flap_stream.config import PlanConfig
 from flap_stream.errors import CorruptRun, RunLocked, RunMismatch
 from flap_stream.scoring import ChannelStatistics, LayerStatistics
 
-FORMAT, VERSION = "flap-stream-run", 2
+FORMAT, VERSION = "flap-stream-run", 3
 _KINDS = ("attention", "mlp")
 _ARRAYS = ("count", "mean", "m2", "released_fluctuation", "released_baseline", "weight_squared_norm", "weight_abs_mean")
 
@@ -34,7 +34,8 @@ _ARRAYS = ("count", "mean", "m2", "released_fluctuation", "released_baseline", "
 class Journal:
     """An append-only list of what is complete: one checked JSON line an entry, on the disk before it counts.
 
-    A last line that was torn by a kill is dropped.
+    A last line that was torn by a kill is dropped. The first entry that an opened journal takes rewrites it whole: what
+    an earlier process left may be in the page cache alone.
     Raises CorruptRun if any other line is damaged.
     """
 
@@ -42,16 +43,18 @@ class Journal:
         self.path = path
         self.entries: list[dict[str, Any]] = []
         data = path.read_bytes() if path.exists() else b""
-        self._whole_bytes = 0
+        self._lines: list[bytes] = []
+        self._is_own = False
+        at = 0
         for line in data.splitlines(keepends=True):
             entry = self._parse(line)
             if entry is None:
-                if self._whole_bytes + len(line) < len(data):
-                    raise CorruptRun(f"{path} is damaged at byte {self._whole_bytes}; delete the run directory")
+                if at + len(line) < len(data):
+                    raise CorruptRun(f"{path} is damaged at byte {at}; delete the run directory")
                 break
             self.entries.append(entry)
-            self._whole_bytes += len(line)
-        self._torn = self._whole_bytes < len(data)
+            self._lines.append(line)
+            at += len(line)
 
     @staticmethod
     def _parse(line: bytes) -> dict[str, Any] | None:
@@ -70,14 +73,16 @@ class Journal:
 
     def append(self, kind: str, name: str, **values: Any) -> None:
         """Record something that is on the disk already."""
-        if self._torn:
-            files.truncate_committed(self.path, self._whole_bytes)
-            self._torn = False
         entry = {"kind": kind, "name": name, **values}
         body = json.dumps(entry, sort_keys=True).encode()
         line = hashlib.sha256(body).hexdigest()[:16].encode() + b" " + body + b"\n"
-        files.append_committed(self.path, line)
-        self._whole_bytes += len(line)
+        appends, self._is_own = self._is_own, False  # should this fail, the next entry rewrites it
+        if appends:
+            files.append_committed(self.path, line)
+        else:
+            files.write_committed(self.path, b"".join([*self._lines, line]))
+        self._is_own = True
+        self._lines.append(line)
         self.entries.append(entry)
 
 
@@ -115,6 +120,7 @@ class RunDirectory:
             try:
                 if not (path / "run.json").exists():
                     whole = {"format": FORMAT, "version": VERSION, **manifest, "versions": _versions()}
+                    whole["sha256"] = _manifest_digest(whole)
                     files.write_committed(path / "run.json", json.dumps(whole, indent=1).encode())
             finally:
                 os.close(lock)
@@ -206,11 +212,9 @@ class RunDirectory:
             own = statistics.of(kind)
             arrays |= {f"{kind}/{array}": getattr(own, array) for array in _ARRAYS}
             attributes[kind] = {"samples": own.samples}
-        root = self.path / "statistics.zarr"
-        if not (root / "layers" / "zarr.json").exists():
-            zarr.open_group(root, mode="a").require_group("layers")
-            files.sync_tree(root)
-            files.sync_directory(self.path)
+        if self.journal.find("statistics-root", "layers") is None:
+            self._commit_group("statistics.zarr", {}, {}, groups=("layers",))
+            self.journal.append("statistics-root", "layers")
         self._commit_group(name, arrays, attributes)
         self.journal.append("statistics", _layer_name(layer), digest=files.tree_digest(self.path / name))
 
@@ -294,25 +298,30 @@ class RunDirectory:
 
     # --- how things get there ---
 
-    def _commit_group(self, name: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
+    def _commit_group(
+        self, name: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any], groups: tuple[str, ...] = ()
+    ) -> None:
         """Write a zarr group under a temporary name, then make it durable and give it its name."""
         target = self.path / name
         temporary = files.partial_path(target)
         files.remove(temporary)
-        group = zarr.open_group(temporary, mode="w", attributes=attributes)
-        for array, values in arrays.items():
-            fill = np.nan if values.dtype.kind == "f" else -1
-            stored = group.create_array(
-                array,
-                shape=values.shape,
-                dtype=values.dtype,
-                chunks=tuple(max(1, n) for n in values.shape),
-                fill_value=fill,
-                serializer=BytesCodec(),
-                compressors=[Crc32cCodec()],
-                config={"write_empty_chunks": True},
-            )
-            stored[...] = values
+        with files.failures_of(temporary):
+            group = zarr.open_group(temporary, mode="w", attributes=attributes)
+            for child in groups:
+                group.create_group(child)
+            for array, values in arrays.items():
+                fill = np.nan if values.dtype.kind == "f" else -1
+                stored = group.create_array(
+                    array,
+                    shape=values.shape,
+                    dtype=values.dtype,
+                    chunks=tuple(max(1, n) for n in values.shape),
+                    fill_value=fill,
+                    serializer=BytesCodec(),
+                    compressors=[Crc32cCodec()],
+                    config={"write_empty_chunks": True},
+                )
+                stored[...] = values
         files.sync_tree(temporary)
         files.remove(target)  # not in the journal, so it is a leftover of a killed run
         files.commit_rename(temporary, target)
@@ -350,7 +359,8 @@ def _acquire_lock(path: Path) -> int:
 
     Raises RunLocked, naming the process that holds it.
     """
-    lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    with files.failures_of(path / "lock"):
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(lock, 0)
@@ -381,8 +391,19 @@ def _load_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
         found = (manifest["format"], manifest["version"])
-    except (ValueError, KeyError, TypeError) as error:
+        if found == (FORMAT, VERSION) and manifest["sha256"] != _manifest_digest(manifest):
+            raise ValueError("altered")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptRun(f"{path} is damaged; delete the run directory and collect again") from error
     if found != (FORMAT, VERSION):
-        raise RunMismatch(f"{path} has format {found[0]} {found[1]}, this version writes {FORMAT} {VERSION}")
+        raise RunMismatch(
+            f"{path} has format {str(found[0])[:80]} {str(found[1])[:80]}, this version writes {FORMAT} {VERSION}; "
+            "go on with the version that made it, or delete it and collect again"
+        )
     return manifest
+
+
+def _manifest_digest(manifest: dict[str, Any]) -> str:
+    """Sha256 over all that run.json says besides."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from flap_stream import files
+from flap_stream.errors import StorageFailure
 
 
 def test_write_committed_returns_the_digest_of_what_it_wrote(tmp_path: Path) -> None:
@@ -76,13 +77,13 @@ def test_short_writes_of_the_kernel_are_completed(tmp_path: Path, monkeypatch: p
     assert digest == hashlib.sha256(b"ten bytes!").hexdigest()
 
 
-def test_append_adds_at_the_end_and_truncate_cuts(tmp_path: Path) -> None:
+def test_append_adds_at_the_end_of_what_is_there(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    files.append_committed(path, b"one")
+    with pytest.raises(StorageFailure, match="No such file"):
+        files.append_committed(path, b"one")
+    files.write_committed(path, b"one")
     files.append_committed(path, b"two")
     assert path.read_bytes() == b"onetwo"
-    files.truncate_committed(path, 4)
-    assert path.read_bytes() == b"onet"
 
 
 def test_commit_rename_replaces_a_file_and_moves_a_directory(tmp_path: Path) -> None:
