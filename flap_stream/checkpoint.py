@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -17,10 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from flap_stream.architecture import FAMILIES
-from flap_stream.errors import CorruptCheckpoint, InvalidModel, UnsupportedModel
+from flap_stream.errors import CorruptCheckpoint, InvalidModel, StorageFailure, UnsupportedModel
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -100,6 +102,7 @@ class Checkpoint:
     config: of the language model; in a multimodal model, of its text decoder.
     tensors: name to entry, in the order of files and offsets.
     header_digests: shard file to sha256 of its header.
+    stamps: shard file to its size in bytes and its time of change in nanoseconds, when it was opened.
     wrapper: the multimodal model, if there is one; `tensors` has the decoder's by a text model's names.
     """
 
@@ -109,6 +112,7 @@ class Checkpoint:
     tensors: dict[str, TensorEntry]
     header_digests: dict[str, str]
     shard_bytes: dict[str, int]
+    stamps: dict[str, list[int]]
     _files: "_OpenFiles" = field(repr=False, compare=False)
     wrapper: Wrapper | None = None
 
@@ -147,6 +151,8 @@ class Checkpoint:
         blocks = self.coalesce([entry for entry, _ in requests], _READ_BYTES)
         with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="pread") as threads:
             list(threads.map(read, blocks))
+        for entry, buffer in requests:
+            self.note_checksum(entry, 0, buffer)
 
     def coalesce(self, entries: Sequence[TensorEntry], max_bytes: int) -> list[Block]:
         """Blocks of at most so many bytes that cover these tensors, in the order of files and offsets."""
@@ -168,6 +174,36 @@ class Checkpoint:
     def read_block(self, block: Block, buffers: Sequence[memoryview]) -> None:
         """Fill buffers, which have the size of the block together, with its bytes."""
         self._files.read(block.file, block.offset, buffers)
+
+    def note_checksum(self, entry: TensorEntry, start: int, data: memoryview) -> None:
+        """Take bytes of a tensor that were read, from byte `start` on, into its crc32c; in order, from byte 0 on."""
+        before = 0 if start == 0 else self._files.checksums[entry.name]
+        self._files.checksums[entry.name] = google_crc32c.extend(before, np.frombuffer(data, np.uint8))
+
+    def checksum(self, entries: Sequence[TensorEntry]) -> str:
+        """One checksum for tensors that have been read whole."""
+        lines = sorted(f"{entry.name} {self._files.checksums[entry.name]:08x}" for entry in entries if entry.nbytes)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    def read_checksum(self, entries: Sequence[TensorEntry]) -> str:
+        """Read tensors for their checksum alone."""
+        buffer = memoryview(bytearray(min(_READ_BYTES, max((entry.nbytes for entry in entries), default=0))))
+        for block in self.coalesce(entries, len(buffer)) if len(buffer) else ():
+            self.read_block(block, [buffer[: block.nbytes]])
+            at = 0
+            for entry, start, stop in block.parts:
+                self.note_checksum(entry, start, buffer[at : at + stop - start])
+                at += stop - start
+        return self.checksum(entries)
+
+    def require_unchanged(self) -> None:
+        """Raise CorruptCheckpoint if a shard is no longer the file that was opened."""
+        for file, stamp in self.stamps.items():
+            if _stamp(self.directory / file) != stamp:
+                raise CorruptCheckpoint(
+                    f"{self.directory / file} was changed or removed while in use; restore it and run the same "
+                    "command again, or delete the run directory"
+                )
 
     def drop_from_page_cache(self) -> None:
         """From now on let go of what was read: for a model larger than the memory that it may take."""
@@ -202,17 +238,20 @@ class _OpenFiles:
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
         self.bytes_read = 0
+        self.checksums: dict[str, int] = {}  # crc32c of tensors, by name
         self.drops = False
 
     def read(self, file: str, offset: int, buffers: Sequence[memoryview]) -> None:
         with self._lock:
             if file not in self._descriptors:
-                self._descriptors[file] = os.open(self._directory / file, os.O_RDONLY)
+                with _failures_of(self._directory / file):
+                    self._descriptors[file] = os.open(self._directory / file, os.O_RDONLY)
             descriptor = self._descriptors[file]
             self.bytes_read += sum(len(buffer) for buffer in buffers)
         start, left = offset, [buffer for buffer in buffers if len(buffer)]
         while left:
-            count = os.preadv(descriptor, left[:_MAX_BUFFERS], offset)
+            with _failures_of(self._directory / file):
+                count = os.preadv(descriptor, left[:_MAX_BUFFERS], offset)
             if count == 0:
                 raise CorruptCheckpoint(
                     f"{self._directory / file} ended at byte {offset}, inside its tensors; "
@@ -246,7 +285,7 @@ def describe(
     for name, shape in shapes.items():
         tensors[name] = TensorEntry(name, SINGLE_NAME, code, shape, at, prod(shape) * DTYPE_BYTES[code])
         at += tensors[name].nbytes
-    return Checkpoint(source, directory, config, tensors, {}, {}, _OpenFiles(directory))
+    return Checkpoint(source, directory, config, tensors, {}, {}, {}, _OpenFiles(directory))
 
 
 def read_config(model: str) -> tuple[Path, dict[str, Any]]:
@@ -293,9 +332,32 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         inner = wrapper.inner if wrapper is not None else str
         named = {family.canonical(inner(name)): entry for name, entry in tensors.items()}
         tensors = {name: replace(entry, name=name) for name, entry in named.items()}
+    stamps = {file: _stamp(directory / file) for file in shard_bytes}
     return Checkpoint(
-        str(model), directory, config, tensors, header_digests, shard_bytes, _OpenFiles(directory), wrapper
+        str(model), directory, config, tensors, header_digests, shard_bytes, stamps, _OpenFiles(directory), wrapper
     )
+
+
+def _stamp(path: Path) -> list[int]:
+    """Size and time of change; empty if the file is gone."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return []
+    return [status.st_size, status.st_mtime_ns]
+
+
+@contextmanager
+def _failures_of(path: Path) -> Iterator[None]:
+    """Name the shard in what the operating system says; one that is gone is the user's to restore."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CorruptCheckpoint(
+            f"{path} was removed while in use; restore it and run the same command again"
+        ) from error
+    except OSError as error:
+        raise StorageFailure.of(error, path) from error
 
 
 def _wrapper(config: dict[str, Any], tensors: Mapping[str, TensorEntry]) -> Wrapper | None:

@@ -47,7 +47,7 @@ def collect_statistics(
         if options.method == "magnitude-sp":
             stage.skip(first)
             for i, weights in model.stream(first, placement.prefetch):
-                run.write_statistics(i, _layer_statistics(model, i, weights, {}))
+                _store(model, run, i, _layer_statistics(model, i, weights, {}))
                 stage.advance(bytes_moved=model.layer_bytes(i))
             return
         tokens = run.read_tokens()
@@ -63,11 +63,17 @@ def collect_statistics(
             if i < first:
                 layers.repeat(i, weights, run.read_statistics(i))
             else:
-                run.write_statistics(i, layers.measure(i, weights))
+                _store(model, run, i, layers.measure(i, weights))
             if i + 1 < count:
                 snapshots.layer_done(i + 1)
             stage.advance(tokens=tokens.size, bytes_moved=model.layer_bytes(i))
         run.drop_snapshots()
+
+
+def _store(model: StreamedModel, run: RunDirectory, index: int, statistics: LayerStatistics) -> None:
+    """Record a layer, unless the model's files were changed while it was taken."""
+    model.checkpoint.require_unchanged()
+    run.write_statistics(index, statistics, model.checkpoint.checksum(list(model.layer_entries[index].values())))
 
 
 def _resume(

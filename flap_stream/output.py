@@ -15,7 +15,7 @@ from flap_stream.allocation import LayerKeep
 from flap_stream.architecture import Family, LayerShape, family_of
 from flap_stream.checkpoint import INDEX_NAME, Checkpoint
 from flap_stream.config import PlanConfig
-from flap_stream.errors import InsufficientSpace, OutputConflict
+from flap_stream.errors import CorruptCheckpoint, InsufficientSpace, OutputConflict
 from flap_stream.model_card import model_card
 from flap_stream.progress import Progress
 from flap_stream.shards import ShardPlan, plan_digest, plan_shards, write_shard
@@ -24,6 +24,7 @@ from flap_stream.store import Journal, RunDirectory
 RECORD_NAME = "pruning.json"
 RECORD_FORMAT, RECORD_VERSION = "flap-stream-pruning", 1
 MODELING_NAME = "modeling_flap_stream.py"
+DIGESTS_NAME = "SHA256SUMS"
 
 _MARGIN_BYTES = 16 << 20
 _CARRIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
@@ -45,6 +46,30 @@ def read_record(out: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise OutputConflict(f"{out} exists and was not made by flap-stream; name another OUT or move it away")
+
+
+def digests_file(digests: dict[str, str]) -> bytes:
+    """Contents of SHA256SUMS, in the form that `sha256sum --check` reads. digests: file name to sha256."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode()
+
+
+def damaged_files(out: Path) -> list[str]:
+    """Names of the files of a complete output that are not what was written, with what is wrong.
+
+    Raises CorruptCheckpoint if SHA256SUMS, which says what was written, is missing or damaged.
+    """
+    path = out / DIGESTS_NAME
+    lines = path.read_bytes().decode(errors="replace").splitlines() if path.is_file() else []
+    digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if "config.json" not in digests or any(Path(name).name != name for name in digests):
+        state = "is damaged" if path.is_file() else "is missing"
+        raise CorruptCheckpoint(f"{path} {state}; without it nothing can be checked, so prune again into another OUT")
+    wrong = []
+    for name, digest in digests.items():
+        found = files.file_digest(out / name) if (out / name).is_file() else None
+        if found != digest:
+            wrong.append(f"{name} is {'missing' if found is None else 'altered'}")
+    return wrong
 
 
 def require_own_place(source: Checkpoint, out: Path, run: Path) -> None:
@@ -119,12 +144,15 @@ def write_checkpoint(
             if shard.name in finished:
                 continue
             digest = write_shard(source, shard, staging)
+            source.require_unchanged()
             run.journal.append("shard", shard.name, job=job, digest=digest)
+            finished[shard.name] = digest
             written += shard.nbytes
             stage.advance(bytes_moved=shard.nbytes)
     for name, contents in _small_files(source, plan, record, shapes, keeps, restore, family):
-        files.write_committed(staging / name, contents)
+        finished[name] = files.write_committed(staging / name, contents)
         written += len(contents)
+    files.write_committed(staging / DIGESTS_NAME, digests_file(finished))
     files.commit_rename(staging, out)
     return record, written
 

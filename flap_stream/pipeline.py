@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from flap_stream import checkpoint as checkpoints
-from flap_stream import output, planner
+from flap_stream import files, output, planner
 from flap_stream.allocation import LayerKeep, allocate
 from flap_stream.architecture import LayerShape
 from flap_stream.calibration import calibration_tokens, load_tokenizer, tokens_digest
@@ -21,6 +21,7 @@ from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, RewriteCo
 from flap_stream.errors import InvalidOption, OutputConflict, RunMismatch
 from flap_stream.layers import StreamedModel, cpu_threads, release
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
+from flap_stream.same_source import require_same_weights
 from flap_stream.scoring import baseline_input, flap_scores, magnitude_scores, wanda_scores
 from flap_stream.store import RunDirectory
 
@@ -116,6 +117,7 @@ def prune(
         if record is not None:
             _require_same_job(source, out, record, options)
             logger.warning("%s is complete already; nothing to do", out)
+            files.sync_directory(out.absolute().parent)  # a kill may have come between its rename and this
             if removes_run:
                 RunDirectory.remove_leftover(run_path)
             return PruneResult(out, record, measured)
@@ -192,6 +194,7 @@ def _collect(
         with RunDirectory.create(run, _manifest(model, options, tokens, placement.batch_size)) as directory:
             if samples and not directory.has_tokens():
                 directory.write_tokens(tokens)
+            require_same_weights(source, directory)
             with cpu_threads(directory.manifest["threads"]):
                 collect_statistics(model, directory, options, placement, progress)
         release(model.device)
@@ -313,6 +316,7 @@ def _rewrite(
             f"{source.source} is not the model that {run.path} was collected from (its config or headers differ); "
             "give that model, or collect again"
         )
+    require_same_weights(source, run)
     with measured.stage("rewrite"):
         means = [_means(run, i, plan_options.statistics) for i in range(len(keeps))] if restore == "bias" else None
         record, measured.bytes_written = output.write_checkpoint(

@@ -87,22 +87,22 @@ class Journal:
 
 
 class RunDirectory:
-    """An open run directory; use it in a `with` block, which holds the lock of a writer.
+    """An open run directory; use it in a `with` block, which holds the lock of a writer, unless it only reads.
 
     Raises RunMismatch if there is no run directory of this version, RunLocked if another process is writing it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_writer: bool = True) -> None:
         self.path = path
         manifest = path / "run.json"
         if not manifest.is_file():
             raise RunMismatch(f"{path} is no run directory (it has no run.json); make one with flap-stream collect")
-        self._lock = _acquire_lock(path)
+        self._lock = _acquire_lock(path) if is_writer else None
         try:
             self.manifest: dict[str, Any] = _load_manifest(manifest)
             self.journal = Journal(path / "journal")
         except BaseException:
-            os.close(self._lock)
+            self.close()
             raise
 
     @classmethod
@@ -148,7 +148,9 @@ class RunDirectory:
 
     def close(self) -> None:
         """Release the lock."""
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def remove(self) -> None:
         """Delete the whole run directory.
@@ -203,8 +205,8 @@ class RunDirectory:
             count += 1
         return count
 
-    def write_statistics(self, layer: int, statistics: LayerStatistics) -> None:
-        """Store a layer's statistics: all of them or nothing."""
+    def write_statistics(self, layer: int, statistics: LayerStatistics, weights: str) -> None:
+        """Store a layer's statistics: all of them or nothing. weights: checksum of what they were taken from."""
         name = f"statistics.zarr/layers/{_layer_name(layer)}"
         arrays: dict[str, np.ndarray] = {}
         attributes: dict[str, dict[str, int]] = {}
@@ -216,7 +218,8 @@ class RunDirectory:
             self._commit_group("statistics.zarr", {}, {}, groups=("layers",))
             self.journal.append("statistics-root", "layers")
         self._commit_group(name, arrays, attributes)
-        self.journal.append("statistics", _layer_name(layer), digest=files.tree_digest(self.path / name))
+        digest = files.tree_digest(self.path / name)
+        self.journal.append("statistics", _layer_name(layer), digest=digest, weights=weights)
 
     def read_statistics(self, layer: int) -> LayerStatistics:
         """A layer's statistics. Raises CorruptRun if they are missing or altered."""
@@ -228,6 +231,19 @@ class RunDirectory:
             values: dict[str, Any] = {array: np.asarray(group[f"{kind}/{array}"]) for array in _ARRAYS}
             parts[kind] = ChannelStatistics(**dict(group.attrs)[kind], **values)  # type: ignore[arg-type]
         return LayerStatistics(**parts)
+
+    def weights_checksums(self) -> list[str]:
+        """What the statistics of the complete layers were taken from, by layer."""
+        entries = (self.journal.find("statistics", _layer_name(i)) for i in range(self.complete_layers()))
+        return [entry["weights"] for entry in entries if entry is not None]
+
+    def record_source(self, stamps: dict[str, list[int]], embedding: str) -> None:
+        """The model's files as they are now, and the checksum of what was read of the embedding."""
+        self.journal.append("source", "source", stamps=stamps, embedding=embedding)
+
+    def recorded_source(self) -> dict[str, Any] | None:
+        """`stamps` and `embedding` as last recorded."""
+        return self.journal.find("source", "source")
 
     def record_batch_reduction(self, step: int, start: int, size: int) -> None:
         """From window `start` of a step of pass 1 on, so many windows ran at once: there was no memory for more."""
@@ -296,6 +312,25 @@ class RunDirectory:
         ]
         return PlanConfig(**body["options"]), layers
 
+    # --- all of it ---
+
+    def committed(self) -> list[tuple[str, dict[str, Any]]]:
+        """Path within the run directory and journal entry of all that is complete and of use, from tokens to plan."""
+        found = [
+            ("tokens.zarr", self.journal.find("tokens", "tokens")),
+            ("plan.json", self.journal.find("plan", "plan")),
+        ]
+        for i in range(self.complete_layers()):
+            entry = self.journal.find("statistics", _layer_name(i))
+            found.append((f"statistics.zarr/layers/{_layer_name(i)}", entry))
+        if self.complete_layers() < len(self.layer_shapes):
+            found += [(f"hidden/{entry['name']}.bin", entry) for entry in self.journal.of_kind("hidden")[-2:]]
+        return [(name, entry) for name, entry in found if entry is not None]
+
+    def damaged(self) -> list[str]:
+        """Names of what is complete and not as it was written, with what is wrong."""
+        return [f"{name} is {s}" for name, entry in self.committed() if (s := _state(self.path / name, entry))]
+
     # --- how things get there ---
 
     def _commit_group(
@@ -334,9 +369,8 @@ class RunDirectory:
     ) -> None:
         if entry is None:
             raise CorruptRun(f"{path} is not complete; run flap-stream collect again to finish it")
-        digest = files.tree_digest(path) if path.is_dir() else files.file_digest(path) if path.is_file() else None
-        if digest != entry["digest"]:
-            state = "missing" if digest is None else "altered"
+        state = _state(path, entry)
+        if state is not None:
             raise CorruptRun(f"{path} is {state} since it was written; {remedy}")
 
     def _require_same(self, manifest: dict[str, Any]) -> None:
@@ -373,6 +407,13 @@ def _acquire_lock(path: Path) -> int:
         os.close(lock)
         raise
     return lock
+
+
+def _state(path: Path, entry: dict[str, Any]) -> str | None:
+    """`missing` or `altered`; None if a file or directory is what the journal says."""
+    if not path.exists():
+        return "missing"
+    return None if entry["digest"] == (files.tree_digest if path.is_dir() else files.file_digest)(path) else "altered"
 
 
 def _layer_name(layer: int) -> str:

@@ -135,6 +135,7 @@ class _CudaLoader:
                 for entry, start, stop in block.parts:
                     offset = views[entry.name] + start
                     part = self._ring[turn, at : at + stop - start]
+                    self._checkpoint.note_checksum(entry, start, memoryview(part.numpy()))
                     target[offset : offset + stop - start].copy_(part, non_blocking=True)
                     at += stop - start
                 self._block_copied[turn].record(self._copies)

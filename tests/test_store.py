@@ -127,7 +127,7 @@ def _filled(path: Path) -> Path:
     with RunDirectory.create(path, MANIFEST) as run:
         run.write_tokens(random_tokens(3, 5))
         for layer in range(2):
-            run.write_statistics(layer, _statistics(layer))
+            run.write_statistics(layer, _statistics(layer), "")
         run.write_plan(PLAN, KEEPS)
     return path
 
@@ -158,7 +158,7 @@ def test_extreme_values_and_channels_without_weights_come_back_bit_equal(tmp_pat
         mlp=ChannelStatistics(count=np.full(5, 2**53 + 1), samples=1, **{name: odd for name in arrays}),
     )
     with RunDirectory.create(tmp_path / "run", MANIFEST) as run:
-        run.write_statistics(0, written)
+        run.write_statistics(0, written, "")
         _assert_bit_equal(run.read_statistics(0), written)
 
 
@@ -235,7 +235,7 @@ def test_what_the_journal_does_not_name_is_written_anew(tmp_path: Path) -> None:
     (path / "statistics.zarr" / "layers" / "0001.partial").mkdir()
     with RunDirectory(path) as run:
         assert run.complete_layers() == 1
-        run.write_statistics(1, _statistics(5))
+        run.write_statistics(1, _statistics(5), "")
         assert run.complete_layers() == 2
         _assert_bit_equal(run.read_statistics(1), _statistics(5))
     assert sorted(p.name for p in (path / "statistics.zarr" / "layers").iterdir()) == ["0000", "0001", "zarr.json"]
@@ -379,10 +379,10 @@ def test_a_corrupted_snapshot_is_passed_over_with_a_warning(
 
     write = RunDirectory.write_statistics
 
-    def stop_at_layer_3(run: RunDirectory, layer: int, statistics: LayerStatistics) -> None:
+    def stop_at_layer_3(run: RunDirectory, layer: int, statistics: LayerStatistics, weights: str) -> None:
         if layer == 3:
             raise _Stop
-        write(run, layer, statistics)
+        write(run, layer, statistics, weights)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunDirectory, "write_statistics", stop_at_layer_3)

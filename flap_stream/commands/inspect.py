@@ -9,6 +9,7 @@ from flap_stream.commands import options as shared
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("place", metavar="RUN|OUT", help="a run directory or a pruned checkpoint")
+    parser.add_argument("--verify", action="store_true", help="check every digest; exit code 1 if one is wrong")
     shared.add_output(parser)
 
 
@@ -16,15 +17,16 @@ def run(options: argparse.Namespace) -> None:
     """Print what is there: progress of a run, sizes and kept shares of a checkpoint."""
     place = Path(options.place)
     if (place / "run.json").exists():
-        _inspect_run(place, options.json)
+        _inspect_run(place, options.json, options.verify)
     else:
-        _inspect_output(place, options.json)
+        _inspect_output(place, options.json, options.verify)
 
 
-def _inspect_run(place: Path, as_json: bool) -> None:
+def _inspect_run(place: Path, as_json: bool, verifies: bool) -> None:
+    from flap_stream.errors import CorruptRun
     from flap_stream.store import RunDirectory
 
-    with RunDirectory(place) as directory:
+    with RunDirectory(place, is_writer=verifies) as directory:  # a running job may be looked at, not checked
         manifest, total = directory.manifest, len(directory.layer_shapes)
         body = {
             "run": str(place),
@@ -36,23 +38,36 @@ def _inspect_run(place: Path, as_json: bool) -> None:
             "has_plan": directory.journal.find("plan", "plan") is not None,
             "versions": manifest["versions"],
         }
+        if verifies:
+            wrong = directory.damaged()
+            if wrong:
+                raise CorruptRun(
+                    f"{place}: {'; '.join(wrong)}; snapshots and plans are made anew by the command that made them, "
+                    "for anything else delete the run directory and collect again"
+                )
+            body["verified"] = True
     if as_json:
         shared.print_json(body)
         return
     print(f"run of {body['model']}, method {body['method']}")
     print(f"statistics   {body['complete_layers']} of {total} layers")
     print(f"plan         {'there' if body['has_plan'] else 'none yet'}")
+    if verifies:
+        print("verified: everything complete is as it was written")
 
 
-def _inspect_output(place: Path, as_json: bool) -> None:
-    from flap_stream.errors import InvalidInput
-    from flap_stream.output import read_record
+def _inspect_output(place: Path, as_json: bool, verifies: bool) -> None:
+    from flap_stream.errors import CorruptCheckpoint, InvalidInput
+    from flap_stream.output import damaged_files, read_record
 
     record = read_record(place)
     if record is None:
         raise InvalidInput(f"{place} is neither a run directory (run.json) nor a pruned checkpoint (pruning.json)")
+    wrong = damaged_files(place) if verifies else []
+    if wrong:
+        raise CorruptCheckpoint(f"{place}: {'; '.join(wrong)}; move it away and prune again")
     if as_json:
-        shared.print_json({"out": str(place), **record})
+        shared.print_json({"out": str(place), **record, **({"verified": True} if verifies else {})})
         return
     options = record["options"]
     print(f"pruned from {record['base']['name']} by {options['method']}, {options['structure']}, {options['metric']}")
@@ -61,3 +76,5 @@ def _inspect_output(place: Path, as_json: bool) -> None:
     for i, layer in enumerate(record["layers"]):
         groups, neurons = len(layer["kept_kv_groups"]), len(layer["kept_neurons"])
         print(f"{i:5d}   {groups:4d} of {layer['kv_groups']:<6d}  {neurons:6d} of {layer['neurons']}")
+    if verifies:
+        print("verified: every file is what was written")

@@ -220,18 +220,20 @@ def _write(source: Checkpoint, skeleton: Skeleton, plan: ShardPlan, directory: P
     output.require_space(directory, plan.nbytes)
     files.make_directory(staging)
     files.write_committed(staging / _MARK, b"")
+    digests = {}
     with progress.stage("export", len(plan.shards), unit="shard") as stage:
         for shard in plan.shards:
-            write_shard(source, shard, staging)
+            digests[shard.name] = write_shard(source, shard, staging)
             stage.advance(bytes_moved=shard.nbytes)
-    for name, contents in output.carried_files(source.directory):
-        files.write_committed(staging / name, contents)
     record = json.loads((source.directory / output.RECORD_NAME).read_bytes())
     card = model_card(record["base"]["name"], source.directory, record, stock_class=skeleton.family.causal_class)
-    files.write_committed(staging / "README.md", card.encode())
+    small = dict(output.carried_files(source.directory)) | {"README.md": card.encode()}
     index = plan.index()
     if index is not None:
-        files.write_committed(staging / INDEX_NAME, index)
-    files.write_committed(staging / "config.json", json.dumps(dict(skeleton.config), indent=2).encode() + b"\n")
+        small[INDEX_NAME] = index
+    small["config.json"] = json.dumps(dict(skeleton.config), indent=2).encode() + b"\n"
+    for name, contents in small.items():
+        digests[name] = files.write_committed(staging / name, contents)
+    files.write_committed(staging / output.DIGESTS_NAME, output.digests_file(digests))
     files.remove(staging / _MARK)
     files.commit_rename(staging, directory)
