@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
@@ -42,9 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="flap-stream: %(message)s", stream=sys.stderr)
     logging.getLogger("flap_stream").setLevel(level)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints are for users of its models, not for ours
+    return reported(lambda: _module_of(options.verb).run(options))
+
+
+def reported(action: Callable[[], object]) -> int:
+    """Exit code of an action; an error of ours or of the system is one sentence on stderr."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        _module_of(options.verb).run(options)
+        action()
     except FlapStreamError as error:
         print(f"flap-stream: {error}", file=sys.stderr)
         return error.exit_code

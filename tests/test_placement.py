@@ -131,10 +131,10 @@ class _Stop(Exception):
 def stop_at_layer(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
     write = RunDirectory.write_statistics
 
-    def stop(run: RunDirectory, index: int, statistics: Any) -> None:
+    def stop(run: RunDirectory, index: int, *values: Any) -> None:
         if index == layer:
             raise _Stop
-        write(run, index, statistics)
+        write(run, index, *values)
 
     monkeypatch.setattr(RunDirectory, "write_statistics", stop)
 

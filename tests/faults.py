@@ -1,0 +1,432 @@
+"""Faults at any file operation of a real process: killed, signalled, refused by the system, cut off from power.
+
+Children are forked from a server that has imported everything and computed nothing, so that hundreds of them are
+affordable. A fault happens at a step, counted from the start of the process.
+"""
+
+import errno
+import gc
+import io
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import zarr
+from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+
+import flap_stream
+from flap_stream import PruneConfig, cli
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["pytest", "flap_stream.pipeline", "flap_stream.modeling.modeling_flap_stream"]  # and, by these, torch and the rest
+)
+LAYERS = 3
+# Names of Python's audit events for what changes a directory; a file that is opened for writing comes on top.
+CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+KILLED = -signal.SIGKILL
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens at a step.
+
+    action: called with the step's name, once, or from this step on at every one of the same process if `lasts`; what
+    it raises, the operation raises.
+    """
+
+    step: int
+    action: Callable[[str], None]
+    lasts: bool = False
+
+
+def kill(_step: str) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupt(_step: str) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def terminate(_step: str) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def set_clock_back(_step: str) -> None:
+    time.time = lambda: 0.0
+
+
+def move_few_bytes_at_once(_step: str) -> None:
+    """From now on the system reads and writes less than it is asked to."""
+    write, preadv = os.write, os.preadv
+    os.write = lambda descriptor, data: write(descriptor, data[: len(data) // 2 + 1])
+    os.preadv = lambda descriptor, buffers, at: preadv(descriptor, [buffers[0][: len(buffers[0]) // 2 + 1]], at)
+
+
+def flip(path: Path, at: int | None = None) -> None:
+    """Change one bit of a file, in the middle by default."""
+    body = bytearray(path.read_bytes())
+    body[len(body) // 2 if at is None else at] ^= 1
+    path.write_bytes(body)
+
+
+def do(how: Callable[[Path], None], path: Path, _step: str) -> None:
+    how(path)
+
+
+def fail(number: int, step: str) -> None:
+    raise OSError(number, os.strerror(number), step.partition(" ")[2])
+
+
+def fail_to_write(number: int, step: str) -> None:
+    """As on a disk without room: what is there can still be read, renamed and removed."""
+    if step.startswith(("os.write", "open", "os.mkdir", "os.posix_fallocate")):
+        fail(number, step)
+
+
+class Steps:
+    """Counts what a process does to the disk below a directory, and lets a fault happen at one of these steps.
+
+    A step comes before a file is opened for writing, renamed, removed or synced; in the middle of a write, so that half
+    of it is there. What the kernel has survives a kill, so syncing itself is left to `sync`, by default nothing.
+    """
+
+    def __init__(self, root: Path, fault: Fault | None = None, sync: Callable[[int], None] | None = None) -> None:
+        self._root, self._fault, self._sync = f"{root}{os.sep}", fault, sync
+        self.names: list[str] = []
+        self._write = os.write
+        os.write = self._torn_write
+        os.fsync = self._fsync
+        sys.addaudithook(self._audit)
+
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in CHANGES and not (event == "open" and arguments[2] & WRITING):
+            return
+        target = arguments[0] if isinstance(arguments[0], int) else os.fspath(arguments[0])
+        in_open_directory = event in ("os.remove", "os.rmdir") and arguments[1] != -1
+        if isinstance(target, int) or in_open_directory or target.startswith(self._root):
+            self._step(f"{event} {target}")
+
+    def _torn_write(self, descriptor: int, data: memoryview) -> int:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if name.startswith(self._root):
+            if self._is_next():
+                self._write(descriptor, data[: len(data) // 2])
+            self._step(f"os.write {name}")
+        return self._write(descriptor, data)
+
+    def _fsync(self, descriptor: int) -> None:
+        self._step(f"os.fsync {os.readlink(f'/proc/self/fd/{descriptor}')}")
+        if self._sync is not None:
+            self._sync(descriptor)
+
+    def _is_next(self) -> bool:
+        return self._fault is not None and len(self.names) + 1 == self._fault.step
+
+    def _step(self, name: str) -> None:
+        is_due = self._is_next() or (
+            self._fault is not None and self._fault.lasts and self._fault.step <= len(self.names)
+        )
+        self.names.append(name)
+        if is_due and self._fault is not None:
+            self._fault.action(name)
+
+
+class Disk:
+    """What a disk surely holds: of a file the bytes at its last fsync, of a directory the names at its last fsync.
+
+    Files and directories go by inode, which are kept open so that no number is given twice.
+    """
+
+    def __init__(self, root: Path) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+        self._open: dict[int, int] = {}
+        self._bytes: dict[int, bytes] = {}
+        self._names: dict[int, dict[str, int]] = {}
+        self._root = self._hold(root)
+        self._names[self._root] = self._current_names(self._root)
+
+    def sync(self, descriptor: int) -> None:
+        """A file's bytes or a directory's names are on the disk now."""
+        inode = self._hold(Path(f"/proc/self/fd/{descriptor}"))
+        if self._is_directory(inode):
+            self._names[inode] = self._current_names(inode)
+        else:
+            self._bytes[inode] = self._current_bytes(inode)
+
+    def states(self, draws: int, seed: int) -> Iterator[tuple[str, dict[str, bytes | None]]]:
+        """What may be found after a power cut now: relative path to bytes, None for a directory.
+
+        Of what was not synced: nothing; everything; names without bytes; names with half of the bytes; any choice.
+        """
+        yield "lost", self._tree(lambda: False, lambda old, new: old)
+        yield "written", self._tree(lambda: True, lambda old, new: new)
+        yield "zeros", self._tree(lambda: True, _zeroed)
+        yield "torn", self._tree(lambda: True, lambda old, new: new[: (len(old) + len(new)) // 2])
+        draw = random.Random(seed)
+        forms: list[Callable[[bytes, bytes], bytes]] = [
+            lambda old, new: old,
+            lambda old, new: new,
+            lambda old, new: new[: draw.randrange(len(new) + 1)],
+            _zeroed,
+        ]
+        for _ in range(draws):
+            yield "any", self._tree(lambda: draw.random() < 0.5, lambda old, new: draw.choice(forms)(old, new))
+
+    def _tree(
+        self, keeps: Callable[[], bool], mixed: Callable[[bytes, bytes], bytes], inode: int | None = None, at: str = ""
+    ) -> dict[str, bytes | None]:
+        inode, tree = self._root if inode is None else inode, {}
+        for name, child in sorted(self._mixed_names(inode, keeps).items()):
+            path = f"{at}/{name}" if at else name
+            if self._is_directory(child):
+                tree[path] = None
+                tree |= self._tree(keeps, mixed, child, path)
+            else:
+                old, new = self._bytes.get(child, b""), self._current_bytes(child)
+                tree[path] = new if old == new else mixed(old, new)
+        return tree
+
+    def _mixed_names(self, inode: int, keeps: Callable[[], bool]) -> dict[str, int]:
+        """The synced names with some of the changes since, a renaming as a whole."""
+        old, new = self._names.get(inode, {}), self._current_names(inode)
+        names, open_changes = dict(old), {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+        while open_changes:
+            change = {open_changes.pop()}
+            while True:
+                inodes = {tree[name] for tree in (old, new) for name in change if name in tree}
+                more = {n for n in open_changes if {old.get(n), new.get(n)} & inodes}
+                if not more:
+                    break
+                change |= more
+                open_changes -= more
+            if keeps():
+                for name in change:
+                    names.pop(name, None)
+                    names |= {name: new[name]} if name in new else {}
+        return names
+
+    def _hold(self, path: Path) -> int:
+        descriptor = os.open(path, os.O_PATH)
+        inode = os.fstat(descriptor).st_ino
+        if inode in self._open:
+            os.close(descriptor)
+        else:
+            self._open[inode] = descriptor
+        return inode
+
+    def _is_directory(self, inode: int) -> bool:
+        return stat.S_ISDIR(os.fstat(self._open[inode]).st_mode)
+
+    def _current_names(self, inode: int) -> dict[str, int]:
+        place = Path(f"/proc/self/fd/{self._open[inode]}")
+        return {name: self._hold(place / name) for name in os.listdir(place)}
+
+    def _current_bytes(self, inode: int) -> bytes:
+        with open(f"/proc/self/fd/{self._open[inode]}", "rb") as file:
+            return file.read()
+
+
+def _zeroed(old: bytes, new: bytes) -> bytes:
+    """The length is known to the file system, what was written since the last fsync is not."""
+    kept = old if new.startswith(old) else b""
+    return kept + bytes(len(new) - len(kept))
+
+
+class PowerCuts:
+    """Keeps every state of the disk that a power cut at an fsync could leave, each once."""
+
+    def __init__(self, place: Path, states: Path, stride: int, draws: int) -> None:
+        self._disk, self._states, self._stride, self._draws = Disk(place), states, stride, draws
+        self._seen: set[int] = set()
+        self._count = 0
+
+    def sync(self, descriptor: int) -> None:
+        self.cut()
+        self._disk.sync(descriptor)
+
+    def cut(self) -> None:
+        """Write down the states of this moment."""
+        self._count += 1
+        if self._count % self._stride:
+            return
+        for i, (kind, tree) in enumerate(self._disk.states(self._draws, seed=self._count)):
+            key = hash(tuple(sorted((path, hash(body)) for path, body in tree.items())))
+            if key not in self._seen:
+                self._seen.add(key)
+                write_tree(self._states / f"{self._count:05d}-{i}-{kind}", tree)
+
+
+def write_tree(directory: Path, tree: dict[str, bytes | None]) -> None:
+    directory.mkdir(parents=True)
+    for path, body in tree.items():
+        if body is None:
+            (directory / path).mkdir()
+        else:
+            (directory / path).write_bytes(body)
+
+
+def _child(
+    model: Path,
+    out: Path,
+    options: PruneConfig,
+    names: Path,
+    fault: Fault | None,
+    cuts: Callable[[Path], PowerCuts] | None,
+) -> None:
+    gc.freeze()  # what the server imported need not be looked through again
+    torch.set_num_threads(1)
+    zarr.config.set({"threading.max_workers": 1})  # the same steps in the same order every time
+    power = cuts(out.parent) if cuts is not None else None
+    steps = Steps(out.parent, fault, power and power.sync)
+    with redirect_stderr(io.StringIO()) as said:
+        code = cli.reported(lambda: flap_stream.prune(model, out, options))
+    if power is not None:
+        power.cut()
+    names.write_text("\n".join(steps.names))
+    names.with_suffix(".said").write_text(said.getvalue())
+    sys.exit(code)
+
+
+class Job:
+    """A model and options to prune it with, the bytes that come out, and the steps that it takes."""
+
+    def __init__(self, directory: Path, model: Path, options: PruneConfig) -> None:
+        self.directory, self.model, self.options = directory, model, options
+        self._lock = threading.Lock()
+        place = self.place("reference")
+        assert self.run(place) == 0
+        self.expected = contents(place / "out")
+        self.steps = (directory / "reference.steps").read_text().splitlines()
+
+    def place(self, name: str) -> Path:
+        (self.directory / name).mkdir()
+        return self.directory / name
+
+    def run(
+        self,
+        place: Path,
+        fault: Fault | int | None = None,
+        *,
+        cuts: Callable[[Path], PowerCuts] | None = None,
+        model: Path | None = None,
+        **changes: Any,
+    ) -> int | None:
+        """Exit code of the job in a process of its own. fault: a number kills it at that step."""
+        fault = Fault(fault, kill) if isinstance(fault, int) else fault
+        names, options = place.with_name(f"{place.name}.steps"), replace(self.options, **changes)
+        arguments = (model or self.model, place / "out", options, names, fault, cuts)
+        child = SERVER.Process(target=_child, args=arguments)
+        with self._lock:  # another thread's start would take this child's exit code
+            child.start()
+        wait([child.sentinel], 120)
+        with self._lock:
+            return child.exitcode
+
+    def said(self, place: Path) -> str:
+        """What the last process there that ended by itself wrote to stderr."""
+        return place.with_name(f"{place.name}.said").read_text()
+
+    def first_step(self, text: str) -> int:
+        """Number of the first step whose name holds the text."""
+        return 1 + next(i for i, name in enumerate(self.steps) if text in name)
+
+    def longest_work_between_records(self) -> int:
+        """The most steps from one line of the journal to the next."""
+        return max(after - before for before, after in pairwise([0, *self.records()]))
+
+    def records(self) -> list[int]:
+        """Numbers of the steps that write to the journal."""
+        return [n for n, name in enumerate(self.steps, 1) if name.startswith("os.write") and "journal" in name]
+
+    def own_steps(self) -> list[int]:
+        """Numbers of the steps outside zarr's groups, several writes to one file in a row counted once."""
+        root, numbered = str(self.directory), enumerate(zip(["", *self.steps], self.steps, strict=False), start=1)
+        return [n for n, (before, name) in numbered if root in name and ".zarr" not in name and name != before]
+
+    def troubles(self, faults: Sequence[Fault | int], accepted: Sequence[int] = (KILLED,)) -> list[str]:
+        """What goes wrong after each of these faults, two at a time."""
+        with ThreadPoolExecutor(2) as pool:
+            numbered = enumerate(faults)
+            return [t for t in pool.map(lambda f: self.trouble_after(f[1], f"fault-{f[0]}", accepted), numbered) if t]
+
+    def trouble_after(self, fault: Fault | int, name: str, accepted: Sequence[int]) -> str | None:
+        """What is wrong after a fault and a second call; None if all is well."""
+        place = self.place(name)
+        step = fault.step if isinstance(fault, Fault) else fault
+        where = f"step {step} ({self.steps[step - 1]})"
+        code = self.run(place, fault)
+        if code not in accepted:
+            return f"{where}: exit code {code} instead of {accepted}"
+        if code != KILLED and (code != 0 and not is_one_sentence(self.said(place))):
+            return f"{where}: it said {self.said(place)!r}"
+        if (place / "out").exists() and contents(place / "out") != self.expected:
+            return f"{where}: the output was there before it was whole"
+        trouble = self.trouble_in(place)
+        shutil.rmtree(place)
+        return f"{where}: {trouble}" if trouble else None
+
+    def trouble_in(self, place: Path, model: Path | None = None) -> str | None:
+        """What is wrong after a call that goes on with what is there."""
+        if (code := self.run(place, model=model)) != 0:
+            return f"exit code {code} of the second call: {self.said(place)}"
+        if contents(place / "out") != self.expected:
+            return "other bytes"
+        left = {p.relative_to(place).as_posix() for p in place.rglob("*")} - {f"out/{name}" for name in self.expected}
+        left -= {"out"}
+        return f"{sorted(left)} left behind" if left else None
+
+    def power_cuts(
+        self, name: str, stride: int, draws: int, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[str, str]]:
+        """States that a power cut at every stride-th fsync leaves; what became of each: `recovered`, or the trouble.
+
+        draws: random choices of what was not synced, at each. share: (i, n) takes every n-th state from the i-th on.
+        """
+        place, states = self.place(name), self.directory / f"{name}.states"
+        assert self.run(place, cuts=partial(PowerCuts, states=states, stride=stride, draws=draws)) == 0
+        for state in sorted(states.iterdir())[share[0] :: share[1]]:
+            shutil.rmtree(place)
+            shutil.copytree(state, place)
+            if (place / "out").exists() and contents(place / "out") != self.expected:
+                yield state.name, "the output was there before it was whole"
+            else:
+                yield state.name, self.trouble_in(place) or "recovered"
+        shutil.rmtree(states)
+
+
+def is_one_sentence(said: str) -> bool:
+    return said.strip().startswith("flap-stream: ") and said.strip().count("\n") == 0
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def make_job(directory: Path, **changes: Any) -> Job:
+    model = save(tiny_model(tiny_config(layers=LAYERS)), directory / "model")
+    tokens = save_tokens(directory / "tokens.npy", random_tokens(6, 16))
+    options = {"ratio": 0.3, "snapshot_interval": 1, "max_shard_bytes": 100_000, "batch_size": 4, **changes}
+    return Job(directory, model, PruneConfig(calibration=(tokens,), samples=6, sequence_length=16, **options))
+
+
+DISK_FULL, READ_ONLY = partial(fail_to_write, errno.ENOSPC), partial(fail_to_write, errno.EROFS)
+INPUT_OUTPUT, NO_ACCESS = partial(fail, errno.EIO), partial(fail, errno.EACCES)
