@@ -7,6 +7,7 @@ affordable. A fault happens at a step, counted from the start of the process.
 import errno
 import gc
 import io
+import json
 import multiprocessing
 import os
 import random
@@ -33,6 +34,7 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
 from flap_stream import PruneConfig, cli
+from flap_stream.layers import StreamedModel
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
@@ -291,19 +293,35 @@ def _child(
     names: Path,
     fault: Fault | None,
     cuts: Callable[[Path], PowerCuts] | None,
+    seconds: float | None,
 ) -> None:
+    if seconds is not None:
+        threading.Timer(seconds, kill, [""]).start()
     gc.freeze()  # what the server imported need not be looked through again
     torch.set_num_threads(1)
     zarr.config.set({"threading.max_workers": 1})  # the same steps in the same order every time
     power = cuts(out.parent) if cuts is not None else None
-    steps = Steps(out.parent, fault, power and power.sync)
+    steps, layers = Steps(out.parent, fault, power and power.sync), _record_layers()
     with redirect_stderr(io.StringIO()) as said:
         code = cli.reported(lambda: flap_stream.prune(model, out, options))
     if power is not None:
         power.cut()
     names.write_text("\n".join(steps.names))
     names.with_suffix(".said").write_text(said.getvalue())
+    names.with_suffix(".layers").write_text(json.dumps(layers))
     sys.exit(code)
+
+
+def _record_layers() -> list[int]:
+    """The layers that this process runs, in order."""
+    layers, forward = [], StreamedModel.forward_layer
+
+    def recorded(model: StreamedModel, index: int, *arguments: Any, **options: Any) -> None:
+        layers.append(index)
+        forward(model, index, *arguments, **options)
+
+    StreamedModel.forward_layer = recorded
+    return layers
 
 
 class Job:
@@ -315,6 +333,7 @@ class Job:
         place = self.place("reference")
         assert self.run(place) == 0
         self.expected = contents(place / "out")
+        self.statistics = self._statistics(place)
         self.steps = (directory / "reference.steps").read_text().splitlines()
 
     def place(self, name: str) -> Path:
@@ -328,12 +347,16 @@ class Job:
         *,
         cuts: Callable[[Path], PowerCuts] | None = None,
         model: Path | None = None,
+        seconds: float | None = None,
         **changes: Any,
     ) -> int | None:
-        """Exit code of the job in a process of its own. fault: a number kills it at that step."""
+        """Exit code of the job in a process of its own.
+
+        fault: a number kills it at that step. seconds: when it is killed, by the clock.
+        """
         fault = Fault(fault, kill) if isinstance(fault, int) else fault
         names, options = place.with_name(f"{place.name}.steps"), replace(self.options, **changes)
-        arguments = (model or self.model, place / "out", options, names, fault, cuts)
+        arguments = (model or self.model, place / "out", options, names, fault, cuts, seconds)
         child = SERVER.Process(target=_child, args=arguments)
         with self._lock:  # another thread's start would take this child's exit code
             child.start()
@@ -344,6 +367,10 @@ class Job:
     def said(self, place: Path) -> str:
         """What the last process there that ended by itself wrote to stderr."""
         return place.with_name(f"{place.name}.said").read_text()
+
+    def layers_run(self, place: Path) -> list[int]:
+        """The layers that the last process there that ended by itself has run."""
+        return json.loads(place.with_name(f"{place.name}.layers").read_text())
 
     def first_step(self, text: str) -> int:
         """Number of the first step whose name holds the text."""
@@ -388,11 +415,17 @@ class Job:
         """What is wrong after a call that goes on with what is there."""
         if (code := self.run(place, model=model)) != 0:
             return f"exit code {code} of the second call: {self.said(place)}"
-        if contents(place / "out") != self.expected:
+        if contents(place / "out") != self.expected or self._statistics(place) != self.statistics:
             return "other bytes"
+        if self.options.keep_run:
+            return None
         left = {p.relative_to(place).as_posix() for p in place.rglob("*")} - {f"out/{name}" for name in self.expected}
         left -= {"out"}
         return f"{sorted(left)} left behind" if left else None
+
+    def _statistics(self, place: Path) -> dict[str, bytes]:
+        """The files of all layers' statistics; none unless the run directory is kept."""
+        return contents(place / "out.run" / "statistics.zarr")
 
     def power_cuts(
         self, name: str, stride: int, draws: int, share: tuple[int, int] = (0, 1)
@@ -421,8 +454,8 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
-def make_job(directory: Path, **changes: Any) -> Job:
-    model = save(tiny_model(tiny_config(layers=LAYERS)), directory / "model")
+def make_job(directory: Path, layers: int = LAYERS, **changes: Any) -> Job:
+    model = save(tiny_model(tiny_config(layers=layers)), directory / "model")
     tokens = save_tokens(directory / "tokens.npy", random_tokens(6, 16))
     options = {"ratio": 0.3, "snapshot_interval": 1, "max_shard_bytes": 100_000, "batch_size": 4, **changes}
     return Job(directory, model, PruneConfig(calibration=(tokens,), samples=6, sequence_length=16, **options))

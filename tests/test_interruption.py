@@ -100,6 +100,18 @@ def test_statistics_of_complete_layers_are_not_written_again(flap: Job) -> None:
     assert contents(place / "out") == flap.expected
 
 
+@pytest.mark.parametrize("interval", [1, 3])
+def test_a_kill_loses_no_more_than_the_layers_of_one_snapshot_interval(tmp_path: Path, interval: int) -> None:
+    job = make_job(tmp_path, layers=7, snapshot_interval=interval)
+    lost = []
+    for layer in range(1, 7):
+        place = job.place(f"layer-{layer}")
+        assert job.run(place, job.first_step(f"layers/{layer:04d}.partial")) == KILLED
+        assert job.trouble_in(place) is None
+        lost.append(layer - min(job.layers_run(place)))  # of those that were complete
+    assert max(lost) == interval - 1
+
+
 def test_shards_that_are_complete_are_not_written_again(flap: Job) -> None:
     place, name = flap.place("shards"), "model-00001-of-00004.safetensors"
     assert flap.run(place, flap.first_step("model-00003")) == KILLED
