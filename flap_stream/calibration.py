@@ -118,7 +118,7 @@ def _checked(tokens: np.ndarray, vocab_size: int, sources: Sequence[str]) -> np.
             f"{_names(sources)} has token {worst}, but the model's vocabulary is 0 to {vocab_size - 1}; "
             "tokenise the text with this model's own tokenizer"
         )
-    return np.ascontiguousarray(tokens, dtype=np.int64)
+    return np.array(tokens, dtype=np.int64)  # a copy, not the file
 
 
 def _ready_tokens(sources: Sequence[str]) -> np.ndarray | None:
@@ -129,8 +129,9 @@ def _ready_tokens(sources: Sequence[str]) -> np.ndarray | None:
         raise InvalidText(f"{_names(sources)}: a .npy of ready tokens stands alone; name it without other texts")
     path = Path(sources[0])
     try:
-        tokens = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with np.errstate(all="ignore"):
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a claim of 1 TB allocates nothing
+    except Exception as error:  # numpy evaluates the header as Python, so nearly anything may come out
         raise InvalidText(f"{path} cannot be read as a .npy file: {error}") from error
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.shape[1] < 2 or len(tokens) == 0:
         raise InvalidText(f"{path} holds {tokens.dtype} {list(tokens.shape)}; expected integers [sample, token]")
@@ -183,7 +184,7 @@ def _read_documents(path: Path) -> Iterator[str]:
             continue
         try:
             text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidText(f'{path} line {number} is no JSON object with a "text" field') from error
         if not isinstance(text, str):
             raise InvalidText(f'{path} line {number}: "text" is {type(text).__name__}, expected a string')

@@ -36,6 +36,7 @@ FORWARD_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _MAX_BUFFERS = 1024  # IOV_MAX on Linux
 _READ_THREADS = 2
 _READ_BYTES = 1 << 25
+_MAX_NAME_BYTES = 255
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "USE_POLICY*"]
 
@@ -392,7 +393,7 @@ def read_header(path: Path) -> tuple[list[TensorEntry], str, int]:
             )
         raw = file.read(length)
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=_without_duplicates)
         if not isinstance(header, dict):
             raise ValueError("not an object")
         entries = [_entry(path, name, item, 8 + length) for name, item in header.items() if name != "__metadata__"]
@@ -411,6 +412,14 @@ def read_header(path: Path) -> tuple[list[TensorEntry], str, int]:
     return entries, hashlib.sha256(raw).hexdigest(), size
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two tensors of one name readers would take different ones."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
 def _entry(path: Path, name: str, item: dict[str, Any], data_start: int) -> TensorEntry:
     dtype, shape, (start, stop) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
     if dtype not in DTYPE_BYTES:
@@ -427,7 +436,7 @@ def _read_json(path: Path, need: str) -> dict[str, Any]:
         raise InvalidModel(f"{path} does not exist; {need}")
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidModel(f"{path} is not JSON ({error}); {need}") from error
     if not isinstance(value, dict):
         raise InvalidModel(f"{path} holds no JSON object; {need}")
@@ -442,7 +451,8 @@ def _shard_files(directory: Path) -> dict[str, str]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CorruptCheckpoint(f"{index} has no weight_map; download it again")
         for file in weight_map.values():
-            if not isinstance(file, str) or Path(file).name != file:
+            is_name = isinstance(file, str) and file.isprintable() and Path(file).name == file
+            if not is_name or len(os.fsencode(file)) > _MAX_NAME_BYTES:
                 raise CorruptCheckpoint(f"{index} names shard {file!r}, which is not a file beside it")
         return weight_map
     if (directory / SINGLE_NAME).exists():

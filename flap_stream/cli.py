@@ -24,6 +24,7 @@ VERBS = {
     "demo": "the main job on the bundled model and text, offline",
 }
 INTERRUPTED = 130
+_LONGEST = 1000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,15 +52,21 @@ def reported(action: Callable[[], object]) -> int:
     try:
         action()
     except FlapStreamError as error:
-        print(f"flap-stream: {error}", file=sys.stderr)
+        print(f"flap-stream: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"flap-stream: {StorageFailure.of(error)}", file=sys.stderr)
+        print(f"flap-stream: {printable(str(StorageFailure.of(error)))}", file=sys.stderr)
         return StorageFailure.exit_code
     except KeyboardInterrupt:
         print("\nflap-stream: interrupted; nothing is lost, run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def printable(message: str) -> str:
+    """One line of reasonable length, whatever names from a file it quotes: those may hold a terminal's commands."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
 def _module_of(verb: str) -> ModuleType:

@@ -16,6 +16,7 @@ from flap_stream.architecture import Family, LayerShape, family_of
 from flap_stream.checkpoint import INDEX_NAME, Checkpoint
 from flap_stream.config import PlanConfig
 from flap_stream.errors import CorruptCheckpoint, InsufficientSpace, OutputConflict
+from flap_stream.json_form import has_form
 from flap_stream.model_card import model_card
 from flap_stream.progress import Progress
 from flap_stream.shards import ShardPlan, plan_digest, plan_shards, write_shard
@@ -26,6 +27,15 @@ RECORD_FORMAT, RECORD_VERSION = "flap-stream-pruning", 1
 MODELING_NAME = "modeling_flap_stream.py"
 DIGESTS_NAME = "SHA256SUMS"
 
+_RECORD = {
+    "format": str,
+    "base": {"name": str},
+    "options": {"method": str, "structure": str, "metric": str, "statistics": str, "ratio": float},
+    "restore": str,
+    "realised_ratio": {"decoder": float, "model": float},
+    "parameters": {"before": int, "after": int},
+    "layers": [{"kv_groups": int, "neurons": int, "kept_kv_groups": [int], "kept_neurons": [int]}],
+}
 _MARGIN_BYTES = 16 << 20
 _CARRIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 _CARRIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -41,9 +51,9 @@ def read_record(out: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads((out / RECORD_NAME).read_bytes())
-        if record["format"] == RECORD_FORMAT:
+        if has_form(record, _RECORD) and record["format"] == RECORD_FORMAT:
             return record
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError):
         pass
     raise OutputConflict(f"{out} exists and was not made by flap-stream; name another OUT or move it away")
 
@@ -61,7 +71,7 @@ def damaged_files(out: Path) -> list[str]:
     path = out / DIGESTS_NAME
     lines = path.read_bytes().decode(errors="replace").splitlines() if path.is_file() else []
     digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if "config.json" not in digests or any(Path(name).name != name for name in digests):
+    if "config.json" not in digests or any(Path(name).name != name or len(name) > 255 for name in digests):
         state = "is damaged" if path.is_file() else "is missing"
         raise CorruptCheckpoint(f"{path} {state}; without it nothing can be checked, so prune again into another OUT")
     wrong = []
@@ -77,6 +87,12 @@ def require_own_place(source: Checkpoint, out: Path, run: Path) -> None:
     if out.resolve().is_relative_to(source.directory.resolve()):
         raise OutputConflict(f"{out} lies in the model's own directory {source.directory}; name an OUT elsewhere")
     staging = files.partial_path(out)
+    for path in (out, staging):
+        if path.is_symlink():
+            raise OutputConflict(
+                f"{path} is a symbolic link to {path.readlink()}; a finished output is renamed into its place, which "
+                "cannot be a link, so name the place itself"
+            )
     if staging.exists() and not _begun(run, staging):
         raise OutputConflict(f"{staging} exists and was not made by the run in {run}; move it away or name another OUT")
 

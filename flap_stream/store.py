@@ -10,7 +10,7 @@ import os
 import platform
 import socket
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,9 +24,26 @@ from flap_stream.allocation import LayerKeep
 from flap_stream.architecture import LayerShape
 from flap_stream.config import PlanConfig
 from flap_stream.errors import CorruptRun, RunLocked, RunMismatch
+from flap_stream.json_form import has_form
 from flap_stream.scoring import ChannelStatistics, LayerStatistics
 
 FORMAT, VERSION = "flap-stream-run", 3
+_SHAPE = {field.name: [int] if field.name == "experts" else int for field in fields(LayerShape)}
+_MANIFEST = {
+    **{"model": dict, "tokens": dict, "options": {"method": str}, "source": str, "calibration": dict, "versions": dict},
+    **{"threads": int, "parameters": int, "layers": [_SHAPE], "sha256": str},
+}
+_ENTRIES = {
+    "tokens": {"digest": str},
+    "source": {"stamps": dict, "embedding": str},
+    "batch": {"step": int, "start": int, "size": int},
+    "statistics-root": {},
+    "statistics": {"digest": str, "weights": str},
+    "hidden": {"layer": int, "digest": str},
+    "plan": {"digest": str},
+    "rewrite": {"place": str, "job": str},
+    "shard": {"job": str, "digest": str},
+}
 _KINDS = ("attention", "mlp")
 _ARRAYS = ("count", "mean", "m2", "released_fluctuation", "released_baseline", "weight_squared_norm", "weight_abs_mean")
 
@@ -61,7 +78,12 @@ class Journal:
         digest, _, body = line.rstrip(b"\n").partition(b" ")
         if not line.endswith(b"\n") or hashlib.sha256(body).hexdigest()[:16].encode() != digest:
             return None
-        return json.loads(body)
+        try:
+            entry = json.loads(body)
+        except (ValueError, RecursionError):
+            return None
+        known = has_form(entry, {"kind": str, "name": str}) and has_form(entry, _ENTRIES.get(entry["kind"], str))
+        return entry if known else None
 
     def find(self, kind: str, name: str) -> dict[str, Any] | None:
         """The newest entry of that kind and name."""
@@ -432,7 +454,8 @@ def _load_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
         found = (manifest["format"], manifest["version"])
-        if found == (FORMAT, VERSION) and manifest["sha256"] != _manifest_digest(manifest):
+        is_ours = found == (FORMAT, VERSION)
+        if is_ours and not (has_form(manifest, _MANIFEST) and manifest["sha256"] == _manifest_digest(manifest)):
             raise ValueError("altered")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptRun(f"{path} is damaged; delete the run directory and collect again") from error

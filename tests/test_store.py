@@ -28,7 +28,7 @@ MANIFEST: dict[str, Any] = {
     "model": {"config": "abc", "shard_bytes": {"model.safetensors": 10}},
     "tokens": {"sha256": "def", "shape": [3, 5]},
     "options": {"method": "flap", "dtype": "torch.float32", "batch_size": 4},
-    "layers": [],
+    **{"source": "model", "calibration": {}, "threads": 1, "parameters": 0, "layers": []},
 }
 
 
@@ -38,7 +38,7 @@ MANIFEST: dict[str, Any] = {
 def _journal(path: Path, entries: int) -> Journal:
     journal = Journal(path)
     for i in range(entries):
-        journal.append("statistics", f"{i:04d}", digest=f"digest {i}")
+        journal.append("statistics", f"{i:04d}", digest=f"digest {i}", weights="")
     return journal
 
 
@@ -68,7 +68,7 @@ def test_a_last_line_torn_anywhere_is_dropped_and_overwritten(tmp_path: Path) ->
         journal = Journal(path)
         assert [entry["name"] for entry in journal.entries] == ["0000"]
         assert path.read_bytes() == whole[:cut]  # reading repairs nothing
-        journal.append("statistics", "0001", digest="digest 1")
+        journal.append("statistics", "0001", digest="digest 1", weights="")
         assert path.read_bytes() == whole
 
 
