@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ def pretrained_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise InvalidText(
+                f"the tokenizer of {directory} is code of its own; read it and let it run with --trust-remote-code, or "
+                "give ready tokens as a .npy file"
+            ) from error
         reason = str(error).strip().splitlines()[0]
         raise InvalidText(
             f"the tokenizer of {directory} does not load ({reason}); give ready tokens as a .npy file instead"
@@ -129,7 +135,7 @@ def _ready_tokens(sources: Sequence[str]) -> np.ndarray | None:
         raise InvalidText(f"{_names(sources)}: a .npy of ready tokens stands alone; name it without other texts")
     path = Path(sources[0])
     try:
-        with np.errstate(all="ignore"):
+        with warnings.catch_warnings(action="ignore"):
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a claim of 1 TB allocates nothing
     except Exception as error:  # numpy evaluates the header as Python, so nearly anything may come out
         raise InvalidText(f"{path} cannot be read as a .npy file: {error}") from error

@@ -143,6 +143,11 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(existing_directory(path)).free
 
 
+def tree_bytes(path: Path) -> int:
+    """Bytes on the disk of all files below a directory; 0 if there is none."""
+    return sum(file.lstat().st_blocks * 512 for file in path.rglob("*")) if path.is_dir() else 0
+
+
 def existing_directory(path: Path) -> Path:
     """The path itself or its nearest parent, whichever is a directory."""
     return next(place for place in (path, *path.parents) if place.is_dir())

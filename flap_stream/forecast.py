@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from flap_stream import checkpoint as checkpoints
-from flap_stream import files, memory, output, planner
+from flap_stream import files, memory, output, planner, store
 from flap_stream.architecture import ROWS
 from flap_stream.checkpoint import Checkpoint
 from flap_stream.config import PruneConfig
@@ -37,7 +37,8 @@ class Forecast:
     has_headers: whether sizes come from safetensors headers; else from config.json alone.
     placement: how pass 1 would be run, with the predicted peaks. limits: what may be taken.
     bytes_read, bytes_written: of the model, the output and hidden states on disk.
-    disk_bytes: room needed beside OUT; more, if there is, is used for snapshots of the hidden states.
+    disk_bytes: room needed for OUT and the run directory; more, if there is, is used for snapshots.
+    run_directory_bytes: the most that the run directory takes, three snapshots of the hidden states included.
     operations: floating-point, of pass 1.
     floor_seconds: a stage, if nothing but the matrix products or the disk took time.
     """
@@ -51,6 +52,7 @@ class Forecast:
     bytes_read: int
     bytes_written: int
     disk_bytes: int
+    run_directory_bytes: int
     free_disk_bytes: int
     operations: int
     rates: Rates
@@ -83,6 +85,9 @@ def forecast(model: str | Path, out: str | Path, options: PruneConfig) -> Foreca
         )
         read_again = source.nbytes - int(cut_bytes)  # rows that go are not read
         written = output.estimated_bytes(source, streamed.shapes, options.ratio)
+        on_disk = 2 * job.hidden_bytes if hidden_traffic else 0
+        stored = store.stored_bytes(streamed.shapes, windows[0] * windows[1])
+        snapshots = 3 * job.hidden_bytes if windows[0] else 0  # one is written before the oldest of two goes
         operations = _operations(streamed, *windows)
         pass_1 = max(operations / rates.product, (layer_bytes + hidden_traffic) / rates.disk_read)
         pass_2 = read_again / rates.disk_read + written / rates.disk_write
@@ -95,7 +100,8 @@ def forecast(model: str | Path, out: str | Path, options: PruneConfig) -> Foreca
             limits=limits,
             bytes_read=layer_bytes + hidden_traffic + read_again,
             bytes_written=written + hidden_traffic,
-            disk_bytes=written + (2 * job.hidden_bytes if hidden_traffic else 0),
+            disk_bytes=written + stored + on_disk,
+            run_directory_bytes=stored + on_disk + snapshots,
             free_disk_bytes=files.free_bytes(out.absolute()),
             operations=operations,
             rates=rates,

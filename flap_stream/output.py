@@ -103,14 +103,27 @@ def _begun(run: Path, staging: Path) -> list[dict[str, Any]]:
     return [entry for entry in entries if entry["place"] == str(staging.absolute())]
 
 
-def require_space(out: Path, needed_bytes: int) -> None:
-    """Raise InsufficientSpace if the disk of `out` has no room for so many bytes."""
-    free = files.free_bytes(out.absolute())
-    if free < needed_bytes + _MARGIN_BYTES:
-        raise InsufficientSpace(
-            f"the output needs {needed_bytes + _MARGIN_BYTES:,} bytes, but the disk of {out.absolute().parent} has "
-            f"{free:,} free; make room or name an OUT on another disk"
-        )
+def require_space(out: Path, needed_bytes: int, run: Path | None = None, run_bytes: int = 0) -> None:
+    """Raise InsufficientSpace if the disk of `out` has no room for so many bytes.
+
+    run_bytes: what the run directory `run` needs, which may be on the same disk.
+    """
+    places = [(out, needed_bytes, "output needs", "an OUT")]
+    if run is not None:
+        same = _disk_of(run) == _disk_of(out)
+        places = [(out, needed_bytes + run_bytes, "output and the run directory need", "an OUT")] if same else places
+        places += [] if same else [(run, run_bytes, "run directory needs", "--run DIR")]
+    for place, nbytes, what, name in places:
+        free = files.free_bytes(place.absolute())
+        if free < nbytes + _MARGIN_BYTES:
+            raise InsufficientSpace(
+                f"the {what} {nbytes + _MARGIN_BYTES:,} bytes, but the disk of {place.absolute().parent} has "
+                f"{free:,} free; make room or name {name} on another disk"
+            )
+
+
+def _disk_of(path: Path) -> int:
+    return files.existing_directory(path.absolute()).stat().st_dev
 
 
 def options_record(options: PlanConfig) -> dict[str, Any]:

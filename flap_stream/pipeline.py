@@ -23,7 +23,7 @@ from flap_stream.layers import StreamedModel, cpu_threads, release
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.same_source import require_same_weights
 from flap_stream.scoring import baseline_input, flap_scores, magnitude_scores, wanda_scores
-from flap_stream.store import RunDirectory
+from flap_stream.store import RunDirectory, stored_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -184,10 +184,14 @@ def _collect(
     with measured.stage("collect"):
         model = StreamedModel(source, options)
         if out is not None:
-            output.require_space(out, output.estimated_bytes(source, model.shapes, options.ratio))
             nothing = [(np.zeros(shape.kv_groups), np.zeros(shape.neurons)) for shape in model.shapes]
             allocate(nothing, model.shapes, part_of(options, PlanConfig))  # whether it can be met, scores aside
         tokens = _tokens_for(model, options)
+        if out is not None:  # what an interrupted call has written counts
+            written = output.estimated_bytes(source, model.shapes, options.ratio)
+            written -= files.tree_bytes(files.partial_path(out))
+            kept = stored_bytes(model.shapes, tokens.size) - files.tree_bytes(run)
+            output.require_space(out, max(0, written), run, max(0, kept))
         samples, length = tokens.shape
         placement = model.place(options, samples, length, recorded=RunDirectory.recorded_batch_size(run))
         measured.placement = placement

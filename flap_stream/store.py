@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +44,7 @@ _ENTRIES = {
     "rewrite": {"place": str, "job": str},
     "shard": {"job": str, "digest": str},
 }
+_BLOCK_BYTES = 4096  # of most file systems
 _KINDS = ("attention", "mlp")
 _ARRAYS = ("count", "mean", "m2", "released_fluctuation", "released_baseline", "weight_squared_norm", "weight_abs_mean")
 
@@ -405,6 +406,22 @@ class RunDirectory:
                         f"{self.path} was made for another {part}: {key} was {was}, now it is {is_now}; "
                         "name another directory with --run, or delete that one"
                     )
+
+
+def stored_bytes(shapes: Sequence[LayerShape], tokens: int) -> int:
+    """Most bytes that a run directory takes on a disk besides snapshots. tokens: of all calibration windows."""
+    total = _blocks(8 * tokens) + 4 * _BLOCK_BYTES
+    for shape in shapes:
+        channels = (shape.kv_groups * shape.heads_per_group * shape.head_dim, shape.neurons)
+        arrays = sum(_blocks(8 * count) for count in channels) * len(_ARRAYS)
+        metadata = (4 * len(_ARRAYS) + 6) * len(_KINDS) * _BLOCK_BYTES  # zarr.json and directories
+        plan_and_journal = 12 * (shape.kv_groups + shape.neurons) + 1000
+        total += arrays + metadata + plan_and_journal
+    return total
+
+
+def _blocks(nbytes: int) -> int:
+    return (nbytes // _BLOCK_BYTES + 1) * _BLOCK_BYTES
 
 
 _UNBORN = {"run.json" + files.PARTIAL_SUFFIX, "lock"}

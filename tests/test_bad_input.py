@@ -405,6 +405,30 @@ def test_an_incomplete_collection_is_not_planned(place: Path, capsys) -> None:
     refuse(capsys, "plan run", "0002 is not complete", "collect again to finish", code=1)
 
 
+def test_code_that_comes_with_a_model_is_not_run(place: Path, capsys) -> None:
+    code = "from pathlib import Path\nPath('ran').touch()\n"
+    for name in ("modeling_own", "tokenization_own"):
+        (place / "model" / f"{name}.py").write_text(code)
+    auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"}
+    edit_config(auto_map=auto_map)(place / "model")
+    tokenizer = {"auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}, "tokenizer_class": "Own"}
+    (place / "model" / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    Path("a.txt").write_text("In the beginning " * 50)
+    refuse(capsys, "prune model out --calibration a.txt", "trust-remote-code")
+    assert main([*PRUNE.split(), "--quiet"]) == 0
+    assert main(["evaluate", "out", "--text", "tokens.npy", "--quiet"]) == 0
+    assert not Path("ran").exists() and "modeling_own" not in Path("out/config.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["out", "out.partial"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_in_the_place_of_the_output_is_refused_before_any_work(name, exists, place: Path, capsys) -> None:
+    if exists:
+        Path("elsewhere").mkdir()
+    Path(name).symlink_to("elsewhere")
+    refuse(capsys, PRUNE, f"{name} is a symbolic link to elsewhere")
+
+
 def test_an_output_that_does_not_fit_is_refused_before_any_work(place: Path, capsys) -> None:
     small = place / "small"
     small.mkdir()
@@ -414,7 +438,8 @@ def test_an_output_that_does_not_fit_is_refused_before_any_work(place: Path, cap
     if mounted.returncode != 0:
         pytest.skip("no permission to mount a small file system")
     try:
-        refuse(capsys, "prune model small/out --calibration tokens.npy", "the output needs", "free", "another disk")
+        words = ("the output and the run directory need", "free", "another disk")
+        refuse(capsys, "prune model small/out --calibration tokens.npy", *words)
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", small], check=True)

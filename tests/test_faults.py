@@ -34,8 +34,11 @@ from faults import (
 )
 
 import flap_stream
+from flap_stream import files, output
 from flap_stream.checkpoint import open_checkpoint
 from flap_stream.cli import main
+from flap_stream.errors import InsufficientSpace
+from flap_stream.forecast import forecast
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 POWER_STRIDE, POWER_DRAWS = 9, 2
@@ -113,6 +116,32 @@ def test_no_temporary_folder_is_needed(job: Job, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     flap_stream.prune(job.model, tmp_path / "out", job.options)
     assert contents(tmp_path / "out") == job.expected
+
+
+# --- room on the disk ---
+
+
+@pytest.mark.parametrize("moment", ["layers/0002.partial", "model-00003", "out.partial/config.json"])
+def test_the_run_directory_takes_no_more_than_was_said(moment: str, job: Job) -> None:
+    place = job.place(f"said-{moment[:5]}")
+    said = forecast(job.model, place / "out", job.options)
+    assert job.run(place, job.first_step(moment)) == KILLED
+    taken = files.tree_bytes(place / "out.run")
+    assert 0.3 * said.run_directory_bytes < taken <= said.run_directory_bytes
+    assert files.tree_bytes(place) <= said.disk_bytes + 3 * said.run_directory_bytes
+
+
+def test_what_an_interrupted_call_has_written_needs_no_room_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = job.place("tight")
+    assert job.run(place, job.first_step("model-00004")) == KILLED
+    there = sum(files.tree_bytes(place / name) for name in ("out.partial", "out.run"))
+    left = forecast(job.model, place / "out", job.options).disk_bytes - there
+    monkeypatch.setattr(files, "free_bytes", lambda _path: left + output._MARGIN_BYTES - 60_000)
+    with pytest.raises(InsufficientSpace, match="the output and the run directory need"):
+        flap_stream.prune(job.model, place / "out", job.options)
+    monkeypatch.setattr(files, "free_bytes", lambda _path: left + output._MARGIN_BYTES)
+    flap_stream.prune(job.model, place / "out", job.options)
+    assert contents(place / "out") == job.expected
 
 
 # --- the model changes under the run ---

@@ -1,10 +1,25 @@
-"""The README's table of families is what the other tests test."""
+"""The README's tables are what the other tests test."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from models import DENSE
+from test_bad_input import test_hidden_states_that_overflow_stop_with_their_layer as overflow
+from test_bad_input import test_weights_that_are_not_finite_stop_with_their_name as not_finite
 from test_export_gguf import WRITTEN
 from test_export_stock import WITH_BIASES
+from test_faults import CORRUPTIONS, FAULTS
+from test_faults import test_a_clock_set_back_and_short_reads_and_writes_change_nothing as clock_and_short_io
+from test_faults import test_a_shard_changed_between_two_calls_is_noticed as changed_between
+from test_faults import test_a_shard_changed_or_removed_while_in_use_is_noticed as changed_in_use
+from test_faults import test_after_an_fsync_that_failed_nothing_more_is_written as fsync_failed
+from test_faults import test_no_temporary_folder_is_needed as no_temporary_folder
+from test_faults import test_whatever_a_power_cut_leaves_is_gone_on_with as power_cut
+from test_interruption import test_a_run_killed_at_any_step_goes_on_to_the_same_bytes as killed
+from test_placement import test_a_device_too_small_for_a_single_window_is_refused as too_small
+from test_placement import test_out_of_device_memory_halves_the_batch_and_a_resumed_run_repeats_it as out_of_memory
+from test_store import test_a_second_writer_is_refused_until_the_first_is_dead as second_writer
 
 from flap_stream.architecture import FAMILIES
 from flap_stream.export.gguf import _THROUGH_STOCK, _WITH_NORMS
@@ -20,12 +35,50 @@ def gguf_cell(family: str) -> str:
     return "through stock" if family in _THROUGH_STOCK else "no"
 
 
+GOES_ON, SAME = "says so; the same command goes on", "nothing changes"
+# What happens, the exit code, what becomes of the job, and the test that shows it.
+FURTHER = [
+    ("SIGKILL at any operation", "", "the same command goes on", killed),
+    ("power cut at any fsync", "", "the same command goes on", power_cut),
+    ("fsync fails", "1", "stops at once, never tries again; the same command goes on", fsync_failed),
+    ("a shard of the model changes or goes while in use", "2", "says so; goes on when restored", changed_in_use),
+    ("a shard changes between two calls", "2", "says so, naming the layer; goes on when restored", changed_between),
+    ("short reads and writes, the clock set back", "0", SAME, clock_and_short_io),
+    ("the temporary folder is full or gone", "0", SAME, no_temporary_folder),
+    ("out of device memory", "0", "halves the batch from there on", out_of_memory),
+    ("no memory for a single window", "2", "says so; goes on with more memory", too_small),
+    ("NaN or infinity in weights", "2", "names the tensor", not_finite),
+    ("hidden states overflow", "2", "names the layer", overflow),
+    ("a second job on the run directory", "1", "names the process and host that hold it", second_writer),
+]
+
+
+def faults_table() -> str:
+    rows = ["| what happens | exit code | what becomes of the job |", "|---|---|---|"]
+    rows += [f"| {name} | {code} | {GOES_ON} |" for name, (_, _, code, _, _) in FAULTS.items()]
+    rows += [f"| {name} | {code} | {outcome} |" for name, code, outcome, _ in FURTHER]
+    return "\n".join(rows)
+
+
+def corruptions_table() -> str:
+    harms = ("flip", "cut", "delete", "swap")
+    rows = ["| file | a bit flipped | cut short | deleted | swapped |", "|---|---|---|---|---|"]
+    for name, (_, _, _, outcomes) in CORRUPTIONS.items():
+        rows.append(f"| {name} | {' | '.join(outcomes.get(harm, '') for harm in harms)} |")
+    return "\n".join(rows)
+
+
 def table() -> str:
     rows = ["| family | prunes | loads | generates | GGUF | stock |", "|---|---|---|---|---|---|"]
     for family in sorted(FAMILIES):
         stock = "yes" if family in WITH_BIASES else "no biases" if family in DENSE else "no"
         rows.append(f"| {family} | yes | yes | yes | {gguf_cell(family)} | {stock} |")
     return "\n".join(rows)
+
+
+@pytest.mark.parametrize("made", [faults_table, corruptions_table])
+def test_the_readme_shows_what_was_seen_of_faults(made: Callable[[], str]) -> None:
+    assert made() in README.read_text()
 
 
 def test_the_readme_shows_the_table_of_families() -> None:

@@ -327,6 +327,21 @@ def test_a_second_writer_is_refused_until_the_first_is_dead(tmp_path: Path) -> N
             assert (path / "lock").read_text().startswith(f"pid {os.getpid()} ")
 
 
+@pytest.mark.parametrize("pid", [1, os.getpid()])
+def test_a_lock_left_by_the_dead_is_taken_whoever_has_its_pid_now(tmp_path: Path, pid: int) -> None:
+    path = _filled(tmp_path / "run")
+    (path / "lock").write_text(f"pid {pid} on {os.uname().nodename}")  # of before a reboot, or of another container
+    with RunDirectory(path) as run:
+        assert run.complete_layers() == 2
+
+
+def test_what_a_writer_holds_may_be_looked_at(tmp_path: Path) -> None:
+    path = _filled(tmp_path / "run")
+    with _holder(path) as process, RunDirectory(path, is_writer=False) as run:
+        assert run.complete_layers() == 2
+        process.kill()
+
+
 def test_of_two_that_start_at_once_one_alone_decides_what_the_run_is_for(tmp_path: Path) -> None:
     path = _filled(tmp_path / "run")
     with _holder(path) as process:

@@ -9,12 +9,14 @@ came out, or if one example took longer than two seconds.
 
 import argparse
 import multiprocessing
+import os
 import resource
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from hostile import READERS

@@ -56,6 +56,7 @@ def _dry_run(options: argparse.Namespace, config: PruneConfig) -> None:
     print(f"run as         {placement.batch_size} windows at once, {how}")
     print(f"read, written  {format_bytes(found.bytes_read)}, {format_bytes(found.bytes_written)}")
     print(f"free disk      {format_bytes(found.disk_bytes)} needed; {format_bytes(found.free_disk_bytes)} are there")
+    print(f"run directory  {format_bytes(found.run_directory_bytes)} at most, while the job runs")
     print(f"operations     {found.operations / 1e12:,.2f} TFLOP")
     disk = f"disk {format_bytes(rates.disk_read)}/s read, {format_bytes(rates.disk_write)}/s written"
     print(f"rates here     {rates.product / 1e12:.2f} TFLOP/s, {disk}")
