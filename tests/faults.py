@@ -254,16 +254,21 @@ def _zeroed(old: bytes, new: bytes) -> bytes:
 
 
 class PowerCuts:
-    """Keeps every state of the disk that a power cut at an fsync could leave, each once."""
+    """Keeps every state of the disk that a power cut at an fsync could leave, each once.
 
-    def __init__(self, place: Path, states: Path, stride: int, draws: int) -> None:
+    forgets_files: as if no file were ever synced, to see that this is found out.
+    """
+
+    def __init__(self, place: Path, states: Path, stride: int, draws: int, forgets_files: bool) -> None:
         self._disk, self._states, self._stride, self._draws = Disk(place), states, stride, draws
+        self._forgets_files = forgets_files
         self._seen: set[int] = set()
         self._count = 0
 
     def sync(self, descriptor: int) -> None:
         self.cut()
-        self._disk.sync(descriptor)
+        if not self._forgets_files or stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            self._disk.sync(descriptor)
 
     def cut(self) -> None:
         """Write down the states of this moment."""
@@ -428,21 +433,22 @@ class Job:
         return contents(place / "out.run" / "statistics.zarr")
 
     def power_cuts(
-        self, name: str, stride: int, draws: int, share: tuple[int, int] = (0, 1)
-    ) -> Iterator[tuple[str, str]]:
-        """States that a power cut at every stride-th fsync leaves; what became of each: `recovered`, or the trouble.
+        self, name: str, stride: int, draws: int, share: tuple[int, int] = (0, 1), forgets_files: bool = False
+    ) -> Iterator[tuple[str, str | None]]:
+        """States that a power cut at every stride-th fsync leaves; what is wrong after a call that goes on from each.
 
         draws: random choices of what was not synced, at each. share: (i, n) takes every n-th state from the i-th on.
         """
         place, states = self.place(name), self.directory / f"{name}.states"
-        assert self.run(place, cuts=partial(PowerCuts, states=states, stride=stride, draws=draws)) == 0
+        cuts = partial(PowerCuts, states=states, stride=stride, draws=draws, forgets_files=forgets_files)
+        assert self.run(place, cuts=cuts) == 0
         for state in sorted(states.iterdir())[share[0] :: share[1]]:
             shutil.rmtree(place)
             shutil.copytree(state, place)
             if (place / "out").exists() and contents(place / "out") != self.expected:
                 yield state.name, "the output was there before it was whole"
             else:
-                yield state.name, self.trouble_in(place) or "recovered"
+                yield state.name, self.trouble_in(place)
         shutil.rmtree(states)
 
 

@@ -8,7 +8,6 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +40,6 @@ from flap_stream.errors import InsufficientSpace
 from flap_stream.forecast import forecast
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
-POWER_STRIDE, POWER_DRAWS = 9, 2
 
 
 @pytest.fixture(scope="module")
@@ -309,16 +307,3 @@ def test_inspect_notices_any_altered_file_of_the_output(
         assert main(["inspect", str(tmp_path / "out"), "--verify"]) != 0, name
         said = capsys.readouterr().err
         assert is_one_sentence(said) and (name in said or name in ("SHA256SUMS", "pruning.json")), (name, said)
-
-
-# --- the power goes ---
-
-
-def test_whatever_a_power_cut_leaves_is_gone_on_with(job: Job) -> None:
-    def became(share: int) -> list[tuple[str, str]]:
-        return list(job.power_cuts(f"power-{share}", POWER_STRIDE, POWER_DRAWS, (share, 2)))
-
-    with ThreadPoolExecutor(2) as pool:
-        found = [outcome for part in pool.map(became, range(2)) for outcome in part]
-    assert len(found) > 80
-    assert [(state, what) for state, what in found if what != "recovered"] == []

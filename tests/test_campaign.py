@@ -1,0 +1,54 @@
+"""Faults at every moment of a whole job of two layers; tools/fault_campaign.py is the same with more."""
+
+from pathlib import Path
+
+import campaign
+import pytest
+from faults import Job, make_job
+
+pytestmark = pytest.mark.timeout(1200)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """It keeps its run directory, so that the statistics can be held against each other."""
+    return make_job(tmp_path_factory.mktemp("kept"), layers=2, keep_run=True)
+
+
+@pytest.fixture(scope="module")
+def removing(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return make_job(tmp_path_factory.mktemp("removing"), layers=2)
+
+
+def troubles(outcomes: list[str]) -> list[str]:
+    return [outcome for outcome in outcomes if not outcome.startswith(campaign.SURVIVED)]
+
+
+def test_a_kill_at_any_file_operation_changes_nothing(kept: Job, removing: Job) -> None:
+    outcomes = campaign.kills_at_every_operation(kept, removing)
+    assert troubles(outcomes) == []
+    assert len(outcomes) > len(removing.steps) > len(kept.steps) > 500
+
+
+def test_a_kill_at_any_time_changes_nothing(kept: Job) -> None:
+    outcomes = campaign.kills_at_random_times(kept, 200)
+    assert troubles(outcomes) == []
+    assert outcomes.count(campaign.SURVIVED) > 50
+
+
+def test_a_second_kill_changes_nothing(kept: Job) -> None:
+    outcomes = campaign.second_kills(kept, 50)
+    assert troubles(outcomes) == []
+    assert outcomes.count(campaign.SURVIVED) > 25
+
+
+def test_a_power_cut_at_any_fsync_changes_nothing(removing: Job) -> None:
+    outcomes = campaign.power_cuts(removing, draws=2)
+    assert troubles(outcomes) == []
+    assert len(outcomes) > 250
+
+
+def test_power_cuts_find_out_what_is_not_synced(tmp_path: Path) -> None:
+    job = make_job(tmp_path, layers=2)
+    outcomes = [what for _, what in job.power_cuts("unsynced", 20, 1, forgets_files=True)]
+    assert any(outcomes)
