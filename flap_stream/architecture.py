@@ -180,6 +180,7 @@ class Family:
     layers: module path of the decoder layers in the causal language model.
     experts: the kind of an expert's neurons, its names with a place for the expert's number; None without experts.
     renames: pattern and replacement of tensor names that a dense checkpoint has otherwise than the pruned class.
+    norms_outputs: whether what attention and MLP give is normed before it is added to the hidden states.
     """
 
     causal_class: str
@@ -191,6 +192,7 @@ class Family:
     kinds: tuple[UnitKind, ...] = (_ATTENTION, _MLP)
     experts: UnitKind | None = None
     renames: tuple[tuple[str, str], ...] = ()
+    norms_outputs: bool = False
 
     def parts(self, shape: LayerShape) -> list[Part]:
         """The modules of a layer that units belong to."""
@@ -221,12 +223,12 @@ class Family:
 # otherwise than Llama's, the projections of its units. What the layers compute is transformers' business. A row in
 # FAMILY_EXTRAS of tests/models.py then puts it through the whole suite.
 FAMILIES: dict[str, Family] = {
-    "exaone4": Family("Exaone4ForCausalLM"),
+    "exaone4": Family("Exaone4ForCausalLM", norms_outputs=True),
     "gemma": Family("GemmaForCausalLM"),
-    "gemma2": Family("Gemma2ForCausalLM"),
-    "gemma3_text": Family("Gemma3ForCausalLM", base_class="Gemma3TextModel"),
+    "gemma2": Family("Gemma2ForCausalLM", norms_outputs=True),
+    "gemma3_text": Family("Gemma3ForCausalLM", base_class="Gemma3TextModel", norms_outputs=True),
     "glm": Family("GlmForCausalLM", kinds=(_ATTENTION, _FUSED_MLP)),
-    "glm4": Family("Glm4ForCausalLM", kinds=(_ATTENTION, _FUSED_MLP)),
+    "glm4": Family("Glm4ForCausalLM", kinds=(_ATTENTION, _FUSED_MLP), norms_outputs=True),
     "granite": Family("GraniteForCausalLM"),
     "hunyuan_v1_dense": Family("HunYuanDenseV1ForCausalLM"),
     "llama": Family("LlamaForCausalLM"),

@@ -43,7 +43,10 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor's bytes are: `nbytes` bytes at `offset` of `file`, row-major."""
+    """Where a tensor's bytes are: `nbytes` bytes at `offset` of `file`, row-major.
+
+    file: name in the checkpoint's directory, or a whole path.
+    """
 
     name: str
     file: str

@@ -1,7 +1,5 @@
 """Pass 1: every decoder layer's statistics, taken while the dense model streams by."""
 
-import logging
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,24 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from flap_stream import files
 from flap_stream.allocation import keep_in_layer
 from flap_stream.config import CollectConfig, PlanConfig, part_of
-from flap_stream.errors import CorruptRun
 from flap_stream.hidden_states import HiddenStates
 from flap_stream.layers import BatchSizes, StreamedModel
 from flap_stream.moments import Moments, column_norms, window_moments
 from flap_stream.planner import Placement
 from flap_stream.progress import Progress
 from flap_stream.scoring import ChannelStatistics, LayerStatistics, concatenated, wanda_scores
+from flap_stream.snapshots import Snapshots, resume
 from flap_stream.store import RunDirectory
 from flap_stream.surgery import removed_indices
-
-logger = logging.getLogger(__name__)
-
-# A snapshot is taken when the layers since the last one took this many times as long as writing one.
-_SNAPSHOT_SHARE = 20.0
-_FIRST_WRITE_RATE = 500e6  # bytes per second, until one snapshot has been measured
 
 
 def collect_statistics(
@@ -41,7 +32,7 @@ def collect_statistics(
     first = run.complete_layers()
     count = len(model.layers)
     if first == count:
-        run.drop_snapshots()  # a kill may have come between the last layer and this
+        run.snapshots.drop()  # a kill may have come between the last layer and this
         return
     with progress.stage("collect", count) as stage, torch.inference_mode(), ExitStack() as stack:
         if options.method == "magnitude-sp":
@@ -54,11 +45,12 @@ def collect_statistics(
         hidden = stack.enter_context(
             model.hidden_states(placement.hidden_place, len(tokens), tokens.shape[1], run.path)
         )
-        start = _resume(model, run, tokens, placement.batch_size, first, hidden)
+        kept = [(run.snapshots, hidden)]
+        start = resume(model, kept, tokens, placement.batch_size, first)
         stage.skip(start)
         sizes = BatchSizes(placement.batch_size, run.batch_reductions(), run.record_batch_reduction)
         layers = _Pass1(model, hidden, sizes, options)
-        snapshots = _Snapshots(run, hidden, options.snapshot_interval)
+        snapshots = Snapshots(kept, options.snapshot_interval)
         for i, weights in model.stream(start, placement.prefetch):
             if i < first:
                 layers.repeat(i, weights, run.read_statistics(i))
@@ -67,30 +59,13 @@ def collect_statistics(
             if i + 1 < count:
                 snapshots.layer_done(i + 1)
             stage.advance(tokens=tokens.size, bytes_moved=model.layer_bytes(i))
-        run.drop_snapshots()
+        run.snapshots.drop()
 
 
 def _store(model: StreamedModel, run: RunDirectory, index: int, statistics: LayerStatistics) -> None:
     """Record a layer, unless the model's files were changed while it was taken."""
     model.checkpoint.require_unchanged()
     run.write_statistics(index, statistics, model.checkpoint.checksum(list(model.layer_entries[index].values())))
-
-
-def _resume(
-    model: StreamedModel, run: RunDirectory, tokens: np.ndarray, batch_size: int, first: int, hidden: HiddenStates
-) -> int:
-    """Bring in the hidden states of the latest point to go on from; the layer that they enter comes out."""
-    for layer, digest in run.snapshots():
-        if layer > first:
-            continue
-        try:
-            hidden.load(run.snapshot_path(layer), digest)
-        except CorruptRun as error:
-            logger.warning("%s; going on from an earlier point", error)
-            continue
-        return layer
-    model.embed(tokens, batch_size, hidden)
-    return 0
 
 
 @dataclass(frozen=True)
@@ -165,7 +140,7 @@ def _input_moments(model: StreamedModel, index: int, weights: Mapping[str, torch
 
         return hook
 
-    def merge_batch() -> None:
+    def merge_batch(_start: int, _output: torch.Tensor) -> None:
         for name, (means, m2s, tokens) in pending.items():
             moments[name].add_windows(means.cpu().numpy(), m2s.cpu().numpy(), tokens)
         pending.clear()
@@ -181,27 +156,3 @@ def _input_moments(model: StreamedModel, index: int, weights: Mapping[str, torch
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _Snapshots:
-    """Saves the hidden states every so many layers, or as often as it costs little."""
-
-    def __init__(self, run: RunDirectory, hidden: HiddenStates, interval: int | None) -> None:
-        self._run, self._hidden, self._interval = run, hidden, interval
-        self._write_seconds = hidden.nbytes / _FIRST_WRITE_RATE
-        self._since = time.monotonic()
-
-    def layer_done(self, next_layer: int) -> None:
-        """The hidden states now are those that enter `next_layer`."""
-        if self._interval is None:
-            due = time.monotonic() - self._since >= _SNAPSHOT_SHARE * self._write_seconds
-        else:
-            due = next_layer % self._interval == 0
-        path = self._run.snapshot_path(next_layer)
-        if not due or files.free_bytes(path) < 2 * self._hidden.nbytes:
-            return
-        started = time.monotonic()
-        files.make_directory(path.parent)
-        self._run.record_snapshot(next_layer, self._hidden.save(path))
-        self._since = time.monotonic()
-        self._write_seconds = self._since - started

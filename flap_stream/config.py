@@ -11,7 +11,8 @@ STRUCTURES = ("al-am", "al-mm", "ul-mm", "ul-um")
 METHODS = ("flap", "wanda-sp", "magnitude-sp")
 HEAD_SCORES = ("mean-z", "l2")
 STATISTICS = ("exact", "released")
-RESTORATIONS = ("bias", "none")
+RESTORATIONS = ("bias", "none", "least-squares")
+REFIT_TARGETS = ("own", "dense")
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -179,31 +180,43 @@ class PlanConfig(_Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewriteConfig(_Options):
+class RewriteConfig(EngineConfig):
     """Pass 2: how the pruned checkpoint is written.
 
-    restore: `bias` adds W[:, removed]·mean[removed]; None is the method's own (`bias` for flap, else `none`).
+    restore: `bias` adds W[:, removed]·mean[removed]; `least-squares` refits what o_proj and down_proj keep, running
+    the layers once more, for which the options of the engine are; None is the method's own (`bias` for flap, else
+    `none`).
+    refit_target: what `least-squares` refits to: `own`, the projection's dense output for the inputs that it gets in
+    the pruned model, or `dense`, the dense model's hidden states, which takes about twice as long.
     max_shard_bytes: no shard is larger, except one that holds a single larger tensor.
     """
 
     restore: str | None = None
+    refit_target: str = "own"
     max_shard_bytes: int = 5 * 10**9
+
+    @property
+    def refits(self) -> bool:
+        """Whether projections are refitted, for which the layers are run once more."""
+        return self.restore == "least-squares"
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         super().__post_init__()
         if self.restore is not None:
             _require_choice("restore", self.restore, RESTORATIONS)
+        _require_choice("refit-target", self.refit_target, REFIT_TARGETS)
         _require_at_least("max-shard-size", self.max_shard_bytes, 1)
 
 
 def require_restoration(method: str, restore: str | None) -> str:
     """The restoration in force: the one asked for, else the method's own.
 
-    Raises InvalidOption for a bias with a baseline method, which is defined without one.
+    Raises InvalidOption for any with a baseline method, which is defined without one.
     """
-    if method != "flap" and restore == "bias":
-        raise InvalidOption(f"--restore bias goes with --method flap alone; {method} is defined without a bias")
+    if method != "flap" and restore not in (None, "none"):
+        what = "a bias" if restore == "bias" else "a refit"
+        raise InvalidOption(f"--restore {restore} goes with --method flap alone; {method} is defined without {what}")
     return restore or ("bias" if method == "flap" else "none")
 
 

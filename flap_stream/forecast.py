@@ -4,7 +4,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from flap_stream.architecture import ROWS
 from flap_stream.checkpoint import Checkpoint
 from flap_stream.config import PruneConfig
 from flap_stream.layers import StreamedModel
+from flap_stream.restoration import refit_sizes, refit_stored_bytes, require_refittable
 from flap_stream.skeleton import Skeleton
 
 _PRODUCT_SECONDS, _FEW_TOKENS = 0.5, 64
@@ -39,7 +40,7 @@ class Forecast:
     bytes_read, bytes_written: of the model, the output and hidden states on disk.
     disk_bytes: room needed for OUT and the run directory; more, if there is, is used for snapshots.
     run_directory_bytes: the most that the run directory takes, three snapshots of the hidden states included.
-    operations: floating-point, of pass 1.
+    operations: floating-point, of pass 1 and of refitting.
     floor_seconds: a stage, if nothing but the matrix products or the disk took time.
     """
 
@@ -73,6 +74,11 @@ def forecast(model: str | Path, out: str | Path, options: PruneConfig) -> Foreca
         windows = (options.samples, options.sequence_length) if options.method != "magnitude-sp" else (0, 0)
         job = streamed.job(*windows)
         placement = planner.place(job, limits, options.batch_size, options.prefetch)
+        refits = refit_sizes(streamed, None, options.refit_target) if options.refits else None
+        if refits is not None:
+            require_refittable(streamed.family, streamed.shapes, options.refit_target, source.source)
+            refitting = planner.place(replace(job, refit=refits), limits, placement.batch_size, options.prefetch)
+            placement = placement.together(refitting)
         rates = _measure_rates(streamed, placement.batch_size * job.tokens, source, has_headers, out)
         layer_bytes = sum(streamed.layer_bytes(i) for i in range(len(streamed.layers)))
         hidden_traffic = len(streamed.layers) * job.hidden_bytes if placement.hidden_place == "disk" else 0
@@ -87,10 +93,17 @@ def forecast(model: str | Path, out: str | Path, options: PruneConfig) -> Foreca
         written = output.estimated_bytes(source, streamed.shapes, options.ratio)
         on_disk = 2 * job.hidden_bytes if hidden_traffic else 0
         stored = store.stored_bytes(streamed.shapes, windows[0] * windows[1])
+        stored += 0 if refits is None else refit_stored_bytes(streamed)
         snapshots = 3 * job.hidden_bytes if windows[0] else 0  # one is written before the oldest of two goes
         operations = _operations(streamed, *windows)
         pass_1 = max(operations / rates.product, (layer_bytes + hidden_traffic) / rates.disk_read)
         pass_2 = read_again / rates.disk_read + written / rates.disk_write
+        floor = {"collect": pass_1, "rewrite": pass_2}
+        if refits is not None:
+            refit_operations = refits.operations(options.ratio, windows[0] * windows[1]) + operations
+            refit_operations += operations if refits.has_dense else 0
+            floor["refit"] = max(refit_operations / rates.product, (layer_bytes + hidden_traffic) / rates.disk_read)
+            operations += refit_operations
         return Forecast(
             model=source.source,
             parameters=source.parameters,
@@ -105,7 +118,7 @@ def forecast(model: str | Path, out: str | Path, options: PruneConfig) -> Foreca
             free_disk_bytes=files.free_bytes(out.absolute()),
             operations=operations,
             rates=rates,
-            floor_seconds={"collect": pass_1, "rewrite": pass_2},
+            floor_seconds=floor,
         )
 
 

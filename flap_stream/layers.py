@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from flap_stream import memory, planner
 from flap_stream.architecture import family_of, require_sizes
@@ -15,7 +16,7 @@ from flap_stream.checkpoint import FORWARD_DTYPES, Checkpoint, TensorEntry, row_
 from flap_stream.config import EngineConfig
 from flap_stream.errors import CorruptCheckpoint, InsufficientMemory, InvalidOption, NonFinite, UnsupportedModel
 from flap_stream.hidden_states import HiddenStates, batches, make_hidden_states
-from flap_stream.planner import Job, Placement
+from flap_stream.planner import Job, Placement, Refit
 from flap_stream.skeleton import LayerCall, Skeleton
 from flap_stream.weight_stream import load, stream_layers
 
@@ -104,12 +105,25 @@ class StreamedModel:
         """Bytes of one decoder layer in the checkpoint."""
         return sum(entry.nbytes for entry in self.layer_entries[index].values())
 
-    def hidden_states(self, place: str, samples: int, tokens: int, directory: Path | None = None) -> HiddenStates:
-        """Hidden states of so many windows, in one of hidden_states.PLACES, without values yet."""
-        return make_hidden_states(place, samples, tokens, self.hidden_size, self.dtype, self.device, directory)
+    def hidden_states(
+        self, place: str, samples: int, tokens: int, directory: Path | None = None, width: int | None = None
+    ) -> HiddenStates:
+        """Hidden states of so many windows, in one of hidden_states.PLACES, without values yet.
+
+        width: of others than those between the layers.
+        """
+        width = self.hidden_size if width is None else width
+        return make_hidden_states(place, samples, tokens, width, self.dtype, self.device, directory)
 
     def place(
-        self, options: EngineConfig, samples: int, tokens: int, *, head: bool = False, recorded: int | None = None
+        self,
+        options: EngineConfig,
+        samples: int,
+        tokens: int,
+        *,
+        head: bool = False,
+        refit: Refit | None = None,
+        recorded: int | None = None,
     ) -> Placement:
         """How to run over so many windows within the memory allowed, to which the allocator and page cache are held.
 
@@ -118,14 +132,14 @@ class StreamedModel:
         """
         limits = memory.limits(self.device, options.host_memory, options.device_memory)
         memory.enforce(self.device, limits.device)
-        job = self.job(samples, tokens, head=head)
+        job = self.job(samples, tokens, head=head, refit=refit)
         placement = planner.place(job, limits, options.batch_size or recorded, options.prefetch)
         if self.checkpoint.nbytes > limits.host - placement.host_bytes:
             self.checkpoint.drop_from_page_cache()
         return placement
 
-    def job(self, samples: int, tokens: int, *, head: bool = False) -> Job:
-        """What running all layers over so many windows (and the head) means, for the planner."""
+    def job(self, samples: int, tokens: int, *, head: bool = False, refit: Refit | None = None) -> Job:
+        """What running all layers over so many windows (and the head, or refitting them) means, for the planner."""
         return Job(
             skeleton=Skeleton(self.checkpoint.config, self.checkpoint.source),  # not ours: its runs leave traces
             layers=self.layer_entries,
@@ -134,6 +148,7 @@ class StreamedModel:
             samples=max(samples, 1),
             tokens=max(tokens, 1),
             head=self.head_entry if head else None,
+            refit=refit,
         )
 
     def embed(self, tokens: np.ndarray, batch_size: int, hidden: HiddenStates) -> None:
@@ -176,15 +191,27 @@ class StreamedModel:
         *,
         step: int | None = None,
         keep_output: bool = True,
-        after_batch: Callable[[], None] | None = None,
+        before_batch: Callable[[int, int], None] | None = None,
+        after_batch: Callable[[int, torch.Tensor], None] | None = None,
+        stand_ins: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """Run one layer over all windows; its outputs become the hidden states unless told not to.
 
-        step: of `sizes`; by default the layer's index. after_batch: called after every batch that has run.
+        step: of `sizes`; by default the layer's index. stand_ins: as of `Skeleton.run_layer`.
+        before_batch: called with the first window and how many before they run; after_batch: with the first window and
+        the output when they have.
         Raises NonFinite if its output holds NaN or infinity, InsufficientMemory if not even one window can run.
         """
         step = index if step is None else step
-        for start, output in self._outputs(index, weights, hidden, sizes, step):
+
+        def run(start: int, values: torch.Tensor) -> torch.Tensor:
+            if before_batch is not None:
+                before_batch(start, len(values))
+            if len(values) not in self._calls:
+                self._calls[len(values)] = self._record_calls(len(values), values.shape[1])
+            return self.skeleton.run_layer(index, weights, values, self._calls[len(values)][index], stand_ins)
+
+        for start, output in self._outputs(index, run, hidden, sizes, step):
             if not _all_finite([output])[0]:
                 raise NonFinite(
                     f"hidden states after layer {index} ({self.family.layers}.{index}) hold NaN or infinity, though "
@@ -193,19 +220,24 @@ class StreamedModel:
             if keep_output:
                 hidden.put(start, output)
             if after_batch is not None:
-                after_batch()
+                after_batch(start, output)
         if keep_output:
             hidden.advance()
 
     def _outputs(
-        self, index: int, weights: Mapping[str, torch.Tensor], hidden: HiddenStates, sizes: BatchSizes, step: int
+        self,
+        index: int,
+        run: Callable[[int, torch.Tensor], torch.Tensor],
+        hidden: HiddenStates,
+        sizes: BatchSizes,
+        step: int,
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """First window and outputs, in batches that the device has memory for."""
+        """First window and outputs of `run` on it, in batches that the device has memory for."""
         for first, values in hidden.stream(sizes.first):
             done = 0
             while done < len(values):
                 part = values[done : done + sizes.at(step, first + done)]
-                output = self._run_if_it_fits(index, weights, part)
+                output = self._run_if_it_fits(run, first + done, part)
                 if output is None:
                     if len(part) == 1:
                         raise InsufficientMemory(
@@ -219,13 +251,11 @@ class StreamedModel:
                 done += len(part)
 
     def _run_if_it_fits(
-        self, index: int, weights: Mapping[str, torch.Tensor], values: torch.Tensor
+        self, run: Callable[[int, torch.Tensor], torch.Tensor], start: int, values: torch.Tensor
     ) -> torch.Tensor | None:
-        """A layer's output, or None if the device ran out of memory."""
+        """The output, or None if the device ran out of memory."""
         try:
-            if len(values) not in self._calls:
-                self._calls[len(values)] = self._record_calls(len(values), values.shape[1])
-            return self.skeleton.run_layer(index, weights, values, self._calls[len(values)][index])
+            return run(start, values)
         except torch.OutOfMemoryError:
             pass  # what it had allocated is held by the exception until here
         release(self.device)

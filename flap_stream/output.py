@@ -8,8 +8,6 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from flap_stream import files
 from flap_stream.allocation import LayerKeep
 from flap_stream.architecture import Family, LayerShape, family_of
@@ -19,7 +17,7 @@ from flap_stream.errors import CorruptCheckpoint, InsufficientSpace, OutputConfl
 from flap_stream.json_form import has_form
 from flap_stream.model_card import model_card
 from flap_stream.progress import Progress
-from flap_stream.shards import ShardPlan, plan_digest, plan_shards, write_shard
+from flap_stream.shards import Restoration, ShardPlan, plan_digest, plan_shards, write_shard
 from flap_stream.store import Journal, RunDirectory
 
 RECORD_NAME = "pruning.json"
@@ -142,27 +140,26 @@ def write_checkpoint(
     out: Path,
     options: PlanConfig,
     keeps: Sequence[LayerKeep],
-    means: Sequence[dict[str, np.ndarray]] | None,
+    restoration: Restoration,
     restore: str,
     max_shard_bytes: int,
     progress: Progress,
 ) -> tuple[dict[str, Any], int]:
     """Write the pruned checkpoint, going on with shards that an interrupted call finished.
 
-    means: mean inputs a layer by kind, for the biases; None adds none.
     The contents of pruning.json and the bytes written come out.
     Raises OutputConflict or InsufficientSpace before anything is written.
     """
     shapes, family = run.layer_shapes, family_of(source.config, source.source)
-    plan = plan_shards(source, family, shapes, keeps, means, max_shard_bytes)
-    record = _record(source, run, options, keeps, plan, restore)
+    plan = plan_shards(source, family, shapes, keeps, restoration, max_shard_bytes)
+    record = _record(source, run, options, keeps, plan, restore, restoration.how)
     if read_record(out) == record:
         return record, 0
     if read_record(out) is not None:
         raise OutputConflict(f"{out} holds another pruned checkpoint; name another OUT or move it away")
     require_own_place(source, out, run.path)
     staging = files.partial_path(out)
-    job = _open_job(run, out, staging, plan, record)
+    job = _open_job(run, out, staging, plan, record, restoration.digests)
     finished = {e["name"]: e["digest"] for e in run.journal.of_kind("shard") if e["job"] == job}
     finished = {name: digest for name, digest in finished.items() if _is_whole(staging / name, digest)}
     require_space(out, sum(shard.nbytes for shard in plan.shards if shard.name not in finished))
@@ -186,10 +183,12 @@ def write_checkpoint(
     return record, written
 
 
-def _open_job(run: RunDirectory, out: Path, staging: Path, plan: ShardPlan, record: dict[str, Any]) -> str:
+def _open_job(
+    run: RunDirectory, out: Path, staging: Path, plan: ShardPlan, record: dict[str, Any], digests: Sequence[str]
+) -> str:
     """Make the staging directory, or take up the one that an interrupted call of this very job left."""
     place, previous = str(staging.absolute()), _begun(run.path, staging)
-    parts = (place, plan_digest(plan), json.dumps(record, sort_keys=True))
+    parts = (place, plan_digest(plan), json.dumps(record, sort_keys=True), *digests)
     job = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     if not previous or previous[-1]["job"] != job:
         files.remove(staging)  # of an older plan
@@ -209,6 +208,7 @@ def _record(
     keeps: Sequence[LayerKeep],
     plan: ShardPlan,
     restore: str,
+    refit: dict[str, Any] | None,
 ) -> dict[str, Any]:
     shapes = run.layer_shapes
     total = sum(shape.prunable for shape in shapes)
@@ -219,6 +219,7 @@ def _record(
         "base": {"name": Path(source.source).name, "fingerprint": fingerprint_digest(source.fingerprint)},
         "options": options_record(options),
         "restore": restore,
+        **({} if refit is None else {"refit": refit}),
         "calibration": run.manifest["calibration"],
         "realised_ratio": {"decoder": 1 - left / total, "model": 1 - plan.parameters / source.parameters},
         "parameters": {"before": source.parameters, "after": plan.parameters},
@@ -325,7 +326,7 @@ def _pruned_sizes(
             else {}
         ),
         "allow_global_per_layer_attribute_access": True,
-        "pruned_output_bias": restore == "bias" or config.get("pruned_output_bias", False),
+        "pruned_output_bias": restore != "none" or config.get("pruned_output_bias", False),
     }
 
 

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,17 @@ from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, RewriteCo
 from flap_stream.errors import InvalidOption, OutputConflict, RunMismatch
 from flap_stream.layers import StreamedModel, cpu_threads, release
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
+from flap_stream.restoration import (
+    refit_layers,
+    refit_record,
+    refit_sizes,
+    refit_stored_bytes,
+    refitted_tensors,
+    require_refittable,
+)
 from flap_stream.same_source import require_same_weights
 from flap_stream.scoring import baseline_input, flap_scores, magnitude_scores, wanda_scores
+from flap_stream.shards import Restoration
 from flap_stream.store import RunDirectory, stored_bytes
 
 logger = logging.getLogger(__name__)
@@ -126,7 +135,9 @@ def prune(
         with RunDirectory(run_path) as directory:
             with measured.stage("plan"):
                 _plan(directory, part_of(options, PlanConfig))
-            result = _rewrite(source, directory, out, part_of(options, RewriteConfig), progress, measured)
+            result = _rewrite(
+                source, directory, out, part_of(options, RewriteConfig), progress, measured, options.snapshot_interval
+            )
             if removes_run:
                 directory.remove()
     return result
@@ -186,15 +197,24 @@ def _collect(
         if out is not None:
             nothing = [(np.zeros(shape.kv_groups), np.zeros(shape.neurons)) for shape in model.shapes]
             allocate(nothing, model.shapes, part_of(options, PlanConfig))  # whether it can be met, scores aside
+        target = options.refit_target if isinstance(options, PruneConfig) and options.refits else None
+        if target is not None:
+            require_refittable(model.family, model.shapes, target, source.source)
         tokens = _tokens_for(model, options)
         if out is not None:  # what an interrupted call has written counts
             written = output.estimated_bytes(source, model.shapes, options.ratio)
             written -= files.tree_bytes(files.partial_path(out))
-            kept = stored_bytes(model.shapes, tokens.size) - files.tree_bytes(run)
+            kept = stored_bytes(model.shapes, tokens.size) + (refit_stored_bytes(model) if target is not None else 0)
+            kept -= files.tree_bytes(run)
             output.require_space(out, max(0, written), run, max(0, kept))
         samples, length = tokens.shape
-        placement = model.place(options, samples, length, recorded=RunDirectory.recorded_batch_size(run))
+        recorded = RunDirectory.recorded_batch_size(run)
+        placement = model.place(options, samples, length, recorded=recorded)
         measured.placement = placement
+        if target is not None:  # pass 2 must fit as well
+            refit = refit_sizes(model, None, target)
+            refitting = model.place(options, samples, length, refit=refit, recorded=placement.batch_size)
+            measured.placement = placement.together(refitting)
         with RunDirectory.create(run, _manifest(model, options, tokens, placement.batch_size)) as directory:
             if samples and not directory.has_tokens():
                 directory.write_tokens(tokens)
@@ -312,6 +332,7 @@ def _rewrite(
     options: RewriteConfig,
     progress: Progress,
     measured: Measured,
+    snapshot_interval: int | None = None,
 ) -> PruneResult:
     plan_options, keeps = run.read_plan()
     restore = require_restoration(plan_options.method, options.restore)
@@ -321,13 +342,44 @@ def _rewrite(
             "give that model, or collect again"
         )
     require_same_weights(source, run)
+    restoration = Restoration()
+    if restore == "bias":
+        restoration = Restoration([_means(run, i, plan_options.statistics) for i in range(len(keeps))])
+    elif restore == "least-squares":
+        with measured.stage("refit"):
+            _refit(source, run, keeps, options, progress, snapshot_interval)
+            restoration = Restoration(
+                refitted=refitted_tensors(run), digests=run.refit_digests(), how=refit_record(options.refit_target)
+            )
     with measured.stage("rewrite"):
-        means = [_means(run, i, plan_options.statistics) for i in range(len(keeps))] if restore == "bias" else None
         record, measured.bytes_written = output.write_checkpoint(
-            source, run, out, plan_options, keeps, means, restore, options.max_shard_bytes, progress
+            source, run, out, plan_options, keeps, restoration, restore, options.max_shard_bytes, progress
         )
     measured.bytes_read = source.bytes_read
     return PruneResult(out, record, measured)
+
+
+def _refit(
+    source: checkpoints.Checkpoint,
+    run: RunDirectory,
+    keeps: list[LayerKeep],
+    options: RewriteConfig,
+    progress: Progress,
+    snapshot_interval: int | None,
+) -> None:
+    """Refit with the dtype, batch size and number of threads that the statistics were collected with."""
+    collected = run.manifest["options"]
+    dtype = collected["dtype"].removeprefix("torch.")
+    if options.dtype not in ("auto", dtype):
+        raise RunMismatch(f"{run.path} was collected in {dtype}, not {options.dtype}; leave out --dtype")
+    model = StreamedModel(source, replace(options, dtype=dtype))
+    require_refittable(model.family, model.shapes, options.refit_target, source.source)
+    samples, length = run.manifest["tokens"]["shape"]
+    refit = refit_sizes(model, keeps, options.refit_target)
+    placement = model.place(options, samples, length, refit=refit, recorded=collected["batch_size"])
+    with cpu_threads(run.manifest["threads"]):
+        refit_layers(model, run, keeps, options.refit_target, placement, progress, snapshot_interval)
+    release(model.device)
 
 
 def _means(run: RunDirectory, layer: int, form: str) -> dict[str, np.ndarray]:
@@ -338,6 +390,7 @@ def _means(run: RunDirectory, layer: int, form: str) -> dict[str, np.ndarray]:
 def _require_same_job(source: checkpoints.Checkpoint, out: Path, record: dict[str, Any], options: PruneConfig) -> None:
     """Raise OutputConflict unless the output's record is what this command would write again."""
     wanted = {
+        **({"refit": refit_record(options.refit_target)} if options.refits else {}),
         "options": output.options_record(part_of(options, PlanConfig)),
         "restore": require_restoration(options.method, options.restore),
         "calibration": _calibration_record(options),

@@ -21,6 +21,7 @@ from flap_stream.errors import InsufficientMemory
 from flap_stream.memory import OWN_BLOCK_BYTES, Limits, resident_bytes
 from flap_stream.moments import window_moments
 from flap_stream.progress import format_bytes
+from flap_stream.refit import workspace_bytes
 from flap_stream.skeleton import Skeleton
 from flap_stream.weight_stream import RING_BLOCK_BYTES, RING_BLOCKS, cast_bytes, slab_bytes
 
@@ -35,11 +36,39 @@ _HEAD_WORKSPACE = 224 << 20  # a chunk of logits, in float32 twice over
 _DEVICE_SLACK = 128 << 20  # workspaces of the matrix library, and rounding of the allocator
 
 
+@dataclass(frozen=True)
+class Refit:
+    """Sizes of what pass 2 refits.
+
+    projections: `(out, kept, removed)` of the output projections of all layers. has_dense: whether the dense hidden
+    states go along, as the target.
+    """
+
+    projections: tuple[tuple[int, int, int], ...]
+    has_dense: bool
+
+    @property
+    def cached(self) -> int:
+        """Most channels that are kept of the inputs of a projection."""
+        return max((kept for _, kept, _ in self.projections), default=0)
+
+    def operations(self, ratio: float, tokens: int) -> int:
+        """Multiplications and additions of the moments and of solving, if so large a share of the channels goes."""
+        total = 0.0
+        for out, kept, removed in self.projections:
+            channels = kept + removed
+            stays = (1 - ratio) * channels
+            beside = out if self.has_dense else channels - stays
+            total += tokens * stays * (stays + 2 * beside) + stays**3 / 3 + 2 * stays**2 * min(beside, out)
+        return int(total)
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """All windows through all layers once, described by sizes alone.
 
     layers: a layer's tensors by relative name. dtype: of the forward. head: None if only statistics are wanted.
+    refit: None if nothing is refitted.
     """
 
     skeleton: Skeleton
@@ -49,6 +78,7 @@ class Job:
     samples: int
     tokens: int
     head: TensorEntry | None = None
+    refit: Refit | None = None
     _workspaces: dict[int, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     @property
@@ -58,12 +88,25 @@ class Job:
 
     @property
     def hidden_bytes(self) -> int:
-        """Bytes of the hidden states of all windows."""
+        """Bytes of what all windows have between two layers."""
         return self.batch_bytes(self.samples)
 
     def batch_bytes(self, windows: int) -> int:
-        """Bytes of the hidden states of so many windows."""
-        return windows * self.tokens * self.hidden_size * self.dtype.itemsize
+        """Bytes of the hidden states of so many windows; in a refit, of the dense ones and the kept inputs too."""
+        width = self.hidden_size
+        if self.refit is not None:
+            width += self.refit.has_dense * self.hidden_size + self.refit.cached
+        return windows * self.tokens * width * self.dtype.itemsize
+
+    def refit_bytes(self) -> tuple[int, int]:
+        """Most bytes that refitting takes while a layer runs, and when none does."""
+        if self.refit is None:
+            return 0, 0
+        of = [
+            workspace_bytes(*sizes, self.dtype.itemsize, self.refit.has_dense, self.device == "cpu")
+            for sizes in self.refit.projections
+        ]
+        return max(adding for adding, _ in of), max(solving for _, solving in of)
 
     def workspace(self, batch_size: int) -> tuple[int, int]:
         """Most bytes that live at once, weights and hidden states aside, while one batch runs through any layer.
@@ -87,6 +130,11 @@ class Placement:
     prefetch: int
     host_bytes: int
     device_bytes: int
+
+    def together(self, other: "Placement") -> "Placement":
+        """The same, with the memory of whichever of the two takes more."""
+        host, device = (max(getattr(p, n) for p in (self, other)) for n in ("host_bytes", "device_bytes"))
+        return replace(self, host_bytes=host, device_bytes=device)
 
     def fits(self, limits: Limits) -> bool:
         """Whether it keeps within the limits."""
@@ -128,6 +176,8 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
     weights = min(prefetch + 1, len(job.layers)) * slab + max(cast_bytes(e.values(), job.dtype) for e in job.layers)
     batch, (workspace, small) = job.batch_bytes(batch_size), job.workspace(batch_size)
     head = 0 if job.head is None else job.head.nbytes + _HEAD_WORKSPACE
+    adding, solving = job.refit_bytes()
+    workspace = max(workspace + adding, solving)
     base = resident_bytes()  # now, since finding the workspace has loaded and kept something too
     hidden = {"device": 0, "host": job.hidden_bytes, "disk": 3 * batch}[hidden_place]
     if job.device == "cpu":

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,21 @@ class OutputTensor:
     axis: int | None = None
     keep: np.ndarray | None = None
     shift: "BaselineShift | None" = None
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """What makes up for what is removed: a bias from means, tensors that were refitted, or nothing.
+
+    means: a layer's mean inputs by kind (`attention`, `mlp`), float64 `[channel]`; None adds no biases.
+    refitted: name to the tensor that stands in its place, its file with the whole path.
+    digests: of the files of the refitted tensors. how: what pruning.json says of the refit.
+    """
+
+    means: Sequence[dict[str, np.ndarray]] | None = None
+    refitted: Mapping[str, TensorEntry] = field(default_factory=dict)
+    digests: Sequence[str] = ()
+    how: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,15 +111,13 @@ def plan_shards(
     family: Family,
     shapes: Sequence[LayerShape],
     keeps: Sequence[LayerKeep],
-    means: Sequence[dict[str, np.ndarray]] | None,
+    restoration: Restoration,
     max_shard_bytes: int,
 ) -> ShardPlan:
-    """Decide every tensor of the pruned checkpoint, its size and its file.
-
-    means: a layer's mean inputs by kind (`attention`, `mlp`), float64 `[channel]`; None adds no biases.
-    """
+    """Decide every tensor of the pruned checkpoint, its size and its file."""
+    means, refitted = restoration.means, restoration.refitted
     plans = [
-        _plan_layer(checkpoint, family, i, shape, keep, means[i] if means else None)
+        _plan_layer(checkpoint, family, i, shape, keep, means[i] if means else None, refitted)
         for i, (shape, keep) in enumerate(zip(shapes, keeps, strict=True))
     ]
     changed = {name: tensors for plan in plans for name, tensors in plan.items()}
@@ -128,7 +142,7 @@ def group_shards(outputs: Iterable[OutputTensor], max_shard_bytes: int) -> Shard
     count = len(groups)
     names = [SINGLE_NAME] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     return ShardPlan(
-        tuple(Shard(name, _header(group), tuple(group)) for name, group in zip(names, groups, strict=True))
+        tuple(Shard(name, safetensors_header(group), tuple(group)) for name, group in zip(names, groups, strict=True))
     )
 
 
@@ -139,6 +153,7 @@ def _plan_layer(
     shape: LayerShape,
     keep: LayerKeep,
     means: dict[str, np.ndarray] | None,
+    refitted: Mapping[str, TensorEntry],
 ) -> dict[str, list[OutputTensor]]:
     """Tensors of one layer that change: dense name to what stands in its place."""
     changed: dict[str, list[OutputTensor]] = {}
@@ -148,6 +163,9 @@ def _plan_layer(
         if f"{prefix}{kind.output.name}.weight" in checkpoint.tensors:  # else an earlier run left the bias alone
             mean = None if means is None else means[kind.name][part.channels(shape)]
             changed |= _plan_part(checkpoint, part, prefix, shape, part.own(keep.of(kind.name)), mean)
+        weight, bias = (f"{prefix}{kind.output.name}.{name}" for name in ("weight", "bias"))
+        if bias in refitted:
+            changed |= {bias: [], weight: [_whole(refitted[name]) for name in (weight, bias) if name in refitted]}
     return changed
 
 
@@ -198,7 +216,7 @@ def _shifted_bias(removed: np.ndarray, weight: TensorEntry, bias: TensorEntry | 
     return OutputTensor(name, dtype, (rows,), rows * item_bytes, bias, shift=BaselineShift(weight, removed, mean))
 
 
-def _header(tensors: Sequence[OutputTensor]) -> bytes:
+def safetensors_header(tensors: Sequence[OutputTensor]) -> bytes:
     """Header of a safetensors file, its length in front, padded to 8 bytes as the safetensors library does."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0

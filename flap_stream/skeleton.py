@@ -5,7 +5,7 @@ its layers replaced by recorders, so no family's forward is written again here.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,11 +154,25 @@ class Skeleton:
                 experts.forward = lambda hidden, index, weights, run=largest: run(hidden) * weights[:, :1]
 
     def run_layer(
-        self, index: int, weights: Mapping[str, torch.Tensor], hidden: torch.Tensor, call: LayerCall
+        self,
+        index: int,
+        weights: Mapping[str, torch.Tensor],
+        hidden: torch.Tensor,
+        call: LayerCall,
+        stand_ins: Mapping[str, nn.Module] | None = None,
     ) -> torch.Tensor:
-        """One decoder layer's forward over one batch, `[sample, token, hidden]`, by transformers' own code."""
+        """One decoder layer's forward over one batch, `[sample, token, hidden]`, by transformers' own code.
+
+        stand_ins: modules in the place of some of the layer's, by path.
+        """
         args, keywords = call
-        output = functional_call(self.layers[index], dict(weights), (hidden, *args), keywords)
+        stand_ins, layer = stand_ins or {}, self.layers[index]
+        used = {name: w for name, w in weights.items() if not name.startswith(tuple(f"{path}." for path in stand_ins))}
+        with ExitStack() as stack:
+            for path, module in stand_ins.items():
+                parent, _, name = path.rpartition(".")
+                stack.enter_context(_replaced(layer.get_submodule(parent), name, module))
+            output = functional_call(layer, used, (hidden, *args), keywords)
         return output[0] if isinstance(output, tuple) else output
 
     def logits(

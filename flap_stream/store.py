@@ -10,7 +10,7 @@ import os
 import platform
 import socket
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,6 +40,10 @@ _ENTRIES = {
     "statistics-root": {},
     "statistics": {"digest": str, "weights": str},
     "hidden": {"layer": int, "digest": str},
+    "restoration": {"job": str},
+    "refit": {"job": str, "digest": str},
+    "hidden-pruned": {"job": str, "layer": int, "digest": str},
+    "hidden-dense": {"job": str, "layer": int, "digest": str},
     "plan": {"digest": str},
     "rewrite": {"place": str, "job": str},
     "shard": {"job": str, "digest": str},
@@ -278,30 +282,70 @@ class RunDirectory:
 
     # --- snapshots of the hidden states ---
 
-    def snapshot_path(self, layer: int) -> Path:
-        """Where the hidden states that enter a layer are saved."""
-        return self.path / "hidden" / f"{_layer_name(layer)}.bin"
+    @property
+    def snapshots(self) -> "SnapshotStore":
+        """Those of pass 1."""
+        return SnapshotStore(self, "hidden")
 
-    def record_snapshot(self, layer: int, digest: str) -> None:
-        """The hidden states that enter a layer are on the disk; all but the two newest snapshots go."""
-        self.journal.append("hidden", _layer_name(layer), layer=layer, digest=digest)
-        recent = {entry["layer"] for entry in self.journal.of_kind("hidden")[-2:]}
-        self._drop_snapshots(keep={self.snapshot_path(i).name for i in recent})
+    # --- refitted projections ---
 
-    def snapshots(self) -> list[tuple[int, str]]:
-        """Layer and sha256 of the snapshots that should be there, the newest first."""
-        entries = reversed(self.journal.of_kind("hidden")[-2:])
-        return [(e["layer"], e["digest"]) for e in entries if self.snapshot_path(e["layer"]).exists()]
+    def begin_refit(self, conditions: dict[str, Any]) -> None:
+        """From now on refits are of the current plan under these conditions; what was refitted for others goes.
 
-    def drop_snapshots(self) -> None:
-        """Delete all snapshots: no layer is left to run."""
-        self._drop_snapshots(keep=set())
+        Raises RunMismatch if there is no plan.
+        """
+        plan = self.journal.find("plan", "plan")
+        if plan is None:
+            raise RunMismatch(f"{self.path} holds no plan yet; make one with flap-stream plan {self.path} --ratio R")
+        body = json.dumps({"plan": plan["digest"], **conditions}, sort_keys=True)
+        job = hashlib.sha256(body.encode()).hexdigest()
+        if self._refit_job() != job:
+            self.journal.append("restoration", "restoration", job=job)
+        if not self._refits():
+            files.remove(self.path / "refit")
+        for snapshots in (self.pruned_snapshots, self.dense_snapshots):
+            if not snapshots.newest():
+                snapshots.drop()
 
-    def _drop_snapshots(self, keep: set[str]) -> None:
-        directory = self.path / "hidden"
-        for file in directory.iterdir() if directory.exists() else ():
-            if file.name not in keep:
-                files.remove(file)
+    @property
+    def pruned_snapshots(self) -> "SnapshotStore":
+        """Those of the pruned prefix in pass 2."""
+        return SnapshotStore(self, "hidden-pruned", self._refit_job())
+
+    @property
+    def dense_snapshots(self) -> "SnapshotStore":
+        """Those of the dense prefix in pass 2, where it is the target."""
+        return SnapshotStore(self, "hidden-dense", self._refit_job())
+
+    def complete_refits(self) -> int:
+        """How many layers, from the first on, are refitted and as they were written."""
+        count, entries = 0, self._refits()
+        while (entry := entries.get(_layer_name(count))) and _state(self.refit_path(count), entry) is None:
+            count += 1
+        return count
+
+    def refit_path(self, layer: int) -> Path:
+        """Where the refitted tensors of a layer are, a safetensors file."""
+        return self.path / "refit" / f"{_layer_name(layer)}.safetensors"
+
+    def write_refit(self, layer: int, contents: Iterable[bytes | memoryview]) -> None:
+        """Store the refitted tensors of a layer."""
+        files.make_directory(self.path / "refit")
+        digest = files.write_committed(self.refit_path(layer), contents)
+        self.journal.append("refit", _layer_name(layer), job=self._refit_job(), digest=digest)
+
+    def refit_digests(self) -> list[str]:
+        """Of all refitted layers of the current plan, in order."""
+        return [entry["digest"] for _, entry in sorted(self._refits().items())]
+
+    def _refit_job(self) -> str:
+        entry = self.journal.find("restoration", "restoration")
+        return "" if entry is None else entry["job"]
+
+    def _refits(self) -> dict[str, dict[str, Any]]:
+        """Layer name to newest journal entry of the current refit."""
+        job = self._refit_job()
+        return {entry["name"]: entry for entry in self.journal.of_kind("refit") if entry["job"] == job}
 
     # --- the plan ---
 
@@ -348,6 +392,7 @@ class RunDirectory:
             found.append((f"statistics.zarr/layers/{_layer_name(i)}", entry))
         if self.complete_layers() < len(self.layer_shapes):
             found += [(f"hidden/{entry['name']}.bin", entry) for entry in self.journal.of_kind("hidden")[-2:]]
+        found += [(f"refit/{name}.safetensors", entry) for name, entry in sorted(self._refits().items())]
         return [(name, entry) for name, entry in found if entry is not None]
 
     def damaged(self) -> list[str]:
@@ -406,6 +451,45 @@ class RunDirectory:
                         f"{self.path} was made for another {part}: {key} was {was}, now it is {is_now}; "
                         "name another directory with --run, or delete that one"
                     )
+
+
+@dataclass(frozen=True)
+class SnapshotStore:
+    """The two newest snapshots of the hidden states of one pass.
+
+    kind: of its journal entries, and the name of its directory. job: what pass 2 is refitting for.
+    """
+
+    run: RunDirectory
+    kind: str
+    job: str | None = None
+
+    def path(self, layer: int) -> Path:
+        """Where the hidden states that enter a layer are saved."""
+        return self.run.path / self.kind / f"{_layer_name(layer)}.bin"
+
+    def record(self, layer: int, digest: str) -> None:
+        """The hidden states that enter a layer are on the disk; all but the two newest snapshots go."""
+        job = {} if self.job is None else {"job": self.job}
+        self.run.journal.append(self.kind, _layer_name(layer), layer=layer, digest=digest, **job)
+        self._drop(keep={self.path(entry["layer"]).name for entry in self._recent()})
+
+    def newest(self) -> list[tuple[int, str]]:
+        """Layer and sha256 of the snapshots that should be there, the newest first."""
+        return [(e["layer"], e["digest"]) for e in reversed(self._recent()) if self.path(e["layer"]).exists()]
+
+    def drop(self) -> None:
+        """Delete all: no layer is left to run."""
+        self._drop(keep=set())
+
+    def _recent(self) -> list[dict[str, Any]]:
+        return [entry for entry in self.run.journal.of_kind(self.kind) if entry.get("job") == self.job][-2:]
+
+    def _drop(self, keep: set[str]) -> None:
+        directory = self.run.path / self.kind
+        for file in directory.iterdir() if directory.exists() else ():
+            if file.name not in keep:
+                files.remove(file)
 
 
 def stored_bytes(shapes: Sequence[LayerShape], tokens: int) -> int:

@@ -164,7 +164,7 @@ def read_run(manifest: bytes = sealed(MANIFEST), journal: bytes = b"") -> None:
     write("run/run.json", manifest)
     write("run/journal", journal)
     with RunDirectory(PLACE / "run") as run:
-        run.complete_layers(), run.layer_shapes, run.snapshots(), run.batch_reductions(), run.damaged()
+        run.complete_layers(), run.layer_shapes, run.snapshots.newest(), run.batch_reductions(), run.damaged()
 
 
 def read_journal(body: bytes) -> None:

@@ -143,8 +143,8 @@ def limit_windows(monkeypatch: pytest.MonkeyPatch, allowed: Callable[[int], int]
     """Raise out of memory for more windows than a layer is allowed; the layers and sizes that ran come out."""
     run_layer, ran = Skeleton.run_layer, []
 
-    def limited(skeleton: Skeleton, index: int, weights: Any, hidden: torch.Tensor, call: Any) -> torch.Tensor:
-        output = run_layer(skeleton, index, weights, hidden, call)  # fails late, after the statistics were taken
+    def limited(skeleton: Skeleton, index: int, weights: Any, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+        output = run_layer(skeleton, index, weights, hidden, *rest)  # fails late, after the statistics were taken
         if isinstance(hidden, FakeTensor):
             return output
         if len(hidden) > allowed(index):

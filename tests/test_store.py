@@ -22,7 +22,7 @@ from flap_stream.config import PlanConfig, PruneConfig
 from flap_stream.errors import CorruptRun, RunLocked, RunMismatch
 from flap_stream.hidden_states import HiddenStates, make_hidden_states
 from flap_stream.scoring import ChannelStatistics, LayerStatistics
-from flap_stream.store import Journal, RunDirectory
+from flap_stream.store import Journal, RunDirectory, SnapshotStore
 
 MANIFEST: dict[str, Any] = {
     "model": {"config": "abc", "shard_bytes": {"model.safetensors": 10}},
@@ -368,12 +368,12 @@ def test_the_two_newest_snapshots_alone_are_kept(tmp_path: Path) -> None:
         files.make_directory(tmp_path / "run" / "hidden")
         digests = {}
         for layer in (1, 2, 5, 6):
-            digests[layer] = _hidden(layer).save(run.snapshot_path(layer))
-            run.record_snapshot(layer, digests[layer])
-        assert run.snapshots() == [(6, digests[6]), (5, digests[5])]
+            digests[layer] = _hidden(layer).save(run.snapshots.path(layer))
+            run.snapshots.record(layer, digests[layer])
+        assert run.snapshots.newest() == [(6, digests[6]), (5, digests[5])]
         assert sorted(p.name for p in (tmp_path / "run" / "hidden").iterdir()) == ["0005.bin", "0006.bin"]
-        run.drop_snapshots()
-        assert run.snapshots() == []
+        run.snapshots.drop()
+        assert run.snapshots.newest() == []
         assert list((tmp_path / "run" / "hidden").iterdir()) == []
 
 
@@ -421,11 +421,11 @@ def test_snapshots_are_gone_once_all_layers_are_complete(tmp_path: Path, monkeyp
         calibration=(tokens,), samples=4, sequence_length=8, batch_size=4, snapshot_interval=1
     )
 
-    def stop(_run: RunDirectory) -> None:
+    def stop(_snapshots: SnapshotStore) -> None:
         raise _Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunDirectory, "drop_snapshots", stop)
+        patch.setattr(SnapshotStore, "drop", stop)
         with pytest.raises(_Stop):
             flap_stream.collect(model, tmp_path / "run", options)
     assert list((tmp_path / "run" / "hidden").iterdir())

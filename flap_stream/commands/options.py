@@ -83,6 +83,12 @@ def add_rewrite(parser: argparse.ArgumentParser) -> None:
     """How the output is written."""
     group = parser.add_argument_group("output")
     group.add_argument("--restore", choices=config.RESTORATIONS, help="default: bias (flap), none (the baselines)")
+    group.add_argument(
+        "--refit-target",
+        default="own",
+        choices=config.REFIT_TARGETS,
+        help="what least-squares refits to; dense is better and takes longer (default: own)",
+    )
     group.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
 
 

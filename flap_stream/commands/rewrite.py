@@ -12,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="where the pruned checkpoint goes")
     parser.add_argument("--model", metavar="MODEL", help="where the dense model is now (default: where it was)")
     shared.add_rewrite(parser)
+    shared.add_engine(parser)
     shared.add_output(parser)
 
 

@@ -1,0 +1,177 @@
+"""Least-squares refit of the columns that an output projection keeps. Pure torch arithmetic.
+
+FLAP's bias restores the mean of what removed inputs gave. What the kept inputs can predict beyond it is restored here.
+With G the second moments about the mean, P what stays, R what goes, and D = damping * mean(diag(G[P, P])) * I:
+
+    target `own`, the projection's dense output:    W_new = W[:, P] + W[:, R] G[R, P] (G[P, P] + D)^-1
+                                                    b_new = b + W mean - W_new mean[P]
+    target T, anything that the output should be:   W_new = (G[T, P] + W[:, P] D) (G[P, P] + D)^-1
+                                                    b_new = mean(T) - W_new mean[P]
+
+The damping draws towards the dense columns, not towards zero: a channel that calibration leaves silent keeps its
+weights.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+DAMPING = 1e-3
+PRODUCT_TOKENS = 4096  # tokens in one float32 product: few enough to round little, many enough to add up rarely
+BLOCK_CHANNELS = 1024
+
+_HARDER = 10.0
+
+
+@dataclass(frozen=True)
+class KeptMoments:
+    """Second moments about the mean, of a linear's kept inputs and between them and what stands beside them.
+
+    mean: float64 `[kept + beside]`. kept: float32 `[kept, kept]`, only its upper triangle is set.
+    cross: float32 `[kept, beside]`.
+    """
+
+    mean: torch.Tensor
+    kept: torch.Tensor
+    cross: torch.Tensor
+
+
+class MomentSums:
+    """Sums over tokens from which KeptMoments come.
+
+    beside: how many values a token has beside its kept channels (those that are removed, or what is to be predicted).
+    Products of token blocks are float32 and are added up in float64. Of the symmetric part only block rows from the
+    diagonal on are held: kept * (kept / 2 + beside) numbers in all.
+    """
+
+    def __init__(self, kept: int, beside: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.kept, self.channels, self.count = kept, kept + beside, 0
+        self._rows = [
+            torch.zeros(min(BLOCK_CHANNELS, kept - at), self.channels - at, dtype=torch.float64, device=device)
+            for at in range(0, kept, BLOCK_CHANNELS)
+        ]
+        self._total = torch.zeros(self.channels, dtype=torch.float64, device=device)
+        self._pending = torch.empty(PRODUCT_TOKENS, self.channels, dtype=dtype, device=device)
+        self._waiting = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Take in tokens, `[token, kept + beside]`; the sums do not depend on the portions in which they come."""
+        while len(inputs):
+            part = inputs[: PRODUCT_TOKENS - self._waiting]
+            self._pending[self._waiting : self._waiting + len(part)].copy_(part)
+            self._waiting += len(part)
+            inputs = inputs[len(part) :]
+            if self._waiting == PRODUCT_TOKENS:
+                self._multiply()
+
+    def _multiply(self) -> None:
+        block = self._pending[: self._waiting]
+        self.count += self._waiting
+        self._waiting = 0
+        self._total += block.sum(dim=0, dtype=torch.float32)
+        if block.device.type == "cpu":
+            block = block.float()  # products of bf16 would be rounded to bf16
+        for i, row in enumerate(self._rows):
+            at = i * BLOCK_CHANNELS
+            row += _product(block[:, at : at + len(row)].T, block[:, at:])
+
+    def finish(self) -> KeptMoments:
+        """The moments; nothing can be added any more."""
+        if self._waiting:
+            self._multiply()
+        del self._pending
+        mean = self._total / max(self.count, 1)
+        kept = mean.new_zeros(self.kept, self.kept, dtype=torch.float32)
+        cross = mean.new_zeros(self.kept, self.channels - self.kept, dtype=torch.float32)
+        for i in range(len(self._rows)):
+            row, self._rows[i] = self._rows[i], mean.new_zeros(0)
+            at, rows = i * BLOCK_CHANNELS, slice(i * BLOCK_CHANNELS, i * BLOCK_CHANNELS + len(row))
+            row.addr_(mean[rows], mean[at:], alpha=-self.count)
+            kept[rows, at:] = row[:, : self.kept - at]
+            cross[rows] = row[:, self.kept - at :]
+        return KeptMoments(mean, kept, cross)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Matrix product in float32, whatever the dtype."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def refit_to_own(weight: torch.Tensor, moments: KeptMoments, damping: float = DAMPING) -> torch.Tensor:
+    """The kept columns, refitted to the projection's dense output; float32 `[out, kept]`.
+
+    weight: `[out, kept + removed]`, any floating dtype. moments: with the removed channels beside; they are used up.
+    """
+    kept = moments.kept.shape[0]
+    dense, removed = weight[:, :kept].float(), weight[:, kept:].float()
+    factor, _ = _factor(moments.kept, damping)
+    if removed.shape[1] <= len(weight):
+        predicts = torch.cholesky_solve(moments.cross, factor, upper=True)  # [kept, removed]
+        return torch.addmm(dense, removed, predicts.T)
+    shift = moments.cross @ removed.T  # [kept, out]
+    return dense + torch.cholesky_solve(shift, factor, upper=True).T
+
+
+def refit_to_target(kept_weight: torch.Tensor, moments: KeptMoments, damping: float = DAMPING) -> torch.Tensor:
+    """The kept columns, refitted to a target of the output; float32 `[out, kept]`.
+
+    kept_weight: `[out, kept]`, any floating dtype. moments: with the target `[out]` beside; they are used up.
+    """
+    factor, added = _factor(moments.kept, damping)
+    wanted = moments.cross.add_(kept_weight.T.float(), alpha=added)
+    return torch.cholesky_solve(wanted, factor, upper=True).T.contiguous()
+
+
+def _factor(kept: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+    """Upper Cholesky factor of a matrix whose upper triangle is given, and what its diagonal was raised by.
+
+    Where the damping does not suffice, it is raised, and that is logged.
+    """
+    diagonal = kept.diagonal()
+    scale, before = float(diagonal.mean()) if len(kept) else 0.0, diagonal.clone()
+    scale = scale or 1.0  # all channels are silent
+    while True:
+        diagonal.copy_(before + damping * scale)
+        factor, info = torch.linalg.cholesky_ex(kept, upper=True)
+        if int(info) == 0:
+            return factor, damping * scale
+        logger.warning("second moments are not positive definite with damping %.0e; raising it", damping)
+        damping *= _HARDER
+
+
+def product_with_mean(weight: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """weight @ mean, float64 `[out]`. weight: `[out, channel]`, any floating dtype; mean: float64 `[channel]`."""
+    parts = [weight[rows].double() @ mean for rows in row_blocks(weight)]
+    return torch.cat(parts)
+
+
+def row_blocks(weight: torch.Tensor, elements: int = 1 << 24) -> Iterator[slice]:
+    """Rows of a matrix in blocks of about so many elements."""
+    rows = max(1, elements // max(1, prod(weight.shape[1:])))
+    for start in range(0, len(weight), rows):
+        yield slice(start, start + rows)
+
+
+def workspace_bytes(
+    out: int, kept: int, removed: int, item_bytes: int, has_target: bool, on_cpu: bool
+) -> tuple[int, int]:
+    """Most bytes that a refit of one projection `[out, kept + removed]` takes, its weight and kept inputs aside.
+
+    Two figures: while moments are taken, and while the refit is solved.
+    """
+    beside = out if has_target else removed
+    width = kept + beside
+    blocks = range(0, kept, BLOCK_CHANNELS)
+    sums = 8 * sum(min(BLOCK_CHANNELS, kept - at) * (width - at) for at in blocks)
+    adding = sums + PRODUCT_TOKENS * width * (item_bytes + 4 * on_cpu) + 4 * BLOCK_CHANNELS * width
+    matrices = 4 * kept * (kept + beside)
+    weights = out * (kept + removed) * (item_bytes + 4)
+    solving = weights + matrices + 4 * kept * kept + 4 * kept * (2 * min(beside, out) + out)
+    return adding, max(sums + matrices, solving)

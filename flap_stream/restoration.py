@@ -1,0 +1,342 @@
+"""Pass 2 before anything is cut: what output projections keep is refitted on the inputs that the pruned prefix gives.
+
+The calibration windows run through the model once more, this time through its pruned layers. Attention and MLP of a
+layer follow one another: the inputs of the output projection are taken as the dense weights give them, its kept columns
+are refitted (`refit.py`), and their outputs become the hidden states.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional
+
+from flap_stream.allocation import LayerKeep
+from flap_stream.architecture import Family, LayerShape, Part
+from flap_stream.checkpoint import FORWARD_DTYPES, TensorEntry, read_header
+from flap_stream.errors import CorruptRun, NonFinite, UnsupportedModel
+from flap_stream.hidden_states import HiddenStates
+from flap_stream.layers import BatchSizes, StreamedModel
+from flap_stream.planner import Placement, Refit
+from flap_stream.progress import Progress
+from flap_stream.refit import DAMPING, KeptMoments, MomentSums, product_with_mean, refit_to_own, refit_to_target
+from flap_stream.shards import OutputTensor, safetensors_header
+from flap_stream.snapshots import Snapshots, resume
+from flap_stream.store import RunDirectory
+from flap_stream.surgery import removed_indices
+
+_STEPS = 6  # runs over all windows that a layer takes here at most, as BatchSizes counts them
+
+
+def require_refittable(family: Family, shapes: Sequence[LayerShape], target: str, where: str) -> None:
+    """Raise UnsupportedModel for what no refit is defined for."""
+    if any(shape.experts for shape in shapes):
+        raise UnsupportedModel(f"{where} has experts, whose projections are not refitted; use --restore bias")
+    if target == "dense" and family.norms_outputs:
+        raise UnsupportedModel(
+            f"{where} norms what attention and MLP give before it is added, so that the hidden states are no target of "
+            "least squares; use --refit-target own"
+        )
+
+
+def refit_sizes(model: StreamedModel, keeps: Sequence[LayerKeep] | None, target: str) -> Refit:
+    """What pass 2 will refit, for the planner; without a decision, the most that it can be."""
+    found = []
+    for i, shape in enumerate(model.shapes):
+        for part in model.family.parts(shape):
+            size = part.kind.output.size(part.units, shape)
+            units = part.units if keeps is None else len(part.own(keeps[i].of(part.kind.name)))
+            kept = part.kind.output.size(units, shape)
+            found.append((model.hidden_size, kept, size - kept))
+    return Refit(tuple(found), has_dense=target == "dense")
+
+
+def refit_stored_bytes(model: StreamedModel) -> int:
+    """Most bytes that the refitted tensors take in the run directory."""
+    weights = (
+        entries.get(f"{part.kind.output.name}.weight")
+        for entries, shape in zip(model.layer_entries, model.shapes, strict=True)
+        for part in model.family.parts(shape)
+    )
+    return sum(weight.nbytes + weight.shape[0] * weight.item_bytes for weight in weights if weight is not None)
+
+
+def refit_record(target: str) -> dict[str, Any]:
+    """What decides a refit besides the plan and how layers are run."""
+    return {"target": target, "damping": DAMPING}
+
+
+def refit_layers(
+    model: StreamedModel,
+    run: RunDirectory,
+    keeps: Sequence[LayerKeep],
+    target: str,
+    placement: Placement,
+    progress: Progress,
+    snapshot_interval: int | None = None,
+) -> None:
+    """Bring the refitted projections of all layers into the run directory, going on where an earlier call stopped.
+
+    Raises NonFinite, naming the layer, if inputs hold NaN or infinity.
+    """
+    conditions = {"dtype": str(model.dtype), "device": model.device.type, "batch_size": placement.batch_size}
+    run.begin_refit({**conditions, **refit_record(target)})
+    first, count = run.complete_refits(), len(model.layers)
+    if first < count:
+        with progress.stage("refit", count) as stage, torch.inference_mode(), ExitStack() as stack:
+            tokens = run.read_tokens()
+            samples, length = tokens.shape
+            stores = [run.pruned_snapshots] + ([run.dense_snapshots] if target == "dense" else [])
+            saved = [
+                (store, stack.enter_context(model.hidden_states(placement.hidden_place, samples, length, run.path)))
+                for store in stores
+            ]
+            start = resume(model, saved, tokens, placement.batch_size, first)
+            stage.skip(start)
+            sizes = BatchSizes(placement.batch_size, run.batch_reductions(), run.record_batch_reduction)
+            layers = _Pass2(model, run.path, [hidden for _, hidden in saved], sizes, placement)
+            snapshots = Snapshots(saved, snapshot_interval)
+            for i, weights in model.stream(start, placement.prefetch):
+                if i < first:
+                    layers.run(i, weights, keeps[i], load_file(run.refit_path(i)))
+                else:
+                    refitted = layers.run(i, weights, keeps[i], None)
+                    model.checkpoint.require_unchanged()
+                    run.write_refit(i, _file_chunks(f"{model.family.layers}.{i}.", refitted))
+                if i + 1 < count:
+                    snapshots.layer_done(i + 1)
+                stage.advance(tokens=tokens.size, bytes_moved=model.layer_bytes(i))
+    run.pruned_snapshots.drop()
+    run.dense_snapshots.drop()
+
+
+def refitted_tensors(run: RunDirectory) -> dict[str, TensorEntry]:
+    """Where the refitted tensors of all layers are, by the names that the pruned checkpoint has for them.
+
+    Raises CorruptRun if any layer is missing or altered.
+    """
+    complete, count = run.complete_refits(), len(run.layer_shapes)
+    if complete < count:
+        raise CorruptRun(f"{run.refit_path(complete)} is missing or altered; run the same command again to refit")
+    tensors = {}
+    for layer in range(count):
+        path = run.refit_path(layer)
+        for entry in read_header(path)[0]:
+            tensors[entry.name] = replace(entry, file=str(path.absolute()))
+    return tensors
+
+
+def _file_chunks(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+    """Bytes of a safetensors file."""
+    codes = {getattr(torch, name): code for code, name in FORWARD_DTYPES.items()}
+    planned = [
+        OutputTensor(prefix + name, codes[tensor.dtype], tuple(tensor.shape), tensor.nbytes, None)
+        for name, tensor in tensors.items()
+    ]
+    yield safetensors_header(planned)
+    for tensor in tensors.values():
+        yield memoryview(tensor.contiguous().cpu().view(torch.uint8).view(-1).numpy())
+
+
+class Captures(nn.Module):
+    """Stands in for an output projection: keeps its inputs, gives zeros."""
+
+    inputs: torch.Tensor
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self._hidden_size = hidden_size
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """`[sample, token, channel]` to zeros `[sample, token, hidden]`."""
+        self.inputs = inputs
+        return inputs.new_zeros(1).expand(*inputs.shape[:-1], self._hidden_size)
+
+
+class Supplies(nn.Module):
+    """Stands in for attention or an MLP: gives what the refitted projection makes of inputs taken before.
+
+    weight: `[hidden, kept]`, or None for zeros. bias: `[hidden]` or None.
+    """
+
+    inputs: torch.Tensor
+
+    def __init__(self, kind: str, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self._is_attention, self._weight, self._bias = kind == "attention", weight, bias
+
+    def forward(self, *args: torch.Tensor, **kwargs: Any) -> Any:
+        """In the form that the module has."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if self._weight is not None:
+            output = functional.linear(self.inputs, self._weight, self._bias)
+        else:
+            output = torch.zeros_like(hidden) if self._bias is None else self._bias.expand_as(hidden)
+        return (output, None) if self._is_attention else output
+
+
+class _Pass2:
+    """The hidden states on their way through the pruned layers; beside them, for the target `dense`, the dense ones."""
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        directory: Path,
+        hidden: Sequence[HiddenStates],
+        sizes: BatchSizes,
+        placement: Placement,
+    ) -> None:
+        self.model, self.directory, self.sizes, self.placement = model, directory, sizes, placement
+        self.hidden, self.dense = hidden[0], hidden[1] if len(hidden) > 1 else None
+        self._step = 0
+
+    def run(
+        self,
+        index: int,
+        weights: Mapping[str, torch.Tensor],
+        keep: LayerKeep,
+        stored: Mapping[str, torch.Tensor] | None,
+    ) -> dict[str, torch.Tensor]:
+        """Run one layer as pruned; its refitted tensors come out, by relative name, as they are stored.
+
+        stored: those of an earlier call, which are then used as they are.
+        """
+        shape = self.model.shapes[index]
+        refitted: dict[str, torch.Tensor] = {}
+        parts = self.model.family.parts(shape)
+        self._step = 2 * len(self.model.layers) + _STEPS * index  # pass 1 has two a layer
+        for part in parts:
+            others = {other.kind.module: Supplies(other.kind.name) for other in parts if other is not part}
+            half = _Half(self, index, weights, part, others)
+            refitted |= half.run(part.own(keep.of(part.kind.name)), shape, stored)
+        return refitted
+
+    def forward(self, index: int, weights: Mapping[str, torch.Tensor], hidden: HiddenStates, **how: Any) -> None:
+        """`StreamedModel.forward_layer` as the next step."""
+        self.model.forward_layer(index, weights, hidden, self.sizes, step=self._step, **how)
+        self._step += 1
+
+
+@dataclass(frozen=True)
+class _Half:
+    """Attention or MLP of one layer, the other silent. others: what silences it."""
+
+    on: _Pass2
+    index: int
+    weights: Mapping[str, torch.Tensor]
+    part: Part
+    others: Mapping[str, nn.Module]
+
+    def run(
+        self, units: np.ndarray, shape: LayerShape, stored: Mapping[str, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        """Refit, unless `stored` holds what came of it, and hand the hidden states on. units: those that stay."""
+        model, name = self.on.model, self.part.kind.output.name
+        if self.on.dense is not None:
+            self._forward(self.on.dense, {})
+        weight, bias = (self.weights.get(f"{name}.{part}") for part in ("weight", "bias"))
+        if weight is None:  # an earlier pruning left the bias alone
+            self._forward(self.on.hidden, {})
+            return {} if bias is None else {f"{name}.bias": bias}
+        kept = self.part.kind.output.kept_indices(units, self.part.units, shape)
+        removed = removed_indices(kept, weight.shape[1])
+        if not len(removed) and self.on.dense is None:
+            self._forward(self.on.hidden, {})
+            return {f"{name}.weight": weight, f"{name}.bias": torch.zeros_like(weight[:, 0]) if bias is None else bias}
+        order = torch.from_numpy(np.concatenate([kept, removed])).to(model.device)
+        samples, tokens, _ = self.on.hidden.shape
+        place = self.on.placement.hidden_place if len(kept) else "host"
+        with model.hidden_states(place, samples, tokens, self.on.directory, width=len(kept)) as cache:
+            moments = self._capture(order, len(kept), cache, measures=stored is None)
+            if stored is not None:
+                prefix = f"{model.family.layers}.{self.index}."
+                found = {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
+                refitted = {key: tensor for key, tensor in found.items() if key.startswith(f"{name}.")}
+            else:
+                assert moments is not None
+                refitted = self._refit(weight, order, moments)
+            self._supply(refitted, cache)
+        return refitted
+
+    def _capture(self, order: torch.Tensor, kept: int, cache: HiddenStates, measures: bool) -> KeptMoments | None:
+        """Fill the cache with the kept inputs of the output projection; their moments come out if they are wanted.
+
+        order: int64 `[channel]`, the kept ones first.
+        """
+        on, captures = self.on, Captures(self.on.model.hidden_size)
+        beside = on.model.hidden_size if on.dense is not None else len(order) - kept
+        sums = MomentSums(kept, beside, on.model.dtype, on.model.device) if measures else None
+        wanted = order if measures and on.dense is None else order[:kept]
+        targets = None if on.dense is None else _Feed(on.dense, on.sizes.first)
+        residual_multiplier = getattr(on.model.skeleton.hf_config, "residual_multiplier", 1.0)
+
+        def take(start: int, output: torch.Tensor) -> None:
+            inputs = captures.inputs.index_select(-1, wanted)
+            cache.put(start, inputs[..., :kept])
+            if sums is not None:
+                if targets is not None:  # the output is what entered, since both halves are silent
+                    wanted_output = (targets.take(start, len(output)) - output) / residual_multiplier
+                    inputs = torch.cat([inputs, wanted_output], dim=-1)
+                sums.add(inputs.flatten(0, 1))
+
+        self._forward(on.hidden, {self.part.kind.output.name: captures}, keep_output=False, after_batch=take)
+        cache.advance()
+        return None if sums is None else sums.finish()
+
+    def _refit(self, weight: torch.Tensor, order: torch.Tensor, moments: KeptMoments) -> dict[str, torch.Tensor]:
+        """Weight and bias of the pruned output projection, in the dtypes of the checkpoint."""
+        name, kept = self.part.kind.output.name, moments.kept.shape[0]
+        old, entry = self.weights.get(f"{name}.bias"), self.on.model.layer_entries[self.index][f"{name}.weight"]
+        stored_dtype = getattr(torch, FORWARD_DTYPES[entry.dtype])
+        if not torch.isfinite(moments.mean).all() or not torch.isfinite(moments.kept.diagonal()).all():
+            raise NonFinite(
+                f"the inputs of {name} in layer {self.index} hold NaN or infinity, or their squares do; try --dtype "
+                f"float32 (it ran in {self.on.model.dtype})"
+            )
+        ordered = weight[:, order]
+        if self.on.dense is not None:
+            refitted = refit_to_target(ordered[:, :kept], moments).to(stored_dtype)
+            bias = moments.mean[kept:]
+        else:
+            refitted = refit_to_own(ordered, moments).to(stored_dtype)
+            bias = product_with_mean(ordered, moments.mean) + (0 if old is None else old.double())
+        bias = bias - product_with_mean(refitted, moments.mean[:kept])
+        tensors = {f"{name}.weight": refitted, f"{name}.bias": bias.to(stored_dtype)}
+        if not kept:  # the whole module goes but for its bias
+            del tensors[f"{name}.weight"]
+        return tensors
+
+    def _supply(self, refitted: Mapping[str, torch.Tensor], cache: HiddenStates) -> None:
+        """Hand on what the refitted projection makes of the cached inputs."""
+        dtype = self.on.model.dtype
+        tensors = {key.rpartition(".")[2]: tensor.to(self.on.model.device, dtype) for key, tensor in refitted.items()}
+        supplies = Supplies(self.part.kind.name, tensors.get("weight"), tensors["bias"])
+        inputs = _Feed(cache, self.on.sizes.first)
+
+        def give(start: int, count: int) -> None:
+            supplies.inputs = inputs.take(start, count)
+
+        self._forward(self.on.hidden, {self.part.kind.module: supplies}, before_batch=give)
+
+    def _forward(self, hidden: HiddenStates, stand_ins: Mapping[str, nn.Module], **how: Any) -> None:
+        self.on.forward(self.index, self.weights, hidden, stand_ins={**self.others, **stand_ins}, **how)
+
+
+class _Feed:
+    """Hidden states beside others that are run through a layer: the same windows, in order."""
+
+    def __init__(self, hidden: HiddenStates, batch_size: int) -> None:
+        self._batches = hidden.stream(batch_size)
+        self._first, self._values = next(self._batches)
+
+    def take(self, start: int, count: int) -> torch.Tensor:
+        """Windows from `start` on, within one batch; no earlier ones are asked for again."""
+        while start >= self._first + len(self._values):
+            self._first, self._values = next(self._batches)
+        return self._values[start - self._first : start - self._first + count]

@@ -1,0 +1,68 @@
+"""Snapshots of the hidden states on their way through the layers: when they are taken, and going on from one."""
+
+import logging
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from flap_stream import files
+from flap_stream.errors import CorruptRun
+from flap_stream.hidden_states import HiddenStates
+from flap_stream.layers import StreamedModel
+from flap_stream.store import SnapshotStore
+
+logger = logging.getLogger(__name__)
+
+Saved = Sequence[tuple[SnapshotStore, HiddenStates]]  # what is saved together, each in its own store
+
+# A snapshot is taken when the layers since the last one took this many times as long as writing one.
+_SNAPSHOT_SHARE = 20.0
+_FIRST_WRITE_RATE = 500e6  # bytes per second, until one snapshot has been measured
+
+
+def resume(model: StreamedModel, saved: Saved, tokens: np.ndarray, batch_size: int, first: int) -> int:
+    """Bring in the hidden states of the latest point to go on from; the layer that they enter comes out.
+
+    first: the layer that is not complete, which no snapshot may lie behind.
+    """
+    found = [dict(store.newest()) for store, _ in saved]
+    for layer in sorted(set.intersection(*(set(digests) for digests in found)), reverse=True):
+        if layer > first:
+            continue
+        try:
+            for (store, hidden), digests in zip(saved, found, strict=True):
+                hidden.load(store.path(layer), digests[layer])
+        except CorruptRun as error:
+            logger.warning("%s; going on from an earlier point", error)
+            continue
+        return layer
+    for _, hidden in saved:
+        model.embed(tokens, batch_size, hidden)
+    return 0
+
+
+class Snapshots:
+    """Saves the hidden states every so many layers, or as often as it costs little."""
+
+    def __init__(self, saved: Saved, interval: int | None) -> None:
+        self._saved, self._interval = saved, interval
+        self._nbytes = sum(hidden.nbytes for _, hidden in saved)
+        self._write_seconds = self._nbytes / _FIRST_WRITE_RATE
+        self._since = time.monotonic()
+
+    def layer_done(self, next_layer: int) -> None:
+        """The hidden states now are those that enter `next_layer`."""
+        if self._interval is None:
+            due = time.monotonic() - self._since >= _SNAPSHOT_SHARE * self._write_seconds
+        else:
+            due = next_layer % self._interval == 0
+        if not due or files.free_bytes(self._saved[0][0].path(next_layer)) < 2 * self._nbytes:
+            return
+        started = time.monotonic()
+        for store, hidden in self._saved:
+            path = store.path(next_layer)
+            files.make_directory(path.parent)
+            store.record(next_layer, hidden.save(path))
+        self._since = time.monotonic()
+        self._write_seconds = self._since - started

@@ -1,0 +1,238 @@
+"""Least-squares restoration: streamed equals in-memory float64, survives kills, loads as any pruned checkpoint."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from faults import KILLED, contents, make_job
+from models import DEMO, DENSE, load, random_tokens, save, save_tokens, tiny_config, tiny_model
+from torch import nn
+
+import flap_stream
+from flap_stream import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
+from flap_stream.allocation import LayerKeep
+from flap_stream.checkpoint import open_checkpoint
+from flap_stream.config import REFIT_TARGETS
+from flap_stream.errors import InvalidOption, RunMismatch, UnsupportedModel
+from flap_stream.layers import BatchSizes, StreamedModel
+from flap_stream.refit import DAMPING
+from flap_stream.restoration import Supplies
+
+SAMPLES, LENGTH = 24, 32
+
+
+def captured(model: nn.Module, module: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and outputs of a linear over all windows, float64 [token, channel]."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = module.register_forward_hook(
+        lambda _module, inputs, output: seen.append((inputs[0].flatten(0, 1), output.flatten(0, 1)))
+    )
+    model(input_ids=tokens, use_cache=False)
+    handle.remove()
+    return seen[0]
+
+
+def residual_streams(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """What is added up before and after every attention and MLP, float64 [token, hidden], of a Llama."""
+    seen: list[torch.Tensor] = []
+    handles = []
+    for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            handles.append(norm.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].flatten(0, 1))))
+    handles.append(model.model.norm.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].flatten(0, 1))))
+    model(input_ids=tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@torch.no_grad()
+def logits(model: nn.Module, tokens: np.ndarray) -> torch.Tensor:
+    return model(input_ids=torch.from_numpy(tokens), use_cache=False).logits
+
+
+@torch.no_grad()
+def refitted_in_memory(
+    dense: nn.Module, keeps: list[LayerKeep], tokens: torch.Tensor, target: str
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Kept columns and bias of o_proj and down_proj of every layer, one after another, everything in float64."""
+    dense = copy.deepcopy(dense).double()
+    model, config, result = copy.deepcopy(dense), dense.config, []
+    streams = residual_streams(dense, tokens)
+    for i, (layer, keep) in enumerate(zip(model.model.layers, keeps, strict=True)):
+        per_group = config.num_attention_heads // config.num_key_value_heads * layer.self_attn.head_dim
+        head_channels = (torch.from_numpy(keep.kv_groups)[:, None] * per_group + torch.arange(per_group)).flatten()
+        for half, (module, name, kept) in enumerate(
+            ((layer.self_attn, "o_proj", head_channels), (layer.mlp, "down_proj", torch.from_numpy(keep.neurons)))
+        ):
+            linear = getattr(module, name)
+            inputs, outputs = captured(model, linear, tokens)
+            if target == "dense":
+                outputs = streams[2 * i + half + 1] - residual_streams(model, tokens)[2 * i + half]
+            x, y = inputs[:, kept] - inputs[:, kept].mean(0), outputs - outputs.mean(0)
+            gram = x.T @ x
+            damping = DAMPING * gram.diagonal().mean() * torch.eye(len(kept), dtype=torch.float64)
+            dense_columns = linear.weight[:, kept]
+            weight = torch.linalg.solve(gram + damping, x.T @ y + damping @ dense_columns.T).T
+            bias = outputs.mean(0) - weight @ inputs[:, kept].mean(0)
+            result.append((weight, bias))
+            linear.weight.zero_()
+            linear.weight[:, kept] = weight
+            linear.bias = nn.Parameter(bias)
+    return result
+
+
+@pytest.mark.parametrize("target", REFIT_TARGETS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_streaming_refit_equals_the_one_in_memory(tmp_path: Path, target: str, biased: bool) -> None:
+    config = tiny_config(attention_bias=biased, mlp_bias=biased)
+    dense, tokens = tiny_model(config), random_tokens(SAMPLES, LENGTH)
+    save(dense, tmp_path / "model")
+    options = PruneConfig(
+        **{"ratio": 0.4, "calibration": (save_tokens(tmp_path / "t.npy", tokens),), "samples": SAMPLES},
+        **{"sequence_length": LENGTH, "restore": "least-squares", "refit_target": target, "batch_size": 5},
+    )
+    record = flap_stream.prune(tmp_path / "model", tmp_path / "out", options).record
+    keeps = [
+        LayerKeep(np.array(layer["kept_kv_groups"]), np.array(layer["kept_neurons"])) for layer in record["layers"]
+    ]
+    expected = iter(refitted_in_memory(dense, keeps, torch.from_numpy(tokens), target))
+    for layer in load(tmp_path / "out").model.layers:
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            weight, bias = next(expected)
+            assert torch.linalg.norm(linear.weight - weight) < 1e-3 * torch.linalg.norm(weight)
+            assert torch.linalg.norm(linear.bias - bias) < 1e-3 * torch.linalg.norm(bias) + 1e-5
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_a_layer_is_its_attention_and_its_mlp_one_after_the_other(tmp_path: Path, family: str) -> None:
+    save(tiny_model(tiny_config(family)), tmp_path / "model")
+    tokens = random_tokens(3, 12)
+    with open_checkpoint(tmp_path / "model") as checkpoint, torch.inference_mode():
+        model = StreamedModel(checkpoint, EvaluateConfig())
+        whole, halves = (model.hidden_states("host", *tokens.shape) for _ in range(2))
+        for hidden in (whole, halves):
+            model.embed(tokens, 3, hidden)
+        for i, weights in model.stream():
+            model.forward_layer(i, weights, whole, BatchSizes(3))
+            kinds = [part.kind for part in model.family.parts(model.shapes[i])]
+            for other in reversed(kinds):
+                model.forward_layer(i, weights, halves, BatchSizes(3), stand_ins={other.module: Supplies(other.name)})
+            assert torch.equal(whole.values, halves.values)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite", "phi3", "qwen2"])
+@pytest.mark.parametrize("target", REFIT_TARGETS)
+def test_refitted_families_load_and_are_nearer_to_the_dense_model(tmp_path: Path, family: str, target: str) -> None:
+    dense, tokens = tiny_model(tiny_config(family)), random_tokens(64, 24)
+    save(dense, tmp_path / "model")
+    calibration = (save_tokens(tmp_path / "t.npy", tokens),)
+    flap_stream.collect(
+        tmp_path / "model", tmp_path / "run", CollectConfig(calibration=calibration, sequence_length=24)
+    )
+    flap_stream.plan(tmp_path / "run", PlanConfig(ratio=0.4))
+    wanted, errors = logits(dense, tokens), {}
+    for restore in ("bias", "least-squares"):
+        how = RewriteConfig(restore=restore, refit_target=target)
+        if family == "gemma2" and (restore, target) == ("least-squares", "dense"):
+            with pytest.raises(UnsupportedModel, match="--refit-target own"):
+                flap_stream.rewrite(tmp_path / "run", tmp_path / restore, how)
+            return
+        flap_stream.rewrite(tmp_path / "run", tmp_path / restore, how)
+        errors[restore] = float((logits(load(tmp_path / restore), tokens) - wanted).norm())
+    assert errors["least-squares"] < 0.95 * errors["bias"]
+
+
+@pytest.mark.parametrize("target", REFIT_TARGETS)
+def test_a_killed_refit_goes_on_to_the_same_bytes(tmp_path: Path, target: str) -> None:
+    job = make_job(tmp_path, restore="least-squares", refit_target=target)
+    begun = job.first_step("out.run/refit")
+    ended = job.first_step("out.partial")
+    points = sorted({*range(begun - 3, ended, 5), *(n + 1 for n in job.records() if begun < n < ended)})
+    assert len(points) > 12
+    assert job.troubles(points) == []
+
+
+def test_a_damaged_refit_is_made_again(tmp_path: Path) -> None:
+    job = make_job(tmp_path, restore="least-squares")
+    place = job.place("damaged")
+    assert job.run(place, job.first_step("refit/0002")) == KILLED
+    path = place / "out.run" / "refit" / "0001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert job.trouble_in(place) is None
+
+
+def test_another_target_refits_anew_and_another_dtype_is_refused(tmp_path: Path) -> None:
+    save(tiny_model(tiny_config()), tmp_path / "model")
+    calibration = (save_tokens(tmp_path / "t.npy", random_tokens(8, 16)),)
+    flap_stream.collect(
+        tmp_path / "model", tmp_path / "run", CollectConfig(calibration=calibration, samples=8, sequence_length=16)
+    )
+    flap_stream.plan(tmp_path / "run", PlanConfig(ratio=0.4))
+
+    def rewrite(name: str, **options: Any) -> dict[str, bytes]:
+        flap_stream.rewrite(tmp_path / "run", tmp_path / name, RewriteConfig(restore="least-squares", **options))
+        return contents(tmp_path / name)
+
+    own = rewrite("own")
+    assert rewrite("dense", refit_target="dense") != own
+    assert rewrite("own-again") == own
+    with pytest.raises(RunMismatch, match="collected in float32"):
+        rewrite("bfloat16", dtype="bfloat16")
+
+
+def test_a_pruned_checkpoint_is_pruned_and_refitted_again(tmp_path: Path) -> None:
+    save(tiny_model(tiny_config(layers=2)), tmp_path / "model")
+    calibration = (save_tokens(tmp_path / "t.npy", random_tokens(8, 16)),)
+    for start, out, limits in (("model", "once", {"min_heads": 0, "min_neurons": 0}), ("once", "twice", {})):
+        options = PruneConfig(ratio=0.5, calibration=calibration, samples=8, sequence_length=16, **limits)
+        flap_stream.prune(tmp_path / start, tmp_path / out, replace(options, restore="least-squares"))
+    assert torch.isfinite(logits(load(tmp_path / "twice"), random_tokens(2, 16))).all()
+
+
+def test_experts_and_baselines_are_refused_before_pass_1(tmp_path: Path) -> None:
+    save(tiny_model(tiny_config("mixtral")), tmp_path / "model")
+    calibration = (save_tokens(tmp_path / "t.npy", random_tokens(8, 16)),)
+    options = PruneConfig(calibration=calibration, samples=8, sequence_length=16, restore="least-squares")
+    with pytest.raises(UnsupportedModel, match="--restore bias"):
+        flap_stream.prune(tmp_path / "model", tmp_path / "out", options)
+    assert not (tmp_path / "out.run").exists()
+    with pytest.raises(InvalidOption, match="--method flap alone"):
+        PruneConfig(method="wanda-sp", restore="least-squares")
+
+
+def test_hidden_states_on_disk_give_the_same_refit(tmp_path: Path) -> None:
+    save(tiny_model(tiny_config()), tmp_path / "model")
+    calibration = (save_tokens(tmp_path / "t.npy", random_tokens(8, 16)),)
+    options = PruneConfig(calibration=calibration, samples=8, sequence_length=16, batch_size=3, restore="least-squares")
+    flap_stream.prune(tmp_path / "model", tmp_path / "host", options)
+    place = StreamedModel.place
+
+    def on_disk(model: StreamedModel, *arguments: Any, **options: Any) -> Any:
+        return replace(place(model, *arguments, **options), hidden_place="disk")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StreamedModel, "place", on_disk)
+        flap_stream.prune(tmp_path / "model", tmp_path / "disk", options)
+    assert contents(tmp_path / "disk") == contents(tmp_path / "host")
+
+
+def test_it_restores_more_than_the_bias_on_a_trained_model(tmp_path: Path) -> None:
+    """On held-out text, by what share of the bias method's rise of the log perplexity is left."""
+    text = (str(DEMO / "calibration.txt"),)
+    measure = EvaluateConfig(text=(str(DEMO / "evaluation.txt"),), samples=200)
+    dense = flap_stream.evaluate(DEMO / "model", measure).perplexity
+    run = tmp_path / "run"
+    flap_stream.collect(DEMO / "model", run, CollectConfig(calibration=text, samples=128, dtype="float32"))
+    flap_stream.plan(run, PlanConfig(ratio=0.2))
+    rise = {}
+    for restore, target in (("bias", "own"), ("least-squares", "own"), ("least-squares", "dense")):
+        out = tmp_path / f"{restore}-{target}"
+        flap_stream.rewrite(run, out, RewriteConfig(restore=restore, refit_target=target))
+        rise[restore, target] = np.log(flap_stream.evaluate(out, measure).perplexity / dense)
+    assert rise["least-squares", "own"] < 0.6 * rise["bias", "own"]
+    assert rise["least-squares", "dense"] < rise["least-squares", "own"]
