@@ -1,5 +1,6 @@
 """Pass 1: every decoder layer's statistics, taken while the dense model streams by."""
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from flap_stream.hidden_states import HiddenStates
 from flap_stream.layers import BatchSizes, StreamedModel
 from flap_stream.moments import Moments, column_norms, window_moments
 from flap_stream.planner import Placement
-from flap_stream.progress import Progress
+from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.scoring import ChannelStatistics, LayerStatistics, concatenated, wanda_scores
 from flap_stream.snapshots import Snapshots, resume
-from flap_stream.store import RunDirectory
+from flap_stream.store import LayerCost, RunDirectory
 from flap_stream.surgery import removed_indices
 
 
@@ -37,8 +38,9 @@ def collect_statistics(
     with progress.stage("collect", count) as stage, torch.inference_mode(), ExitStack() as stack:
         if options.method == "magnitude-sp":
             stage.skip(first)
+            costs = _Costs(tokens=0)
             for i, weights in model.stream(first, placement.prefetch):
-                _store(model, run, i, _layer_statistics(model, i, weights, {}))
+                _store(model, run, i, _layer_statistics(model, i, weights, {}), costs)
                 stage.advance(bytes_moved=model.layer_bytes(i))
             return
         tokens = run.read_tokens()
@@ -50,22 +52,36 @@ def collect_statistics(
         stage.skip(start)
         sizes = BatchSizes(placement.batch_size, run.batch_reductions(), run.record_batch_reduction)
         layers = _Pass1(model, hidden, sizes, options)
-        snapshots = Snapshots(kept, options.snapshot_interval)
+        snapshots, costs = Snapshots(kept, options.snapshot_interval), _Costs(tokens.size)
         for i, weights in model.stream(start, placement.prefetch):
             if i < first:
                 layers.repeat(i, weights, run.read_statistics(i))
+                costs.of_layer()  # it has been recorded
             else:
-                _store(model, run, i, layers.measure(i, weights))
+                _store(model, run, i, layers.measure(i, weights), costs)
             if i + 1 < count:
                 snapshots.layer_done(i + 1)
             stage.advance(tokens=tokens.size, bytes_moved=model.layer_bytes(i))
         run.snapshots.drop()
 
 
-def _store(model: StreamedModel, run: RunDirectory, index: int, statistics: LayerStatistics) -> None:
+class _Costs:
+    """Tells what each layer took. tokens: that run through every one."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens, self._since = tokens, time.monotonic()
+
+    def of_layer(self) -> LayerCost:
+        """What was taken since the last call."""
+        before, self._since = self._since, time.monotonic()
+        return LayerCost(self._since - before, self._tokens, peak_host_bytes(), peak_device_bytes())
+
+
+def _store(model: StreamedModel, run: RunDirectory, index: int, statistics: LayerStatistics, costs: _Costs) -> None:
     """Record a layer, unless the model's files were changed while it was taken."""
     model.checkpoint.require_unchanged()
-    run.write_statistics(index, statistics, model.checkpoint.checksum(list(model.layer_entries[index].values())))
+    checksum = model.checkpoint.checksum(list(model.layer_entries[index].values()))
+    run.write_statistics(index, statistics, checksum, costs.of_layer())
 
 
 @dataclass(frozen=True)

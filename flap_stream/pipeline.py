@@ -134,7 +134,7 @@ def prune(
         _collect(source, run_path, options, progress, measured, out)
         with RunDirectory(run_path) as directory:
             with measured.stage("plan"):
-                _plan(directory, part_of(options, PlanConfig))
+                _store_plan(directory, decide(directory, part_of(options, PlanConfig)))
             result = _rewrite(
                 source, directory, out, part_of(options, RewriteConfig), progress, measured, options.snapshot_interval
             )
@@ -161,7 +161,7 @@ def plan(run: str | Path, options: PlanConfig) -> PlanResult:
     InvalidOption if the ratio cannot be met.
     """
     with RunDirectory(Path(run)) as directory:
-        return _plan(directory, options)
+        return _store_plan(directory, decide(directory, options))
 
 
 def rewrite(
@@ -254,6 +254,12 @@ def _manifest(model: StreamedModel, options: CollectConfig, tokens: np.ndarray, 
         "calibration": _calibration_record(options),
         "threads": torch.get_num_threads(),
         "parameters": model.checkpoint.parameters,
+        "sizes": {
+            "hidden": model.hidden_size,
+            "vocabulary": model.vocab_size,
+            "weight_bytes": model.checkpoint.nbytes,
+            "expert_share": model.expert_share,
+        },
         "layers": [asdict(shape) for shape in model.shapes],
     }
 
@@ -270,7 +276,8 @@ def _absolute(source: str) -> str:
     return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
-def _plan(run: RunDirectory, options: PlanConfig) -> PlanResult:
+def decide(run: RunDirectory, options: PlanConfig) -> PlanResult:
+    """What `plan` decides; nothing is stored."""
     collected = run.manifest["options"]
     if options.method != collected["method"] and not (
         options.method == "magnitude-sp" and collected["method"] == "flap"
@@ -296,12 +303,9 @@ def _plan(run: RunDirectory, options: PlanConfig) -> PlanResult:
             pair = (wanda_scores if options.method == "wanda-sp" else magnitude_scores)(statistics, channels)
         scores.append(pair)
     keeps = allocate(scores, shapes, options)
-    run.write_plan(options, keeps)
     total = sum(shape.prunable for shape in shapes)
     removed = total - sum(keep.cost(shape) for keep, shape in zip(keeps, shapes, strict=True))
     before = run.manifest["parameters"]
-    if removed == 0:
-        raise InvalidOption(f"--ratio {options.ratio} removes nothing from this model; raise it")
     return PlanResult(
         run=run.path,
         options=options,
@@ -313,6 +317,13 @@ def _plan(run: RunDirectory, options: PlanConfig) -> PlanResult:
         parameters_before=before,
         parameters_after=before - removed,
     )
+
+
+def _store_plan(run: RunDirectory, decided: PlanResult) -> PlanResult:
+    if decided.parameters_after == decided.parameters_before:
+        raise InvalidOption(f"--ratio {decided.options.ratio} removes nothing from this model; raise it")
+    run.write_plan(decided.options, decided.layers)
+    return decided
 
 
 def _tell_unreached(layer: int, shape: LayerShape, counts: np.ndarray) -> None:
@@ -336,12 +347,7 @@ def _rewrite(
 ) -> PruneResult:
     plan_options, keeps = run.read_plan()
     restore = require_restoration(plan_options.method, options.restore)
-    if source.fingerprint != run.manifest["model"]:
-        raise RunMismatch(
-            f"{source.source} is not the model that {run.path} was collected from (its config or headers differ); "
-            "give that model, or collect again"
-        )
-    require_same_weights(source, run)
+    require_model_of(run, source)
     restoration = Restoration()
     if restore == "bias":
         restoration = Restoration([_means(run, i, plan_options.statistics) for i in range(len(keeps))])
@@ -357,6 +363,16 @@ def _rewrite(
         )
     measured.bytes_read = source.bytes_read
     return PruneResult(out, record, measured)
+
+
+def require_model_of(run: RunDirectory, source: checkpoints.Checkpoint) -> None:
+    """Raise RunMismatch unless the statistics were collected from this very model."""
+    if source.fingerprint != run.manifest["model"]:
+        raise RunMismatch(
+            f"{source.source} is not the model that {run.path} was collected from (its config or headers differ); "
+            "give that model, or collect again"
+        )
+    require_same_weights(source, run)
 
 
 def _refit(

@@ -6,6 +6,7 @@ Only what the journal names, with the digest that the journal names, is believed
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import platform
 import socket
@@ -27,11 +28,14 @@ from flap_stream.errors import CorruptRun, RunLocked, RunMismatch
 from flap_stream.json_form import has_form
 from flap_stream.scoring import ChannelStatistics, LayerStatistics
 
-FORMAT, VERSION = "flap-stream-run", 3
+logger = logging.getLogger(__name__)
+
+FORMAT, VERSION = "flap-stream-run", 5
 _SHAPE = {field.name: [int] if field.name == "experts" else int for field in fields(LayerShape)}
+_SIZES = {"hidden": int, "vocabulary": int, "weight_bytes": int, "expert_share": float}
 _MANIFEST = {
     **{"model": dict, "tokens": dict, "options": {"method": str}, "source": str, "calibration": dict, "versions": dict},
-    **{"threads": int, "parameters": int, "layers": [_SHAPE], "sha256": str},
+    **{"threads": int, "parameters": int, "sizes": _SIZES, "layers": [_SHAPE], "sha256": str},
 }
 _ENTRIES = {
     "tokens": {"digest": str},
@@ -45,12 +49,29 @@ _ENTRIES = {
     "hidden-pruned": {"job": str, "layer": int, "digest": str},
     "hidden-dense": {"job": str, "layer": int, "digest": str},
     "plan": {"digest": str},
+    "sweep": {"digest": str},
     "rewrite": {"place": str, "job": str},
     "shard": {"job": str, "digest": str},
 }
 _BLOCK_BYTES = 4096  # of most file systems
 _KINDS = ("attention", "mlp")
 _ARRAYS = ("count", "mean", "m2", "released_fluctuation", "released_baseline", "weight_squared_norm", "weight_abs_mean")
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What pass 1 took for a layer: from the end of the one before it to its statistics, before they are written.
+
+    tokens: that ran through it. peak_host_bytes, peak_device_bytes: of the process so far.
+    """
+
+    seconds: float
+    tokens: int
+    peak_host_bytes: int
+    peak_device_bytes: int
+
+
+_COST = {"seconds": float, "tokens": int, "peak_host_bytes": int, "peak_device_bytes": int}
 
 
 class Journal:
@@ -232,7 +253,9 @@ class RunDirectory:
             count += 1
         return count
 
-    def write_statistics(self, layer: int, statistics: LayerStatistics, weights: str) -> None:
+    def write_statistics(
+        self, layer: int, statistics: LayerStatistics, weights: str, cost: LayerCost | None = None
+    ) -> None:
         """Store a layer's statistics: all of them or nothing. weights: checksum of what they were taken from."""
         name = f"statistics.zarr/layers/{_layer_name(layer)}"
         arrays: dict[str, np.ndarray] = {}
@@ -246,7 +269,8 @@ class RunDirectory:
             self.journal.append("statistics-root", "layers")
         self._commit_group(name, arrays, attributes)
         digest = files.tree_digest(self.path / name)
-        self.journal.append("statistics", _layer_name(layer), digest=digest, weights=weights)
+        known = {} if cost is None else {"cost": asdict(cost)}
+        self.journal.append("statistics", _layer_name(layer), digest=digest, weights=weights, **known)
 
     def read_statistics(self, layer: int) -> LayerStatistics:
         """A layer's statistics. Raises CorruptRun if they are missing or altered."""
@@ -263,6 +287,12 @@ class RunDirectory:
         """What the statistics of the complete layers were taken from, by layer."""
         entries = (self.journal.find("statistics", _layer_name(i)) for i in range(self.complete_layers()))
         return [entry["weights"] for entry in entries if entry is not None]
+
+    def layer_costs(self) -> list[LayerCost | None]:
+        """What the complete layers took; None where that was not recorded."""
+        entries = (self.journal.find("statistics", _layer_name(i)) or {} for i in range(self.complete_layers()))
+        found = (entry.get("cost") for entry in entries)
+        return [LayerCost(**{n: c[n] for n in _COST}) if c is not None and has_form(c, _COST) else None for c in found]
 
     def record_source(self, stamps: dict[str, list[int]], embedding: str) -> None:
         """The model's files as they are now, and the checksum of what was read of the embedding."""
@@ -379,6 +409,28 @@ class RunDirectory:
         ]
         return PlanConfig(**body["options"]), layers
 
+    # --- sweeps ---
+
+    def write_sweep(self, name: str, body: dict[str, Any]) -> None:
+        """Store what is known of one sweep, replacing what was known before. body: JSON values."""
+        path = self.path / "sweeps" / f"{name}.json"
+        files.make_directory(path.parent)
+        self.journal.append("sweep", name, digest=files.write_committed(path, json.dumps(body).encode()))
+
+    def read_sweep(self, name: str) -> dict[str, Any] | None:
+        """What is known of a sweep; None if nothing, or what was stored is missing or altered."""
+        entry, path = self.journal.find("sweep", name), self.path / "sweeps" / f"{name}.json"
+        if entry is None:
+            return None
+        if (state := _state(path, entry)) is not None:
+            logger.warning("%s is %s; sweeping again", path, state)
+            return None
+        return json.loads(path.read_bytes())
+
+    def sweep_names(self) -> list[str]:
+        """All sweeps that are stored, the oldest first."""
+        return list(dict.fromkeys(entry["name"] for entry in self.journal.of_kind("sweep")))
+
     # --- all of it ---
 
     def committed(self) -> list[tuple[str, dict[str, Any]]]:
@@ -390,6 +442,7 @@ class RunDirectory:
         for i in range(self.complete_layers()):
             entry = self.journal.find("statistics", _layer_name(i))
             found.append((f"statistics.zarr/layers/{_layer_name(i)}", entry))
+        found += [(f"sweeps/{name}.json", self.journal.find("sweep", name)) for name in self.sweep_names()]
         if self.complete_layers() < len(self.layer_shapes):
             found += [(f"hidden/{entry['name']}.bin", entry) for entry in self.journal.of_kind("hidden")[-2:]]
         found += [(f"refit/{name}.safetensors", entry) for name, entry in sorted(self._refits().items())]

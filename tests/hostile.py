@@ -142,13 +142,18 @@ def journal_line(entry: Any) -> bytes:
 
 JOURNAL = [
     {"kind": "tokens", "name": "tokens", "digest": "0"},
-    {"kind": "statistics", "name": "0000", "digest": "0", "weights": ""},
+    {
+        **{"kind": "statistics", "name": "0000", "digest": "0", "weights": ""},
+        "cost": {"seconds": 0.5, "tokens": 8, "peak_host_bytes": 1, "peak_device_bytes": 0},
+    },
+    {"kind": "sweep", "name": "0", "digest": "0"},
     {"kind": "hidden", "name": "0001", "layer": 1, "digest": "0"},
     {"kind": "rewrite", "name": "out", "place": "/out", "job": "0"},
 ]
 MANIFEST = {
     **{"format": store.FORMAT, "version": store.VERSION, "source": "model", "calibration": {}, "versions": {}},
     **{"model": {"config": ""}, "tokens": {"sha256": "", "shape": [1, 2]}, "options": {"method": "flap"}},
+    "sizes": {"hidden": 2, "vocabulary": 50, "weight_bytes": 16, "expert_share": 1.0},
     **{"threads": 1, "parameters": 8, "layers": [dict.fromkeys(store._SHAPE, 1) | {"experts": []}]},
 }
 
@@ -165,6 +170,7 @@ def read_run(manifest: bytes = sealed(MANIFEST), journal: bytes = b"") -> None:
     write("run/journal", journal)
     with RunDirectory(PLACE / "run") as run:
         run.complete_layers(), run.layer_shapes, run.snapshots.newest(), run.batch_reductions(), run.damaged()
+        run.layer_costs(), run.sweep_names()
 
 
 def read_journal(body: bytes) -> None:

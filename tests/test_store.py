@@ -29,6 +29,7 @@ MANIFEST: dict[str, Any] = {
     "tokens": {"sha256": "def", "shape": [3, 5]},
     "options": {"method": "flap", "dtype": "torch.float32", "batch_size": 4},
     **{"source": "model", "calibration": {}, "threads": 1, "parameters": 0, "layers": []},
+    "sizes": {"hidden": 8, "vocabulary": 97, "weight_bytes": 40, "expert_share": 1.0},
 }
 
 
@@ -130,6 +131,15 @@ def _filled(path: Path) -> Path:
             run.write_statistics(layer, _statistics(layer), "")
         run.write_plan(PLAN, KEEPS)
     return path
+
+
+def test_what_layers_took_comes_back_where_it_was_recorded(tmp_path: Path) -> None:
+    cost = store.LayerCost(seconds=1.5, tokens=15, peak_host_bytes=7, peak_device_bytes=0)
+    with RunDirectory.create(tmp_path / "run", MANIFEST) as run:
+        run.write_statistics(0, _statistics(0), "")
+        run.write_statistics(1, _statistics(1), "", cost)
+    with RunDirectory(tmp_path / "run") as run:
+        assert run.layer_costs() == [None, cost]
 
 
 def test_everything_comes_back_bit_equal(tmp_path: Path) -> None:
@@ -394,10 +404,10 @@ def test_a_corrupted_snapshot_is_passed_over_with_a_warning(
 
     write = RunDirectory.write_statistics
 
-    def stop_at_layer_3(run: RunDirectory, layer: int, statistics: LayerStatistics, weights: str) -> None:
+    def stop_at_layer_3(run: RunDirectory, layer: int, *values: Any) -> None:
         if layer == 3:
             raise _Stop
-        write(run, layer, statistics, weights)
+        write(run, layer, *values)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunDirectory, "write_statistics", stop_at_layer_3)
