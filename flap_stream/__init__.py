@@ -1,6 +1,7 @@
 """Structured pruning of large language models, streamed one decoder layer at a time from disk.
 
-The stages as functions, each on stored values: `prune` (the whole job), `collect`, `plan`, `rewrite`, `evaluate`.
+The stages as functions, each on stored values: `prune` (the whole job), `collect`, `plan`, `rewrite`, `evaluate`,
+`sweep`.
 Their options are the dataclasses of `flap_stream.config`; what they raise is in `flap_stream.errors`.
 Importing this package loads neither torch nor transformers; the first stage that runs does.
 """
@@ -8,15 +9,17 @@ Importing this package loads neither torch nor transformers; the first stage tha
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
+from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig, SweepConfig
 from flap_stream.errors import FlapStreamError
 
 if TYPE_CHECKING:
     from flap_stream.evaluation import EvaluateResult, evaluate
     from flap_stream.pipeline import CollectResult, PlanResult, PruneResult, collect, plan, prune, rewrite
+    from flap_stream.ratio_sweep import SweepResult, sweep
 
 _LAZY = {
     **dict.fromkeys(("evaluate", "EvaluateResult"), "flap_stream.evaluation"),
+    **dict.fromkeys(("sweep", "SweepResult"), "flap_stream.ratio_sweep"),
     **dict.fromkeys(
         ("prune", "collect", "plan", "rewrite", "PruneResult", "CollectResult", "PlanResult"), "flap_stream.pipeline"
     ),
@@ -33,11 +36,14 @@ __all__ = [
     "PruneConfig",
     "PruneResult",
     "RewriteConfig",
+    "SweepConfig",
+    "SweepResult",
     "collect",
     "evaluate",
     "plan",
     "prune",
     "rewrite",
+    "sweep",
 ]
 
 

@@ -16,6 +16,7 @@ VERBS = {
     "prune": "the main job: prune a model into a checkpoint; run it again after any interruption and it goes on",
     "collect": "pass 1 alone: the statistics of every layer",
     "plan": "decide what stays, in seconds; prints what would remain, layer by layer",
+    "sweep": "one collection, many ratios: what would remain at each, and its perplexity",
     "rewrite": "pass 2 alone: write the pruned checkpoint that the plan describes",
     "export-gguf": "a GGUF file for llama.cpp",
     "export-stock": "a pruned checkpoint that loads without remote code",

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, fields
+from decimal import Decimal, InvalidOperation
 from typing import Any, TypeVar
 
 from flap_stream.errors import InvalidOption
@@ -13,8 +14,11 @@ HEAD_SCORES = ("mean-z", "l2")
 STATISTICS = ("exact", "released")
 RESTORATIONS = ("bias", "none", "least-squares")
 REFIT_TARGETS = ("own", "dense")
+SWEPT_RESTORATIONS = ("bias", "none")  # those that masked_layers.py can put into a dense layer
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+_MOST_RATIOS = 1000
 
 _Part = TypeVar("_Part")
 _SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -32,6 +36,37 @@ def parse_size(text: str) -> int:
     raise InvalidOption(f"{text!r} is not a size; write a number with a unit, such as 5GB or 20GiB")
 
 
+def parse_ratios(text: str) -> tuple[float, ...]:
+    """Ratios in `0.2,0.3,0.5` or, both ends included, `0.1:0.6:0.1` (start:stop:step); ascending, each once.
+
+    Raises InvalidOption if the text is neither.
+    """
+    try:
+        numbers = [Decimal(part) for part in re.split("[:,]", text)]
+    except InvalidOperation:
+        numbers = []
+    if numbers and ":" not in text:
+        return tuple(sorted({float(number) for number in numbers}))
+    if len(numbers) == 3 and "," not in text and all(number.is_finite() for number in numbers):
+        start, stop, step = numbers
+        if step > 0 and start <= stop and (stop - start) / step < _MOST_RATIOS:
+            return tuple(float(start + i * step) for i in range(int((stop - start) / step) + 1))
+    raise InvalidOption(
+        f"--ratios {text!r} is no list of ratios; write 0.2,0.3,0.5 or start:stop:step, such as 0.1:0.6:0.1"
+    )
+
+
+def parse_share(option: str, text: str) -> float:
+    """A share written as `5%` or `0.05`.
+
+    Raises InvalidOption if the text is neither.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
+    if match is None:
+        raise InvalidOption(f"--{option} {text!r} is no share; write it as 5% or 0.05")
+    return float(Decimal(match[1]) / (100 if match[2] else 1))
+
+
 def _require_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InvalidOption(f"--{option} {value!r} is unknown; choose one of {', '.join(choices)}")
@@ -42,9 +77,9 @@ def _require_at_least(option: str, value: int, least: int) -> None:
         raise InvalidOption(f"--{option} is {value}; it must be at least {least}")
 
 
-def _require_ratio(ratio: float) -> None:
+def _require_ratio(ratio: float, option: str = "ratio") -> None:
     if not 0 < ratio < 1:
-        raise InvalidOption(f"--ratio is {ratio}; it must lie between 0 and 1, both excluded, such as 0.2")
+        raise InvalidOption(f"--{option} is {ratio}; it must lie between 0 and 1, both excluded, such as 0.2")
 
 
 class _Options:
@@ -255,6 +290,47 @@ class EvaluateConfig(EngineConfig):
         _require_at_least("sequence-length", self.sequence_length, 2)
         if self.samples is not None:
             _require_at_least("samples", self.samples, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(PlanConfig, EngineConfig):
+    """Many ratios of one collection, and the perplexity of each; `ratio` itself is not used.
+
+    evaluate: text as of `EvaluateConfig`, whose other options follow; empty only plans.
+    restore: as of pass 2.
+    max_perplexity_increase: also look for the largest ratio at which perplexity rises by at most this share of the
+    dense model's. resolution: how closely.
+    """
+
+    ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    evaluate: tuple[str, ...] = ()
+    sequence_length: int = 128
+    samples: int | None = None
+    restore: str | None = None
+    max_perplexity_increase: float | None = None
+    resolution: float = 0.005
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range, and a limit of what is not measured."""
+        super().__post_init__()
+        if not self.ratios:
+            raise InvalidOption("--ratios names none; give at least one, such as 0.2")
+        for ratio in self.ratios:
+            _require_ratio(ratio, "ratios")
+        _require_at_least("sequence-length", self.sequence_length, 2)
+        if self.samples is not None:
+            _require_at_least("samples", self.samples, 1)
+        if self.restore is not None:
+            _require_choice("restore", self.restore, SWEPT_RESTORATIONS)
+        require_restoration(self.method, self.restore)
+        if self.max_perplexity_increase is not None and not self.evaluate:
+            raise InvalidOption("--max-perplexity-increase needs --evaluate TEXT, on which perplexity is measured")
+        if self.max_perplexity_increase is not None and not 0 < self.max_perplexity_increase < float("inf"):
+            raise InvalidOption(
+                f"--max-perplexity-increase is {self.max_perplexity_increase:.2%}; it must be above 0, such as 5%"
+            )
+        if not 0.0001 <= self.resolution < 1:
+            raise InvalidOption(f"--resolution is {self.resolution}; it must lie between 0.0001 and 1, such as 0.005")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ from torch.nn import functional
 from flap_stream.calibration import evaluation_tokens, load_tokenizer
 from flap_stream.checkpoint import open_checkpoint
 from flap_stream.config import EvaluateConfig
-from flap_stream.layers import BatchSizes, StreamedModel
+from flap_stream.hidden_states import HiddenStates
+from flap_stream.layers import BatchSizes, Logits, StreamedModel
 from flap_stream.planner import Placement
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 
@@ -50,7 +51,7 @@ def evaluate(model: str | Path, options: EvaluateConfig, progress: Progress | No
         placement = streamed.place(options, *tokens.shape, head=True)
         scores, _ = score_tokens(streamed, tokens, placement, progress)
     return EvaluateResult(
-        perplexity=float(np.exp(-scores.mean(dtype=np.float64))),
+        perplexity=perplexity_of(scores),
         windows=len(tokens),
         sequence_length=tokens.shape[1],
         seconds=time.monotonic() - started,
@@ -73,23 +74,43 @@ def score_tokens(
     Both results are `[wanted prediction]`, in order of windows: log-probabilities, float32 in nats, and whether the
     token is the likeliest of all.
     """
-    samples, length = tokens.shape
-    wanted = np.ones((samples, length - 1), dtype=bool) if wanted is None else wanted
     batch, sizes = placement.batch_size, BatchSizes(placement.batch_size)
-    scores, likeliest = [np.zeros(0, dtype=np.float32)], [np.zeros(0, dtype=bool)]
-    with model.hidden_states(placement.hidden_place, samples, length) as hidden:
+    with model.hidden_states(placement.hidden_place, *tokens.shape) as hidden:
         with progress.stage("evaluate", len(model.layers)) as stage:
             model.embed(tokens, batch, hidden)
             for i, weights in model.stream(prefetch=placement.prefetch):
                 model.forward_layer(i, weights, hidden, sizes)
                 stage.advance(tokens=tokens.size, bytes_moved=model.layer_bytes(i))
-        logits_of = model.head()
-        for start, values in hidden.stream(batch):
-            here = wanted[start : start + len(values)]
-            inputs = values[:, :-1][torch.from_numpy(here).to(model.device)]  # [prediction, hidden]
-            targets = torch.from_numpy(tokens[start : start + len(values), 1:][here]).to(model.device)
-            for first, logits in logits_of(inputs):
-                chunk = targets[first : first + len(logits)]
-                scores.append(-functional.cross_entropy(logits, chunk, reduction="none").cpu().numpy())
-                likeliest.append((logits.argmax(dim=1) == chunk).cpu().numpy())
+        return score_outputs(model, model.head(), hidden, tokens, batch, wanted)
+
+
+def score_outputs(
+    model: StreamedModel,
+    logits_of: Logits,
+    hidden: HiddenStates,
+    tokens: np.ndarray,
+    batch_size: int,
+    wanted: np.ndarray | None = None,
+    first_window: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same of hidden states that have left the last layer.
+
+    logits_of: of `StreamedModel.head`. first_window: where the hidden states of these tokens begin.
+    """
+    wanted = np.ones((len(tokens), tokens.shape[1] - 1), dtype=bool) if wanted is None else wanted
+    scores, likeliest = [np.zeros(0, dtype=np.float32)], [np.zeros(0, dtype=bool)]
+    for at, values in hidden.stream(batch_size, range(first_window, first_window + len(tokens))):
+        start = at - first_window
+        here = wanted[start : start + len(values)]
+        inputs = values[:, :-1][torch.from_numpy(here).to(model.device)]  # [prediction, hidden]
+        targets = torch.from_numpy(tokens[start : start + len(values), 1:][here]).to(model.device)
+        for first, logits in logits_of(inputs):
+            chunk = targets[first : first + len(logits)]
+            scores.append(-functional.cross_entropy(logits, chunk, reduction="none").cpu().numpy())
+            likeliest.append((logits.argmax(dim=1) == chunk).cpu().numpy())
     return np.concatenate(scores), np.concatenate(likeliest)
+
+
+def perplexity_of(scores: np.ndarray) -> float:
+    """Exponential of the mean negative log-likelihood. scores: float32 log-probabilities in nats."""
+    return float(np.exp(-scores.mean(dtype=np.float64)))

@@ -22,10 +22,10 @@ PLACES = ("device", "host", "disk")
 _BLOCK_BYTES = 1 << 22
 
 
-def batches(samples: int, batch_size: int) -> Iterator[tuple[int, int]]:
-    """Ranges `(start, stop)` of windows, each of `batch_size` but for the last."""
-    for start in range(0, samples, batch_size):
-        yield start, min(start + batch_size, samples)
+def batches(windows: range, batch_size: int) -> Iterator[tuple[int, int]]:
+    """Ranges `(start, stop)` of consecutive windows, each of `batch_size` but for the last."""
+    for start in range(windows.start, windows.stop, batch_size):
+        yield start, min(start + batch_size, windows.stop)
 
 
 @dataclass(eq=False)
@@ -52,8 +52,11 @@ class HiddenStates(ABC):
         return prod(self.shape) * self.dtype.itemsize
 
     @abstractmethod
-    def stream(self, batch_size: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """First window and inputs `[sample, token, hidden]` on the device, batch by batch; valid until the next."""
+    def stream(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """First window and inputs `[sample, token, hidden]` on the device, batch by batch; valid until the next.
+
+        windows: consecutive ones; None is all.
+        """
 
     @abstractmethod
     def put(self, start: int, values: torch.Tensor) -> None:
@@ -137,9 +140,9 @@ class ResidentHiddenStates(HiddenStates):
         """Take the memory."""
         self.values = torch.empty(self.shape, dtype=self.dtype, device=self.memory)
 
-    def stream(self, batch_size: int) -> Iterator[tuple[int, torch.Tensor]]:
+    def stream(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """Batches of the buffer."""
-        for start, stop in batches(self.samples, batch_size):
+        for start, stop in batches(windows or range(self.samples), batch_size):
             yield start, self.values[start:stop].to(self.device)
 
     def put(self, start: int, values: torch.Tensor) -> None:
@@ -195,12 +198,12 @@ class DiskHiddenStates(HiddenStates):
                 "which has less free; make room, or let more memory be used with --host-memory"
             ) from error
 
-    def stream(self, batch_size: int) -> Iterator[tuple[int, torch.Tensor]]:
+    def stream(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """Batches of the input file, one being read ahead."""
         if not self._buffers or len(self._buffers[0]) < min(batch_size, self.samples):
             shape = (min(batch_size, self.samples), *self.shape[1:])
             self._buffers = [torch.empty(shape, dtype=self.dtype) for _ in range(2)]
-        ranges = list(batches(self.samples, batch_size))
+        ranges = list(batches(windows or range(self.samples), batch_size))
         reads = [self._reader.submit(self._read, *ranges[0], self._buffers[0])]
         for i, (start, _) in enumerate(ranges):
             values = reads.pop().result()

@@ -22,6 +22,8 @@ from flap_stream.weight_stream import load, stream_layers
 
 logger = logging.getLogger(__name__)
 
+Logits = Callable[[torch.Tensor], Iterator[tuple[int, torch.Tensor]]]
+
 _LOGIT_BYTES = 1 << 26
 
 
@@ -151,18 +153,20 @@ class StreamedModel:
             refit=refit,
         )
 
-    def embed(self, tokens: np.ndarray, batch_size: int, hidden: HiddenStates) -> None:
+    def embed(self, tokens: np.ndarray, batch_size: int, hidden: HiddenStates, copies: int = 1) -> None:
         """Fill the hidden states with what enters the first decoder layer.
 
         tokens: int64 `[sample, token]`. Of the embedding, only the rows of these tokens are read, batch by batch.
+        copies: how often all windows stand there, one after another.
         Records what the layers are called with on the way.
         """
-        for start, stop in batches(len(tokens), batch_size):
+        for start, stop in batches(range(len(tokens)), batch_size):
             unique, ids = np.unique(tokens[start:stop], return_inverse=True)
             rows = self._embedding_rows(unique)
             places = torch.from_numpy(ids.reshape(stop - start, -1)).to(self.device)
             first, self._calls[stop - start] = self.skeleton.record(self.skeleton.embed(rows, places))
-            hidden.put(start, first)
+            for copy in range(copies):
+                hidden.put(copy * len(tokens) + start, first)
         hidden.advance()
 
     def _record_calls(self, windows: int, tokens: int) -> list[LayerCall]:
@@ -190,6 +194,7 @@ class StreamedModel:
         sizes: BatchSizes,
         *,
         step: int | None = None,
+        windows: range | None = None,
         keep_output: bool = True,
         before_batch: Callable[[int, int], None] | None = None,
         after_batch: Callable[[int, torch.Tensor], None] | None = None,
@@ -200,6 +205,7 @@ class StreamedModel:
         step: of `sizes`; by default the layer's index. stand_ins: as of `Skeleton.run_layer`.
         before_batch: called with the first window and how many before they run; after_batch: with the first window and
         the output when they have.
+        windows: to run over these alone; their outputs count once the caller advances the hidden states.
         Raises NonFinite if its output holds NaN or infinity, InsufficientMemory if not even one window can run.
         """
         step = index if step is None else step
@@ -211,7 +217,7 @@ class StreamedModel:
                 self._calls[len(values)] = self._record_calls(len(values), values.shape[1])
             return self.skeleton.run_layer(index, weights, values, self._calls[len(values)][index], stand_ins)
 
-        for start, output in self._outputs(index, run, hidden, sizes, step):
+        for start, output in self._outputs(index, run, hidden, sizes, step, windows):
             if not _all_finite([output])[0]:
                 raise NonFinite(
                     f"hidden states after layer {index} ({self.family.layers}.{index}) hold NaN or infinity, though "
@@ -221,7 +227,7 @@ class StreamedModel:
                 hidden.put(start, output)
             if after_batch is not None:
                 after_batch(start, output)
-        if keep_output:
+        if keep_output and windows is None:
             hidden.advance()
 
     def _outputs(
@@ -231,9 +237,10 @@ class StreamedModel:
         hidden: HiddenStates,
         sizes: BatchSizes,
         step: int,
+        windows: range | None,
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """First window and outputs of `run` on it, in batches that the device has memory for."""
-        for first, values in hidden.stream(sizes.first):
+        for first, values in hidden.stream(sizes.first, windows):
             done = 0
             while done < len(values):
                 part = values[done : done + sizes.at(step, first + done)]
@@ -261,7 +268,7 @@ class StreamedModel:
         release(self.device)
         return None
 
-    def head(self) -> Callable[[torch.Tensor], Iterator[tuple[int, torch.Tensor]]]:
+    def head(self) -> Logits:
         """The final norm and head, loaded: a function from hidden states to logits, in chunks.
 
         It takes `[token, hidden]` on the device and yields (first token, float32 logits `[token, vocabulary]`), the

@@ -53,12 +53,13 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of the window sampling (default: 0)")
 
 
-def add_method(parser: argparse.ArgumentParser) -> None:
+def add_method(parser: argparse.ArgumentParser, *, one_ratio: bool = True) -> None:
     """What collecting and planning must agree on."""
     group = parser.add_argument_group("decision")
-    group.add_argument(
-        "--ratio", type=ratio, default=0.2, help="share of the prunable weights to remove (default: 0.2)"
-    )
+    if one_ratio:
+        group.add_argument(
+            "--ratio", type=ratio, default=0.2, help="share of the prunable weights to remove (default: 0.2)"
+        )
     group.add_argument("--method", default="flap", choices=config.METHODS, help="default: flap")
     group.add_argument("--min-heads", type=int, default=1, help="query heads that stay in every layer (default: 1)")
     group.add_argument("--min-neurons", type=int, default=1, help="neurons that stay in every layer (default: 1)")
@@ -95,10 +96,15 @@ def add_rewrite(parser: argparse.ArgumentParser) -> None:
 def values(options: argparse.Namespace, kind: type) -> Any:
     """The config dataclass `kind`, filled from parsed arguments."""
     given = dict(vars(options))
-    if "calibration" in given:
-        given["calibration"] = tuple(given["calibration"])
-    if "text" in given:
-        given["text"] = tuple(given["text"])
+    for name in ("calibration", "text", "evaluate"):
+        if name in given:
+            given[name] = tuple(given[name])
+    if "ratios" in given:
+        given["ratios"] = config.parse_ratios(given["ratios"])
+    if given.get("max_perplexity_increase") is not None:
+        given["max_perplexity_increase"] = config.parse_share(
+            "max-perplexity-increase", given["max_perplexity_increase"]
+        )
     if "max_shard_size" in given:
         given["max_shard_bytes"] = config.parse_size(given["max_shard_size"])
     for name in ("host_memory", "device_memory"):
