@@ -334,6 +334,32 @@ class SweepConfig(PlanConfig, EngineConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchInferenceConfig(_Options):
+    """Two models timed side by side at every pair of a batch size and a prompt length, `generate` tokens after each.
+
+    rounds: times that each is run. device, dtype, trust_remote_code: as of `EngineConfig`.
+    """
+
+    batch_sizes: tuple[int, ...] = (1, 8)
+    prompt_lengths: tuple[int, ...] = (512,)
+    generate: int = 64
+    rounds: int = 5
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        super().__post_init__()
+        EngineConfig(device=self.device, dtype=self.dtype)
+        for name in ("batch_sizes", "prompt_lengths"):
+            for value in getattr(self, name) or (0,):
+                _require_at_least(name.replace("_", "-"), value, 1)
+        _require_at_least("generate", self.generate, 1)
+        _require_at_least("rounds", self.rounds, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportStockConfig(_Options):
     """A checkpoint that needs no code of its own.
 

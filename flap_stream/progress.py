@@ -73,7 +73,7 @@ class Stage:
     def _rates(self) -> str:
         seconds = max(time.monotonic() - self.started, 1e-9)
         parts = [f"{self.tokens / seconds:,.0f} tokens/s"] if self.tokens else []
-        parts.append(f"{format_bytes(self.bytes_moved / seconds)}/s")
+        parts += [f"{format_bytes(self.bytes_moved / seconds)}/s"] if self.bytes_moved else []
         parts.append(f"peak {format_bytes(peak_host_bytes())}")
         if device := peak_device_bytes():
             parts.append(f"device {format_bytes(device)}")

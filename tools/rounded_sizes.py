@@ -1,23 +1,23 @@
 """What rounding sizes is worth: one model pruned at one ratio to multiples of 1, 32, 64 and 256, timed side by side.
 
-Times are medians over rounds in which every variant runs once, in turn; ratios are within a round. For the prompt one
-window goes through the model, for generation single tokens with a cache.
+Times are medians over rounds in which every variant runs once, in turn, as of `flap-stream bench-inference`; ratios are
+within a round. For the prompt one window goes through the model, for generation single tokens with its cache.
 """
 
 import argparse
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 from random_checkpoint import add_shape_arguments, config_of, make
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import flap_stream
 from flap_stream import CollectConfig, PlanConfig, RewriteConfig
+from flap_stream.config import BenchInferenceConfig
+from flap_stream.inference_benchmark import Setting, side_by_side
+from flap_stream.progress import Progress
 
 
 def variants(model: Path, place: Path, multiples: list[int], ratio: float) -> dict[int, Path]:
@@ -38,19 +38,6 @@ def variants(model: Path, place: Path, multiples: list[int], ratio: float) -> di
     return made
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """How long it takes."""
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
-
-
-def decode(model: PreTrainedModel, prompt: torch.Tensor, steps: int) -> None:
-    """Generate greedily."""
-    model.generate(prompt, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=0)
-
-
-@torch.inference_mode()
 def main() -> None:
     """Prune, time, print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -66,23 +53,17 @@ def main() -> None:
         place = Path(directory)
         make(place / "model", config_of(options, options.layers), getattr(torch, options.dtype))
         paths = variants(place / "model", place, options.multiples, options.ratio)
-        models = {
-            multiple: AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype="auto").eval()
-            for multiple, path in paths.items()
-        }
-        ids = torch.randint(0, 1000, (1, options.prompt))
-        kinds = {
-            "prompt": lambda model: model(ids),
-            "generation": lambda model: decode(model, ids[:, :8], options.steps),
-        }
-        for name, action in kinds.items():
-            for model in models.values():
-                action(model)
-            rounds = [{m: seconds(lambda: action(models[m])) for m in models} for _ in range(options.rounds)]  # noqa: B023
-            for multiple in models:
-                own, first = (median(r[m] for r in rounds) for m in (multiple, options.multiples[0]))
-                share = median(r[multiple] / r[options.multiples[0]] for r in rounds)
-                print(f"{name:10s} multiple {multiple:4d}: {own:.4f} s, {share:.3f} of {first:.4f} s")
+        settings = [Setting(1, options.prompt, options.steps)]
+        config = BenchInferenceConfig(rounds=options.rounds)
+        names = {str(multiple): str(path) for multiple, path in paths.items()}
+        _, (rounds,) = side_by_side(names, settings, config, Progress())
+        first = str(options.multiples[0])
+        for part in ("prompt", "generation"):
+            times = [{name: getattr(one[name], f"{part}_seconds") for name in names} for one in rounds]
+            for name in names:
+                own, base = (median(one[n] for one in times) for n in (name, first))
+                share = median(one[name] / one[first] for one in times)
+                print(f"{part:10s} multiple {name:>4s}: {own:.4f} s, {share:.3f} of {base:.4f} s")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,11 @@ def batch_size(text: str) -> int | None:
     return None if text == "auto" else int(text)
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    return tuple(int(part) for part in text.split(","))
+
+
 def add_output(parser: argparse.ArgumentParser) -> None:
     """--json and --quiet."""
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout at the end")

@@ -1,0 +1,56 @@
+"""`flap-stream bench-inference DENSE OUT`."""
+
+import argparse
+from dataclasses import asdict
+
+from flap_stream.commands import options as shared
+from flap_stream.config import DTYPES, BenchInferenceConfig
+from flap_stream.progress import format_bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("dense", metavar="DENSE", help="the dense model: a directory or a Hub id")
+    parser.add_argument("out", metavar="OUT", help="the pruned checkpoint")
+    parser.add_argument("--batch-sizes", type=shared.numbers, default=(1, 8), metavar="N,N", help="default: 1,8")
+    parser.add_argument("--prompt-lengths", type=shared.numbers, default=(512,), metavar="N,N", help="default: 512")
+    parser.add_argument("--generate", type=int, default=64, metavar="N", help="tokens after each prompt (default: 64)")
+    parser.add_argument("--rounds", type=int, default=5, help="times that both are run, in turn (default: 5)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: the model's")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let code that comes with the models run")
+    shared.add_output(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Time both models, and print before and after."""
+    config = shared.values(options, BenchInferenceConfig)
+    from flap_stream.inference_benchmark import bench_inference
+
+    result = bench_inference(options.dense, options.out, config, shared.progress_of(options))
+    if options.json:
+        shared.print_json({"dense": options.dense, "out": options.out, **asdict(result)})
+        return
+    before, after = (format_bytes(result.weight_bytes[name]) for name in ("dense", "pruned"))
+    print(f"weights {before} -> {after}; {result.device}, {result.dtype}, medians of {result.rounds} rounds")
+    names = ("prompt tokens/s", "generation tokens/s", "peak memory", "KV cache at the end")
+    print("batch  prompt   " + "".join(f"{name:30s}" for name in names).rstrip())
+    for row in result.rows:
+        dense, pruned, setting = row.dense, row.pruned, row.setting
+        peaks = [m.peak_device_bytes or m.peak_host_bytes for m in (dense, pruned)]
+        cells = [
+            f"{setting.batch_size:5d}  {setting.prompt_length:6d}",
+            _rates(dense.prompt_tokens_per_second, pruned.prompt_tokens_per_second, row.prompt_speedup),
+            _rates(dense.generation_tokens_per_second, pruned.generation_tokens_per_second, row.generation_speedup),
+            _sizes(*peaks),
+            _sizes(dense.kv_cache_bytes, pruned.kv_cache_bytes),
+        ]
+        print("   ".join(cells).rstrip())
+
+
+def _rates(before: float, after: float, speedup: float) -> str:
+    return f"{f'{before:,.0f} -> {after:,.0f} ({speedup:.2f} x)':27s}"
+
+
+def _sizes(before: int, after: int) -> str:
+    return f"{f'{format_bytes(before)} -> {format_bytes(after)}':27s}"
