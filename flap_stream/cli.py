@@ -21,6 +21,7 @@ VERBS = {
     "export-gguf": "a GGUF file for llama.cpp",
     "export-stock": "a pruned checkpoint that loads without remote code",
     "evaluate": "perplexity of a dense or pruned model, one layer in memory at a time",
+    "report": "figures of a run directory or a pruned checkpoint, as one page and as PNG files",
     "bench-inference": "what the pruning is worth: speed and memory of both models through transformers",
     "inspect": "what is in a run directory or a pruned checkpoint",
     "demo": "the main job on the bundled model and text, offline",

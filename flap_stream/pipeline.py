@@ -293,16 +293,7 @@ def decide(run: RunDirectory, options: PlanConfig) -> PlanResult:
                 f"it does not serve {name} {getattr(options, name)}, so collect again for that"
             )
     shapes = run.layer_shapes
-    scores = []
-    for i, shape in enumerate(shapes):
-        statistics, channels = run.read_statistics(i), shape.heads_per_group * shape.head_dim
-        if options.method == "flap":
-            pair = flap_scores(statistics, options.metric, options.statistics, options.head_score, channels)
-            _tell_unreached(i, shape, statistics.mlp.count)
-        else:
-            pair = (wanda_scores if options.method == "wanda-sp" else magnitude_scores)(statistics, channels)
-        scores.append(pair)
-    keeps = allocate(scores, shapes, options)
+    keeps = allocate(unit_scores(run, options), shapes, options)
     total = sum(shape.prunable for shape in shapes)
     removed = total - sum(keep.cost(shape) for keep, shape in zip(keeps, shapes, strict=True))
     before = run.manifest["parameters"]
@@ -317,6 +308,23 @@ def decide(run: RunDirectory, options: PlanConfig) -> PlanResult:
         parameters_before=before,
         parameters_after=before - removed,
     )
+
+
+def unit_scores(run: RunDirectory, options: PlanConfig) -> list[tuple[np.ndarray, np.ndarray]]:
+    """A layer's scores of its KV groups and of its neurons, float64 `[group]`, `[neuron]`, the better the higher.
+
+    Raises CorruptRun if the statistics are incomplete or altered.
+    """
+    scores = []
+    for i, shape in enumerate(run.layer_shapes):
+        statistics, channels = run.read_statistics(i), shape.heads_per_group * shape.head_dim
+        if options.method == "flap":
+            pair = flap_scores(statistics, options.metric, options.statistics, options.head_score, channels)
+            _tell_unreached(i, shape, statistics.mlp.count)
+        else:
+            pair = (wanda_scores if options.method == "wanda-sp" else magnitude_scores)(statistics, channels)
+        scores.append(pair)
+    return scores
 
 
 def _store_plan(run: RunDirectory, decided: PlanResult) -> PlanResult:

@@ -1,0 +1,226 @@
+"""All that a report shows, read from a run directory, or from pruning.json where there is nothing else."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flap_stream.allocation import LayerKeep
+from flap_stream.architecture import LayerShape
+from flap_stream.config import PlanConfig
+from flap_stream.errors import InvalidInput, RunMismatch
+from flap_stream.output import read_record
+from flap_stream.pipeline import unit_scores
+from flap_stream.ratio_sweep import read_curves
+from flap_stream.scoring import channel_metric, fluctuation
+from flap_stream.store import LayerCost, RunDirectory
+
+
+@dataclass(frozen=True)
+class LayerUnits:
+    """Units of one layer: how many, how many stay, and, where statistics are known, what decided.
+
+    groups, neurons: dense counts. kept_groups, kept_neurons: None without a plan.
+    group_scores, neuron_scores, group_fluctuations, neuron_fluctuations: float64 `[unit]`; a group's fluctuation is the
+    mean over its channels. stays: bool `[unit]` of the groups, of the neurons.
+    """
+
+    groups: int
+    neurons: int
+    kept_groups: int | None = None
+    kept_neurons: int | None = None
+    group_scores: np.ndarray | None = None
+    neuron_scores: np.ndarray | None = None
+    group_fluctuations: np.ndarray | None = None
+    neuron_fluctuations: np.ndarray | None = None
+    stays: tuple[np.ndarray, np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class Size:
+    """A quantity of the whole model, dense and as planned."""
+
+    name: str
+    unit: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What there is to show. missing: sentences about what there is not, and how to get it.
+
+    decoder_ratio, model_ratio: removed share of the prunable weights and of all parameters. metric: name of what the
+    fluctuations are. costs: by layer, None where it was not recorded. curves: as of `ratio_sweep.read_curves`.
+    """
+
+    model: str
+    place: str
+    options: PlanConfig | None
+    calibration: dict[str, Any]
+    versions: dict[str, str]
+    heads_per_group: int
+    layers: list[LayerUnits]
+    decoder_ratio: float | None
+    model_ratio: float | None
+    sizes: list[Size]
+    metric: str
+    costs: list[LayerCost | None]
+    curves: list[dict[str, Any]]
+    missing: list[str]
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether it is decided what stays."""
+        return bool(self.layers) and self.layers[0].kept_groups is not None
+
+
+def read_facts(place: Path) -> Facts:
+    """Facts of a run directory or a pruned checkpoint.
+
+    Raises InvalidInput if it is neither, CorruptRun if something in it is altered.
+    """
+    if (place / "run.json").exists():
+        with RunDirectory(place, is_writer=False) as run:  # a running job may be looked at
+            return _of_run(run)
+    record = read_record(place)
+    if record is None:
+        raise InvalidInput(f"{place} is neither a run directory (run.json) nor a pruned checkpoint (pruning.json)")
+    return _of_record(place, record)
+
+
+def _of_run(run: RunDirectory) -> Facts:
+    shapes, done, missing = run.layer_shapes, run.complete_layers(), []
+    again = f"flap-stream collect goes on with {run.path.name}"
+    options: PlanConfig | None = None
+    keeps: list[LayerKeep] | None = None
+    try:
+        options, keeps = run.read_plan()
+    except RunMismatch:
+        missing.append(f"No plan yet, so nothing is marked as removed: flap-stream plan {run.path.name} --ratio R.")
+    if done < len(shapes):
+        missing.append(f"Statistics of {done} of {len(shapes)} layers; {again}.")
+    metric = options or PlanConfig(method=run.manifest["options"]["method"])
+    scores = unit_scores(run, metric) if done == len(shapes) else []
+    layers = []
+    for i, shape in enumerate(shapes):
+        known: dict[str, Any] = {}
+        if keeps is not None:
+            known |= {"kept_groups": len(keeps[i].kv_groups), "kept_neurons": len(keeps[i].neurons)}
+            known |= {"stays": (_mask(shape.kv_groups, keeps[i].kv_groups), _mask(shape.neurons, keeps[i].neurons))}
+        if scores:
+            known |= {"group_scores": scores[i][0], "neuron_scores": scores[i][1]}
+            known |= _fluctuations(run, i, shape, metric)
+        layers.append(LayerUnits(shape.kv_groups, shape.neurons, **known))
+    costs, curves = run.layer_costs(), read_curves(run)
+    if not any(costs):
+        missing.append("Time and memory by layer were not recorded.")
+    if not curves:
+        missing.append(f"No sweep yet: flap-stream sweep {run.path.name} --ratios 0.1:0.6:0.1 --evaluate TEXT.")
+    removed = 0
+    if keeps is not None:
+        removed = sum(shape.prunable - keep.cost(shape) for shape, keep in zip(shapes, keeps, strict=True))
+    parameters = run.manifest["parameters"]
+    return Facts(
+        model=_short(run.manifest["source"]),
+        place=run.path.name,
+        options=options,
+        calibration=run.manifest["calibration"],
+        versions=run.manifest["versions"],
+        heads_per_group=shapes[0].heads_per_group if shapes else 1,
+        layers=layers,
+        decoder_ratio=None if keeps is None else removed / sum(shape.prunable for shape in shapes),
+        model_ratio=None if keeps is None else removed / parameters,
+        sizes=[] if keeps is None else _sizes(run.manifest, shapes, keeps, removed),
+        metric=metric.metric,
+        costs=costs,
+        curves=curves,
+        missing=missing,
+    )
+
+
+def _of_record(place: Path, record: dict[str, Any]) -> Facts:
+    layers = [
+        LayerUnits(
+            groups=layer["kv_groups"],
+            neurons=layer["neurons"],
+            kept_groups=len(layer["kept_kv_groups"]),
+            kept_neurons=len(layer["kept_neurons"]),
+        )
+        for layer in record["layers"]
+    ]
+    known = {name: value for name, value in record["options"].items() if name in PlanConfig.__dataclass_fields__}
+    parameters = record["parameters"]
+    return Facts(
+        model=record["base"]["name"],
+        place=place.name,
+        options=PlanConfig(**known),
+        calibration=record.get("calibration", {}),
+        versions={},
+        heads_per_group=1,
+        layers=layers,
+        decoder_ratio=record["realised_ratio"]["decoder"],
+        model_ratio=record["realised_ratio"]["model"],
+        sizes=[Size("parameters", "", parameters["before"], parameters["after"])],
+        metric=record["options"]["metric"],
+        costs=[],
+        curves=[],
+        missing=[
+            "This is drawn from pruning.json alone. Scores, fluctuations, sweeps, time and memory by layer, and sizes "
+            "in bytes are in the run directory: prune with --keep-run, then give that directory."
+        ],
+    )
+
+
+def _mask(size: int, kept: np.ndarray) -> np.ndarray:
+    mask = np.zeros(size, dtype=bool)
+    mask[kept] = True
+    return mask
+
+
+def _fluctuations(run: RunDirectory, index: int, shape: LayerShape, options: PlanConfig) -> dict[str, np.ndarray]:
+    statistics = run.read_statistics(index)
+    if options.method == "magnitude-sp":
+        attention, mlp = statistics.attention.weight_squared_norm, statistics.mlp.weight_squared_norm
+    elif options.method == "wanda-sp":
+        attention, mlp = (fluctuation(part, options.statistics) for part in (statistics.attention, statistics.mlp))
+    else:
+        attention, mlp = (
+            channel_metric(part, options.metric, options.statistics) for part in (statistics.attention, statistics.mlp)
+        )
+    grouped = attention.reshape(shape.kv_groups, -1) if shape.kv_groups else np.zeros((0, 1))
+    return {"group_fluctuations": grouped.mean(axis=1), "neuron_fluctuations": mlp}
+
+
+def _sizes(
+    manifest: dict[str, Any], shapes: Sequence[LayerShape], keeps: Sequence[LayerKeep], removed: int
+) -> list[Size]:
+    """Whole-model quantities, dense and as planned; biases that a restoration adds are not counted."""
+    sizes, parameters = manifest["sizes"], manifest["parameters"]
+    item_bytes = sizes["weight_bytes"] / parameters
+
+    def cached(groups: Sequence[int]) -> float:
+        return sum(2 * shape.head_dim * count for shape, count in zip(shapes, groups, strict=True)) * item_bytes
+
+    def operations(units: Sequence[tuple[int, int]]) -> float:
+        total = sizes["hidden"] * sizes["vocabulary"]
+        for shape, (groups, neurons) in zip(shapes, units, strict=True):
+            share = sizes["expert_share"] if shape.experts else 1
+            total += groups * shape.group_cost + neurons * shape.neuron_cost * share
+        return 2 * total
+
+    dense = [(shape.kv_groups, shape.neurons) for shape in shapes]
+    kept = [(len(keep.kv_groups), len(keep.neurons)) for keep in keeps]
+    return [
+        Size("parameters", "", parameters, parameters - removed),
+        Size("weights", "B", sizes["weight_bytes"], sizes["weight_bytes"] - removed * item_bytes),
+        Size("KV cache per token", "B", cached([g for g, _ in dense]), cached([g for g, _ in kept])),
+        Size("FLOPs per token", "FLOP", operations(dense), operations(kept)),
+    ]
+
+
+def _short(source: str) -> str:
+    """A Hub id, or the last two names of a path."""
+    return "/".join(Path(source).parts[-2:])

@@ -1,0 +1,185 @@
+"""One HTML page that asks nothing of the network: figures as SVG, numbers beside them; light, dark and on paper."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from flap_stream import files
+from flap_stream.report import figures
+from flap_stream.report.facts import Facts, read_facts
+from flap_stream.report.figures import Drawing, Palette, change, quantity
+
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', 'DejaVu Sans', sans-serif"
+
+
+def _variables(palette: Palette) -> str:
+    return " ".join(f"--{name}: {colour};" for name, colour in vars(palette).items())
+
+
+_CSS = f"""
+:root {{ color-scheme: light dark; --font: {_FONT}; {_variables(figures.LIGHT)} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {_variables(figures.DARK)} }} }}
+* {{ box-sizing: border-box; }}
+body {{ margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 60rem; background: var(--page); color: var(--ink);
+  font: 1rem/1.5 var(--font); font-variant-numeric: tabular-nums; }}
+h1 {{ margin: 0; font-size: 1.7rem; line-height: 1.2; font-weight: 650; overflow-wrap: anywhere; }}
+h2 {{ margin: 0; font-size: 1.1rem; font-weight: 650; }}
+p {{ margin: 0.3rem 0 0; max-width: 46rem; color: var(--soft); overflow-wrap: anywhere; }}
+section {{ margin-top: 2.4rem; padding-top: 1rem; border-top: 1px solid var(--rule); break-inside: avoid; }}
+svg {{ display: block; height: auto; margin-top: 0.8rem; }}
+table {{ border-collapse: collapse; margin-top: 0.8rem; font-size: 0.9rem; }}
+th, td {{ padding: 0.25rem 1.4rem 0.25rem 0; text-align: right; border-bottom: 1px solid var(--rule); }}
+th {{ font-weight: 400; color: var(--soft); }}
+th:first-child, td:first-child {{ text-align: left; }}
+details {{ margin-top: 0.6rem; font-size: 0.9rem; }}
+summary {{ cursor: pointer; color: var(--soft); }}
+summary:focus-visible {{ outline: 2px solid var(--kept); }}
+.scroll {{ overflow-x: auto; }}
+footer {{ margin-top: 3rem; font-size: 0.85rem; color: var(--soft); }}
+@media print {{
+  :root {{ color-scheme: light; {_variables(figures.LIGHT)} }}
+  body {{ max-width: none; padding: 0; font-size: 10pt; }}
+  section {{ margin-top: 1.2rem; }}
+  details {{ display: none; }}
+  @page {{ margin: 16mm; }}
+}}
+"""
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """Files that were written, and sentences about what there was nothing to show of."""
+
+    html: Path | None
+    pngs: list[Path]
+    figures: list[str]
+    missing: list[str]
+
+
+def write_report(place: str | Path, html: str | Path | None, png: str | Path | None = None) -> ReportResult:
+    """Draw what a run directory or a pruned checkpoint holds.
+
+    html: the page; png: a directory for the same figures as PNG files and `overview.png`, all of them together.
+    Raises InvalidInput if there is nothing to draw, or no matplotlib.
+    """
+    facts = read_facts(Path(place))
+    drawn = figures.drawings(facts)
+    pngs = []
+    if html is not None:
+        files.make_directory(Path(html).absolute().parent)
+        files.write_committed(Path(html), page(facts, drawn).encode())
+    if png is not None:
+        files.make_directory(Path(png))
+        images = {drawing.name: figures.png(facts, drawing) for drawing in drawn}
+        images |= {"overview": figures.overview(facts, drawn)} if drawn else {}
+        for name, image in images.items():
+            pngs.append(Path(png) / f"{name}.png")
+            files.write_committed(pngs[-1], image)
+    return ReportResult(None if html is None else Path(html), pngs, [d.name for d in drawn], facts.missing)
+
+
+def page(facts: Facts, drawn: Sequence[Drawing]) -> str:
+    """The whole page."""
+    sections = [_section(facts, drawing) for drawing in drawn]
+    missing = "".join(f"<li>{escape(sentence)}</li>" for sentence in facts.missing)
+    if missing:
+        sections.append(f"<section><h2>Not shown</h2><ul>{missing}</ul></section>")
+    title = escape(_title(facts))
+    known = " ".join(f"{name} {number}" for name, number in sorted(facts.versions.items()))
+    made = f"Drawn by flap-stream {version('flap-stream')} from {facts.place}."
+    made += f" Collected with {known}." if known else ""
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{_CSS}</style>\n</head>\n<body>\n<header>\n<h1>{title}</h1>\n<p>{escape(_subtitle(facts))}</p>\n"
+        f"</header>\n<main>\n{chr(10).join(sections)}\n</main>\n<footer>{escape(made)}</footer>\n</body>\n</html>\n"
+    )
+
+
+def _title(facts: Facts) -> str:
+    if facts.options is None or facts.decoder_ratio is None:
+        return f"{facts.model}, not planned yet"
+    return f"{facts.model}, pruned by {100 * facts.options.ratio:g} %"
+
+
+def _subtitle(facts: Facts) -> str:
+    parts = []
+    if facts.options is not None and facts.decoder_ratio is not None and facts.model_ratio is not None:
+        options = facts.options
+        parts.append(f"{options.method}, structure {options.structure}, metric {options.metric}, {options.statistics}.")
+        parts.append(f"{facts.decoder_ratio:.2%} of the prunable weights go, {facts.model_ratio:.2%} of the model.")
+    calibration = facts.calibration
+    if {"samples", "sequence_length", "sources"} <= calibration.keys():
+        sources = ", ".join(map(str, calibration["sources"]))
+        windows = f"{calibration['samples']} windows of {calibration['sequence_length']} tokens"
+        parts.append(f"Calibrated on {windows} of {sources}.")
+    return " ".join(parts)
+
+
+def _section(facts: Facts, drawing: Drawing) -> str:
+    caption = escape(drawing.caption)
+    image = figures.svg(facts, drawing)
+    image = image.replace("<svg", f'<svg role="img" aria-label="{escape(drawing.title)}. {caption}"', 1)
+    return (
+        f'<section id="{drawing.name}">\n<h2>{escape(drawing.title)}</h2>\n<p>{caption}</p>\n{image}\n'
+        f"{_numbers(facts, drawing.name)}</section>"
+    )
+
+
+def _numbers(facts: Facts, name: str) -> str:
+    """The figure's numbers as tables that can be opened."""
+    if name == "sizes":
+        rows = [
+            (
+                size.name,
+                quantity(size.before, size.unit),
+                quantity(size.after, size.unit),
+                change(size.before, size.after),
+            )
+            for size in facts.sizes
+        ]
+        return _table(("", "dense", "pruned", "change"), rows)
+    if name == "kept":
+        kept = [
+            (i, f"{layer.kept_groups} of {layer.groups}", f"{layer.kept_neurons:,} of {layer.neurons:,}")
+            for i, layer in enumerate(facts.layers)
+        ]
+        return _table(("layer", "KV groups", "neurons"), kept)
+    if name == "sweep":
+        return "".join(_curve_table(curve) for curves in figures.curves_by_text(facts) for curve in curves)
+    if name == "cost":
+        costs = [
+            (i, f"{cost.seconds:.3f}", f"{cost.tokens:,}", f"{cost.peak_host_bytes:,}", f"{cost.peak_device_bytes:,}")
+            for i, cost in enumerate(facts.costs)
+            if cost is not None
+        ]
+        return _table(("layer", "seconds", "tokens", "peak host bytes", "peak device bytes"), costs)
+    return ""
+
+
+def _curve_table(curve: dict[str, Any]) -> str:
+    dense = curve["dense_perplexity"]
+    rows = [
+        (
+            f"{point['ratio']:g}",
+            f"{point['decoder_ratio']:.2%}",
+            f"{point['parameters']:,}",
+            f"{point['perplexity']:.4f}",
+            change(dense, point["perplexity"]),
+        )
+        for point in curve["points"]
+    ]
+    heads = ("ratio", "of prunable", "parameters", "perplexity", f"over {dense:.4f}")
+    return _table(heads, rows, f"Numbers: {figures.curve_name(curve)}")
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[object]], summary: str = "Numbers") -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<details><summary>{escape(summary)}</summary><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div></details>\n"
+    )
