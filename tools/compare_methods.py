@@ -1,0 +1,162 @@
+"""Perplexity of every method at every ratio, from one calibration text and one held-out text, in one run.
+
+Prints Markdown: perplexities, and in brackets how much of FLAP's rise each method takes: r = ln(perplexity) - ln(dense
+perplexity) as a share of the r of `flap, exact`. By default on the bundled model; any other that can be pruned will do.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from math import log
+from pathlib import Path
+from typing import Any
+
+import flap_stream
+from flap_stream import CollectConfig, EvaluateConfig, PruneConfig, SweepConfig
+from flap_stream.config import parse_ratios
+from flap_stream.progress import Progress
+
+
+@dataclass
+class Bench:
+    """What all methods are given. engine: options of `EngineConfig`; calibration: of `CollectConfig`."""
+
+    model: str
+    calibration: dict[str, Any]
+    text: tuple[str, ...]
+    engine: dict[str, Any]
+    place: Path
+    progress: Progress
+
+    def collected(self) -> Path:
+        """The run directory that serves all methods of one collection, made when it is first asked for."""
+        run = self.place / "run"
+        if not run.exists():
+            config = CollectConfig(**self.calibration, **self.engine)
+            flap_stream.collect(self.model, run, config, progress=self.progress)
+        return run
+
+    def dense(self) -> float:
+        """Perplexity of the dense model."""
+        return self.perplexity(self.model)
+
+    def perplexity(self, model: str | Path) -> float:
+        """Perplexity of a model that is written."""
+        return flap_stream.evaluate(model, EvaluateConfig(text=self.text, **self.engine), self.progress).perplexity
+
+
+def swept(bench: Bench, options: dict[str, Any], ratios: Sequence[float]) -> list[float]:
+    """All ratios from the common collection and one reading of the model. options: of `SweepConfig`."""
+    config = SweepConfig(ratios=tuple(ratios), evaluate=bench.text, **bench.engine, **options)
+    points = {
+        point.ratio: point for point in flap_stream.sweep(bench.collected(), config, progress=bench.progress).points
+    }
+    return [float(points[ratio].perplexity or "nan") for ratio in ratios]
+
+
+def pruned(bench: Bench, options: dict[str, Any], ratios: Sequence[float]) -> list[float]:
+    """Each ratio by the whole job, its checkpoint evaluated and removed. options: of `PruneConfig`."""
+    found = []
+    for ratio in ratios:
+        config = PruneConfig(ratio=ratio, **bench.calibration, **bench.engine, **options)
+        out = bench.place / "out"
+        flap_stream.prune(bench.model, out, config, progress=bench.progress)
+        found.append(bench.perplexity(out))
+        shutil.rmtree(out)
+    return found
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table. measure: `swept` where the common collection and `sweep` serve, else `pruned`."""
+
+    name: str
+    measure: Callable[[Bench, dict[str, Any], Sequence[float]], list[float]]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+REFERENCE = "flap, exact"
+METHODS = [
+    Method(REFERENCE, swept),
+    Method("flap, released", swept, {"statistics": "released"}),
+    Method("flap, exact, no bias", swept, {"restore": "none"}),
+    Method("wanda-sp", pruned, {"method": "wanda-sp"}),  # pruned layers feed the next: a collection a ratio
+    Method("magnitude-sp", swept, {"method": "magnitude-sp"}),
+]
+
+
+def compare(bench: Bench, methods: Sequence[Method], ratios: Sequence[float]) -> dict[str, Any]:
+    """Perplexities: `dense`, and of each method a list in order of ratios."""
+    return {
+        "model": Path(bench.model).name,
+        "ratios": list(ratios),
+        "dense": bench.dense(),
+        "methods": {method.name: method.measure(bench, method.options, ratios) for method in methods},
+    }
+
+
+def rises(body: dict[str, Any]) -> dict[str, list[float]]:
+    """ln(perplexity) - ln(dense perplexity) of each method."""
+    return {name: [log(p / body["dense"]) for p in found] for name, found in body["methods"].items()}
+
+
+def markdown(body: dict[str, Any]) -> str:
+    """The table; in brackets the share of the reference's rise, if that was measured."""
+    found, reference = rises(body), rises(body).get(REFERENCE)
+    lines = ["| method | " + " | ".join(f"{ratio:.0%}" for ratio in body["ratios"]) + " |"]
+    lines.append("|---" * (len(body["ratios"]) + 1) + "|")
+    lines.append("| dense | " + " | ".join(f"{body['dense']:.2f}" for _ in body["ratios"]) + " |")
+    for name, perplexities in body["methods"].items():
+        cells = [f"{perplexity:.2f}" for perplexity in perplexities]
+        if reference is not None and name != REFERENCE:
+            cells = [f"{cell} ({r / own:.2f})" for cell, r, own in zip(cells, found[name], reference, strict=True)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print the table, write it."""
+    demo = files("flap_stream") / "demo"
+    names = [method.name for method in METHODS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(demo / "model"), help="a directory or a Hub id (default: bundled)")
+    parser.add_argument("--calibration", nargs="+", default=[str(demo / "calibration.txt")], metavar="TEXT")
+    parser.add_argument("--evaluate", nargs="+", default=[str(demo / "evaluation.txt")], metavar="TEXT")
+    parser.add_argument("--ratios", type=parse_ratios, default=(0.2, 0.3, 0.5), metavar="LIST")
+    parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--samples", type=int, default=1024, help="calibration windows (default: 1024)")
+    parser.add_argument("--sequence-length", type=int, default=128, help="tokens a window (default: 128)")
+    parser.add_argument("--dtype", default="float32", help="of the forward (default: float32)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--place", type=Path, help="folder for run directories and outputs (default: a temporary one)")
+    parser.add_argument("--markdown", type=Path, help="write the table here too")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.place) as place:
+        bench = Bench(
+            model=options.model,
+            calibration={
+                "calibration": tuple(options.calibration),
+                "samples": options.samples,
+                "sequence_length": options.sequence_length,
+            },
+            text=tuple(options.evaluate),
+            engine={"dtype": options.dtype, "device": options.device},
+            place=Path(place),
+            progress=Progress("auto"),
+        )
+        chosen = [method for method in METHODS if method.name in options.methods]
+        body = compare(bench, chosen, options.ratios)
+    print(markdown(body), end="")
+    if options.markdown:
+        options.markdown.write_text(markdown(body))
+    if options.json:
+        options.json.write_text(json.dumps({**body, "rises": rises(body)}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
