@@ -50,6 +50,7 @@ _ENTRIES = {
     "hidden-dense": {"job": str, "layer": int, "digest": str},
     "plan": {"digest": str},
     "sweep": {"digest": str},
+    "sweep-hidden": {"layer": int, "digest": str},
     "rewrite": {"place": str, "job": str},
     "shard": {"job": str, "digest": str},
 }
@@ -423,13 +424,33 @@ class RunDirectory:
         if entry is None:
             return None
         if (state := _state(path, entry)) is not None:
-            logger.warning("%s is %s; sweeping again", path, state)
+            logger.warning("%s is %s; what that sweep had found is not used", path, state)
             return None
         return json.loads(path.read_bytes())
 
     def sweep_names(self) -> list[str]:
         """All sweeps that are stored, the oldest first."""
         return list(dict.fromkeys(entry["name"] for entry in self.journal.of_kind("sweep")))
+
+    def sweep_snapshot_path(self, name: str, layer: int) -> Path:
+        """Where the hidden states of a sweep's reading of the model are saved as they enter a layer."""
+        return self.path / "sweeps" / f"{name}-{_layer_name(layer)}.bin"
+
+    def record_sweep_snapshot(self, name: str, layer: int, digest: str) -> None:
+        """They are on the disk; all others go."""
+        self.journal.append("sweep-hidden", name, layer=layer, digest=digest)
+        self.drop_sweep_snapshots(keep=self.sweep_snapshot_path(name, layer))
+
+    def sweep_snapshot(self, name: str) -> tuple[int, str] | None:
+        """Layer and sha256 of the snapshot that should be there."""
+        entry = self.journal.find("sweep-hidden", name)
+        return None if entry is None else (entry["layer"], entry["digest"])
+
+    def drop_sweep_snapshots(self, keep: Path | None = None) -> None:
+        """Delete all snapshots of sweeps but one."""
+        for file in (self.path / "sweeps").glob("*.bin"):
+            if file != keep:
+                files.remove(file)
 
     # --- all of it ---
 

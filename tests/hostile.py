@@ -147,6 +147,7 @@ JOURNAL = [
         "cost": {"seconds": 0.5, "tokens": 8, "peak_host_bytes": 1, "peak_device_bytes": 0},
     },
     {"kind": "sweep", "name": "0", "digest": "0"},
+    {"kind": "sweep-hidden", "name": "0", "layer": 1, "digest": "0"},
     {"kind": "hidden", "name": "0001", "layer": 1, "digest": "0"},
     {"kind": "rewrite", "name": "out", "place": "/out", "job": "0"},
 ]

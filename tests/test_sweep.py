@@ -1,6 +1,7 @@
 """Perplexities of a sweep are those of the checkpoints that would be written, from one reading of the model."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,40 @@ def test_a_sweep_goes_on_where_it_was_and_only_for_the_same(tmp_path: Path, monk
     assert flap_stream.sweep(made.run, made.options()).points == result.points and len(passes) == 3
     flap_stream.sweep(made.run, made.options(restore="none"))
     flap_stream.sweep(made.run, made.options(samples=4))
-    assert len(passes) == 9
+    assert len(passes) == 8  # the dense model is known to the first of the two
     with RunDirectory(made.run) as run:
         assert len(ratio_sweep.read_curves(run)) == 3
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_a_reading_of_the_model_goes_on_in_the_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    made = Collected(tmp_path)
+    run, options = made.run, made.options(samples=3)
+    find, forward, layers = planner.place, StreamedModel.forward_layer, []
+
+    def stopping(model: StreamedModel, index: int, *rest: Any, **how: Any) -> None:
+        if index == stop_at:
+            raise KeyboardInterrupt
+        layers.append(index)
+        forward(model, index, *rest, **how)
+
+    monkeypatch.setattr(planner, "place", lambda *a: replace(find(*a), hidden_place=place))
+    monkeypatch.setattr(StreamedModel, "forward_layer", stopping)
+    monkeypatch.setattr(ratio_sweep, "_SNAPSHOT_SHARE", 0.0)
+    stop_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        flap_stream.sweep(run, options)
+    assert [file.name[-8:] for file in (run / "sweeps").iterdir()] == ["0002.bin"]
+    stop_at = 99
+    result = flap_stream.sweep(run, options)
+    assert sorted(layers) == [0, 0, 0, 1, 1, 1, 2, 2, 2]  # for the dense model and two ratios
+    assert not list((run / "sweeps").glob("*.bin"))
+    shutil.rmtree(run / "sweeps")
+    assert flap_stream.sweep(run, options).points == result.points
+    with RunDirectory(run) as directory:
+        assert directory.damaged() == []
 
 
 def test_ratios_go_in_groups_where_their_hidden_states_have_no_room(
