@@ -9,7 +9,7 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
 from flap_stream import pipeline, planner
-from flap_stream.config import EvaluateConfig, PruneConfig
+from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig, SweepConfig
 from flap_stream.errors import InsufficientMemory
 from flap_stream.hidden_states import PLACES
 
@@ -48,6 +48,19 @@ def test_on_cuda_neither_reading_ahead_nor_the_place_of_hidden_states_matters(
     for out in outs[1:]:
         for file in outs[0].iterdir():
             assert (out / file.name).read_bytes() == file.read_bytes()
+
+
+def test_on_cuda_a_sweep_gives_what_the_written_checkpoints_give(tmp_path: Path) -> None:
+    path = save(tiny_model(tiny_config()), tmp_path / "model")
+    text = save_tokens(tmp_path / "tokens.npy", random_tokens(9, 24))
+    flap_stream.collect(path, tmp_path / "run", CollectConfig(calibration=(text,), device="cuda", batch_size=4))
+    options = SweepConfig(ratios=(0.2, 0.5), evaluate=(text,), device="cuda", batch_size=4)
+    for point in flap_stream.sweep(tmp_path / "run", options).points:
+        flap_stream.plan(tmp_path / "run", PlanConfig(ratio=point.ratio))
+        out = tmp_path / f"{point.ratio}"
+        flap_stream.rewrite(tmp_path / "run", out, RewriteConfig())
+        written = flap_stream.evaluate(out, EvaluateConfig(text=(text,), device="cuda", batch_size=4))
+        assert point.perplexity == pytest.approx(written.perplexity, rel=1e-4)
 
 
 def test_on_cuda_the_allocator_is_held_to_the_limit(tmp_path: Path) -> None:

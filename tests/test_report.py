@@ -224,8 +224,16 @@ def test_names_from_files_are_text_and_nothing_else(run: Path) -> None:
     nasty = '<script>alert("$x$")</script>'
     facts = read_facts(run)
     curve = {**facts.curves[-1], "restore": nasty, "text": {**facts.curves[-1]["text"], "sources": [nasty]}}
+    curve["points"] = [*curve["points"], {**curve["points"][-1], "ratio": 0.9, "perplexity": float("inf")}]
     facts = replace(facts, model=nasty, place=nasty, versions={nasty: nasty}, curves=[curve], missing=[nasty])
     assert "<script" not in page(facts, figures.drawings(facts))
+
+
+def test_curves_are_named_by_what_tells_them_apart(run: Path) -> None:
+    none, bias = read_facts(run).curves
+    assert [figures.curve_name(curve) for curve in (none, bias)] == ["flap, no restoration", "flap, bias"]
+    other = {**bias, "options": {**bias["options"], "metric": "ifv", "min_heads": 2}}
+    assert figures.curve_name(other) == "flap, ifv, min_heads 2, bias"
 
 
 def test_many_layers_and_curves_are_drawn(run: Path) -> None:

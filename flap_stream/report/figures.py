@@ -7,11 +7,12 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
+from flap_stream.config import PlanConfig
 from flap_stream.errors import InvalidInput
 from flap_stream.report.facts import Facts
 
@@ -179,14 +180,13 @@ def _draw_sizes(parent: Parent, facts: Facts, palette: Palette) -> None:
     thickness = 0.62 * min(1.0, 1.4 * 72 / parent.bbox.height * parent.dpi / 72)
     for ax, size in zip(parent.subplots(1, len(facts.sizes), squeeze=False)[0], facts.sizes, strict=True):
         ax.set_title(size.name, fontsize=8.5)
-        rows = [(size.before, "dense"), (size.after, "pruned")]
-        for y, (value, text) in zip((0.8 * thickness, -0.8 * thickness), rows, strict=True):
-            filled = value is size.after
-            colours = {"color": palette.kept} if filled else {"color": "none", "edgecolor": palette.soft}
-            ax.barh([y], [value], height=thickness, linewidth=0.9, **colours)
+        for y, value, text, fill, edge, ink in (
+            (0.8 * thickness, size.before, "dense", "none", palette.soft, palette.ink),
+            (-0.8 * thickness, size.after, "pruned", palette.kept, palette.kept, palette.page),
+        ):
+            ax.barh([y], [value], height=thickness, facecolor=fill, edgecolor=edge, linewidth=0.9)
             ax.text(size.before * 1.04, y, quantity(value, size.unit), va="center", fontsize=8)
-            colour = palette.page if filled else palette.ink
-            ax.text(size.before * 0.03, y, text, va="center", color=colour, fontsize=7.5)
+            ax.text(size.before * 0.03, y, text, va="center", color=ink, fontsize=7.5)
         ax.text(0, -1.9 * thickness, change(size.before, size.after), va="center", weight="bold")
         ax.set(xlim=(0, size.before * 1.6), ylim=(-1.5, 0.95), xticks=[], yticks=[])
         ax.spines[["left", "bottom"]].set_visible(False)
@@ -431,23 +431,20 @@ def _binned(values: np.ndarray, columns: int) -> np.ndarray:
 def curves_by_text(facts: Facts) -> list[list[dict[str, Any]]]:
     """Curves that may be compared: of the same windows in the same dtype; the newest text first, three at most."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for curve in reversed(facts.curves):
+    for stored in reversed(facts.curves):
+        curve = {**stored, "points": [point for point in stored["points"] if np.isfinite(point["perplexity"])]}
         groups.setdefault((curve["text"]["sha256"], curve["dtype"]), []).append(curve)
     return list(groups.values())[:3]
 
 
 def curve_name(curve: dict[str, Any]) -> str:
-    """What tells a curve from others: method, what is not by default, and restoration."""
-    options = curve["options"]
-    usual = {"method", "metric", "structure", "head_score", "statistics"}
-    default = {"metric": "wifv", "head_score": "mean-z", "statistics": "exact"}
-    default["structure"] = "al-am" if options.get("method") == "flap" else "ul-um"
-    others = [
-        str(options[name]) for name in sorted(usual - {"method"}) if options.get(name, default[name]) != default[name]
-    ]
-    return ", ".join(
-        [str(options.get("method")), *others, "no restoration" if curve["restore"] == "none" else curve["restore"]]
-    )
+    """What tells a curve from others: method, options that are not by default, and restoration."""
+    options, method = curve["options"], str(curve["options"].get("method"))
+    default = {field.name: field.default for field in fields(PlanConfig)}
+    default |= {"method": method, "structure": "al-am" if method == "flap" else "ul-um"}
+    others = {name: value for name, value in options.items() if value != default.get(name)}
+    said = [value if isinstance(value, str) else f"{name} {value}" for name, value in sorted(others.items())]
+    return ", ".join([method, *said, "no restoration" if curve["restore"] == "none" else curve["restore"]])
 
 
 def _sweep_caption(facts: Facts) -> str:
@@ -499,18 +496,24 @@ def _draw_sweep(parent: Parent, facts: Facts, palette: Palette) -> None:
         if facts.decoder_ratio is not None:
             ax.axvline(100 * facts.decoder_ratio, color=palette.ink, linewidth=0.8, linestyle=(0, (1, 2)))
             _tag(ax, 100 * facts.decoder_ratio, f"plan, {100 * facts.decoder_ratio:.1f} %", palette)
-        ax.set(xlabel="removed share of the prunable weights, %", ylabel="perplexity", xlim=(-1, None))
-        if highest > 4 * dense:
-            ax.set_yscale("log")
-            steps = (1, 1.5, 2, 3, 5, 7) if highest < 10 * dense else (1, 2, 5)
-            ticks = [step * 10.0**power for power in range(-1, 9) for step in steps]
-            shown = [tick for tick in ticks if 0.8 * dense <= tick <= 1.2 * highest]
-            ax.set_yticks(shown, [f"{tick:,g}" for tick in shown])
-            ax.minorticks_off()
-        ax.margins(y=0.12)
+        _perplexity_axis(ax, dense, highest)
         right = max((100 * p["decoder_ratio"] for curve in curves for p in curve["points"]), default=1)
+        ax.set(xlabel="removed share of the prunable weights, %")
         ax.set_xlim(-1, right * (1.3 if len(groups) == 1 else 1.6))
         _name_ends(ax, ends, 11 / (0.7 * parent.bbox.height * 72 / parent.dpi))
+
+
+def _perplexity_axis(ax: Any, dense: float, highest: float) -> None:
+    """Logarithmic where perplexities differ much."""
+    ax.set_ylabel("perplexity")
+    ax.margins(y=0.12)
+    if highest > 4 * dense:
+        ax.set_yscale("log")
+        steps = (1, 1.5, 2, 3, 5, 7) if highest < 10 * dense else (1, 2, 5)
+        ticks = [step * 10.0**power for power in range(-1, 9) for step in steps]
+        shown = [tick for tick in ticks if 0.8 * dense <= tick <= 1.2 * highest]
+        ax.set_yticks(shown, [f"{tick:,g}" for tick in shown])
+        ax.minorticks_off()
 
 
 def _name_ends(ax: Any, ends: list[tuple[float, float, str, str]], gap: float) -> None:
