@@ -2,7 +2,7 @@
 
 - plain: the released procedure (whole model in memory, one window at a time, buffers for 2048 windows), with saving;
 - offload: the same forward driven by accelerate's disk offload, at batch 1 and at the batch that suits it;
-- flap-stream: `flap-stream prune`, the real command;
+- flap-stream: `flap-stream prune`, the real command; flap-stream-refit: the same with `--restore least-squares`;
 - forward: the floor of pass 1, decoder layers in memory, forward alone, at the best batch size;
 - copy: the floor of pass 2, `cp` with fsync of the bytes that it reads and writes.
 
@@ -35,7 +35,8 @@ from flap_stream.progress import peak_host_bytes
 BUFFER_WINDOWS = 2048  # lib/prune.py:120 of the released code
 FORWARD_BATCHES = (1, 8, 16, 32)
 OFFLOAD_BATCHES = (1, 16)
-PARTS = ("plain", "offload-1", "offload-16", "flap-stream", "forward", "copy")
+OURS = {"flap-stream": [], "flap-stream-refit": ["--restore", "least-squares"]}
+PARTS = ("plain", "offload-1", "offload-16", "flap-stream-refit", "flap-stream", "forward", "copy")
 
 
 def synchronize(device: torch.device) -> None:
@@ -240,9 +241,9 @@ def run_part(part: str, options: argparse.Namespace, model: Path, tokens: Path, 
     out = place / "out"
     if part == "copy":
         return {"seconds": measure_copy(model, out, place)}
-    if part == "flap-stream":
+    if part in OURS:
         shutil.rmtree(out, ignore_errors=True)
-        command = [sys.executable, "-m", "flap_stream", "prune", str(model), str(out), "--json", "--quiet"]
+        command = [sys.executable, "-m", "flap_stream", "prune", str(model), str(out), "--json", "--quiet", *OURS[part]]
         command += ["--calibration", str(tokens), "--samples", str(options.windows), "--device", options.device]
     else:
         command = [sys.executable, __file__, "--part", part, "--model", str(model), "--tokens", str(tokens)]
@@ -250,7 +251,7 @@ def run_part(part: str, options: argparse.Namespace, model: Path, tokens: Path, 
     body = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
     peaks = {name: body[f"peak_{name}_bytes"] / 2**20 for name in ("host", "device")}
     result = {"seconds": body["seconds"], **{f"peak_{name}_mib": value for name, value in peaks.items()}}
-    if part == "flap-stream":
+    if part in OURS:
         result["predicted_host_mib"] = body["placement"]["host_bytes"] / 2**20
     return result
 
@@ -277,6 +278,9 @@ def summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     def ours(stage: str) -> Callable[[dict[str, dict[str, Any]]], float]:
         return lambda parts: parts["flap-stream"]["seconds"][stage]
 
+    def of_refit(parts: dict[str, dict[str, Any]], stage: str) -> float:
+        return parts["flap-stream-refit"]["seconds"][stage]
+
     rows = {
         part: {
             "seconds": median(total(part)),
@@ -298,6 +302,14 @@ def summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
             lambda p: p["flap-stream"]["predicted_host_mib"] / p["flap-stream"]["peak_host_mib"],
         ),
         "pass 1 / forward": ("forward", lambda p: ours("collect")(p) / total("forward")(p)),
+        "pass 2 with refit / pass 1": (
+            "flap-stream-refit",
+            lambda p: (total("flap-stream-refit")(p) - of_refit(p, "collect")) / of_refit(p, "collect"),
+        ),
+        "peak host with refit, predicted / measured": (
+            "flap-stream-refit",
+            lambda p: p["flap-stream-refit"]["predicted_host_mib"] / p["flap-stream-refit"]["peak_host_mib"],
+        ),
         "pass 2 / copy": ("copy", lambda p: ours("rewrite")(p) / total("copy")(p)),
         **{
             f"offload at batch {batch} / pass 1": (
@@ -309,7 +321,9 @@ def summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     }
     measured = rounds[0].keys()
     ratios = {
-        name: median(ratio) for name, (part, ratio) in of_ours.items() if "flap-stream" in measured and part in measured
+        name: median(ratio)
+        for name, (part, ratio) in of_ours.items()
+        if part in measured and ("flap-stream" in measured or part == "flap-stream-refit")
     }
     return {"parts": rows, "ratios": ratios}
 
@@ -345,11 +359,11 @@ def main() -> None:
             rounds.append({part: run_part(part, options, model, place / "tokens.npy", place) for part in options.parts})
     result = {"machine": f"{os.cpu_count()} cores, {platform.machine()}, {options.device}", **summary(rounds)}
     result["rounds"] = rounds
-    print(f"{'part':14s} {'seconds':>9s} {'host MiB':>9s} {'device MiB':>10s}")
+    print(f"{'part':18s} {'seconds':>9s} {'host MiB':>9s} {'device MiB':>10s}")
     for part, row in result["parts"].items():
-        print(f"{part:14s} {row['seconds']:9.1f} {row['peak_host_mib']:9.0f} {row['peak_device_mib']:10.0f}")
+        print(f"{part:18s} {row['seconds']:9.1f} {row['peak_host_mib']:9.0f} {row['peak_device_mib']:10.0f}")
     for name, ratio in result["ratios"].items():
-        print(f"{name:32s} {ratio:6.3f}")
+        print(f"{name:44s} {ratio:6.3f}")
     if options.json:
         options.json.write_text(json.dumps({"options": {k: str(v) for k, v in vars(options).items()}, **result}))
 

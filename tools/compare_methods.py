@@ -10,15 +10,24 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from math import log
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
 import flap_stream
-from flap_stream import CollectConfig, EvaluateConfig, PruneConfig, SweepConfig
+from flap_stream import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig, SweepConfig
+from flap_stream.architecture import FAMILIES
+from flap_stream.calibration import evaluation_tokens, load_tokenizer
 from flap_stream.config import parse_ratios
 from flap_stream.progress import Progress
+from flap_stream.store import RunDirectory
 
 
 @dataclass
@@ -70,9 +79,79 @@ def pruned(bench: Bench, options: dict[str, Any], ratios: Sequence[float]) -> li
     return found
 
 
+def rewritten(bench: Bench, options: dict[str, Any], ratios: Sequence[float]) -> list[float]:
+    """Each ratio from the common collection, its checkpoint evaluated and removed. options: of `RewriteConfig`."""
+    found = []
+    for ratio in ratios:
+        out = bench.place / "out"
+        flap_stream.plan(bench.collected(), PlanConfig(ratio=ratio))
+        flap_stream.rewrite(bench.collected(), out, RewriteConfig(**bench.engine, **options), progress=bench.progress)
+        found.append(bench.perplexity(out))
+        shutil.rmtree(out)
+    return found
+
+
+@torch.inference_mode()
+def published(bench: Bench, options: dict[str, Any], ratios: Sequence[float]) -> list[float]:
+    """The published refit (GRAIL): second moments about zero, and FLAP's bias on top. options: damping.
+
+    In memory and on one device, for models whose layers are called as Llama's are.
+    """
+    run, found = bench.collected(), []
+    with RunDirectory(run, is_writer=False) as directory:
+        windows = torch.from_numpy(directory.read_tokens())
+        statistics = [directory.read_statistics(i) for i in range(len(directory.layer_shapes))]
+        shapes = directory.layer_shapes
+    for ratio in ratios:
+        keeps = flap_stream.plan(run, PlanConfig(ratio=ratio)).layers
+        model = AutoModelForCausalLM.from_pretrained(bench.model, dtype=torch.float32).eval()
+        hidden = model.get_input_embeddings()(windows)
+        for layer, keep, shape, own in zip(model.model.layers, keeps, shapes, statistics, strict=True):
+            for part in FAMILIES[model.config.model_type].parts(shape):
+                kind = part.kind
+                linear = layer.get_submodule(kind.output.name)
+                kept = torch.from_numpy(kind.output.kept_indices(keep.of(kind.name), part.units, shape))
+                moments = torch.zeros(2 * [linear.in_features], dtype=torch.float64)
+                handle = linear.register_forward_pre_hook(partial(_add_products, moments))
+                _run(model, layer, hidden)
+                handle.remove()
+                mean = torch.from_numpy(own.of(kind.name).mean).index_fill(0, kept, 0.0)
+                dense, damped = linear.weight.double(), moments[kept][:, kept]
+                damped += options["damping"] * damped.diagonal().mean() * torch.eye(len(kept), dtype=torch.float64)
+                columns = torch.linalg.solve(damped, moments[kept] @ dense.T).T
+                linear.weight = nn.Parameter(torch.zeros_like(dense).index_copy_(1, kept, columns).float())
+                linear.bias = nn.Parameter((dense @ mean).float())
+            hidden = _run(model, layer, hidden)
+        found.append(_perplexity_in_memory(model, bench))
+    return found
+
+
+def _add_products(moments: torch.Tensor, _module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    tokens = inputs[0].flatten(0, 1)
+    moments += (tokens.T @ tokens).double()
+
+
+def _run(model: Any, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """A layer's output `[sample, token, hidden]` over all windows."""
+    places = torch.arange(hidden.shape[1])[None]
+    rotary = model.model.rotary_emb(hidden[:1], places)
+    outputs = [layer(batch, position_ids=places, position_embeddings=rotary) for batch in hidden.split(16)]
+    return torch.cat([output[0] if isinstance(output, tuple) else output for output in outputs])
+
+
+def _perplexity_in_memory(model: Any, bench: Bench) -> float:
+    length, vocabulary = bench.calibration["sequence_length"], model.config.vocab_size
+    tokens = evaluation_tokens(bench.text, None, length, lambda: load_tokenizer(Path(bench.model), False), vocabulary)
+    losses = []
+    for batch in torch.from_numpy(tokens).split(16):
+        logits = model(batch).logits[:, :-1].flatten(0, 1)
+        losses.append(functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="none"))
+    return float(torch.cat(losses).double().mean().exp())
+
+
 @dataclass(frozen=True)
 class Method:
-    """A row of the table. measure: `swept` where the common collection and `sweep` serve, else `pruned`."""
+    """A row of the table. measure: `swept` or `rewritten` where the common collection serves, else `pruned`."""
 
     name: str
     measure: Callable[[Bench, dict[str, Any], Sequence[float]], list[float]]
@@ -86,6 +165,9 @@ METHODS = [
     Method("flap, exact, no bias", swept, {"restore": "none"}),
     Method("wanda-sp", pruned, {"method": "wanda-sp"}),  # pruned layers feed the next: a collection a ratio
     Method("magnitude-sp", swept, {"method": "magnitude-sp"}),
+    Method("published refit (moments about zero, FLAP's bias)", published, {"damping": 1e-3}),
+    Method("least-squares", rewritten, {"restore": "least-squares"}),
+    Method("least-squares, target dense", rewritten, {"restore": "least-squares", "refit_target": "dense"}),
 ]
 
 
