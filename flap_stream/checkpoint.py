@@ -145,16 +145,24 @@ class Checkpoint:
         """Fill `buffer` with the tensor's bytes from byte `start` on."""
         self._files.read(entry.file, entry.offset + start, [buffer])
 
-    def read_all(self, requests: Sequence[tuple[TensorEntry, memoryview]]) -> None:
-        """Fill every buffer with its whole tensor; neighbours in a file are read together, by several threads."""
+    def read_all(self, requests: Sequence[tuple[TensorEntry, memoryview]], share: tuple[int, int] = (0, 1)) -> None:
+        """Fill every buffer with its whole tensor; neighbours in a file are read together, by several threads.
+
+        share: (i, n) reads every n-th block of bytes from the i-th on, about one n-th of all.
+        """
         buffers = {entry.name: buffer for entry, buffer in requests}
 
         def read(block: Block) -> None:
             self.read_block(block, [buffers[entry.name][start:stop] for entry, start, stop in block.parts])
 
-        blocks = self.coalesce([entry for entry, _ in requests], _READ_BYTES)
+        own, readers = share
+        total = sum(entry.nbytes for entry, _ in requests)
+        blocks = self.coalesce([entry for entry, _ in requests], max(1, min(_READ_BYTES, -(-total // readers))))
         with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="pread") as threads:
-            list(threads.map(read, blocks))
+            list(threads.map(read, blocks[own::readers]))
+
+    def note_checksums(self, requests: Sequence[tuple[TensorEntry, memoryview]]) -> None:
+        """Take whole tensors that are in these buffers into their crc32c."""
         for entry, buffer in requests:
             self.note_checksum(entry, 0, buffer)
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stderr
 from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
@@ -26,6 +27,7 @@ VERBS = {
     "inspect": "what is in a run directory or a pruned checkpoint",
     "demo": "the main job on the bundled model and text, offline",
 }
+TOGETHER = ("prune", "collect", "rewrite", "evaluate")  # what all ranks do; rank 0 does the rest by itself
 INTERRUPTED = 130
 _LONGEST = 1000
 
@@ -40,8 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for verb, summary in VERBS.items():
         module = _module_of(verb)
         module.add_arguments(verbs.add_parser(verb, help=summary, description=summary, allow_abbrev=False))
-    options = parser.parse_args(arguments)
-    quiet = getattr(options, "quiet", False)
+    with nullcontext() if _is_first_rank() else redirect_stderr(None):  # all ranks have the same arguments
+        options = parser.parse_args(arguments)
+    if options.verb not in TOGETHER:
+        if not _is_first_rank():
+            return 0
+        os.environ.pop("WORLD_SIZE", None)  # what else it calls need not wait for the others
+    elif not _is_first_rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    quiet = getattr(options, "quiet", False) or not _is_first_rank()
     level = logging.ERROR if quiet else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="flap-stream: %(message)s", stream=sys.stderr)
     logging.getLogger("flap_stream").setLevel(level)
@@ -55,15 +64,29 @@ def reported(action: Callable[[], object]) -> int:
     try:
         action()
     except FlapStreamError as error:
-        print(f"flap-stream: {printable(str(error))}", file=sys.stderr)
+        _tell(error, printable(str(error)))
         return error.exit_code
     except OSError as error:
-        print(f"flap-stream: {printable(str(StorageFailure.of(error)))}", file=sys.stderr)
+        _tell(error, printable(str(StorageFailure.of(error))))
         return StorageFailure.exit_code
-    except KeyboardInterrupt:
-        print("\nflap-stream: interrupted; nothing is lost, run the same command again to go on", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        _tell(error, "interrupted; nothing is lost, run the same command again to go on", before="\n")
         return INTERRUPTED
     return 0
+
+
+def _tell(error: BaseException, message: str, before: str = "") -> None:
+    """Print what a person needs to know, in a job of several ranks once.
+
+    The error of a rank carries a note if it is the one that ended the job; without it, all ranks have the same.
+    """
+    notes = getattr(error, "__notes__", [])
+    if notes or _is_first_rank():
+        print(f"{before}flap-stream: {''.join(f'{note}: ' for note in notes)}{message}", file=sys.stderr)
+
+
+def _is_first_rank() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) <= 1 or int(os.environ.get("RANK", 0)) == 0
 
 
 def printable(message: str) -> str:

@@ -4,6 +4,7 @@
     ├── RunLocked                   another process is writing the run directory
     ├── CorruptRun                  a committed file is not what the journal says
     ├── StorageFailure              the disk or the file system failed, or is full
+    ├── RankLost                    another process of the same job has ended
     └── InvalidInput                exit code 2: wrong use, or an input that cannot be pruned
         ├── InvalidOption           an option's value is out of its range or contradicts another
         ├── InvalidModel            no such model, or not one that can be read
@@ -35,6 +36,10 @@ class RunLocked(FlapStreamError):
 
 class CorruptRun(FlapStreamError):
     """A committed file of the run directory is missing or altered."""
+
+
+class RankLost(FlapStreamError):
+    """Another rank of the job has ended without saying why."""
 
 
 class StorageFailure(FlapStreamError):

@@ -15,6 +15,7 @@ from flap_stream.hidden_states import HiddenStates
 from flap_stream.layers import BatchSizes, Logits, StreamedModel
 from flap_stream.planner import Placement
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
+from flap_stream.ranks import joined
 
 
 @dataclass(frozen=True)
@@ -39,23 +40,26 @@ def evaluate(model: str | Path, options: EvaluateConfig, progress: Progress | No
     """
     started = time.monotonic()
     progress = progress or Progress()
-    with open_checkpoint(model) as checkpoint, torch.inference_mode():
-        streamed = StreamedModel(checkpoint, options)
-        tokens = evaluation_tokens(
-            options.text,
-            options.samples,
-            options.sequence_length,
-            lambda: load_tokenizer(checkpoint.directory, options.trust_remote_code),
-            streamed.vocab_size,
+    with joined() as ranks, open_checkpoint(model) as checkpoint, torch.inference_mode():
+        streamed = StreamedModel(checkpoint, options, ranks)
+        tokens = ranks.from_first(
+            lambda: evaluation_tokens(
+                options.text,
+                options.samples,
+                options.sequence_length,
+                lambda: load_tokenizer(checkpoint.directory, options.trust_remote_code),
+                streamed.vocab_size,
+            )
         )
         placement = streamed.place(options, *tokens.shape, head=True)
         scores, _ = score_tokens(streamed, tokens, placement, progress)
+        bytes_read = sum(ranks.gathered(checkpoint.bytes_read))
     return EvaluateResult(
         perplexity=perplexity_of(scores),
         windows=len(tokens),
         sequence_length=tokens.shape[1],
         seconds=time.monotonic() - started,
-        bytes_read=checkpoint.bytes_read,
+        bytes_read=bytes_read,
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(),
     )
@@ -72,16 +76,19 @@ def score_tokens(
 
     tokens: int64 `[sample, token]`. wanted: bool `[sample, token - 1]`, the predictions to make; None makes all.
     Both results are `[wanted prediction]`, in order of windows: log-probabilities, float32 in nats, and whether the
-    token is the likeliest of all.
+    token is the likeliest of all. Every rank of the model runs its share of the windows, and gets the results of all.
     """
     batch, sizes = placement.batch_size, BatchSizes(placement.batch_size)
-    with model.hidden_states(placement.hidden_place, *tokens.shape) as hidden:
+    own = model.ranks.share(len(tokens), batch)
+    own_tokens, own_wanted = tokens[own.start : own.stop], None if wanted is None else wanted[own.start : own.stop]
+    with model.hidden_states(placement.hidden_place, *own_tokens.shape) as hidden:
         with progress.stage("evaluate", len(model.layers)) as stage:
-            model.embed(tokens, batch, hidden)
+            model.embed(own_tokens, batch, hidden)
             for i, weights in model.stream(prefetch=placement.prefetch):
                 model.forward_layer(i, weights, hidden, sizes)
                 stage.advance(tokens=tokens.size, bytes_moved=model.layer_bytes(i))
-        return score_outputs(model, model.head(), hidden, tokens, batch, wanted)
+        found = model.ranks.gathered(score_outputs(model, model.head(), hidden, own_tokens, batch, own_wanted))
+    return np.concatenate([scores for scores, _ in found]), np.concatenate([likeliest for _, likeliest in found])
 
 
 def score_outputs(

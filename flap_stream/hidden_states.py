@@ -16,6 +16,7 @@ import torch
 
 from flap_stream import files
 from flap_stream.errors import CorruptRun, InsufficientSpace
+from flap_stream.ranks import ALONE, Ranks
 
 PLACES = ("device", "host", "disk")
 
@@ -66,29 +67,45 @@ class HiddenStates(ABC):
     def advance(self) -> None:
         """All outputs have been put: they are the next layer's inputs."""
 
-    def save(self, path: Path) -> str:
-        """Write the inputs' raw bytes to a file, durably; their sha256 comes out."""
-        return files.write_committed(path, self._blocks())
+    def save(self, path: Path, ranks: Ranks = ALONE) -> str:
+        """Write the inputs' raw bytes, of all ranks in their order, to a file, durably; their sha256 comes out.
 
-    def load(self, path: Path, digest: str) -> None:
-        """Take the inputs from a file.
-
-        Raises CorruptRun if its size or sha256 is not what was recorded.
+        Rank 0 writes; what comes out on the others means nothing.
         """
-        if not path.is_file() or path.stat().st_size != self.nbytes or self._load(path) != digest:
+        blocks = ranks.in_order(self._blocks(), _BLOCK_BYTES)
+        if ranks.is_first:
+            return files.write_committed(path, blocks)
+        for _ in blocks:
+            raise AssertionError("only rank 0 gets blocks")
+        return ""
+
+    def load(self, path: Path, digest: str, ranks: Ranks = ALONE) -> None:
+        """Take the inputs from a file, of which every rank has a part, in their order.
+
+        Raises CorruptRun on all ranks if its size or sha256 is not what was recorded.
+        """
+        sizes = ranks.gathered(self.nbytes)
+        size = path.stat().st_size if path.is_file() else None
+        is_whole = size == sum(sizes) and self._load(path, sum(sizes[: ranks.rank]), ranks.is_first) in (digest, None)
+        if not all(ranks.gathered(is_whole)):
             raise CorruptRun(f"snapshot {path} is missing or altered; delete it to go on from an earlier one")
 
-    def _load(self, path: Path) -> str:
-        """Read a file into the inputs, as far as it goes; the sha256 of what was read comes out."""
+    def _load(self, path: Path, offset: int, reads_all: bool) -> str | None:
+        """Read the inputs from byte `offset` of a file on.
+
+        reads_all: read on to the end of the file; the sha256 of what was read comes out then.
+        """
         digest, at = hashlib.sha256(), 0
-        buffer = bytearray(min(_BLOCK_BYTES, self.nbytes))
+        buffer = memoryview(bytearray(_BLOCK_BYTES))
         with open(path, "rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                block = memoryview(buffer)[: min(count, self.nbytes - at)]
-                digest.update(block)
-                self._store(at, block)
-                at += len(block)
-        return digest.hexdigest()
+            file.seek(offset)
+            while (reads_all or at < self.nbytes) and (count := file.readinto(buffer)):
+                if reads_all:
+                    digest.update(buffer[:count])
+                if at < self.nbytes:
+                    self._store(at, buffer[: min(count, self.nbytes - at)])
+                at += count
+        return digest.hexdigest() if reads_all else None
 
     @abstractmethod
     def _blocks(self) -> Iterator[memoryview]:
@@ -124,7 +141,7 @@ def make_hidden_states(
 
     Raises InsufficientSpace if they do not fit on the disk.
     """
-    if place == "disk":
+    if place == "disk" and samples:
         return DiskHiddenStates(samples, tokens, hidden_size, dtype, device, directory)
     memory = device if place == "device" else torch.device("cpu")
     return ResidentHiddenStates(samples, tokens, hidden_size, dtype, device, memory)

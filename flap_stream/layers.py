@@ -2,8 +2,10 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from flap_stream.config import EngineConfig
 from flap_stream.errors import CorruptCheckpoint, InsufficientMemory, InvalidOption, NonFinite, UnsupportedModel
 from flap_stream.hidden_states import HiddenStates, batches, make_hidden_states
 from flap_stream.planner import Job, Placement, Refit
+from flap_stream.ranks import ALONE, Ranks, own_device
 from flap_stream.skeleton import LayerCall, Skeleton
 from flap_stream.weight_stream import load, stream_layers
 
@@ -43,41 +46,52 @@ def choose_device(name: str) -> torch.device:
 class BatchSizes:
     """How many windows run at once: halved wherever the device runs out of memory, and again just there when repeated.
 
-    reductions: step, window and size of earlier halvings; record: is told of each new one. A step is one run of a layer
-    over all windows, numbered in order.
+    A step is one run of a layer over all windows, numbered in order. A halving concerns the windows that follow in the
+    same step up to where another rank's begin, and all windows of later steps.
+    reductions: earlier halvings: step, first window, the window where they end, size. windows: those that run here, of
+    all; they are counted from 0 in what is asked and told, None if they are all.
     """
 
     def __init__(
-        self,
-        first: int,
-        reductions: Iterable[tuple[int, int, int]] = (),
-        record: Callable[[int, int, int], None] = lambda step, start, size: None,
+        self, first: int, reductions: Iterable[tuple[int, int, int, int]] = (), windows: range | None = None
     ) -> None:
         self.first = first
-        self._reductions, self._record = list(reductions), record
+        self._reductions = list(reductions)
+        self._windows = range(sys.maxsize) if windows is None else windows
+        self._new: list[tuple[int, int, int, int]] = []
 
     def at(self, step: int, start: int) -> int:
         """Windows that run at once from window `start` of a step on."""
-        return min((size for s, w, size in self._reductions if (s, w) <= (step, start)), default=self.first)
+        window = self._windows.start + start
+        sizes = (size for s, begin, end, size in self._reductions if s < step or (s == step and begin <= window < end))
+        return min(sizes, default=self.first)
 
     def halve(self, step: int, start: int, failed: int) -> None:
         """From here on, half as many as have just failed."""
-        self._record(step, start, failed // 2)
-        self._reductions.append((step, start, failed // 2))
+        self._new.append((step, self._windows.start + start, self._windows.stop, failed // 2))
+        self._reductions.append(self._new[-1])
+
+    def agree(self, ranks: Ranks) -> list[tuple[int, int, int, int]]:
+        """The new halvings of all ranks, in force everywhere from the next step on."""
+        own, self._new = self._new, []
+        found = ranks.gathered(own)
+        self._reductions += [one for rank, new in enumerate(found) if rank != ranks.rank for one in new]
+        return [one for new in found for one in new]
 
 
 class StreamedModel:
     """A causal language model of which one decoder layer at a time has weights.
 
     shapes: sizes of every decoder layer, from its tensors. layer_entries, norm_entries: tensors by relative name.
+    ranks: the processes that run it over a part of the windows each.
     Raises UnsupportedModel, InvalidModel or CorruptCheckpoint if any tensor that a forward needs is missing or of
     another shape or dtype than the architecture's; no tensor has been read by then.
     """
 
-    def __init__(self, checkpoint: Checkpoint, options: EngineConfig) -> None:
+    def __init__(self, checkpoint: Checkpoint, options: EngineConfig, ranks: Ranks = ALONE) -> None:
         memory.keep_malloc_steady()
-        self.checkpoint = checkpoint
-        self.device = choose_device(options.device)
+        self.checkpoint, self.ranks = checkpoint, ranks
+        self.device = choose_device(own_device(options.device, ranks))
         self.family = family_of(checkpoint.config, checkpoint.source)
         self._require_plausible_config()
         self.skeleton = Skeleton(checkpoint.config, checkpoint.source)
@@ -130,12 +144,17 @@ class StreamedModel:
         """How to run over so many windows within the memory allowed, to which the allocator and page cache are held.
 
         recorded: the batch size of a run that is taken up, in force unless the options name one.
-        Raises InsufficientMemory if there is no way.
+        All ranks do as fits the one with the least memory.
+        Raises InsufficientMemory if there is no way, InvalidOption for ranks on devices of different types.
         """
-        limits = memory.limits(self.device, options.host_memory, options.device_memory)
+        self.ranks.require_same("the type of device", self.device.type)
+        found = memory.limits(self.device, options.host_memory, options.device_memory, self.ranks.local[1])
+        limits = memory.Limits(*map(min, zip(*map(astuple, self.ranks.gathered(found)), strict=True)))
         memory.enforce(self.device, limits.device)
         job = self.job(samples, tokens, head=head, refit=refit)
-        placement = planner.place(job, limits, options.batch_size or recorded, options.prefetch)
+        placement = self.ranks.from_first(
+            lambda: planner.place(job, limits, options.batch_size or recorded, options.prefetch)
+        )
         if self.checkpoint.nbytes > limits.host - placement.host_bytes:
             self.checkpoint.drop_from_page_cache()
         return placement
@@ -151,6 +170,8 @@ class StreamedModel:
             tokens=max(tokens, 1),
             head=self.head_entry if head else None,
             refit=refit,
+            ranks=1 if refit is not None else self.ranks.world,  # rank 0 refits by itself
+            local_ranks=max(map(len, self.ranks.nodes)),
         )
 
     def embed(self, tokens: np.ndarray, batch_size: int, hidden: HiddenStates, copies: int = 1) -> None:
@@ -181,7 +202,9 @@ class StreamedModel:
         until the next step.
         Raises NonFinite, naming layer and tensor, if weights hold NaN or infinity.
         """
-        layers = stream_layers(self.checkpoint, self.layer_entries[start:], self.device, self.dtype, prefetch)
+        layers = stream_layers(
+            self.checkpoint, self.layer_entries[start:], self.device, self.dtype, prefetch, self.ranks
+        )
         for i, weights in enumerate(layers, start):
             self._require_finite(f"{self.family.layers}.{i}.", weights)
             yield i, weights
@@ -292,21 +315,27 @@ class StreamedModel:
         self.checkpoint.read_ranges(entry, list(row_ranges(ids, row_bytes)), memoryview(raw.numpy()))
         rows = raw.view(getattr(torch, FORWARD_DTYPES[entry.dtype])).view(len(ids), self.hidden_size)
         rows = rows.to(self.device, self.dtype)
-        self._require_finite("", {entry.name: rows})
+        self._require_none("", [] if all(_all_finite([rows])) else [entry.name])
         return rows
 
     def _load(self, entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
-        weights = load(self.checkpoint, entries, self.device, self.dtype)
+        weights = load(self.checkpoint, entries, self.device, self.dtype, self.ranks)
         self._require_finite("", {entries[name].name: tensor for name, tensor in weights.items()})
         return weights
 
     def _require_finite(self, prefix: str, weights: Mapping[str, torch.Tensor]) -> None:
-        for name, is_finite in zip(weights, _all_finite(weights.values()), strict=True):
-            if not is_finite:
-                raise NonFinite(
-                    f"tensor {prefix}{name} of {self.checkpoint.source} holds NaN or infinity; "
-                    "the checkpoint is damaged, so download it again"
-                )
+        """Look at the tensors that a node's ranks have in common, each at a part; all know before they go on."""
+        own, count = self.ranks.local
+        part = dict(list(weights.items())[own::count])
+        bad = [name for name, is_finite in zip(part, _all_finite(part.values()), strict=True) if not is_finite]
+        self._require_none(prefix, [name for names in self.ranks.gathered(bad) for name in names])
+
+    def _require_none(self, prefix: str, non_finite: Sequence[str]) -> None:
+        for name in non_finite:
+            raise NonFinite(
+                f"tensor {prefix}{name} of {self.checkpoint.source} holds NaN or infinity; "
+                "the checkpoint is damaged, so download it again"
+            )
 
     def _require_plausible_config(self) -> None:
         """Hold config.json against the tensors before anything is built from it."""

@@ -25,14 +25,14 @@ class Limits:
     device: int
 
 
-def limits(device: torch.device, host_memory: int | None, device_memory: int | None) -> Limits:
-    """What was asked for, else what is free now minus a margin.
+def limits(device: torch.device, host_memory: int | None, device_memory: int | None, sharers: int = 1) -> Limits:
+    """What was asked for, else what is free now minus a margin, the host's divided among `sharers` processes.
 
     Raises InvalidOption for a limit of device memory where there is no such device.
     """
     if device_memory is not None and device.type == "cpu":
         raise InvalidOption("--device-memory is the limit of a GPU; this run is on the CPU, so give --host-memory")
-    host = host_memory or resident_bytes() + int(free_host_bytes() * (1 - _HOST_MARGIN))
+    host = host_memory or resident_bytes() + int(free_host_bytes() * (1 - _HOST_MARGIN)) // sharers
     on_device = 0
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

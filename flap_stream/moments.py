@@ -1,5 +1,6 @@
 """Moments of a linear's inputs: taken per window on the device, combined on the host in float64."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +93,16 @@ class Moments:
         count = self.count + new * tokens
         self.mean, self.m2 = merge((self.count, self.mean, self.m2), (new * tokens, batch_mean, batch_m2))
         self.count, self.samples = count, self.samples + new
+
+
+def joined_channels(parts: Sequence[Moments]) -> Moments:
+    """Moments of all channels, from those of some of them each, of the same windows."""
+    filled = [part for part in parts if len(part.mean)] or parts[:1]
+    arrays = {
+        name: np.concatenate([getattr(part, name) for part in filled])
+        for name in ("mean", "m2", "released_fluctuation", "released_baseline")
+    }
+    return Moments(filled[0].count, filled[0].samples, **arrays)
 
 
 def merge(

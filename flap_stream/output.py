@@ -17,6 +17,7 @@ from flap_stream.errors import CorruptCheckpoint, InsufficientSpace, OutputConfl
 from flap_stream.json_form import has_form
 from flap_stream.model_card import model_card
 from flap_stream.progress import Progress
+from flap_stream.ranks import ALONE, Ranks
 from flap_stream.shards import Restoration, ShardPlan, plan_digest, plan_shards, write_shard
 from flap_stream.store import Journal, RunDirectory
 
@@ -144,43 +145,68 @@ def write_checkpoint(
     restore: str,
     max_shard_bytes: int,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, Any], int]:
     """Write the pruned checkpoint, going on with shards that an interrupted call finished.
 
-    The contents of pruning.json and the bytes written come out.
+    ranks: those that write a part of the shards each; all else is written by the first, for which `run` is open for
+    writing.
+    The contents of pruning.json and the bytes that this rank has written come out.
     Raises OutputConflict or InsufficientSpace before anything is written.
     """
     shapes, family = run.layer_shapes, family_of(source.config, source.source)
     plan = plan_shards(source, family, shapes, keeps, restoration, max_shard_bytes)
     record = _record(source, run, options, keeps, plan, restore, restoration.how)
-    if read_record(out) == record:
+    found = ranks.from_first(lambda: read_record(out))
+    if found == record:
         return record, 0
-    if read_record(out) is not None:
+    if found is not None:
         raise OutputConflict(f"{out} holds another pruned checkpoint; name another OUT or move it away")
-    require_own_place(source, out, run.path)
     staging = files.partial_path(out)
-    job = _open_job(run, out, staging, plan, record, restoration.digests)
-    finished = {e["name"]: e["digest"] for e in run.journal.of_kind("shard") if e["job"] == job}
-    finished = {name: digest for name, digest in finished.items() if _is_whole(staging / name, digest)}
-    require_space(out, sum(shard.nbytes for shard in plan.shards if shard.name not in finished))
+    job, finished = ranks.from_first(lambda: _begun_job(source, run, out, plan, record, restoration.digests))
     written = 0
     with progress.stage("rewrite", len(plan.shards), unit="shard") as stage:
         stage.skip(len(finished))
-        for shard in plan.shards:
-            if shard.name in finished:
-                continue
-            digest = write_shard(source, shard, staging)
-            source.require_unchanged()
-            run.journal.append("shard", shard.name, job=job, digest=digest)
-            finished[shard.name] = digest
-            written += shard.nbytes
-            stage.advance(bytes_moved=shard.nbytes)
+        left = [shard for shard in plan.shards if shard.name not in finished]
+        for first in range(0, len(left), ranks.world):
+            shards, own = left[first : first + ranks.world], ""
+            for shard in shards[ranks.rank : ranks.rank + 1]:
+                own = write_shard(source, shard, staging)
+                source.require_unchanged()
+                written += shard.nbytes
+            for shard, digest in zip(shards, ranks.gathered(own), strict=False):
+                if ranks.is_first:
+                    run.journal.append("shard", shard.name, job=job, digest=digest)
+                finished[shard.name] = digest
+                stage.advance(bytes_moved=shard.nbytes)
+    if not ranks.is_first:
+        ranks.barrier()
+        return record, written
     for name, contents in _small_files(source, plan, record, shapes, keeps, restore, family):
         finished[name] = files.write_committed(staging / name, contents)
         written += len(contents)
     files.write_committed(staging / DIGESTS_NAME, digests_file(finished))
     files.commit_rename(staging, out)
+    ranks.barrier()
     return record, written
+
+
+def _begun_job(
+    source: Checkpoint,
+    run: RunDirectory,
+    out: Path,
+    plan: ShardPlan,
+    record: dict[str, Any],
+    digests: Sequence[str],
+) -> tuple[str, dict[str, str]]:
+    """The job with its staging directory, and the shards that are whole there: name to sha256."""
+    require_own_place(source, out, run.path)
+    staging = files.partial_path(out)
+    job = _open_job(run, out, staging, plan, record, digests)
+    finished = {e["name"]: e["digest"] for e in run.journal.of_kind("shard") if e["job"] == job}
+    finished = {name: digest for name, digest in finished.items() if _is_whole(staging / name, digest)}
+    require_space(out, sum(shard.nbytes for shard in plan.shards if shard.name not in finished))
+    return job, finished
 
 
 def _open_job(

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, RewriteCo
 from flap_stream.errors import InvalidOption, OutputConflict, RunMismatch
 from flap_stream.layers import StreamedModel, cpu_threads, release
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
+from flap_stream.ranks import ALONE, Ranks, joined
 from flap_stream.restoration import (
     refit_layers,
     refit_record,
@@ -44,11 +45,13 @@ _FED_ON = ("ratio", "min_heads", "min_neurons", "round_heads_to", "round_neurons
 class Measured:
     """What a call took: seconds a stage, bytes read from the model and written to the output, peak memory.
 
-    placement: how pass 1 was run, and the peaks that were predicted; None if it was not.
+    placement: how pass 1 was run, and the peaks that were predicted; None if it was not. Of a job of several ranks,
+    peaks are one rank's, the largest, and bytes those of all; node_bytes_read: of those on each machine.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_read: int = 0
+    node_bytes_read: list[int] = field(default_factory=list)
     bytes_written: int = 0
     peak_host_bytes: int = 0
     peak_device_bytes: int = 0
@@ -63,6 +66,14 @@ class Measured:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
             self.peak_host_bytes, self.peak_device_bytes = peak_host_bytes(), peak_device_bytes()
+
+    def of_all(self, ranks: Ranks, bytes_read: int) -> None:
+        """Bring together what the ranks took. bytes_read: by this one."""
+        found = ranks.gathered((bytes_read, self.bytes_written, self.peak_host_bytes, self.peak_device_bytes))
+        read, written, host, device = (list(values) for values in zip(*found, strict=True))
+        self.bytes_read, self.bytes_written = sum(read), sum(written)
+        self.node_bytes_read = [sum(read[rank] for rank in node) for node in ranks.nodes]
+        self.peak_host_bytes, self.peak_device_bytes = max(host), max(device)
 
 
 @dataclass(frozen=True)
@@ -121,24 +132,25 @@ def prune(
     out, measured, progress = Path(out), Measured(), progress or Progress()
     run_path = Path(run) if run is not None else out.with_name(out.name + ".run")
     removes_run = run is None and not options.keep_run
-    with checkpoints.open_checkpoint(model) as source:
-        record = output.read_record(out)
+    with joined() as ranks, _open_model(model, ranks) as source:
+        record = ranks.from_first(lambda: output.read_record(out))
         if record is not None:
             _require_same_job(source, out, record, options)
             logger.warning("%s is complete already; nothing to do", out)
-            files.sync_directory(out.absolute().parent)  # a kill may have come between its rename and this
-            if removes_run:
-                RunDirectory.remove_leftover(run_path)
+            if ranks.is_first:
+                files.sync_directory(out.absolute().parent)  # a kill may have come between its rename and this
+                if removes_run:
+                    RunDirectory.remove_leftover(run_path)
             return PruneResult(out, record, measured)
-        output.require_own_place(source, out, run_path)
-        _collect(source, run_path, options, progress, measured, out)
-        with RunDirectory(run_path) as directory:
-            with measured.stage("plan"):
-                _store_plan(directory, decide(directory, part_of(options, PlanConfig)))
-            result = _rewrite(
-                source, directory, out, part_of(options, RewriteConfig), progress, measured, options.snapshot_interval
-            )
-            if removes_run:
+        if ranks.is_first:
+            output.require_own_place(source, out, run_path)
+        _collect(source, run_path, options, progress, measured, out, ranks)
+        with measured.stage("plan"):
+            ranks.from_first(lambda: plan(run_path, part_of(options, PlanConfig)))
+        with _run_directory(ranks, run_path, lambda: RunDirectory(run_path)) as directory:
+            parts, interval = part_of(options, RewriteConfig), options.snapshot_interval
+            result = _rewrite(source, directory, out, parts, progress, measured, ranks, interval)
+            if removes_run and ranks.is_first:
                 directory.remove()
     return result
 
@@ -150,8 +162,8 @@ def collect(
 
     With `method="wanda-sp"` the collection belongs to `options.ratio`, since the pruned layers feed the next.
     """
-    with checkpoints.open_checkpoint(model) as source:
-        return _collect(source, Path(run), options, progress or Progress(), Measured())
+    with joined() as ranks, _open_model(model, ranks) as source:
+        return _collect(source, Path(run), options, progress or Progress(), Measured(), ranks=ranks)
 
 
 def plan(run: str | Path, options: PlanConfig) -> PlanResult:
@@ -177,10 +189,34 @@ def rewrite(
     model: where the dense model is now, if it was moved since `collect`.
     """
     with (
-        RunDirectory(Path(run)) as directory,
-        checkpoints.open_checkpoint(model or directory.manifest["source"]) as source,
+        joined() as ranks,
+        _run_directory(ranks, Path(run), lambda: RunDirectory(Path(run))) as directory,
+        _open_model(model or directory.manifest["source"], ranks) as source,
     ):
-        return _rewrite(source, directory, Path(out), options, progress or Progress(), Measured())
+        return _rewrite(source, directory, Path(out), options, progress or Progress(), Measured(), ranks)
+
+
+@contextmanager
+def _open_model(model: str | Path, ranks: Ranks) -> Iterator[checkpoints.Checkpoint]:
+    """The model, which must be the same for all ranks; the first of each machine fetches it from the Hub."""
+    if not ranks.leads_node:
+        ranks.node_barrier()
+    with checkpoints.open_checkpoint(model) as source:
+        if ranks.leads_node:
+            ranks.node_barrier()
+        ranks.require_same(f"the model {model}", output.fingerprint_digest(source.fingerprint))
+        yield source
+
+
+@contextmanager
+def _run_directory(ranks: Ranks, path: Path, opened: Callable[[], RunDirectory]) -> Iterator[RunDirectory]:
+    """The run directory, which rank 0 opens and prepares for writing; the others read what is committed by then."""
+    if not ranks.is_first:
+        ranks.barrier()
+    with opened() if ranks.is_first else RunDirectory(path, is_writer=False) as directory:
+        if ranks.is_first:
+            ranks.barrier()
+        yield directory
 
 
 def _collect(
@@ -190,18 +226,19 @@ def _collect(
     progress: Progress,
     measured: Measured,
     out: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> CollectResult:
     """Pass 1. out: where the output will go, if this is part of a whole job; its place and room are checked first."""
     with measured.stage("collect"):
-        model = StreamedModel(source, options)
+        model = StreamedModel(source, options, ranks)
         if out is not None:
             nothing = [(np.zeros(shape.kv_groups), np.zeros(shape.neurons)) for shape in model.shapes]
             allocate(nothing, model.shapes, part_of(options, PlanConfig))  # whether it can be met, scores aside
         target = options.refit_target if isinstance(options, PruneConfig) and options.refits else None
         if target is not None:
             require_refittable(model.family, model.shapes, target, source.source)
-        tokens = _tokens_for(model, options)
-        if out is not None:  # what an interrupted call has written counts
+        tokens = ranks.from_first(lambda: _tokens_for(model, options))
+        if out is not None and ranks.is_first:  # what an interrupted call has written counts
             written = output.estimated_bytes(source, model.shapes, options.ratio)
             written -= files.tree_bytes(files.partial_path(out))
             kept = stored_bytes(model.shapes, tokens.size) + (refit_stored_bytes(model) if target is not None else 0)
@@ -215,15 +252,29 @@ def _collect(
             refit = refit_sizes(model, None, target)
             refitting = model.place(options, samples, length, refit=refit, recorded=placement.batch_size)
             measured.placement = placement.together(refitting)
-        with RunDirectory.create(run, _manifest(model, options, tokens, placement.batch_size)) as directory:
-            if samples and not directory.has_tokens():
-                directory.write_tokens(tokens)
-            require_same_weights(source, directory)
-            with cpu_threads(directory.manifest["threads"]):
-                collect_statistics(model, directory, options, placement, progress)
+        with (
+            _run_directory(ranks, run, lambda: _begun_run(model, run, options, tokens, placement)) as directory,
+            cpu_threads(directory.manifest["threads"]),
+        ):
+            collect_statistics(model, directory, options, placement, progress)
         release(model.device)
-    measured.bytes_read = source.bytes_read
+    measured.of_all(ranks, source.bytes_read)
     return CollectResult(run, len(model.shapes), samples, length, measured)
+
+
+def _begun_run(
+    model: StreamedModel, run: Path, options: CollectConfig, tokens: np.ndarray, placement: planner.Placement
+) -> RunDirectory:
+    """The run directory with its tokens, held against the model's files."""
+    directory = RunDirectory.create(run, _manifest(model, options, tokens, placement.batch_size))
+    try:
+        if tokens.size and not directory.has_tokens():
+            directory.write_tokens(tokens)
+        require_same_weights(model.checkpoint, directory)
+    except BaseException:
+        directory.close()
+        raise
+    return directory
 
 
 def _tokens_for(model: StreamedModel, options: CollectConfig) -> np.ndarray:
@@ -351,47 +402,49 @@ def _rewrite(
     options: RewriteConfig,
     progress: Progress,
     measured: Measured,
+    ranks: Ranks,
     snapshot_interval: int | None = None,
 ) -> PruneResult:
     plan_options, keeps = run.read_plan()
     restore = require_restoration(plan_options.method, options.restore)
-    require_model_of(run, source)
+    require_model_of(run, source, ranks)
     restoration = Restoration()
     if restore == "bias":
         restoration = Restoration([_means(run, i, plan_options.statistics) for i in range(len(keeps))])
     elif restore == "least-squares":
         with measured.stage("refit"):
-            _refit(source, run, keeps, options, progress, snapshot_interval)
-            restoration = Restoration(
-                refitted=refitted_tensors(run), digests=run.refit_digests(), how=refit_record(options.refit_target)
-            )
+            restoration = ranks.from_first(lambda: _refitted(source, run, keeps, options, progress, snapshot_interval))
     with measured.stage("rewrite"):
         record, measured.bytes_written = output.write_checkpoint(
-            source, run, out, plan_options, keeps, restoration, restore, options.max_shard_bytes, progress
+            source, run, out, plan_options, keeps, restoration, restore, options.max_shard_bytes, progress, ranks
         )
-    measured.bytes_read = source.bytes_read
+    measured.of_all(ranks, source.bytes_read)
     return PruneResult(out, record, measured)
 
 
-def require_model_of(run: RunDirectory, source: checkpoints.Checkpoint) -> None:
+def require_model_of(run: RunDirectory, source: checkpoints.Checkpoint, ranks: Ranks = ALONE) -> None:
     """Raise RunMismatch unless the statistics were collected from this very model."""
     if source.fingerprint != run.manifest["model"]:
         raise RunMismatch(
             f"{source.source} is not the model that {run.path} was collected from (its config or headers differ); "
             "give that model, or collect again"
         )
-    require_same_weights(source, run)
+    if ranks.is_first:
+        require_same_weights(source, run)
 
 
-def _refit(
+def _refitted(
     source: checkpoints.Checkpoint,
     run: RunDirectory,
     keeps: list[LayerKeep],
     options: RewriteConfig,
     progress: Progress,
     snapshot_interval: int | None,
-) -> None:
-    """Refit with the dtype, batch size and number of threads that the statistics were collected with."""
+) -> Restoration:
+    """Refit with the dtype, batch size and number of threads that the statistics were collected with.
+
+    One rank does it by itself: the moments of all windows are sums in their order, too large to hand from rank to rank.
+    """
     collected = run.manifest["options"]
     dtype = collected["dtype"].removeprefix("torch.")
     if options.dtype not in ("auto", dtype):
@@ -404,6 +457,8 @@ def _refit(
     with cpu_threads(run.manifest["threads"]):
         refit_layers(model, run, keeps, options.refit_target, placement, progress, snapshot_interval)
     release(model.device)
+    how = refit_record(options.refit_target)
+    return Restoration(refitted=refitted_tensors(run), digests=run.refit_digests(), how=how)
 
 
 def _means(run: RunDirectory, layer: int, form: str) -> dict[str, np.ndarray]:

@@ -21,9 +21,10 @@ from flap_stream.errors import InsufficientMemory
 from flap_stream.memory import OWN_BLOCK_BYTES, Limits, resident_bytes
 from flap_stream.moments import window_moments
 from flap_stream.progress import format_bytes
+from flap_stream.ranks import window_shares
 from flap_stream.refit import workspace_bytes
 from flap_stream.skeleton import Skeleton
-from flap_stream.weight_stream import RING_BLOCK_BYTES, RING_BLOCKS, cast_bytes, slab_bytes
+from flap_stream.weight_stream import RING_BLOCK_BYTES, cast_bytes, ring_blocks, slab_bytes
 
 # Tokens that one batch holds when nobody chooses: enough to keep the matrix products efficient, little workspace.
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -69,6 +70,7 @@ class Job:
 
     layers: a layer's tensors by relative name. dtype: of the forward. head: None if only statistics are wanted.
     refit: None if nothing is refitted.
+    ranks: processes that share the windows; local_ranks: those of them on one machine, at most.
     """
 
     skeleton: Skeleton
@@ -79,6 +81,8 @@ class Job:
     tokens: int
     head: TensorEntry | None = None
     refit: Refit | None = None
+    ranks: int = 1
+    local_ranks: int = 1
     _workspaces: dict[int, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     @property
@@ -90,6 +94,20 @@ class Job:
     def hidden_bytes(self) -> int:
         """Bytes of what all windows have between two layers."""
         return self.batch_bytes(self.samples)
+
+    def share(self, batch_size: int) -> int:
+        """Most windows that one rank has."""
+        return max(map(len, window_shares(self.samples, batch_size, self.ranks)))
+
+    def waiting_bytes(self, batch_size: int) -> int:
+        """Bytes of the moments of a rank's windows, which wait on the host until a layer is done: sent and received."""
+        if self.ranks == 1:
+            return 0
+        channels = max(
+            sum(part.kind.output.size(part.units, shape) for part in self.skeleton.family.parts(shape))
+            for shape in map(self.skeleton.layer_shape, range(len(self.layers)))
+        )
+        return 3 * self.share(batch_size) * channels * 8
 
     def batch_bytes(self, windows: int) -> int:
         """Bytes of the hidden states of so many windows; in a refit, of the dense ones and the kept inputs too."""
@@ -178,17 +196,19 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
     head = 0 if job.head is None else job.head.nbytes + _HEAD_WORKSPACE
     adding, solving = job.refit_bytes()
     workspace = max(workspace + adding, solving)
-    base = resident_bytes()  # now, since finding the workspace has loaded and kept something too
-    hidden = {"device": 0, "host": job.hidden_bytes, "disk": 3 * batch}[hidden_place]
+    # Resident now, since finding the workspace has loaded and kept something too.
+    base = resident_bytes() + job.waiting_bytes(batch_size)
+    own_hidden = job.batch_bytes(job.share(batch_size))
+    hidden = {"device": 0, "host": own_hidden, "disk": 3 * batch}[hidden_place]
     if job.device == "cpu":
         # oneDNN lays a weight out anew for each product, in memory of its own.
         largest = max(prod(entry.shape) for layer in job.layers for entry in layer.values()) * job.dtype.itemsize
         small += largest if largest < OWN_BLOCK_BYTES else 0
         host = base + hidden + max(weights + workspace + largest + _HEAP_HOLES * small, head) + _HOST_SLACK
         return Placement(batch_size, hidden_place, prefetch, host, 0)
-    on_device = {"device": job.hidden_bytes, "host": batch, "disk": batch}[hidden_place]
+    on_device = {"device": own_hidden, "host": batch, "disk": batch}[hidden_place]
     device = on_device + max(weights + workspace, head) + _DEVICE_SLACK
-    ring = RING_BLOCKS * RING_BLOCK_BYTES
+    ring = ring_blocks(job.local_ranks) * RING_BLOCK_BYTES
     host = base + hidden + ring + max(batch, 0 if job.head is None else job.head.nbytes) + _HOST_SLACK
     return Placement(batch_size, hidden_place, prefetch, host, device)
 

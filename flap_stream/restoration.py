@@ -8,7 +8,6 @@ are refitted (`refit.py`), and their outputs become the hidden states.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,9 +98,9 @@ def refit_layers(
             ]
             start = resume(model, saved, tokens, placement.batch_size, first)
             stage.skip(start)
-            sizes = BatchSizes(placement.batch_size, run.batch_reductions(), run.record_batch_reduction)
-            layers = _Pass2(model, run.path, [hidden for _, hidden in saved], sizes, placement)
-            snapshots = Snapshots(saved, snapshot_interval)
+            sizes = BatchSizes(placement.batch_size, run.batch_reductions())
+            layers = _Pass2(model, run, [hidden for _, hidden in saved], sizes, placement)
+            snapshots = Snapshots(saved, snapshot_interval, model.ranks)
             for i, weights in model.stream(start, placement.prefetch):
                 if i < first:
                     layers.run(i, weights, keeps[i], load_file(run.refit_path(i)))
@@ -187,12 +186,12 @@ class _Pass2:
     def __init__(
         self,
         model: StreamedModel,
-        directory: Path,
+        run: RunDirectory,
         hidden: Sequence[HiddenStates],
         sizes: BatchSizes,
         placement: Placement,
     ) -> None:
-        self.model, self.directory, self.sizes, self.placement = model, directory, sizes, placement
+        self.model, self.store, self.sizes, self.placement = model, run, sizes, placement
         self.hidden, self.dense = hidden[0], hidden[1] if len(hidden) > 1 else None
         self._step = 0
 
@@ -220,6 +219,8 @@ class _Pass2:
     def forward(self, index: int, weights: Mapping[str, torch.Tensor], hidden: HiddenStates, **how: Any) -> None:
         """`StreamedModel.forward_layer` as the next step."""
         self.model.forward_layer(index, weights, hidden, self.sizes, step=self._step, **how)
+        for reduction in self.sizes.agree(self.model.ranks):
+            self.store.record_batch_reduction(*reduction)
         self._step += 1
 
 
@@ -252,7 +253,7 @@ class _Half:
         order = torch.from_numpy(np.concatenate([kept, removed])).to(model.device)
         samples, tokens, _ = self.on.hidden.shape
         place = self.on.placement.hidden_place if len(kept) else "host"
-        with model.hidden_states(place, samples, tokens, self.on.directory, width=len(kept)) as cache:
+        with model.hidden_states(place, samples, tokens, self.on.store.path, width=len(kept)) as cache:
             moments = self._capture(order, len(kept), cache, measures=stored is None)
             if stored is not None:
                 prefix = f"{model.family.layers}.{self.index}."

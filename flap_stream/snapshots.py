@@ -10,6 +10,7 @@ from flap_stream import files
 from flap_stream.errors import CorruptRun
 from flap_stream.hidden_states import HiddenStates
 from flap_stream.layers import StreamedModel
+from flap_stream.ranks import Ranks
 from flap_stream.store import SnapshotStore
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ _FIRST_WRITE_RATE = 500e6  # bytes per second, until one snapshot has been measu
 def resume(model: StreamedModel, saved: Saved, tokens: np.ndarray, batch_size: int, first: int) -> int:
     """Bring in the hidden states of the latest point to go on from; the layer that they enter comes out.
 
-    first: the layer that is not complete, which no snapshot may lie behind.
+    tokens: of this rank's windows. first: the layer that is not complete, which no snapshot may lie behind.
     """
     found = [dict(store.newest()) for store, _ in saved]
     for layer in sorted(set.intersection(*(set(digests) for digests in found)), reverse=True):
@@ -32,9 +33,10 @@ def resume(model: StreamedModel, saved: Saved, tokens: np.ndarray, batch_size: i
             continue
         try:
             for (store, hidden), digests in zip(saved, found, strict=True):
-                hidden.load(store.path(layer), digests[layer])
+                hidden.load(store.path(layer), digests[layer], model.ranks)
         except CorruptRun as error:
-            logger.warning("%s; going on from an earlier point", error)
+            if model.ranks.is_first:
+                logger.warning("%s; going on from an earlier point", error)
             continue
         return layer
     for _, hidden in saved:
@@ -43,26 +45,33 @@ def resume(model: StreamedModel, saved: Saved, tokens: np.ndarray, batch_size: i
 
 
 class Snapshots:
-    """Saves the hidden states every so many layers, or as often as it costs little."""
+    """Saves the hidden states every so many layers, or as often as it costs little; rank 0 writes those of all."""
 
-    def __init__(self, saved: Saved, interval: int | None) -> None:
-        self._saved, self._interval = saved, interval
-        self._nbytes = sum(hidden.nbytes for _, hidden in saved)
+    def __init__(self, saved: Saved, interval: int | None, ranks: Ranks) -> None:
+        self._saved, self._interval, self._ranks = saved, interval, ranks
+        self._nbytes = sum(ranks.gathered(sum(hidden.nbytes for _, hidden in saved)))
         self._write_seconds = self._nbytes / _FIRST_WRITE_RATE
         self._since = time.monotonic()
 
     def layer_done(self, next_layer: int) -> None:
         """The hidden states now are those that enter `next_layer`."""
+        if not self._ranks.from_first(lambda: self._is_due(next_layer)):
+            return
+        started = time.monotonic()
+        for store, hidden in self._saved:
+            digest = hidden.save(store.path(next_layer), self._ranks)
+            if self._ranks.is_first:
+                store.record(next_layer, digest)
+        self._since = time.monotonic()
+        self._write_seconds = self._since - started
+
+    def _is_due(self, next_layer: int) -> bool:
         if self._interval is None:
             due = time.monotonic() - self._since >= _SNAPSHOT_SHARE * self._write_seconds
         else:
             due = next_layer % self._interval == 0
         if not due or files.free_bytes(self._saved[0][0].path(next_layer)) < 2 * self._nbytes:
-            return
-        started = time.monotonic()
-        for store, hidden in self._saved:
-            path = store.path(next_layer)
-            files.make_directory(path.parent)
-            store.record(next_layer, hidden.save(path))
-        self._since = time.monotonic()
-        self._write_seconds = self._since - started
+            return False
+        for store, _ in self._saved:
+            files.make_directory(store.path(next_layer).parent)
+        return True

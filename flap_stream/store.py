@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import socket
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -303,13 +304,17 @@ class RunDirectory:
         """`stamps` and `embedding` as last recorded."""
         return self.journal.find("source", "source")
 
-    def record_batch_reduction(self, step: int, start: int, size: int) -> None:
-        """From window `start` of a step of pass 1 on, so many windows ran at once: there was no memory for more."""
-        self.journal.append("batch", f"{step}/{start}", step=step, start=start, size=size)
+    def record_batch_reduction(self, step: int, start: int, stop: int, size: int) -> None:
+        """From window `start` of a step of pass 1 on, so many windows ran at once: there was no memory for more.
 
-    def batch_reductions(self) -> list[tuple[int, int, int]]:
-        """Step, first window and size of all of them, for a run that is taken up to repeat them."""
-        return [(entry["step"], entry["start"], entry["size"]) for entry in self.journal.of_kind("batch")]
+        stop: the window where they were as many as before again, in this step.
+        """
+        self.journal.append("batch", f"{step}/{start}", step=step, start=start, stop=stop, size=size)
+
+    def batch_reductions(self) -> list[tuple[int, int, int, int]]:
+        """Step, first window, stop and size of all of them, for a run that is taken up to repeat them."""
+        entries = self.journal.of_kind("batch")
+        return [(entry["step"], entry["start"], entry.get("stop", sys.maxsize), entry["size"]) for entry in entries]
 
     # --- snapshots of the hidden states ---
 

@@ -6,15 +6,22 @@ of page-locked host buffers and copied from there on a stream of its own; nothin
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import count
 
 import torch
 
-from flap_stream.checkpoint import FORWARD_DTYPES, Checkpoint, TensorEntry
+from flap_stream.checkpoint import FORWARD_DTYPES, Block, Checkpoint, TensorEntry
+from flap_stream.ranks import ALONE, Ranks
 
-RING_BLOCKS, RING_BLOCK_BYTES = 4, 1 << 24
+RING_BLOCK_BYTES = 1 << 24
 
 _ALIGNMENT = 64
+
+
+def ring_blocks(readers: int) -> int:
+    """Blocks of the ring that `readers` ranks of a node share: each reads one while the same number is copied."""
+    return 2 * max(2, readers)
 
 
 def slab_bytes(sizes: Sequence[int]) -> int:
@@ -23,11 +30,15 @@ def slab_bytes(sizes: Sequence[int]) -> int:
 
 
 def load(
-    checkpoint: Checkpoint, entries: Mapping[str, TensorEntry], device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    entries: Mapping[str, TensorEntry],
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks = ALONE,
 ) -> dict[str, torch.Tensor]:
-    """Tensors by the names given, on the device."""
-    slab = torch.empty(slab_bytes([entry.nbytes for entry in entries.values()]), dtype=torch.uint8)
-    _read(checkpoint, entries, slab)
+    """Tensors by the names given, on the device; read once a node."""
+    slab = ranks.node_buffer(slab_bytes([entry.nbytes for entry in entries.values()]))
+    _read(checkpoint, entries, slab, ranks)
     return {name: tensor.to(device, dtype) for name, tensor in _views(entries, slab).items()}
 
 
@@ -37,10 +48,12 @@ def stream_layers(
     device: torch.device,
     dtype: torch.dtype,
     prefetch: int,
+    ranks: Ranks = ALONE,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The tensors of each layer, by relative name, in the forward's dtype on the device.
 
-    They are views of reused buffers, valid until the next step.
+    They are views of reused buffers, valid until the next step. Each is read once a node, by all its ranks together; on
+    a CPU they share the buffers too, so what one changes there, all do.
     prefetch: layers that are read ahead while one is in use; each needs a buffer of its own.
     """
     if not layers:
@@ -48,10 +61,12 @@ def stream_layers(
     size = max(slab_bytes([entry.nbytes for entry in entries.values()]) for entries in layers)
     slots = min(prefetch + 1, len(layers))
     loader = (
-        _CudaLoader(checkpoint, device, size, slots) if device.type == "cuda" else _HostLoader(checkpoint, size, slots)
+        _CudaLoader(checkpoint, device, size, slots, ranks)
+        if device.type == "cuda"
+        else _HostLoader(checkpoint, size, slots, ranks)
     )
     cast = _Cast(layers, device, dtype)
-    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+    with closing(loader), ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
         ahead = [reader.submit(loader.fill, i, layers[i]) for i in range(min(prefetch, len(layers)))]
         for i, entries in enumerate(layers):
             if i + prefetch < len(layers):
@@ -88,15 +103,15 @@ def cast_bytes(entries: Iterable[TensorEntry], dtype: torch.dtype) -> int:
 
 
 class _HostLoader:
-    """Buffers in host memory, read into directly."""
+    """Buffers in host memory, the node's, read into directly."""
 
-    def __init__(self, checkpoint: Checkpoint, size: int, slots: int) -> None:
-        self._checkpoint = checkpoint
-        self._slabs = [torch.empty(size, dtype=torch.uint8) for _ in range(slots)]
+    def __init__(self, checkpoint: Checkpoint, size: int, slots: int, ranks: Ranks) -> None:
+        self._checkpoint, self._ranks = checkpoint, ranks
+        self._slabs = [ranks.node_buffer(size) for _ in range(slots)]
 
     def fill(self, index: int, entries: Mapping[str, TensorEntry]) -> None:
         """Read a layer into its buffer."""
-        _read(self._checkpoint, entries, self.take(index))
+        _read(self._checkpoint, entries, self.take(index), self._ranks)
 
     def take(self, index: int) -> torch.Tensor:
         """The buffer of a layer."""
@@ -105,17 +120,31 @@ class _HostLoader:
     def give_back(self, index: int) -> None:
         """The layer is no longer in use."""
 
+    def close(self) -> None:
+        """Nothing to let go of but memory."""
+
 
 class _CudaLoader:
-    """Buffers in device memory, filled from a page-locked ring on a stream of its own."""
+    """Buffers in device memory, filled on a stream of its own from a page-locked ring, the node's.
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, size: int, slots: int) -> None:
-        self._checkpoint, self._device = checkpoint, device
+    The ranks of a node read one block each, wait for each other, and copy all of them; meanwhile the ring's other half
+    is read. Disks are slower than the way to any device, so nothing would come of passing weights between devices.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, size: int, slots: int, ranks: Ranks) -> None:
+        self._checkpoint, self._device, self._ranks = checkpoint, device, ranks
         self._slabs = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
         # One allocation, pinned once: pin_memory per tensor rounds up to a power of two and costs.
-        self._ring = torch.empty(RING_BLOCKS, RING_BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
+        blocks = ring_blocks(ranks.local[1])
+        self._is_shared = ranks.local[1] > 1
+        if self._is_shared:
+            memory = ranks.node_buffer(blocks * RING_BLOCK_BYTES)
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
+        else:
+            memory = torch.empty(blocks * RING_BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._ring = memory.view(blocks, RING_BLOCK_BYTES)
         self._copies = torch.cuda.Stream(device)
-        self._block_copied = [torch.cuda.Event() for _ in range(RING_BLOCKS)]
+        self._block_copied = [torch.cuda.Event() for _ in range(blocks)]
         self._filled = [torch.cuda.Event() for _ in range(slots)]
         self._free = [torch.cuda.Event() for _ in range(slots)]
         self._turns = count()
@@ -125,21 +154,31 @@ class _CudaLoader:
         """Read a layer and copy it to its buffer, as soon as the layer that used the buffer is done with it."""
         slot = index % len(self._slabs)
         self._copies.wait_event(self._free[slot])
-        target, views = self._slabs[slot], _offsets(entries)
-        for block in self._checkpoint.coalesce(list(entries.values()), RING_BLOCK_BYTES):
-            turn = next(self._turns) % RING_BLOCKS
-            self._block_copied[turn].synchronize()
-            self._checkpoint.read_block(block, [memoryview(self._ring[turn, : block.nbytes].numpy())])
-            at = 0
-            with torch.cuda.stream(self._copies):
-                for entry, start, stop in block.parts:
-                    offset = views[entry.name] + start
-                    part = self._ring[turn, at : at + stop - start]
-                    self._checkpoint.note_checksum(entry, start, memoryview(part.numpy()))
-                    target[offset : offset + stop - start].copy_(part, non_blocking=True)
-                    at += stop - start
+        blocks = self._checkpoint.coalesce(list(entries.values()), RING_BLOCK_BYTES)
+        (own, readers), offsets = self._ranks.local, _offsets(entries)
+        for first in range(0, len(blocks), readers):
+            turns = [(next(self._turns) % len(self._ring), block) for block in blocks[first : first + readers]]
+            for turn, _ in turns:
+                self._block_copied[turn].synchronize()
+            self._ranks.node_barrier()  # no rank copies from there any more
+            for turn, block in turns[own : own + 1]:
+                self._checkpoint.read_block(block, [memoryview(self._ring[turn, : block.nbytes].numpy())])
+            self._ranks.node_barrier()
+            for turn, block in turns:
+                self._copy(block, self._ring[turn], self._slabs[slot], offsets)
                 self._block_copied[turn].record(self._copies)
         self._filled[slot].record(self._copies)
+
+    def _copy(self, block: Block, source: torch.Tensor, target: torch.Tensor, offsets: Mapping[str, int]) -> None:
+        at = 0
+        with torch.cuda.stream(self._copies):
+            for entry, start, stop in block.parts:
+                offset = offsets[entry.name] + start
+                part = source[at : at + stop - start]
+                if self._ranks.leads_node:
+                    self._checkpoint.note_checksum(entry, start, memoryview(part.numpy()))
+                target[offset : offset + stop - start].copy_(part, non_blocking=True)
+                at += stop - start
 
     def take(self, index: int) -> torch.Tensor:
         """The buffer of a layer; what is computed from now on waits until it is filled."""
@@ -150,6 +189,12 @@ class _CudaLoader:
     def give_back(self, index: int) -> None:
         """What was launched so far is the last that uses the layer."""
         self._free[index % len(self._slabs)].record(torch.cuda.current_stream(self._device))
+
+    def close(self) -> None:
+        """Wait for what is being copied and let go of the ring."""
+        self._copies.synchronize()
+        if self._is_shared:
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._ring.data_ptr())))
 
 
 def _offsets(entries: Mapping[str, TensorEntry]) -> dict[str, int]:
@@ -169,9 +214,12 @@ def _views(entries: Mapping[str, TensorEntry], slab: torch.Tensor) -> dict[str, 
     return tensors
 
 
-def _read(checkpoint: Checkpoint, entries: Mapping[str, TensorEntry], slab: torch.Tensor) -> None:
-    """Read tensors into a host buffer."""
+def _read(checkpoint: Checkpoint, entries: Mapping[str, TensorEntry], slab: torch.Tensor, ranks: Ranks) -> None:
+    """Read tensors into a host buffer that the ranks of a node share, each of them a part."""
     raw, offsets = memoryview(slab.numpy()), _offsets(entries)
-    checkpoint.read_all(
-        [(entry, raw[offsets[entry.name] : offsets[entry.name] + entry.nbytes]) for entry in entries.values()]
-    )
+    requests = [(entry, raw[offsets[entry.name] : offsets[entry.name] + entry.nbytes]) for entry in entries.values()]
+    ranks.node_barrier()  # all are done with what is in the buffer
+    checkpoint.read_all(requests, ranks.local)
+    ranks.node_barrier()
+    if ranks.leads_node:
+        checkpoint.note_checksums(requests)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from dataclasses import asdict
 from typing import Any
 
@@ -119,8 +120,9 @@ def values(options: argparse.Namespace, kind: type) -> Any:
 
 
 def progress_of(options: argparse.Namespace) -> Progress:
-    """Progress on stderr, unless --quiet."""
-    return Progress("silent" if options.quiet else "auto")
+    """Progress on stderr, unless --quiet; of several ranks, the first one's."""
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    return Progress("auto" if is_first and not options.quiet else "silent")
 
 
 def print_json(body: dict[str, Any]) -> None:
@@ -144,6 +146,7 @@ def totals(result: Any) -> dict[str, Any]:
         "parameters": record["parameters"],
         "seconds": measured.seconds,
         "bytes_read": measured.bytes_read,
+        "node_bytes_read": measured.node_bytes_read,
         "bytes_written": measured.bytes_written,
         "peak_host_bytes": measured.peak_host_bytes,
         "peak_device_bytes": measured.peak_device_bytes,
