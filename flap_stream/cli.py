@@ -82,7 +82,7 @@ def _tell(error: BaseException, message: str, before: str = "") -> None:
     """
     notes = getattr(error, "__notes__", [])
     if notes or _is_first_rank():
-        print(f"{before}flap-stream: {''.join(f'{note}: ' for note in notes)}{message}", file=sys.stderr)
+        print(f"{before}flap-stream: {''.join(notes)}{message}", file=sys.stderr)
 
 
 def _is_first_rank() -> bool:

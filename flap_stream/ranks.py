@@ -207,7 +207,7 @@ def window_shares(samples: int, batch_size: int, ranks: int) -> list[range]:
 def joined() -> Iterator[Ranks]:
     """This process among the ranks of its job, which enter and leave together; within it, the same again.
 
-    If one fails, or dies, all end: the first to fail raises what it failed with (a note names its rank), the others
+    If one fails, or dies, all end: the first to fail raises what it failed with, with a note of its rank, the others
     raise SystemExit with the same exit code, or are ended where they are.
     """
     global _current
@@ -288,8 +288,9 @@ class _Job:
         if not first:
             raise SystemExit(code) from error
         if reason is not None:
+            reason.add_note("")  # says by itself whom it is about
             raise reason from error
-        error.add_note(f"rank {self._rank} of {self._world}")
+        error.add_note(f"rank {self._rank} of {self._world}: ")
 
 
 def _claim(store: Any, rank: int, who: str, code: int) -> tuple[bool, int]:

@@ -1,0 +1,318 @@
+"""Any number of ranks makes what one process makes, byte for byte; and if one dies, the others end and any go on."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from launchers import ALONE, accelerate, finish, ranks_of, start, torchrun, two_hosts, wait_for
+from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from rank_jobs import KILLED, LENGTH, WINDOWS, RankJob, contents, launch
+
+import flap_stream
+from flap_stream.checkpoint import open_checkpoint
+from flap_stream.config import EvaluateConfig
+from flap_stream.layers import BatchSizes
+from flap_stream.moments import Moments, joined_channels
+from flap_stream.ranks import ALONE as ONE
+from flap_stream.ranks import Ranks, window_shares
+from flap_stream.skeleton import Skeleton
+
+KILLS = 12
+
+
+# --- arithmetic ---
+
+
+@pytest.mark.parametrize("samples", [0, 1, 5, 12, 13])
+@pytest.mark.parametrize("batch_size", [1, 3, 20])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 7])
+def test_ranks_share_whole_batches_in_order(samples: int, batch_size: int, ranks: int) -> None:
+    shares = window_shares(samples, batch_size, ranks)
+    assert [window for share in shares for window in share] == list(range(samples))
+    assert all(share.start % batch_size == 0 or not share for share in shares)
+    batches = [-(-len(share) // batch_size) for share in shares]
+    assert max(batches) - min(batches) <= 1
+
+
+@pytest.mark.parametrize("cut", [16, 48, 64])
+def test_moments_of_channels_apart_are_bit_for_bit_those_of_all(cut: int) -> None:
+    draw = np.random.default_rng(0)
+    whole, parts = Moments.empty(80), [Moments.empty(cut), Moments.empty(80 - cut), Moments.empty(0)]
+    for windows in (9, 1, 20):
+        means, m2s = draw.normal(size=(2, windows, 80)).astype(np.float32)
+        whole.add_windows(means, m2s, 16)
+        for part, columns in zip(parts, (slice(0, cut), slice(cut, 80), slice(80, 80)), strict=True):
+            part.add_windows(np.ascontiguousarray(means[:, columns]), np.ascontiguousarray(m2s[:, columns]), 16)
+    joined = joined_channels(parts)
+    assert (joined.count, joined.samples) == (whole.count, whole.samples)
+    for name in ("mean", "m2", "released_fluctuation", "released_baseline"):
+        np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
+
+
+def test_a_halved_batch_concerns_the_windows_of_its_rank_and_then_all() -> None:
+    theirs = BatchSizes(8, windows=range(16, 32))
+    theirs.halve(step=2, start=4, failed=8)
+    (reduction,) = theirs.agree(ONE)
+    assert reduction == (2, 20, 32, 4)
+    sizes = BatchSizes(8, [reduction])
+    assert [sizes.at(2, window) for window in (0, 19, 20, 31, 32)] == [8, 8, 4, 4, 8]
+    assert sizes.at(1, 40) == 8 and sizes.at(3, 0) == 4
+
+
+# --- the same bytes ---
+
+
+@dataclass(frozen=True)
+class Command:
+    """Arguments of a command line without OUT, what one process makes of it, and what it says at the end."""
+
+    arguments: list[str]
+    expected: dict[str, bytes]
+    said: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    place = tmp_path_factory.mktemp("command")
+    save(tiny_model(tiny_config(layers=8)), place / "model", shard_size="100KB")
+    tokens = save_tokens(place / "tokens.npy", random_tokens(WINDOWS, LENGTH))
+    arguments = ["prune", str(place / "model"), "--calibration", tokens, "--samples", str(WINDOWS), "--ratio", "0.3"]
+    arguments += ["--sequence-length", str(LENGTH), "--batch-size", "4", "--max-shard-size", "100KB"]
+    said = finish(ALONE, [*arguments, str(place / "out")])
+    return Command(arguments, contents(place / "out"), said)
+
+
+@pytest.mark.parametrize("launcher", [torchrun(2), torchrun(4), accelerate(2)], ids=["2", "4", "accelerate"])
+def test_launched_ranks_write_what_one_process_writes_and_read_no_more(
+    command: Command, tmp_path: Path, launcher: list[str]
+) -> None:
+    said = finish(launcher, [*command.arguments, str(tmp_path / "out")])
+    assert contents(tmp_path / "out") == command.expected
+    assert said["node_bytes_read"] == [command.said["bytes_read"]]
+    assert said["bytes_written"] == command.said["bytes_written"]
+    assert said["realised_ratio"] == command.said["realised_ratio"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_ranks_on_two_hosts_write_what_one_process_writes(command: Command, tmp_path: Path) -> None:
+    with two_hosts() as hosts, ExitStack() as stack:
+        arguments = [*command.arguments, str(tmp_path / "out"), "--json", "--quiet"]
+        processes = [stack.enter_context(start(host(1), arguments)) for host in hosts]
+        said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert contents(tmp_path / "out") == command.expected
+    layers = layer_bytes(Path(command.arguments[1]))
+    found = json.loads(said[0][0])["node_bytes_read"]
+    assert min(found) >= layers and sum(found) == command.said["bytes_read"] + layers
+
+
+def layer_bytes(model: Path) -> int:
+    with open_checkpoint(model) as checkpoint:
+        return sum(entry.nbytes for name, entry in checkpoint.tensors.items() if ".layers." in name)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> RankJob:
+    return RankJob(tmp_path_factory.mktemp("job"))
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ({}, {"statistics": "released", "batch_size": 4}),
+        ({}, {"method": "wanda-sp", "structure": None, "ratio": 0.5}),
+        ({}, {"method": "magnitude-sp", "structure": None}),
+        ({}, {"dtype": "bfloat16"}),
+        ({"family": "qwen3_moe"}, {}),
+        ({"intermediate_size": 1000, "hidden_size": 128}, {"batch_size": 8}),
+    ],
+    ids=["released", "wanda-sp", "magnitude-sp", "cast", "experts", "wide"],
+)
+def test_whatever_is_collected_three_ranks_on_two_nodes_give_the_same_bytes(
+    tmp_path: Path, config: dict[str, Any], options: dict[str, Any]
+) -> None:
+    job = RankJob(tmp_path, tiny_config(**{"layers": 3, **config}), **options)
+    assert job.trouble("three", 3, nodes=2) is None
+
+
+def test_more_ranks_than_batches_give_the_same_bytes(job: RankJob) -> None:
+    assert job.trouble("many", 9) is None
+
+
+class OnDisk:
+    """The job with hidden states on disk."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
+    def __call__(self) -> None:
+        from flap_stream import layers
+
+        made = layers.make_hidden_states
+        layers.make_hidden_states = lambda place, *sizes: made("disk", *sizes)
+        self.action()
+
+
+def test_hidden_states_of_ranks_on_disk_give_the_same_bytes(job: RankJob) -> None:
+    assert launch(job.place("disk"), 3, OnDisk(job.action("disk", keep_run=True))).codes == [0, 0, 0]
+    assert job.difference("disk") is None
+
+
+class Evaluate:
+    """A call of `evaluate`, whose result every rank writes down."""
+
+    def __init__(self, model: Path, text: str, result: Path) -> None:
+        self.model, self.text, self.result = model, text, result
+
+    def __call__(self) -> None:
+        options = EvaluateConfig(text=(self.text,), sequence_length=LENGTH, batch_size=4)
+        found = flap_stream.evaluate(self.model, options)
+        rank = os.environ.get("RANK", "alone")
+        self.result.with_suffix(f".{rank}").write_text(json.dumps([found.perplexity, found.windows, found.bytes_read]))
+
+
+def test_ranks_evaluate_to_the_last_bit_what_one_process_does(job: RankJob, tmp_path: Path) -> None:
+    action = Evaluate(job.directory / "one" / "out", str(job.options.calibration[0]), tmp_path / "result")
+    assert launch(tmp_path / "one", 1, action).codes == [0]
+    assert launch(tmp_path / "three", 3, action).codes == [0, 0, 0]
+    found = {path.suffix: json.loads(path.read_text()) for path in tmp_path.glob("result.*")}
+    assert set(found) == {".alone", ".0", ".1", ".2"}
+    assert all(value == found[".alone"] for value in found.values())
+
+
+# --- when something fails ---
+
+
+class Smaller:
+    """The job on devices that one rank has less memory of than the others, from some layer on."""
+
+    def __init__(self, action: Callable[[], None], rank: int, layer: int, most: int) -> None:
+        self.action, self.rank, self.layer, self.most = action, rank, layer, most
+
+    def __call__(self) -> None:
+        run_layer = Skeleton.run_layer
+
+        def limited(skeleton: Skeleton, index: int, weights: Any, hidden: torch.Tensor, call: Any) -> torch.Tensor:
+            output = run_layer(skeleton, index, weights, hidden, call)
+            is_real = type(hidden) is torch.Tensor  # not the planner's
+            if is_real and index >= self.layer and len(hidden) > self.most and os.environ["RANK"] == str(self.rank):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return output
+
+        Skeleton.run_layer = limited
+        self.action()
+
+
+def test_a_batch_that_one_rank_halved_is_halved_again_by_any_number_of_ranks(job: RankJob) -> None:
+    names = {"whole": None, "resumed": 2}
+    for name, stop in names.items():
+        place = job.place(f"halved-{name}")
+        action = Smaller(job.action(f"halved-{name}", keep_run=True), rank=1, layer=1, most=2)
+        assert launch(place, 3, action if stop is None else StopAt(action, stop)).codes == [0, 0, 0] or stop
+    for snapshot in (job.place("halved-resumed") / "out.run" / "hidden").iterdir():
+        snapshot.unlink()  # so that every layer is run again
+    assert job.run("halved-resumed", 1, keep_run=True).codes == [0]
+    ours, theirs = (
+        contents(job.place(f"halved-{name}") / "out.run" / "statistics.zarr") for name in ("whole", "resumed")
+    )
+    assert ours == theirs != job.statistics
+    assert '"size": 1' in (job.place("halved-whole") / "out.run" / "journal").read_text()
+
+
+class StopAt:
+    """The job, interrupted when a layer's statistics would be stored."""
+
+    def __init__(self, action: Callable[[], None], layer: int) -> None:
+        self.action, self.layer = action, layer
+
+    def __call__(self) -> None:
+        from flap_stream.store import RunDirectory
+
+        write = RunDirectory.write_statistics
+
+        def stop(run: RunDirectory, index: int, *values: Any) -> None:
+            if index == self.layer:
+                raise KeyboardInterrupt
+            write(run, index, *values)
+
+        RunDirectory.write_statistics = stop
+        self.action()
+
+
+def test_a_failure_of_one_rank_ends_all_with_its_sentence_once(job: RankJob, tmp_path: Path) -> None:
+    model = tiny_model(tiny_config(layers=3))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    broken = save(model, tmp_path / "model")
+    ended = launch(tmp_path / "job", 3, job.action("failed", model=broken))
+    assert ended.codes == [2, 2, 2]
+    (sentence,) = ended.sentences
+    assert "tensor model.layers.1.mlp.up_proj.weight" in sentence and "NaN or infinity" in sentence
+    assert ended.seconds < 5
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_an_interrupted_rank_ends_all_and_says_so_once(job: RankJob, ranks: int) -> None:
+    place = job.place(f"interrupted-{ranks}")
+    ended = launch(place, ranks, StopAt(job.action(f"interrupted-{ranks}", keep_run=True), 2))
+    assert ended.codes == [130] * ranks
+    assert len(ended.sentences) == 1 and "run the same command again to go on" in ended.sentences[0]
+    assert job.trouble(f"interrupted-{ranks}", 5 - ranks) is None
+
+
+@pytest.mark.timeout(200)
+def test_whichever_rank_is_killed_the_others_end_and_any_number_goes_on_to_the_same_bytes(job: RankJob) -> None:
+    found = [job.trouble_after_kill(number, 10) for number in range(KILLS)]
+    assert [one for one in found if one[0] not in ("went on", "done before the kill")] == []
+    assert sum(became == "went on" for became, _ in found) > KILLS // 2
+
+
+def test_torchrun_and_the_other_ranks_end_when_one_is_killed(command: Command, tmp_path: Path) -> None:
+    arguments = [*command.arguments, str(tmp_path / "out")]
+    with start(torchrun(2), arguments) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("collect: 3/"):
+                break
+        processes = ranks_of(process.pid)
+        os.kill(processes[1], signal.SIGKILL)
+        started = time.monotonic()
+        wait_for(lambda: not Path(f"/proc/{processes[0]}").exists(), 10)
+        said = process.stderr.read()
+    assert time.monotonic() - started < 15
+    sentences = [line for line in said.splitlines() if line.startswith("flap-stream: ")]
+    assert len(sentences) == 1 and "rank 1 of 2 is gone" in sentences[0]
+    finish(ALONE, arguments)
+    assert contents(tmp_path / "out") == command.expected
+
+
+def test_ranks_that_see_different_models_are_refused(job: RankJob, tmp_path: Path) -> None:
+    other = save(tiny_model(tiny_config(layers=2)), tmp_path / "other")
+    ended = launch(tmp_path / "job", 2, Differing(job, other))
+    assert ended.codes == [2, 2]
+    assert len(ended.sentences) == 1 and "must see the same files" in ended.sentences[0]
+
+
+class Differing:
+    """The job with another model for rank 1."""
+
+    def __init__(self, job: RankJob, model: Path) -> None:
+        self.actions = [job.action("differing"), job.action("differing", model=model)]
+
+    def __call__(self) -> None:
+        self.actions[int(os.environ["RANK"])]()
+
+
+def test_a_rank_of_one_gives_back_what_it_was_given() -> None:
+    assert ONE.gathered(3) == [3] and ONE.exchanged(["x"]) == ["x"] and ONE.from_first(lambda: 4) == 4
+    assert list(ONE.in_order(iter([memoryview(b"ab")]), 4)) == [b"ab"]
+    assert Ranks().is_first and Ranks().leads_node and KILLED == -9
