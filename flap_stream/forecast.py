@@ -10,31 +10,26 @@ from pathlib import Path
 import torch
 
 from flap_stream import checkpoint as checkpoints
-from flap_stream import files, memory, output, planner, store
+from flap_stream import files, memory, output, planner, scaling, store
 from flap_stream.architecture import ROWS
 from flap_stream.checkpoint import Checkpoint
 from flap_stream.config import PruneConfig
+from flap_stream.errors import InvalidOption
 from flap_stream.layers import StreamedModel
 from flap_stream.restoration import refit_sizes, refit_stored_bytes, require_refittable
 from flap_stream.skeleton import Skeleton
 
+NETWORK_RATE = 1.25e9  # bytes per second: 10 Gbit/s
 _PRODUCT_SECONDS, _FEW_TOKENS = 0.5, 64
 _PROBE_BYTES, _PROBE_BLOCK_BYTES = 1 << 28, 1 << 24
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What this machine does now: operations and bytes per second."""
-
-    product: float
-    disk_read: float
-    disk_write: float
 
 
 @dataclass(frozen=True)
 class Forecast:
     """What a job would take.
 
+    ranks: processes on so many nodes; memory is that of each, bytes and times are those of all.
+    busy_ranks: those that have windows to run. network_bytes: moments that leave each node.
     has_headers: whether sizes come from safetensors headers; else from config.json alone.
     placement: how pass 1 would be run, with the predicted peaks. limits: what may be taken.
     bytes_read, bytes_written: of the model, the output and hidden states on disk.
@@ -45,6 +40,10 @@ class Forecast:
     """
 
     model: str
+    ranks: int
+    nodes: int
+    busy_ranks: int
+    network_bytes: int
     parameters: int
     layers: int
     has_headers: bool
@@ -56,70 +55,102 @@ class Forecast:
     run_directory_bytes: int
     free_disk_bytes: int
     operations: int
-    rates: Rates
+    rates: scaling.Rates
     floor_seconds: dict[str, float]
 
 
-def forecast(model: str | Path, out: str | Path, options: PruneConfig) -> Forecast:
+def forecast(
+    model: str | Path,
+    out: str | Path,
+    options: PruneConfig,
+    ranks: int = 1,
+    nodes: int = 1,
+    network: float = NETWORK_RATE,
+) -> Forecast:
     """What `prune` with these options would take; no tensor is read and nothing stays written.
 
     model: a directory (config.json is enough), a config.json or a Hub id, of which config.json alone is downloaded.
+    ranks, nodes: processes on so many machines, each like this one, which share the disk of `out` and of the model and
+    a network of so many bytes per second in and out of each.
     Raises InvalidInput as `prune` would, InsufficientMemory among it.
     """
+    if not 1 <= nodes <= ranks:
+        raise InvalidOption(f"--nodes is {nodes}; {ranks} ranks can be on 1 to {ranks}")
     out = Path(out)
     source, has_headers = _open(str(model))
     with source:
         streamed = StreamedModel(source, options)
-        limits = memory.limits(streamed.device, options.host_memory, options.device_memory)
+        local = -(-ranks // nodes)
+        limits = memory.limits(streamed.device, options.host_memory, options.device_memory, local)
         windows = (options.samples, options.sequence_length) if options.method != "magnitude-sp" else (0, 0)
-        job = streamed.job(*windows)
+        job = replace(streamed.job(*windows), ranks=ranks, local_ranks=local)
         placement = planner.place(job, limits, options.batch_size, options.prefetch)
         refits = refit_sizes(streamed, None, options.refit_target) if options.refits else None
         if refits is not None:
             require_refittable(streamed.family, streamed.shapes, options.refit_target, source.source)
-            refitting = planner.place(replace(job, refit=refits), limits, placement.batch_size, options.prefetch)
-            placement = placement.together(refitting)
-        rates = _measure_rates(streamed, placement.batch_size * job.tokens, source, has_headers, out)
-        layer_bytes = sum(streamed.layer_bytes(i) for i in range(len(streamed.layers)))
+            by_one = replace(job, refit=refits, ranks=1)
+            placement = placement.together(planner.place(by_one, limits, placement.batch_size, options.prefetch))
+        rates = _measure_rates(streamed, placement.batch_size * job.tokens, source, has_headers, out, local, network)
         hidden_traffic = len(streamed.layers) * job.hidden_bytes if placement.hidden_place == "disk" else 0
-        cut_bytes = options.ratio * sum(
-            entry.nbytes
-            for layer, shape in zip(streamed.layer_entries, streamed.shapes, strict=True)
-            for part in streamed.family.parts(shape)
-            for projection in part.kind.projections
-            if projection.axis == ROWS and (entry := layer.get(f"{projection.name}.weight")) is not None
-        )
-        read_again = source.nbytes - int(cut_bytes)  # rows that go are not read
-        written = output.estimated_bytes(source, streamed.shapes, options.ratio)
+        work = work_of(streamed, options, placement.batch_size, hidden_traffic)
         on_disk = 2 * job.hidden_bytes if hidden_traffic else 0
         stored = store.stored_bytes(streamed.shapes, windows[0] * windows[1])
         stored += 0 if refits is None else refit_stored_bytes(streamed)
         snapshots = 3 * job.hidden_bytes if windows[0] else 0  # one is written before the oldest of two goes
-        operations = _operations(streamed, *windows)
-        pass_1 = max(operations / rates.product, (layer_bytes + hidden_traffic) / rates.disk_read)
-        pass_2 = read_again / rates.disk_read + written / rates.disk_write
-        floor = {"collect": pass_1, "rewrite": pass_2}
+        found, operations = scaling.scale(work, rates, ranks, nodes), work.operations
+        floor = dict(found.seconds)
         if refits is not None:
             refit_operations = refits.operations(options.ratio, windows[0] * windows[1]) + operations
             refit_operations += operations if refits.has_dense else 0
-            floor["refit"] = max(refit_operations / rates.product, (layer_bytes + hidden_traffic) / rates.disk_read)
+            reading = (work.layer_bytes + hidden_traffic) / rates.disk_read
+            floor["refit"] = max(refit_operations / rates.product, reading)
             operations += refit_operations
         return Forecast(
             model=source.source,
+            ranks=ranks,
+            nodes=nodes,
+            busy_ranks=found.busy_ranks,
+            network_bytes=int(found.network_bytes),
             parameters=source.parameters,
             layers=len(streamed.layers),
             has_headers=has_headers,
             placement=placement,
             limits=limits,
-            bytes_read=layer_bytes + hidden_traffic + read_again,
-            bytes_written=written + hidden_traffic,
-            disk_bytes=written + stored + on_disk,
+            bytes_read=nodes * work.layer_bytes + hidden_traffic + work.read_again,
+            bytes_written=work.written + hidden_traffic,
+            disk_bytes=work.written + stored + on_disk,
             run_directory_bytes=stored + on_disk + snapshots,
             free_disk_bytes=files.free_bytes(out.absolute()),
             operations=operations,
             rates=rates,
             floor_seconds=floor,
         )
+
+
+def work_of(model: StreamedModel, options: PruneConfig, batch_size: int, hidden_traffic: int = 0) -> scaling.Work:
+    """What a whole job consists of. hidden_traffic: bytes of hidden states that go to disk and back."""
+    source = model.checkpoint
+    samples = options.samples if options.method != "magnitude-sp" else 0
+    cut_bytes = options.ratio * sum(
+        entry.nbytes
+        for layer, shape in zip(model.layer_entries, model.shapes, strict=True)
+        for part in model.family.parts(shape)
+        for projection in part.kind.projections
+        if projection.axis == ROWS and (entry := layer.get(f"{projection.name}.weight")) is not None
+    )
+    written = output.estimated_bytes(source, model.shapes, options.ratio)
+    return scaling.Work(
+        layers=len(model.layers),
+        samples=samples,
+        batch_size=batch_size,
+        operations=_operations(model, samples, options.sequence_length),
+        layer_bytes=sum(model.layer_bytes(i) for i in range(len(model.layers))),
+        moment_bytes=sum(planner.moment_bytes(shape, samples, batch_size) for shape in model.shapes),
+        hidden_traffic=hidden_traffic,
+        read_again=source.nbytes - int(cut_bytes),  # rows that go are not read
+        written=written,
+        shards=max(1, round(written / options.max_shard_bytes)),
+    )
 
 
 def _open(model: str) -> tuple[Checkpoint, bool]:
@@ -144,10 +175,23 @@ def _operations(model: StreamedModel, samples: int, tokens: int) -> int:
     return samples * tokens * (2 * int(matrices) + 4 * tokens * queries)
 
 
-def _measure_rates(model: StreamedModel, tokens: int, source: Checkpoint, has_headers: bool, out: Path) -> Rates:
+def _measure_rates(
+    model: StreamedModel, tokens: int, source: Checkpoint, has_headers: bool, out: Path, local: int, network: float
+) -> scaling.Rates:
+    """What this machine does now, shared by so many ranks on it: a CPU's products, the disk."""
     shard = source.directory / next(iter(source.shard_bytes)) if has_headers else None
     read, written = _disk_rates(files.existing_directory(out.absolute()), shard)
-    return Rates(_product_rate(model, max(tokens, 1)), read, written)
+    product = _product_rate(model, max(tokens, 1))
+    together = product if model.device.type == "cpu" else local * product
+    return scaling.Rates(
+        product=product,
+        node_product=together,
+        disk_read=read,
+        disk_write=written,
+        shared_read=read,
+        shared_write=written,
+        network=network,
+    )
 
 
 def _product_rate(model: StreamedModel, tokens: int) -> float:

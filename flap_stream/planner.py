@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from flap_stream.architecture import LayerShape
 from flap_stream.checkpoint import TensorEntry
 from flap_stream.errors import InsufficientMemory
 from flap_stream.memory import OWN_BLOCK_BYTES, Limits, resident_bytes
@@ -103,11 +104,8 @@ class Job:
         """Bytes of the moments of a rank's windows, which wait on the host until a layer is done: sent and received."""
         if self.ranks == 1:
             return 0
-        channels = max(
-            sum(part.kind.output.size(part.units, shape) for part in self.skeleton.family.parts(shape))
-            for shape in map(self.skeleton.layer_shape, range(len(self.layers)))
-        )
-        return 3 * self.share(batch_size) * channels * 8
+        shapes = map(self.skeleton.layer_shape, range(len(self.layers)))
+        return max(3 * moment_bytes(shape, self.share(batch_size), batch_size) for shape in shapes)
 
     def batch_bytes(self, windows: int) -> int:
         """Bytes of the hidden states of so many windows; in a refit, of the dense ones and the kept inputs too."""
@@ -157,6 +155,12 @@ class Placement:
     def fits(self, limits: Limits) -> bool:
         """Whether it keeps within the limits."""
         return self.host_bytes <= limits.host and self.device_bytes <= limits.device
+
+
+def moment_bytes(shape: LayerShape, samples: int, batch_size: int) -> int:
+    """Bytes of the means and m2s, float32, of all windows of a layer; of an expert a batch's tokens are one window."""
+    channels = shape.kv_groups * shape.heads_per_group * shape.head_dim
+    return 8 * (samples * channels + (-(-samples // batch_size) if shape.experts else samples) * shape.neurons)
 
 
 def place(job: Job, limits: Limits, batch_size: int | None = None, prefetch: int | None = None) -> Placement:

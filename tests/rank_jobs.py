@@ -161,7 +161,7 @@ class RankJob:
         draw, name = random.Random(number), f"kill-{number}"
         ranks, then, nodes = draw.choice([2, 3, 4]), draw.choice([1, 2, 3, 4]), draw.choice([1, 2])
         self.seconds[ranks] = self.seconds.get(ranks) or self._seconds(ranks)
-        victim, seconds = draw.randrange(ranks), draw.uniform(0.0, 1.1) * self.seconds[ranks]
+        victim, seconds = draw.randrange(ranks), draw.uniform(0.0, 0.9) * self.seconds[ranks]
         ended = self.run(name, ranks, nodes=nodes, kill=(victim, seconds), keep_run=True)
         facts = {"ranks": ranks, "then": then, "nodes": nodes, "victim": victim, "seconds": round(seconds, 2)}
         facts |= {"codes": ended.codes, "took": round(ended.seconds, 2)}

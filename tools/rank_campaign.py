@@ -63,7 +63,8 @@ def launched(count: int) -> list[str]:
         for number in range(count):
             draw, out = random.Random(number), directory / f"out-{number}"
             ranks, then = draw.choice([2, 3, 4]), draw.choice([1, 2, 3, 4])
-            killed, took = kill_one(ranks, draw.randrange(ranks), draw.uniform(0, whole[ranks]), [*command, str(out)])
+            victim, seconds = draw.randrange(ranks), draw.uniform(0, 0.9 * whole[ranks])
+            killed, took = kill_one(ranks, victim, seconds, [*command, str(out)])
             slowest = max(slowest, took)
             with start(torchrun(then) if then > 1 else ALONE, [*command, str(out)]) as process:
                 said = process.communicate(timeout=120)[1]

@@ -2,9 +2,10 @@
 
 import argparse
 from dataclasses import asdict
+from math import isfinite
 
 from flap_stream.commands import options as shared
-from flap_stream.config import PruneConfig
+from flap_stream.config import PruneConfig, parse_size
 from flap_stream.progress import format_bytes
 
 
@@ -15,6 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="DIR", help="run directory, kept at the end (default: OUT.run, removed)")
     parser.add_argument("--keep-run", action="store_true", help="keep OUT.run at the end")
     parser.add_argument("--dry-run", action="store_true", help="say what it would take (config.json is enough)")
+    ranks = parser.add_argument_group("with --dry-run")
+    ranks.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that it would be launched as")
+    ranks.add_argument("--nodes", type=int, default=1, metavar="M", help="machines, all like this one, that have them")
+    ranks.add_argument("--network", default="1.25GB", metavar="SIZE", help="a second, of each (default: 1.25GB)")
     shared.add_method(parser)
     shared.add_calibration(parser)
     shared.add_plan(parser)
@@ -41,17 +46,27 @@ def run(options: argparse.Namespace) -> None:
 def _dry_run(options: argparse.Namespace, config: PruneConfig) -> None:
     from flap_stream.forecast import forecast
 
-    found = forecast(options.model, options.out, config)
+    network = parse_size(options.network)
+    found = forecast(options.model, options.out, config, options.ranks, options.nodes, network)
     if options.json:
-        shared.print_json(asdict(found))
+        known = {name: rate for name, rate in asdict(found.rates).items() if isfinite(rate)}
+        shared.print_json({**asdict(found), "rates": known})
         return
     placement, limits, rates = found.placement, found.limits, found.rates
     origin = "headers" if found.has_headers else "config.json alone"
     print(f"model          {found.parameters:,} parameters in {found.layers} layers, from {origin}")
-    print(f"host memory    {format_bytes(placement.host_bytes)} at its peak; {format_bytes(limits.host)} may be used")
+    each = ""
+    if found.ranks > 1:
+        each = " by each rank"
+        idle = found.ranks - found.busy_ranks
+        shares = f"; {idle} have no windows, so lower --batch-size" if idle and placement.batch_size > 1 else ""
+        print(f"ranks          {found.ranks} on {found.nodes} machines like this one{shares}")
+        print(f"network        {format_bytes(found.network_bytes)} out of each machine")
+    host = format_bytes(placement.host_bytes)
+    print(f"host memory    {host} at its peak; {format_bytes(limits.host)} may be used{each}")
     if limits.device:
         device = format_bytes(placement.device_bytes)
-        print(f"device memory  {device} at its peak; {format_bytes(limits.device)} may be used")
+        print(f"device memory  {device} at its peak; {format_bytes(limits.device)} may be used{each}")
     how = f"{placement.prefetch} layer read ahead, hidden states on the {placement.hidden_place}"
     print(f"run as         {placement.batch_size} windows at once, {how}")
     print(f"read, written  {format_bytes(found.bytes_read)}, {format_bytes(found.bytes_written)}")
