@@ -147,7 +147,9 @@ class StreamedModel:
         All ranks do as fits the one with the least memory.
         Raises InsufficientMemory if there is no way, InvalidOption for ranks on devices of different types.
         """
-        self.ranks.require_same("the type of device", self.device.type)
+        types = self.ranks.gathered(self.device.type)
+        if len(set(types)) > 1:
+            raise InvalidOption(f"ranks run on {' and '.join(sorted(set(types)))}; start them all with one --device")
         found = memory.limits(self.device, options.host_memory, options.device_memory, self.ranks.local[1])
         limits = memory.Limits(*map(min, zip(*map(astuple, self.ranks.gathered(found)), strict=True)))
         memory.enforce(self.device, limits.device)

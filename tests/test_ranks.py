@@ -20,10 +20,11 @@ from rank_jobs import KILLED, LENGTH, WINDOWS, RankJob, contents, launch
 import flap_stream
 from flap_stream.checkpoint import open_checkpoint
 from flap_stream.config import EvaluateConfig
+from flap_stream.errors import InvalidOption
 from flap_stream.layers import BatchSizes
 from flap_stream.moments import Moments, joined_channels
 from flap_stream.ranks import ALONE as ONE
-from flap_stream.ranks import Ranks, window_shares
+from flap_stream.ranks import Ranks, own_device, window_shares
 from flap_stream.skeleton import Skeleton
 
 KILLS = 12
@@ -310,6 +311,44 @@ class Differing:
 
     def __call__(self) -> None:
         self.actions[int(os.environ["RANK"])]()
+
+
+class OnDevices:
+    """The job, one rank on a device of another type and with less memory."""
+
+    def __init__(self, action: Callable[[], None], types: list[str], memory: list[int]) -> None:
+        self.action, self.types, self.memory = action, types, memory
+
+    def __call__(self) -> None:
+        from flap_stream import layers, memory
+
+        rank = int(os.environ["RANK"])
+        if self.types[rank] != "cpu":
+            layers.choose_device = lambda name: torch.device("meta")
+        limits = memory.Limits(self.memory[rank], 0)
+        memory.limits = lambda *how: limits
+        self.action()
+
+
+def test_devices_of_two_types_are_refused(job: RankJob, tmp_path: Path) -> None:
+    ended = launch(tmp_path / "job", 2, OnDevices(job.action("types"), ["cpu", "meta"], [1 << 33, 1 << 33]))
+    assert ended.codes == [2, 2]
+    assert len(ended.sentences) == 1 and "ranks run on cpu and meta" in ended.sentences[0]
+
+
+def test_the_rank_with_least_memory_decides_for_all(job: RankJob, tmp_path: Path) -> None:
+    ended = launch(tmp_path / "job", 3, OnDevices(job.action("least"), ["cpu"] * 3, [1 << 33, 1 << 26, 1 << 33]))
+    assert ended.codes == [2, 2, 2]
+    assert len(ended.sentences) == 1 and "64.0 MiB may be used" in ended.sentences[0]
+
+
+def test_each_rank_of_a_node_takes_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    third = Ranks(3, ((0,), (1, 2, 3)))
+    assert [own_device(name, third) for name in ("auto", "cuda", "cpu")] == ["cuda:2", "cuda:2", "cpu"]
+    with pytest.raises(InvalidOption, match="one device for 3 ranks"):
+        own_device("cuda:1", third)
+    assert own_device("cuda:1", Ranks(0, ((0,), (1, 2, 3)))) == own_device("cuda:1", ONE) == "cuda:1"
 
 
 def test_a_rank_of_one_gives_back_what_it_was_given() -> None:
