@@ -284,8 +284,11 @@ class _Job:
             code, reason = RankLost.exit_code, RankLost(_obituary(lost, self._world))
         else:
             code, reason = _exit_code(error), None
-        first, code = _claim(self._store, self._rank, "main", code)
-        if not first:
+        try:
+            is_first, code = _claim(self._store, self._rank, "main", code)
+        except (RuntimeError, OSError):  # the launcher, where the store is, is gone
+            is_first = self._watch is None or self._watch.speaks()
+        if not is_first:
             raise SystemExit(code) from error
         if reason is not None:
             reason.add_note("")  # says by itself whom it is about
@@ -294,15 +297,9 @@ class _Job:
 
 
 def _claim(store: Any, rank: int, who: str, code: int) -> tuple[bool, int]:
-    """Whether this is the first to say that the job is over, and the exit code of the one who was.
-
-    Where nobody can be asked because the store is gone, as if it were.
-    """
+    """Whether this is the first to say that the job is over, and the exit code of the one who was."""
     mine = json.dumps({"rank": rank, "who": who, "code": code})
-    try:
-        said = store.compare_set("failure", "", mine).decode()
-    except (RuntimeError, OSError):
-        return True, code
+    said = store.compare_set("failure", "", mine).decode()
     return said == mine, json.loads(said)["code"]
 
 
@@ -390,12 +387,17 @@ class _Watch(threading.Thread):
             self._end(failure["code"])
 
     def _without_store(self) -> None:
-        """The launcher, or the machine that it is on, is gone: of those that see each other, the first says so."""
+        """The launcher, or the machine that it is on, is gone."""
         if self._stopped.is_set():
             return
-        others = [rank for rank, pid in self._neighbours.items() if _is_running(pid)]
-        is_first = self._rank < min(others, default=self._world)
-        self._end(RankLost.exit_code, "the launcher of this job, or its machine, is gone" if is_first else "")
+        message = "the launcher of this job, or its machine, is gone; run the same command again: it goes on"
+        self._end(RankLost.exit_code, message if self.speaks() else "")
+
+    def speaks(self) -> bool:
+        """Whether this is the first of the ranks of its node that are left."""
+        return self._rank < min(
+            (rank for rank, pid in self._neighbours.items() if _is_running(pid)), default=self._world
+        )
 
     def _end(self, code: int, message: str = "") -> None:
         """End the process as a kill would, which every file here is made for."""
