@@ -1,6 +1,6 @@
 """One rank of a job killed at random times, many more than in the test suite.
 
-    python tools/rank_campaign.py [--forked 200] [--torchrun 50]
+    python tools/rank_campaign.py [--forked 200] [--torchrun 50] [--first 0]
 
 Each time the others must end within 10 seconds, with one sentence; then the same command is called with another
 number of ranks and must give the same bytes. `--forked`: ranks forked from a warm server, without a launcher, which
@@ -30,11 +30,11 @@ from rank_jobs import RankJob, contents
 SECONDS = 10.0
 
 
-def forked(count: int) -> list[str]:
+def forked(numbers: range) -> list[str]:
     """What became of each kill without a launcher."""
     with tempfile.TemporaryDirectory() as directory:
         job, found, slowest = RankJob(Path(directory)), [], 0.0
-        for number in range(count):
+        for number in numbers:
             became, facts = job.trouble_after_kill(number, SECONDS)
             found.append(became)
             slowest = max(slowest, facts["took"])
@@ -44,7 +44,7 @@ def forked(count: int) -> list[str]:
     return found
 
 
-def launched(count: int) -> list[str]:
+def launched(numbers: range) -> list[str]:
     """What became of each kill of one that torchrun started, from the start of the ranks on."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -56,18 +56,18 @@ def launched(count: int) -> list[str]:
         for ranks in (1, 2, 3, 4):
             started, out = time.monotonic(), directory / f"whole-{ranks}"
             with start(torchrun(ranks) if ranks > 1 else ALONE, [*command, str(out)]) as process:
-                assert process.wait(120) == 0
+                assert process.wait(600) == 0
             whole[ranks] = time.monotonic() - started
         expected = contents(directory / "whole-1")
         found, slowest = [], 0.0
-        for number in range(count):
+        for number in numbers:
             draw, out = random.Random(number), directory / f"out-{number}"
             ranks, then = draw.choice([2, 3, 4]), draw.choice([1, 2, 3, 4])
             victim, seconds = draw.randrange(ranks), draw.uniform(0, 0.9 * whole[ranks])
             killed, took = kill_one(ranks, victim, seconds, [*command, str(out)])
             slowest = max(slowest, took)
             with start(torchrun(then) if then > 1 else ALONE, [*command, str(out)]) as process:
-                said = process.communicate(timeout=120)[1]
+                said = process.communicate(timeout=600)[1]
             if process.returncode:
                 found.append(f"exit code {process.returncode} of the second call: {said}")
             elif contents(out) != expected:
@@ -112,13 +112,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--forked", type=int, default=0)
     parser.add_argument("--torchrun", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first kill, which decides when it comes")
     options = parser.parse_args()
-    if not any(vars(options).values()):
-        options = argparse.Namespace(forked=200, torchrun=50)
+    if not options.forked + options.torchrun:
+        options.forked, options.torchrun = 200, 50
     failed = 0
     for name, count, run in (("forked", options.forked, forked), ("torchrun", options.torchrun, launched)):
         if count:
-            found = Counter(run(count))
+            found = Counter(run(range(options.first, options.first + count)))
             good = found["went on"] + found["done before the kill"]
             failed += count - good
             print(f"{name}: {good} of {count} went on to the same bytes: {dict(found)}", flush=True)

@@ -91,9 +91,9 @@ def measure(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16}
-        make(place / "model", LlamaConfig(num_hidden_layers=12, vocab_size=4096, **sizes), torch.bfloat16)
-        np.save(place / "tokens.npy", np.random.default_rng(0).integers(0, 4096, size=(128, 128)))
-        command = ["prune", str(place / "model"), "--calibration", str(place / "tokens.npy"), "--samples", "128"]
+        make(place / "model", LlamaConfig(num_hidden_layers=6, vocab_size=4096, **sizes), torch.bfloat16)
+        np.save(place / "tokens.npy", np.random.default_rng(0).integers(0, 4096, size=(64, 128)))
+        command = ["prune", str(place / "model"), "--calibration", str(place / "tokens.npy"), "--samples", "64"]
         command += ["--batch-size", "8", "--max-shard-size", "50MB", "--json", "--quiet"]
         for number in range(rounds):
             for count in counts:
@@ -105,8 +105,9 @@ def measure(rounds: int) -> None:
                     run, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True
                 )
                 taken.setdefault(count, []).append(json.loads(said.stdout)["seconds"])
+                print(f"round {number}, {count} processes: {taken[count][-1]}", file=sys.stderr, flush=True)
                 time.sleep(1)
-        options = PruneConfig(samples=128, batch_size=8, device="cpu", max_shard_bytes=50_000_000)
+        options = PruneConfig(samples=64, batch_size=8, device="cpu", max_shard_bytes=50_000_000)
         with checkpoint.open_checkpoint(place / "model") as source:
             work = forecast.work_of(StreamedModel(source, options), options, 8)
     best = {n: {stage: min(s[stage] for s in found) for stage in found[0]} for n, found in taken.items()}
