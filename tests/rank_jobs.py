@@ -97,7 +97,7 @@ def launch(
         children.append(SERVER.Process(target=_rank, args=(environment, said[rank], action, seconds)))
         children[-1].start()
     left, first = {child.sentinel: child for child in children}, None
-    while left and (ended := wait(list(left), 120)):
+    while left and (ended := wait(list(left), 300)):
         first = time.monotonic() if first is None else first
         for sentinel in ended:
             del left[sentinel]  # type: ignore[arg-type]

@@ -108,7 +108,7 @@ def test_ranks_on_two_hosts_write_what_one_process_writes(command: Command, tmp_
     with two_hosts() as hosts, ExitStack() as stack:
         arguments = [*command.arguments, str(tmp_path / "out"), "--json", "--quiet"]
         processes = [stack.enter_context(start(host(1), arguments)) for host in hosts]
-        said = [process.communicate(timeout=120) for process in processes]
+        said = [process.communicate(timeout=400) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert contents(tmp_path / "out") == command.expected
     layers = layer_bytes(Path(command.arguments[1]))
@@ -133,10 +133,11 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> RankJob:
         ({}, {"method": "wanda-sp", "structure": None, "ratio": 0.5}),
         ({}, {"method": "magnitude-sp", "structure": None}),
         ({}, {"dtype": "bfloat16"}),
+        ({}, {"restore": "least-squares", "refit_target": "dense"}),
         ({"family": "qwen3_moe"}, {}),
         ({"intermediate_size": 1000, "hidden_size": 128}, {"batch_size": 8}),
     ],
-    ids=["released", "wanda-sp", "magnitude-sp", "cast", "experts", "wide"],
+    ids=["released", "wanda-sp", "magnitude-sp", "cast", "least-squares", "experts", "wide"],
 )
 def test_whatever_is_collected_three_ranks_on_two_nodes_give_the_same_bytes(
     tmp_path: Path, config: dict[str, Any], options: dict[str, Any]
@@ -202,8 +203,8 @@ class Smaller:
     def __call__(self) -> None:
         run_layer = Skeleton.run_layer
 
-        def limited(skeleton: Skeleton, index: int, weights: Any, hidden: torch.Tensor, call: Any) -> torch.Tensor:
-            output = run_layer(skeleton, index, weights, hidden, call)
+        def limited(skeleton: Skeleton, index: int, weights: Any, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+            output = run_layer(skeleton, index, weights, hidden, *rest)
             is_real = type(hidden) is torch.Tensor  # not the planner's
             if is_real and index >= self.layer and len(hidden) > self.most and os.environ["RANK"] == str(self.rank):
                 raise torch.OutOfMemoryError("CUDA out of memory")
