@@ -16,16 +16,16 @@ from flap_stream import files
 from flap_stream.calibration import evaluation_tokens, load_tokenizer, tokens_digest
 from flap_stream.checkpoint import open_checkpoint
 from flap_stream.config import PlanConfig, SweepConfig, part_of, require_restoration
-from flap_stream.errors import CorruptRun, InvalidOption
+from flap_stream.errors import InvalidOption
 from flap_stream.evaluation import perplexity_of, score_outputs
-from flap_stream.hidden_states import HiddenStates
 from flap_stream.json_form import has_form
 from flap_stream.layers import BatchSizes, StreamedModel
 from flap_stream.masked_layers import Decision, masked, mending
 from flap_stream.pipeline import PlanResult, decide, require_model_of
 from flap_stream.planner import Placement
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
-from flap_stream.store import RunDirectory
+from flap_stream.snapshots import Snapshots, resume
+from flap_stream.store import RunDirectory, SnapshotStore
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +35,6 @@ _CURVE = {
     **{"dtype": str, "device": str, "dense_perplexity": float, "points": [_POINT]},
 }
 _SAME_RATIO = 1e-9
-# A snapshot is taken when the layers since the last one took this many times as long as writing one.
-_SNAPSHOT_SHARE = 20.0
-_FIRST_WRITE_RATE = 500e6  # bytes per second, until one snapshot has been measured
 
 
 @dataclass(frozen=True)
@@ -250,51 +247,10 @@ class _Curve:
     ) -> list[tuple[PlanResult | None, float]]:
         decisions = [None if plan is None else Decision(plan.layers, self._mend) for plan in plans]
         ratios = [0.0 if plan is None else plan.options.ratio for plan in plans]
-        snapshots = _Snapshots(self._run, f"{self._name} {ratios} {placement.batch_size}")
-        found = perplexities(self._model, self.tokens, decisions, placement, snapshots, self._progress)
+        store = self._run.sweep_snapshots(f"{self._name} {ratios} {placement.batch_size}")
+        found = perplexities(self._model, self.tokens, decisions, placement, store, self._progress)
         self._model.checkpoint.require_unchanged()
         return list(zip(plans, found, strict=True))
-
-
-class _Snapshots:
-    """Saves the hidden states of one reading of the model, as often as it costs little, for a call that goes on.
-
-    job: what they belong to.
-    """
-
-    def __init__(self, run: RunDirectory, job: str) -> None:
-        self.directory = run.path
-        self._run, self._name = run, hashlib.sha256(job.encode()).hexdigest()[:16]
-        self._since, self._write_seconds = time.monotonic(), 0.0
-
-    def resume(self, hidden: HiddenStates) -> int | None:
-        """Bring in what was saved last; the layer that it enters comes out, None if there is nothing."""
-        saved = self._run.sweep_snapshot(self._name)
-        if saved is None:
-            return None
-        try:
-            hidden.load(self._run.sweep_snapshot_path(self._name, saved[0]), saved[1])
-        except CorruptRun:  # another sweep has been at work since, or somebody deleted it
-            return None
-        return saved[0]
-
-    def layer_done(self, next_layer: int, hidden: HiddenStates) -> None:
-        """The hidden states now are those that enter `next_layer`."""
-        expected = self._write_seconds or hidden.nbytes / _FIRST_WRITE_RATE
-        path = self._run.sweep_snapshot_path(self._name, next_layer)
-        if time.monotonic() - self._since < _SNAPSHOT_SHARE * expected:
-            return
-        if files.free_bytes(path) < 2 * hidden.nbytes:
-            return
-        started = time.monotonic()
-        files.make_directory(path.parent)
-        self._run.record_sweep_snapshot(self._name, next_layer, hidden.save(path))
-        self._since = time.monotonic()
-        self._write_seconds = self._since - started
-
-    def drop(self) -> None:
-        """The last layer is done."""
-        self._run.drop_sweep_snapshots()
 
 
 def perplexities(
@@ -302,26 +258,26 @@ def perplexities(
     tokens: np.ndarray,
     decisions: Sequence[Decision | None],
     placement: Placement,
-    snapshots: _Snapshots,
+    store: SnapshotStore,
     progress: Progress,
 ) -> list[float]:
     """Perplexity at each decision, None being the dense model, each layer being read once.
 
-    tokens: int64 `[sample, token]`. placement: for as many times these windows.
+    tokens: int64 `[sample, token]`. placement: for as many times these windows. store: of the hidden states of all, as
+    they go through the layers; a call that is interrupted goes on from there.
     """
     count, batch = len(tokens), placement.batch_size
     shares = [range(i * count, (i + 1) * count) for i in range(len(decisions))]  # windows of each decision
     sizes = BatchSizes(batch)
     with (
         model.hidden_states(
-            placement.hidden_place, len(decisions) * count, tokens.shape[1], snapshots.directory
+            placement.hidden_place, len(decisions) * count, tokens.shape[1], store.directory.parent
         ) as hidden,
         progress.stage("sweep", len(model.layers)) as stage,
     ):
-        start = snapshots.resume(hidden)
-        if start is None:
-            start = 0
-            model.embed(tokens, batch, hidden, copies=len(decisions))
+        saved = [(store, hidden)]
+        start = resume(model, saved, tokens, batch, len(model.layers), copies=len(decisions))
+        snapshots = Snapshots(saved, None, model.ranks)
         stage.skip(start)
         for i, weights in model.stream(start, placement.prefetch):
             for decision, windows in zip(decisions, shares, strict=True):
@@ -332,12 +288,12 @@ def perplexities(
                         model.forward_layer(i, own, hidden, sizes, windows=windows)
             hidden.advance()
             if i + 1 < len(model.layers):
-                snapshots.layer_done(i + 1, hidden)
+                snapshots.layer_done(i + 1)
             stage.advance(tokens=tokens.size * len(decisions), bytes_moved=model.layer_bytes(i))
         logits_of = model.head()
         scores = (score_outputs(model, logits_of, hidden, tokens, batch, first_window=w.start)[0] for w in shares)
         found = [perplexity_of(score) for score in scores]
-    snapshots.drop()
+    store.drop()
     return found
 
 

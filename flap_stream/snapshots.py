@@ -22,10 +22,11 @@ _SNAPSHOT_SHARE = 20.0
 _FIRST_WRITE_RATE = 500e6  # bytes per second, until one snapshot has been measured
 
 
-def resume(model: StreamedModel, saved: Saved, tokens: np.ndarray, batch_size: int, first: int) -> int:
+def resume(model: StreamedModel, saved: Saved, tokens: np.ndarray, batch_size: int, first: int, copies: int = 1) -> int:
     """Bring in the hidden states of the latest point to go on from; the layer that they enter comes out.
 
     tokens: of this rank's windows. first: the layer that is not complete, which no snapshot may lie behind.
+    copies: as of `StreamedModel.embed`, where there is no such point.
     """
     found = [dict(store.newest()) for store, _ in saved]
     for layer in sorted(set.intersection(*(set(digests) for digests in found)), reverse=True):
@@ -40,7 +41,7 @@ def resume(model: StreamedModel, saved: Saved, tokens: np.ndarray, batch_size: i
             continue
         return layer
     for _, hidden in saved:
-        model.embed(tokens, batch_size, hidden)
+        model.embed(tokens, batch_size, hidden, copies)
     return 0
 
 

@@ -51,7 +51,7 @@ _ENTRIES = {
     "hidden-dense": {"job": str, "layer": int, "digest": str},
     "plan": {"digest": str},
     "sweep": {"digest": str},
-    "sweep-hidden": {"layer": int, "digest": str},
+    "hidden-sweep": {"job": str, "layer": int, "digest": str},
     "rewrite": {"place": str, "job": str},
     "shard": {"job": str, "digest": str},
 }
@@ -437,25 +437,9 @@ class RunDirectory:
         """All sweeps that are stored, the oldest first."""
         return list(dict.fromkeys(entry["name"] for entry in self.journal.of_kind("sweep")))
 
-    def sweep_snapshot_path(self, name: str, layer: int) -> Path:
-        """Where the hidden states of a sweep's reading of the model are saved as they enter a layer."""
-        return self.path / "sweeps" / f"{name}-{_layer_name(layer)}.bin"
-
-    def record_sweep_snapshot(self, name: str, layer: int, digest: str) -> None:
-        """They are on the disk; all others go."""
-        self.journal.append("sweep-hidden", name, layer=layer, digest=digest)
-        self.drop_sweep_snapshots(keep=self.sweep_snapshot_path(name, layer))
-
-    def sweep_snapshot(self, name: str) -> tuple[int, str] | None:
-        """Layer and sha256 of the snapshot that should be there."""
-        entry = self.journal.find("sweep-hidden", name)
-        return None if entry is None else (entry["layer"], entry["digest"])
-
-    def drop_sweep_snapshots(self, keep: Path | None = None) -> None:
-        """Delete all snapshots of sweeps but one."""
-        for file in (self.path / "sweeps").glob("*.bin"):
-            if file != keep:
-                files.remove(file)
+    def sweep_snapshots(self, job: str) -> "SnapshotStore":
+        """Those of one reading of the model for a sweep. job: what decides them."""
+        return SnapshotStore(self, "hidden-sweep", job)
 
     # --- all of it ---
 
@@ -536,16 +520,21 @@ class RunDirectory:
 class SnapshotStore:
     """The two newest snapshots of the hidden states of one pass.
 
-    kind: of its journal entries, and the name of its directory. job: what pass 2 is refitting for.
+    kind: of its journal entries, and the name of its directory. job: what decides them; None is the collection itself.
     """
 
     run: RunDirectory
     kind: str
     job: str | None = None
 
+    @property
+    def directory(self) -> Path:
+        """Where they are."""
+        return self.run.path / self.kind
+
     def path(self, layer: int) -> Path:
         """Where the hidden states that enter a layer are saved."""
-        return self.run.path / self.kind / f"{_layer_name(layer)}.bin"
+        return self.directory / f"{_layer_name(layer)}.bin"
 
     def record(self, layer: int, digest: str) -> None:
         """The hidden states that enter a layer are on the disk; all but the two newest snapshots go."""
@@ -565,8 +554,7 @@ class SnapshotStore:
         return [entry for entry in self.run.journal.of_kind(self.kind) if entry.get("job") == self.job][-2:]
 
     def _drop(self, keep: set[str]) -> None:
-        directory = self.run.path / self.kind
-        for file in directory.iterdir() if directory.exists() else ():
+        for file in self.directory.iterdir() if self.directory.exists() else ():
             if file.name not in keep:
                 files.remove(file)
 

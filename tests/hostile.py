@@ -147,8 +147,11 @@ JOURNAL = [
         "cost": {"seconds": 0.5, "tokens": 8, "peak_host_bytes": 1, "peak_device_bytes": 0},
     },
     {"kind": "sweep", "name": "0", "digest": "0"},
-    {"kind": "sweep-hidden", "name": "0", "layer": 1, "digest": "0"},
+    {"kind": "hidden-sweep", "name": "0", "job": "", "layer": 1, "digest": "0"},
     {"kind": "hidden", "name": "0001", "layer": 1, "digest": "0"},
+    {"kind": "restoration", "name": "restoration", "job": "0"},
+    {"kind": "refit", "name": "0000", "job": "0", "digest": "0"},
+    {"kind": "hidden-pruned", "name": "0001", "job": "0", "layer": 1, "digest": "0"},
     {"kind": "rewrite", "name": "out", "place": "/out", "job": "0"},
 ]
 MANIFEST = {
@@ -170,7 +173,15 @@ def read_run(manifest: bytes = sealed(MANIFEST), journal: bytes = b"") -> None:
     write("run/run.json", manifest)
     write("run/journal", journal)
     with RunDirectory(PLACE / "run") as run:
-        run.complete_layers(), run.layer_shapes, run.snapshots.newest(), run.batch_reductions(), run.damaged()
+        (
+            run.complete_layers(),
+            run.layer_shapes,
+            run.snapshots.newest(),
+            run.pruned_snapshots.newest(),
+            run.complete_refits(),
+            run.batch_reductions(),
+            run.damaged(),
+        )
         run.layer_costs(), run.sweep_names()
 
 

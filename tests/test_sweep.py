@@ -13,7 +13,7 @@ from test_cli import run as command
 from test_interruption import identities
 
 import flap_stream
-from flap_stream import planner, ratio_sweep
+from flap_stream import planner, ratio_sweep, snapshots
 from flap_stream.cli import main
 from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, RewriteConfig, SweepConfig, parse_ratios
 from flap_stream.errors import InvalidOption, RunMismatch
@@ -155,15 +155,15 @@ def test_a_reading_of_the_model_goes_on_in_the_middle(
 
     monkeypatch.setattr(planner, "place", lambda *a: replace(find(*a), hidden_place=place))
     monkeypatch.setattr(StreamedModel, "forward_layer", stopping)
-    monkeypatch.setattr(ratio_sweep, "_SNAPSHOT_SHARE", 0.0)
+    monkeypatch.setattr(snapshots, "_SNAPSHOT_SHARE", 0.0)
     stop_at = 2
     with pytest.raises(KeyboardInterrupt):
         flap_stream.sweep(run, options)
-    assert [file.name[-8:] for file in (run / "sweeps").iterdir()] == ["0002.bin"]
+    assert sorted(file.name for file in (run / "hidden-sweep").iterdir()) == ["0001.bin", "0002.bin"]
     stop_at = 99
     result = flap_stream.sweep(run, options)
     assert sorted(layers) == [0, 0, 0, 1, 1, 1, 2, 2, 2]  # for the dense model and two ratios
-    assert not list((run / "sweeps").glob("*.bin"))
+    assert not list((run / "hidden-sweep").iterdir())
     shutil.rmtree(run / "sweeps")
     assert flap_stream.sweep(run, options).points == result.points
     with RunDirectory(run) as directory:
