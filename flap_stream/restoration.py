@@ -244,12 +244,14 @@ class _Half:
         weight, bias = (self.weights.get(f"{name}.{part}") for part in ("weight", "bias"))
         if weight is None:  # an earlier pruning left the bias alone
             self._forward(self.on.hidden, {})
-            return {} if bias is None else {f"{name}.bias": bias}
+            return {} if bias is None else {f"{name}.bias": bias.to(self._stored_dtype(f"{name}.bias"))}
         kept = self.part.kind.output.kept_indices(units, self.part.units, shape)
         removed = removed_indices(kept, weight.shape[1])
         if not len(removed) and self.on.dense is None:
             self._forward(self.on.hidden, {})
-            return {f"{name}.weight": weight, f"{name}.bias": torch.zeros_like(weight[:, 0]) if bias is None else bias}
+            weight = weight.to(self._stored_dtype(f"{name}.weight"))
+            bias = torch.zeros_like(weight[:, 0]) if bias is None else bias.to(self._stored_dtype(f"{name}.bias"))
+            return {f"{name}.weight": weight, f"{name}.bias": bias}
         order = torch.from_numpy(np.concatenate([kept, removed])).to(model.device)
         samples, tokens, _ = self.on.hidden.shape
         place = self.on.placement.hidden_place if len(kept) else "host"
@@ -293,8 +295,7 @@ class _Half:
     def _refit(self, weight: torch.Tensor, order: torch.Tensor, moments: KeptMoments) -> dict[str, torch.Tensor]:
         """Weight and bias of the pruned output projection, in the dtypes of the checkpoint."""
         name, kept = self.part.kind.output.name, moments.kept.shape[0]
-        old, entry = self.weights.get(f"{name}.bias"), self.on.model.layer_entries[self.index][f"{name}.weight"]
-        stored_dtype = getattr(torch, FORWARD_DTYPES[entry.dtype])
+        old, stored_dtype = self.weights.get(f"{name}.bias"), self._stored_dtype(f"{name}.weight")
         if not torch.isfinite(moments.mean).all() or not torch.isfinite(moments.kept.diagonal()).all():
             raise NonFinite(
                 f"the inputs of {name} in layer {self.index} hold NaN or infinity, or their squares do; try --dtype "
@@ -312,6 +313,9 @@ class _Half:
         if not kept:  # the whole module goes but for its bias
             del tensors[f"{name}.weight"]
         return tensors
+
+    def _stored_dtype(self, name: str) -> torch.dtype:
+        return getattr(torch, FORWARD_DTYPES[self.on.model.layer_entries[self.index][name].dtype])
 
     def _supply(self, refitted: Mapping[str, torch.Tensor], cache: HiddenStates) -> None:
         """Hand on what the refitted projection makes of the cached inputs."""

@@ -15,7 +15,7 @@ from torch import nn
 import flap_stream
 from flap_stream import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
 from flap_stream.allocation import LayerKeep
-from flap_stream.checkpoint import open_checkpoint
+from flap_stream.checkpoint import open_checkpoint, read_header
 from flap_stream.config import REFIT_TARGETS
 from flap_stream.errors import InvalidOption, RunMismatch, UnsupportedModel
 from flap_stream.layers import BatchSizes, StreamedModel
@@ -233,6 +233,8 @@ def test_it_restores_more_than_the_bias_on_a_trained_model(tmp_path: Path) -> No
     for restore, target in (("bias", "own"), ("least-squares", "own"), ("least-squares", "dense")):
         out = tmp_path / f"{restore}-{target}"
         flap_stream.rewrite(run, out, RewriteConfig(restore=restore, refit_target=target))
+        tensors = [entry for file in out.glob("*.safetensors") for entry in read_header(file)[0]]
+        assert {entry.dtype for entry in tensors} == {"BF16"}  # though it ran in float32
         rise[restore, target] = np.log(flap_stream.evaluate(out, measure).perplexity / dense)
     assert rise["least-squares", "own"] < 0.6 * rise["bias", "own"]
     assert rise["least-squares", "dense"] < rise["least-squares", "own"]
