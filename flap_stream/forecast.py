@@ -85,7 +85,7 @@ def forecast(
         windows = (options.samples, options.sequence_length) if options.method != "magnitude-sp" else (0, 0)
         job = replace(streamed.job(*windows), ranks=ranks, local_ranks=local)
         placement = planner.place(job, limits, options.batch_size, options.prefetch)
-        refits = refit_sizes(streamed, None, options.refit_target) if options.refits else None
+        refits = refit_sizes(streamed, options.refit_target) if options.refits else None
         if refits is not None:
             require_refittable(streamed.family, streamed.shapes, options.refit_target, source.source)
             by_one = replace(job, refit=refits, ranks=1)

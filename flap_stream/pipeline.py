@@ -249,7 +249,7 @@ def _collect(
         placement = model.place(options, samples, length, recorded=recorded)
         measured.placement = placement
         if target is not None:  # pass 2 must fit as well
-            refit = refit_sizes(model, None, target)
+            refit = refit_sizes(model, target)
             refitting = model.place(options, samples, length, refit=refit, recorded=placement.batch_size)
             measured.placement = placement.together(refitting)
         with (
@@ -452,7 +452,7 @@ def _refitted(
     model = StreamedModel(source, replace(options, dtype=dtype))
     require_refittable(model.family, model.shapes, options.refit_target, source.source)
     samples, length = run.manifest["tokens"]["shape"]
-    refit = refit_sizes(model, keeps, options.refit_target)
+    refit = refit_sizes(model, options.refit_target)
     placement = model.place(options, samples, length, refit=refit, recorded=collected["batch_size"])
     with cpu_threads(run.manifest["threads"]):
         refit_layers(model, run, keeps, options.refit_target, placement, progress, snapshot_interval)

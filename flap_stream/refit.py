@@ -173,5 +173,6 @@ def workspace_bytes(
     adding = sums + PRODUCT_TOKENS * width * (item_bytes + 4 * on_cpu) + 4 * BLOCK_CHANNELS * width
     matrices = 4 * kept * (kept + beside)
     weights = out * (kept + removed) * (item_bytes + 4)
-    solving = weights + matrices + 4 * kept * kept + 4 * kept * (2 * min(beside, out) + out)
+    # LAPACK's factor is made in a copy of its own.
+    solving = weights + matrices + 2 * 4 * kept * kept + 4 * kept * (2 * min(beside, out) + out)
     return adding, max(sums + matrices, solving)

@@ -44,16 +44,10 @@ def require_refittable(family: Family, shapes: Sequence[LayerShape], target: str
         )
 
 
-def refit_sizes(model: StreamedModel, keeps: Sequence[LayerKeep] | None, target: str) -> Refit:
-    """What pass 2 will refit, for the planner; without a decision, the most that it can be."""
-    found = []
-    for i, shape in enumerate(model.shapes):
-        for part in model.family.parts(shape):
-            size = part.kind.output.size(part.units, shape)
-            units = part.units if keeps is None else len(part.own(keeps[i].of(part.kind.name)))
-            kept = part.kind.output.size(units, shape)
-            found.append((model.hidden_size, kept, size - kept))
-    return Refit(tuple(found), has_dense=target == "dense")
+def refit_sizes(model: StreamedModel, target: str) -> Refit:
+    """The most that pass 2 can have to refit, for the planner: every layer could keep almost all."""
+    sizes = (part.kind.output.size(part.units, shape) for shape in model.shapes for part in model.family.parts(shape))
+    return Refit(tuple((model.hidden_size, size, 0) for size in sizes), has_dense=target == "dense")
 
 
 def refit_stored_bytes(model: StreamedModel) -> int:

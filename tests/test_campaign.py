@@ -31,15 +31,15 @@ def test_a_kill_at_any_file_operation_changes_nothing(kept: Job, removing: Job) 
 
 
 def test_a_kill_at_any_time_changes_nothing(kept: Job) -> None:
-    outcomes = campaign.kills_at_random_times(kept, 200)
+    outcomes = campaign.kills_at_random_times(kept, 60)
     assert troubles(outcomes) == []
-    assert outcomes.count(campaign.SURVIVED) > 50
+    assert outcomes.count(campaign.SURVIVED) > 15
 
 
 def test_a_second_kill_changes_nothing(kept: Job) -> None:
-    outcomes = campaign.second_kills(kept, 50)
+    outcomes = campaign.second_kills(kept, 20)
     assert troubles(outcomes) == []
-    assert outcomes.count(campaign.SURVIVED) > 25
+    assert outcomes.count(campaign.SURVIVED) > 10
 
 
 def test_a_power_cut_at_any_fsync_changes_nothing(removing: Job) -> None:
