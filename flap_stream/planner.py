@@ -42,23 +42,22 @@ _DEVICE_SLACK = 128 << 20  # workspaces of the matrix library, and rounding of t
 class Refit:
     """Sizes of what pass 2 refits.
 
-    projections: `(out, kept, removed)` of the output projections of all layers. has_dense: whether the dense hidden
-    states go along, as the target.
+    projections: `(out, channels)` of the output projections of all layers, of which any may keep almost all channels.
+    has_dense: whether the dense hidden states go along, as the target.
     """
 
-    projections: tuple[tuple[int, int, int], ...]
+    projections: tuple[tuple[int, int], ...]
     has_dense: bool
 
     @property
     def cached(self) -> int:
         """Most channels that are kept of the inputs of a projection."""
-        return max((kept for _, kept, _ in self.projections), default=0)
+        return max((channels for _, channels in self.projections), default=0)
 
     def operations(self, ratio: float, tokens: int) -> int:
         """Multiplications and additions of the moments and of solving, if so large a share of the channels goes."""
         total = 0.0
-        for out, kept, removed in self.projections:
-            channels = kept + removed
+        for out, channels in self.projections:
             stays = (1 - ratio) * channels
             beside = out if self.has_dense else channels - stays
             total += tokens * stays * (stays + 2 * beside) + stays**3 / 3 + 2 * stays**2 * min(beside, out)

@@ -159,20 +159,18 @@ def row_blocks(weight: torch.Tensor, elements: int = 1 << 24) -> Iterator[slice]
         yield slice(start, start + rows)
 
 
-def workspace_bytes(
-    out: int, kept: int, removed: int, item_bytes: int, has_target: bool, on_cpu: bool
-) -> tuple[int, int]:
-    """Most bytes that a refit of one projection `[out, kept + removed]` takes, its weight and kept inputs aside.
+def workspace_bytes(out: int, channels: int, item_bytes: int, has_target: bool, on_cpu: bool) -> tuple[int, int]:
+    """Most bytes that a refit of one projection `[out, channel]` takes, its weight and kept inputs aside.
 
-    Two figures: while moments are taken, and while the refit is solved.
+    Two figures: while moments are taken, and while the refit is solved; both are largest where all channels stay.
     """
-    beside = out if has_target else removed
-    width = kept + beside
-    blocks = range(0, kept, BLOCK_CHANNELS)
-    sums = 8 * sum(min(BLOCK_CHANNELS, kept - at) * (width - at) for at in blocks)
+    beside = out if has_target else 0
+    width = channels + beside
+    blocks = range(0, channels, BLOCK_CHANNELS)
+    sums = 8 * sum(min(BLOCK_CHANNELS, channels - at) * (width - at) for at in blocks)
     adding = sums + PRODUCT_TOKENS * width * (item_bytes + 4 * on_cpu) + 4 * BLOCK_CHANNELS * width
-    matrices = 4 * kept * (kept + beside)
-    weights = out * (kept + removed) * (item_bytes + 4)
+    matrices = 4 * channels * width
+    weights = out * channels * (item_bytes + 4)
     # LAPACK's factor is made in a copy of its own.
-    solving = weights + matrices + 2 * 4 * kept * kept + 4 * kept * (2 * min(beside, out) + out)
+    solving = weights + matrices + 2 * 4 * channels * channels + 4 * channels * (2 * min(beside, out) + out)
     return adding, max(sums + matrices, solving)

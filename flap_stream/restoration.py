@@ -47,7 +47,7 @@ def require_refittable(family: Family, shapes: Sequence[LayerShape], target: str
 def refit_sizes(model: StreamedModel, target: str) -> Refit:
     """The most that pass 2 can have to refit, for the planner: every layer could keep almost all."""
     sizes = (part.kind.output.size(part.units, shape) for shape in model.shapes for part in model.family.parts(shape))
-    return Refit(tuple((model.hidden_size, size, 0) for size in sizes), has_dense=target == "dense")
+    return Refit(tuple((model.hidden_size, size) for size in sizes), has_dense=target == "dense")
 
 
 def refit_stored_bytes(model: StreamedModel) -> int:
