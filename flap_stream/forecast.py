@@ -88,23 +88,18 @@ def forecast(
         refits = refit_sizes(streamed, options.refit_target) if options.refits else None
         if refits is not None:
             require_refittable(streamed.family, streamed.shapes, options.refit_target, source.source)
-            by_one = replace(job, refit=refits, ranks=1)
-            placement = placement.together(planner.place(by_one, limits, placement.batch_size, options.prefetch))
+            refitting = planner.place(replace(job, refit=refits), limits, placement.batch_size, options.prefetch)
+            placement = placement.together(refitting)
         rates = _measure_rates(streamed, placement.batch_size * job.tokens, source, has_headers, out, local, network)
         hidden_traffic = len(streamed.layers) * job.hidden_bytes if placement.hidden_place == "disk" else 0
-        work = work_of(streamed, options, placement.batch_size, hidden_traffic)
+        work = work_of(streamed, options, placement.batch_size, hidden_traffic, refits)
         on_disk = 2 * job.hidden_bytes if hidden_traffic else 0
         stored = store.stored_bytes(streamed.shapes, windows[0] * windows[1])
         stored += 0 if refits is None else refit_stored_bytes(streamed)
         snapshots = 3 * job.hidden_bytes if windows[0] else 0  # one is written before the oldest of two goes
         found, operations = scaling.scale(work, rates, ranks, nodes), work.operations
-        floor = dict(found.seconds)
-        if refits is not None:
-            refit_operations = refits.operations(options.ratio, windows[0] * windows[1]) + operations
-            refit_operations += operations if refits.has_dense else 0
-            reading = (work.layer_bytes + hidden_traffic) / rates.disk_read
-            floor["refit"] = max(refit_operations / rates.product, reading)
-            operations += refit_operations
+        if work.refit is not None:
+            operations += work.refit.operations + work.refit.solving
         return Forecast(
             model=source.source,
             ranks=ranks,
@@ -123,12 +118,18 @@ def forecast(
             free_disk_bytes=files.free_bytes(out.absolute()),
             operations=operations,
             rates=rates,
-            floor_seconds=floor,
+            floor_seconds=found.seconds,
         )
 
 
-def work_of(model: StreamedModel, options: PruneConfig, batch_size: int, hidden_traffic: int = 0) -> scaling.Work:
-    """What a whole job consists of. hidden_traffic: bytes of hidden states that go to disk and back."""
+def work_of(
+    model: StreamedModel,
+    options: PruneConfig,
+    batch_size: int,
+    hidden_traffic: int = 0,
+    refits: planner.Refit | None = None,
+) -> scaling.Work:
+    """What a whole job consists of. hidden_traffic: bytes of hidden states that go to disk and back, in one pass."""
     source = model.checkpoint
     samples = options.samples if options.method != "magnitude-sp" else 0
     cut_bytes = options.ratio * sum(
@@ -139,17 +140,23 @@ def work_of(model: StreamedModel, options: PruneConfig, batch_size: int, hidden_
         if projection.axis == ROWS and (entry := layer.get(f"{projection.name}.weight")) is not None
     )
     written = output.estimated_bytes(source, model.shapes, options.ratio)
+    operations, refit = _operations(model, samples, options.sequence_length), None
+    if refits is not None:
+        moments, solving = refits.operations(options.ratio, samples * options.sequence_length)
+        forwards = operations * (2 if refits.has_dense else 1)
+        refit = scaling.RefitWork(moments + forwards, solving, refits.sum_bytes(options.ratio))
     return scaling.Work(
         layers=len(model.layers),
         samples=samples,
         batch_size=batch_size,
-        operations=_operations(model, samples, options.sequence_length),
+        operations=operations,
         layer_bytes=sum(model.layer_bytes(i) for i in range(len(model.layers))),
         moment_bytes=sum(planner.moment_bytes(shape, samples, batch_size) for shape in model.shapes),
         hidden_traffic=hidden_traffic,
         read_again=source.nbytes - int(cut_bytes),  # rows that go are not read
         written=written,
         shards=max(1, round(written / options.max_shard_bytes)),
+        refit=refit,
     )
 
 

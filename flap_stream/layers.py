@@ -172,7 +172,7 @@ class StreamedModel:
             tokens=max(tokens, 1),
             head=self.head_entry if head else None,
             refit=refit,
-            ranks=1 if refit is not None else self.ranks.world,  # rank 0 refits by itself
+            ranks=self.ranks.world,
             local_ranks=max(map(len, self.ranks.nodes)),
         )
 

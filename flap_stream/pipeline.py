@@ -413,7 +413,7 @@ def _rewrite(
         restoration = Restoration([_means(run, i, plan_options.statistics) for i in range(len(keeps))])
     elif restore == "least-squares":
         with measured.stage("refit"):
-            restoration = ranks.from_first(lambda: _refitted(source, run, keeps, options, progress, snapshot_interval))
+            restoration = _refitted(source, run, keeps, options, progress, snapshot_interval, ranks)
     with measured.stage("rewrite"):
         record, measured.bytes_written = output.write_checkpoint(
             source, run, out, plan_options, keeps, restoration, restore, options.max_shard_bytes, progress, ranks
@@ -440,16 +440,14 @@ def _refitted(
     options: RewriteConfig,
     progress: Progress,
     snapshot_interval: int | None,
+    ranks: Ranks,
 ) -> Restoration:
-    """Refit with the dtype, batch size and number of threads that the statistics were collected with.
-
-    One rank does it by itself: the moments of all windows are sums in their order, too large to hand from rank to rank.
-    """
+    """Refit with the dtype, batch size and number of threads that the statistics were collected with."""
     collected = run.manifest["options"]
     dtype = collected["dtype"].removeprefix("torch.")
     if options.dtype not in ("auto", dtype):
         raise RunMismatch(f"{run.path} was collected in {dtype}, not {options.dtype}; leave out --dtype")
-    model = StreamedModel(source, replace(options, dtype=dtype))
+    model = StreamedModel(source, replace(options, dtype=dtype), ranks)
     require_refittable(model.family, model.shapes, options.refit_target, source.source)
     samples, length = run.manifest["tokens"]["shape"]
     refit = refit_sizes(model, options.refit_target)
@@ -458,7 +456,7 @@ def _refitted(
         refit_layers(model, run, keeps, options.refit_target, placement, progress, snapshot_interval)
     release(model.device)
     how = refit_record(options.refit_target)
-    return Restoration(refitted=refitted_tensors(run), digests=run.refit_digests(), how=how)
+    return ranks.from_first(lambda: Restoration(refitted=refitted_tensors(run), digests=run.refit_digests(), how=how))
 
 
 def _means(run: RunDirectory, layer: int, form: str) -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ from flap_stream.memory import OWN_BLOCK_BYTES, Limits, resident_bytes
 from flap_stream.moments import window_moments
 from flap_stream.progress import format_bytes
 from flap_stream.ranks import window_shares
-from flap_stream.refit import workspace_bytes
+from flap_stream.refit import product_windows, workspace_bytes
 from flap_stream.skeleton import Skeleton
 from flap_stream.weight_stream import RING_BLOCK_BYTES, cast_bytes, ring_blocks, slab_bytes
 
@@ -54,13 +54,22 @@ class Refit:
         """Most channels that are kept of the inputs of a projection."""
         return max((channels for _, channels in self.projections), default=0)
 
-    def operations(self, ratio: float, tokens: int) -> int:
-        """Multiplications and additions of the moments and of solving, if so large a share of the channels goes."""
-        total = 0.0
+    def operations(self, ratio: float, tokens: int) -> tuple[int, int]:
+        """Multiplications and additions of the moments, and of solving, if so large a share of the channels goes."""
+        moments = solving = 0.0
         for out, channels in self.projections:
             stays = (1 - ratio) * channels
             beside = out if self.has_dense else channels - stays
-            total += tokens * stays * (stays + 2 * beside) + stays**3 / 3 + 2 * stays**2 * min(beside, out)
+            moments += tokens * stays * (stays + 2 * beside)
+            solving += stays**3 / 3 + 2 * stays**2 * min(beside, out)
+        return int(moments), int(solving)
+
+    def sum_bytes(self, ratio: float) -> int:
+        """Bytes of the sums of all projections, as one rank has them."""
+        total = 0.0
+        for out, channels in self.projections:
+            stays = (1 - ratio) * channels
+            total += 8 * stays * (stays / 2 + (out if self.has_dense else channels - stays))
         return int(total)
 
 
@@ -97,11 +106,12 @@ class Job:
 
     def share(self, batch_size: int) -> int:
         """Most windows that one rank has."""
-        return max(map(len, window_shares(self.samples, batch_size, self.ranks)))
+        together = batch_size if self.refit is None else product_windows(batch_size, self.tokens)
+        return max(map(len, window_shares(self.samples, together, self.ranks)))
 
     def waiting_bytes(self, batch_size: int) -> int:
         """Bytes of the moments of a rank's windows, which wait on the host until a layer is done: sent and received."""
-        if self.ranks == 1:
+        if self.ranks == 1 or self.refit is not None:
             return 0
         shapes = map(self.skeleton.layer_shape, range(len(self.layers)))
         return max(3 * moment_bytes(shape, self.share(batch_size), batch_size) for shape in shapes)

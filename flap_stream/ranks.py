@@ -127,6 +127,17 @@ class Ranks:
             dist.all_to_all_single(received, torch.cat(packed), counts.tolist(), sizes.tolist(), group=self._group)
         return [pickle.loads(memoryview(item.numpy())) for item in received.split(counts.tolist())]
 
+    def sum_on_first(self, values: torch.Tensor) -> None:
+        """Put the sum of every rank's values in place of rank 0's; those of the others mean nothing from then on.
+
+        Ranks are added in whatever order the network likes, so sums must be exact in any.
+        """
+        if self.world > 1:
+            on_host = values.cpu()
+            with _peers():
+                dist.reduce(on_host, 0, group=self._group)
+            values.copy_(on_host)
+
     def in_order(self, blocks: Iterator[memoryview], block_bytes: int) -> Iterator[memoryview]:
         """On rank 0 the blocks of all ranks, in order of ranks; each is valid until the next. The others send theirs.
 

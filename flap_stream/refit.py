@@ -14,6 +14,7 @@ weights.
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 
@@ -23,9 +24,12 @@ logger = logging.getLogger(__name__)
 
 DAMPING = 1e-3
 PRODUCT_TOKENS = 4096  # tokens in one float32 product: few enough to round little, many enough to add up rarely
-BLOCK_CHANNELS = 1024
+BLOCK_CHANNELS = 512
 
 _HARDER = 10.0
+_GROWTH = 2.0**16  # by how much sums of squares may exceed what was expected and still be added up exactly
+_LEAST_SHARE = 2.0**-24  # of the largest sum of squares that is expected of any channel
+_ROUNDED_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -41,60 +45,118 @@ class KeptMoments:
     cross: torch.Tensor
 
 
+def product_windows(batch_size: int, tokens: int) -> int:
+    """Windows of which the tokens are multiplied apart from others': whole batches, of `tokens` a window."""
+    return batch_size * max(1, PRODUCT_TOKENS // (batch_size * tokens))
+
+
 class MomentSums:
     """Sums over tokens from which KeptMoments come.
 
-    beside: how many values a token has beside its kept channels (those that are removed, or what is to be predicted).
-    Products of token blocks are float32 and are added up in float64. Of the symmetric part only block rows from the
-    diagonal on are held: kept * (kept / 2 + beside) numbers in all.
+    kept: how many channels of a token are kept; those that are removed, or what is to be predicted, stand beside them.
+    squares: float64 `[kept + beside]`, what the sums of squares over all `tokens` will roughly be. It is known before
+    any token, on every rank the same, and decides only how finely sums are rounded.
+    block_tokens: after so many, a new product begins. Sums of the tokens of such blocks can be taken apart, on any
+    number of ranks in any order, and added up: the result is the same to the last bit.
+
+    Products of token blocks are float32 and are added up in float64. Each is first rounded to a multiple of a step that
+    is smaller than float32's own, and so large that float64 holds every sum of such multiples exactly (Demmel & Nguyen,
+    Fast Reproducible Floating-Point Summation, 2013).
+    Of the symmetric part only block rows from the diagonal on are held: kept * (kept / 2 + beside) numbers in all.
     """
 
-    def __init__(self, kept: int, beside: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.kept, self.channels, self.count = kept, kept + beside, 0
+    def __init__(
+        self, kept: int, squares: torch.Tensor, tokens: int, block_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.kept, self.channels = kept, len(squares)
         self._rows = [
             torch.zeros(min(BLOCK_CHANNELS, kept - at), self.channels - at, dtype=torch.float64, device=device)
             for at in range(0, kept, BLOCK_CHANNELS)
         ]
-        self._total = torch.zeros(self.channels, dtype=torch.float64, device=device)
+        self._total = torch.zeros(self.channels + 1, dtype=torch.float64, device=device)  # the last counts tokens
+        self._sizes = _sizes(squares.to(device))
+        self._many = _sizes(squares.new_tensor([tokens])).to(device)
         self._pending = torch.empty(PRODUCT_TOKENS, self.channels, dtype=dtype, device=device)
-        self._waiting = 0
+        self._waiting, self._block_tokens, self._left = 0, block_tokens, block_tokens
 
     def add(self, inputs: torch.Tensor) -> None:
         """Take in tokens, `[token, kept + beside]`; the sums do not depend on the portions in which they come."""
         while len(inputs):
-            part = inputs[: PRODUCT_TOKENS - self._waiting]
+            part = inputs[: min(PRODUCT_TOKENS - self._waiting, self._left)]
             self._pending[self._waiting : self._waiting + len(part)].copy_(part)
             self._waiting += len(part)
+            self._left -= len(part)
             inputs = inputs[len(part) :]
-            if self._waiting == PRODUCT_TOKENS:
+            if self._waiting == PRODUCT_TOKENS or not self._left:
                 self._multiply()
+                self._left = self._left or self._block_tokens
 
     def _multiply(self) -> None:
         block = self._pending[: self._waiting]
-        self.count += self._waiting
+        self._total[-1] += self._waiting
         self._waiting = 0
-        self._total += block.sum(dim=0, dtype=torch.float32)
+        column_sums = block.sum(dim=0, dtype=torch.float32)
+        _add_rounded(self._total[None, :-1], column_sums[None], self._many, self._sizes)
+        is_bf16 = block.dtype == torch.bfloat16
         if block.device.type == "cpu":
             block = block.float()  # products of bf16 would be rounded to bf16
-        for i, row in enumerate(self._rows):
-            at = i * BLOCK_CHANNELS
-            row += _product(block[:, at : at + len(row)].T, block[:, at:])
+        with _units_for_bf16(is_bf16):
+            for i, row in enumerate(self._rows):
+                at = i * BLOCK_CHANNELS
+                rows = slice(at, at + len(row))
+                _add_rounded(row, _product(block[:, rows].T, block[:, at:]), self._sizes[rows], self._sizes[at:])
+
+    def parts(self) -> list[torch.Tensor]:
+        """All sums, once every token has been taken in: those of other ranks may be added to them, in place."""
+        if self._waiting:
+            self._multiply()
+        return [self._total, *self._rows]
 
     def finish(self) -> KeptMoments:
         """The moments; nothing can be added any more."""
-        if self._waiting:
-            self._multiply()
+        self.parts()
         del self._pending
-        mean = self._total / max(self.count, 1)
+        count = self._total[-1]
+        mean = self._total[:-1] / count.clamp(min=1)
         kept = mean.new_zeros(self.kept, self.kept, dtype=torch.float32)
         cross = mean.new_zeros(self.kept, self.channels - self.kept, dtype=torch.float32)
         for i in range(len(self._rows)):
             row, self._rows[i] = self._rows[i], mean.new_zeros(0)
             at, rows = i * BLOCK_CHANNELS, slice(i * BLOCK_CHANNELS, i * BLOCK_CHANNELS + len(row))
-            row.addr_(mean[rows], mean[at:], alpha=-self.count)
+            row.addr_(mean[rows], mean[at:], alpha=-float(count))
             kept[rows, at:] = row[:, : self.kept - at]
             cross[rows] = row[:, self.kept - at :]
         return KeptMoments(mean, kept, cross)
+
+
+def _sizes(squares: torch.Tensor) -> torch.Tensor:
+    """Powers of two that the roots of sums of squares will not reach, float64 `[channel]`."""
+    largest = float(squares.max()) if len(squares) else 0.0
+    exponents = torch.frexp(_GROWTH * squares.clamp(min=_LEAST_SHARE * (largest or 1.0))).exponent
+    return torch.pow(2.0, torch.ceil(exponents.double() / 2))
+
+
+def _add_rounded(sums: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> None:
+    """Add float32 values `[row, channel]` to float64 sums that stay below the product of the sizes of row and channel.
+
+    Where all sums are below 2^e, adding 1.5 * 2^e and taking it away again rounds to multiples of 2^(e - 52).
+    """
+    parts = (tensor.split(_ROUNDED_ROWS) for tensor in (sums, values, rows))
+    for some, new, size in zip(*parts, strict=True):
+        grid = torch.outer(1.5 * size, columns)
+        some += (new + grid).sub_(grid)
+
+
+@contextmanager
+def _units_for_bf16(may: bool) -> Iterator[None]:
+    """Let float32 products use a CPU's units for bf16, which loses nothing where all factors are bf16 already."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    if may:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -168,7 +230,8 @@ def workspace_bytes(out: int, channels: int, item_bytes: int, has_target: bool, 
     width = channels + beside
     blocks = range(0, channels, BLOCK_CHANNELS)
     sums = 8 * sum(min(BLOCK_CHANNELS, channels - at) * (width - at) for at in blocks)
-    adding = sums + PRODUCT_TOKENS * width * (item_bytes + 4 * on_cpu) + 4 * BLOCK_CHANNELS * width
+    adding = sums + PRODUCT_TOKENS * width * (item_bytes + 4 * on_cpu)
+    adding += (4 * BLOCK_CHANNELS + 24 * _ROUNDED_ROWS) * width
     matrices = 4 * channels * width
     weights = out * channels * (item_bytes + 4)
     # LAPACK's factor is made in a copy of its own.

@@ -3,6 +3,8 @@
 The calibration windows run through the model once more, this time through its pruned layers. Attention and MLP of a
 layer follow one another: the inputs of the output projection are taken as the dense weights give them, its kept columns
 are refitted (`refit.py`), and their outputs become the hidden states.
+
+Of several ranks each runs its share of the windows, and rank 0 refits from the sums of all.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +26,15 @@ from flap_stream.hidden_states import HiddenStates
 from flap_stream.layers import BatchSizes, StreamedModel
 from flap_stream.planner import Placement, Refit
 from flap_stream.progress import Progress
-from flap_stream.refit import DAMPING, KeptMoments, MomentSums, product_with_mean, refit_to_own, refit_to_target
+from flap_stream.refit import (
+    DAMPING,
+    KeptMoments,
+    MomentSums,
+    product_windows,
+    product_with_mean,
+    refit_to_own,
+    refit_to_target,
+)
 from flap_stream.shards import OutputTensor, safetensors_header
 from flap_stream.snapshots import Snapshots, resume
 from flap_stream.store import RunDirectory
@@ -76,37 +86,44 @@ def refit_layers(
 ) -> None:
     """Bring the refitted projections of all layers into the run directory, going on where an earlier call stopped.
 
+    All ranks of the model do this together; `run` is open for writing on the first.
+
     Raises NonFinite, naming the layer, if inputs hold NaN or infinity.
     """
+    ranks = model.ranks
     conditions = {"dtype": str(model.dtype), "device": model.device.type, "batch_size": placement.batch_size}
-    run.begin_refit({**conditions, **refit_record(target)})
-    first, count = run.complete_refits(), len(model.layers)
+    if ranks.is_first:
+        run.begin_refit({**conditions, **refit_record(target)})
+    first, count = ranks.from_first(run.complete_refits), len(model.layers)
     if first < count:
         with progress.stage("refit", count) as stage, torch.inference_mode(), ExitStack() as stack:
             tokens = run.read_tokens()
             samples, length = tokens.shape
+            own = ranks.share(samples, product_windows(placement.batch_size, length))
             stores = [run.pruned_snapshots] + ([run.dense_snapshots] if target == "dense" else [])
             saved = [
-                (store, stack.enter_context(model.hidden_states(placement.hidden_place, samples, length, run.path)))
+                (store, stack.enter_context(model.hidden_states(placement.hidden_place, len(own), length, run.path)))
                 for store in stores
             ]
-            start = resume(model, saved, tokens, placement.batch_size, first)
+            start = resume(model, saved, tokens[own.start : own.stop], placement.batch_size, first)
             stage.skip(start)
-            sizes = BatchSizes(placement.batch_size, run.batch_reductions())
-            layers = _Pass2(model, run, [hidden for _, hidden in saved], sizes, placement)
-            snapshots = Snapshots(saved, snapshot_interval, model.ranks)
+            sizes = BatchSizes(placement.batch_size, run.batch_reductions(), own)
+            layers = _Pass2(model, run, [hidden for _, hidden in saved], sizes, placement, samples)
+            snapshots = Snapshots(saved, snapshot_interval, ranks)
             for i, weights in model.stream(start, placement.prefetch):
                 if i < first:
                     layers.run(i, weights, keeps[i], load_file(run.refit_path(i)))
                 else:
                     refitted = layers.run(i, weights, keeps[i], None)
                     model.checkpoint.require_unchanged()
-                    run.write_refit(i, _file_chunks(f"{model.family.layers}.{i}.", refitted))
+                    if ranks.is_first:
+                        run.write_refit(i, _file_chunks(f"{model.family.layers}.{i}.", refitted))
                 if i + 1 < count:
                     snapshots.layer_done(i + 1)
                 stage.advance(tokens=tokens.size, bytes_moved=model.layer_bytes(i))
-    run.pruned_snapshots.drop()
-    run.dense_snapshots.drop()
+    if ranks.is_first:
+        run.pruned_snapshots.drop()
+        run.dense_snapshots.drop()
 
 
 def refitted_tensors(run: RunDirectory) -> dict[str, TensorEntry]:
@@ -175,7 +192,10 @@ class Supplies(nn.Module):
 
 
 class _Pass2:
-    """The hidden states on their way through the pruned layers; beside them, for the target `dense`, the dense ones."""
+    """The hidden states on their way through the pruned layers; beside them, for the target `dense`, the dense ones.
+
+    samples: windows of all ranks.
+    """
 
     def __init__(
         self,
@@ -184,8 +204,9 @@ class _Pass2:
         hidden: Sequence[HiddenStates],
         sizes: BatchSizes,
         placement: Placement,
+        samples: int,
     ) -> None:
-        self.model, self.store, self.sizes, self.placement = model, run, sizes, placement
+        self.model, self.store, self.sizes, self.placement, self.samples = model, run, sizes, placement, samples
         self.hidden, self.dense = hidden[0], hidden[1] if len(hidden) > 1 else None
         self._step = 0
 
@@ -214,7 +235,8 @@ class _Pass2:
         """`StreamedModel.forward_layer` as the next step."""
         self.model.forward_layer(index, weights, hidden, self.sizes, step=self._step, **how)
         for reduction in self.sizes.agree(self.model.ranks):
-            self.store.record_batch_reduction(*reduction)
+            if self.model.ranks.is_first:
+                self.store.record_batch_reduction(*reduction)
         self._step += 1
 
 
@@ -250,26 +272,41 @@ class _Half:
         samples, tokens, _ = self.on.hidden.shape
         place = self.on.placement.hidden_place if len(kept) else "host"
         with model.hidden_states(place, samples, tokens, self.on.store.path, width=len(kept)) as cache:
-            moments = self._capture(order, len(kept), cache, measures=stored is None)
+            sums = self._sums(order, len(kept)) if stored is None else None
+            self._capture(order, len(kept), cache, sums)
             if stored is not None:
                 prefix = f"{model.family.layers}.{self.index}."
                 found = {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
                 refitted = {key: tensor for key, tensor in found.items() if key.startswith(f"{name}.")}
             else:
-                assert moments is not None
-                refitted = self._refit(weight, order, moments)
+                assert sums is not None
+                for part in sums.parts():
+                    model.ranks.sum_on_first(part)
+                finished = sums
+                refitted = model.ranks.from_first(lambda: self._refit(weight, order, finished.finish()))
             self._supply(refitted, cache)
         return refitted
 
-    def _capture(self, order: torch.Tensor, kept: int, cache: HiddenStates, measures: bool) -> KeptMoments | None:
-        """Fill the cache with the kept inputs of the output projection; their moments come out if they are wanted.
+    def _sums(self, order: torch.Tensor, kept: int) -> MomentSums:
+        """Of inputs in this order, and of the target; pass 1 knows how large they are in the dense model."""
+        on = self.on
+        length = on.hidden.shape[1]
+        statistics = on.store.read_statistics(self.index).of(self.part.kind.name)
+        squares = torch.from_numpy(statistics.m2 + statistics.count * np.square(statistics.mean))
+        ordered = squares[order.cpu()]
+        if on.dense is not None:
+            target = squares @ torch.from_numpy(statistics.weight_squared_norm)
+            ordered = torch.cat([ordered[:kept], target.expand(on.model.hidden_size)])
+        block_tokens = product_windows(on.sizes.first, length) * length
+        return MomentSums(kept, ordered, on.samples * length, block_tokens, on.model.dtype, on.model.device)
+
+    def _capture(self, order: torch.Tensor, kept: int, cache: HiddenStates, sums: MomentSums | None) -> None:
+        """Fill the cache with the kept inputs of the output projection; their moments are summed if they are wanted.
 
         order: int64 `[channel]`, the kept ones first.
         """
         on, captures = self.on, Captures(self.on.model.hidden_size)
-        beside = on.model.hidden_size if on.dense is not None else len(order) - kept
-        sums = MomentSums(kept, beside, on.model.dtype, on.model.device) if measures else None
-        wanted = order if measures and on.dense is None else order[:kept]
+        wanted = order if sums is not None and on.dense is None else order[:kept]
         targets = None if on.dense is None else _Feed(on.dense, on.sizes.first)
         residual_multiplier = getattr(on.model.skeleton.hf_config, "residual_multiplier", 1.0)
 
@@ -284,7 +321,6 @@ class _Half:
 
         self._forward(on.hidden, {self.part.kind.output.name: captures}, keep_output=False, after_batch=take)
         cache.advance()
-        return None if sums is None else sums.finish()
 
     def _refit(self, weight: torch.Tensor, order: torch.Tensor, moments: KeptMoments) -> dict[str, torch.Tensor]:
         """Weight and bias of the pruned output projection, in the dtypes of the checkpoint."""
@@ -303,7 +339,7 @@ class _Half:
             refitted = refit_to_own(ordered, moments).to(stored_dtype)
             bias = product_with_mean(ordered, moments.mean) + (0 if old is None else old.double())
         bias = bias - product_with_mean(refitted, moments.mean[:kept])
-        tensors = {f"{name}.weight": refitted, f"{name}.bias": bias.to(stored_dtype)}
+        tensors = {f"{name}.weight": refitted.cpu(), f"{name}.bias": bias.to(stored_dtype).cpu()}
         if not kept:  # the whole module goes but for its bias
             del tensors[f"{name}.weight"]
         return tensors
@@ -332,7 +368,7 @@ class _Feed:
 
     def __init__(self, hidden: HiddenStates, batch_size: int) -> None:
         self._batches = hidden.stream(batch_size)
-        self._first, self._values = next(self._batches)
+        self._first, self._values = next(self._batches, (0, torch.empty(0)))  # a rank may have no windows
 
     def take(self, start: int, count: int) -> torch.Tensor:
         """Windows from `start` on, within one batch; no earlier ones are asked for again."""

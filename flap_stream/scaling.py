@@ -14,10 +14,11 @@ from flap_stream.ranks import window_shares
 class Work:
     """What a job consists of.
 
-    samples, batch_size: windows in all, and at once. operations: inting-point, of all layers. layer_bytes: of all
+    samples, batch_size: windows in all, and at once. operations: floating-point, of all layers. layer_bytes: of all
     layers on disk. moment_bytes: window moments of all layers.
     hidden_traffic: bytes of hidden states that go to disk and back. read_again, written: bytes, of pass 2, in so many
     shards.
+    refit: None if nothing is refitted.
     """
 
     layers: int
@@ -30,6 +31,20 @@ class Work:
     read_again: int
     written: int
     shards: int
+    refit: "RefitWork | None" = None
+
+
+@dataclass(frozen=True)
+class RefitWork:
+    """What refitting consists of, beside reading layers once more.
+
+    operations: of layers and moments, which ranks divide. solving: operations on rank 0 while the others wait.
+    sum_bytes: of the sums that every rank hands to rank 0.
+    """
+
+    operations: int
+    solving: int
+    sum_bytes: int
 
 
 @dataclass(frozen=True)
@@ -60,7 +75,7 @@ class Scaled:
     """What a job takes on so many ranks.
 
     busy_ranks: those that have windows. bound: what pass 1 waits for most: `products`, `reading`, `moments` or `rest`.
-    network_bytes: that leave one node. seconds: a stage.
+    network_bytes: that leave one node, all stages together. seconds: a stage.
     """
 
     ranks: int
@@ -74,9 +89,10 @@ class Scaled:
 def scale(work: Work, rates: Rates, ranks: int = 1, nodes: int = 1) -> Scaled:
     """Predict a job on ranks that are spread evenly over nodes."""
     shares = [len(share) for share in window_shares(work.samples, work.batch_size, ranks)] if work.samples else [0]
+    largest_share = max(shares) / max(work.samples, 1)
     local = -(-ranks // nodes)
     product = min(rates.product, rates.node_product / local)
-    products = work.operations * max(shares) / max(work.samples, 1) / product
+    products = work.operations * largest_share / product
     to_node = min(rates.disk_read, rates.shared_read / nodes)
     reading = work.layer_bytes / min(to_node, rates.link) + work.hidden_traffic / min(
         rates.disk_read * nodes, rates.shared_read
@@ -89,12 +105,17 @@ def scale(work: Work, rates: Rates, ranks: int = 1, nodes: int = 1) -> Scaled:
     writers = min(nodes, work.shards)
     read = min(rates.disk_read * writers, rates.shared_read)
     write = min(rates.disk_write * writers, rates.shared_write)
-    rewrite = work.read_again / read + work.written / write
+    seconds = {"collect": collect, "rewrite": work.read_again / read + work.written / write}
+    if work.refit is not None:
+        sent = work.refit.sum_bytes if nodes > 1 else 0
+        leaving += sent
+        refitting = max(work.refit.operations * largest_share / product, reading)
+        seconds["refit"] = refitting + work.refit.solving / rates.product + sent / rates.network + rest
     return Scaled(
         ranks=ranks,
         nodes=nodes,
         busy_ranks=sum(share > 0 for share in shares),
         bound=max(parts, key=lambda name: parts[name]),
         network_bytes=leaving,
-        seconds={"collect": collect, "rewrite": rewrite},
+        seconds=seconds,
     )

@@ -28,7 +28,7 @@ def resume(model: StreamedModel, saved: Saved, tokens: np.ndarray, batch_size: i
     tokens: of this rank's windows. first: the layer that is not complete, which no snapshot may lie behind.
     copies: as of `StreamedModel.embed`, where there is no such point.
     """
-    found = [dict(store.newest()) for store, _ in saved]
+    found = model.ranks.from_first(lambda: [dict(store.newest()) for store, _ in saved])
     for layer in sorted(set.intersection(*(set(digests) for digests in found)), reverse=True):
         if layer > first:
             continue

@@ -113,13 +113,15 @@ def launch(
 class RankJob:
     """A model and options to prune it with, and the bytes that one process makes of it."""
 
-    def __init__(self, directory: Path, config: Any = None, shard_size: str = "60KB", **changes: Any) -> None:
+    def __init__(
+        self, directory: Path, config: Any = None, shard_size: str = "60KB", length: int = LENGTH, **changes: Any
+    ) -> None:
         self.directory = directory
         self.seconds: dict[int, float] = {}
         self.model = save(tiny_model(config or tiny_config(layers=4)), directory / "model", shard_size=shard_size)
-        tokens = save_tokens(directory / "tokens.npy", random_tokens(WINDOWS, LENGTH))
+        tokens = save_tokens(directory / "tokens.npy", random_tokens(WINDOWS, length))
         options = {"ratio": 0.3, "snapshot_interval": 1, "max_shard_bytes": 60_000, "batch_size": 3, **changes}
-        self.options = PruneConfig(calibration=(tokens,), samples=WINDOWS, sequence_length=LENGTH, **options)
+        self.options = PruneConfig(calibration=(tokens,), samples=WINDOWS, sequence_length=length, **options)
         ended = self.run("one", 1, keep_run=True)
         assert ended.codes == [0], ended.said
         self.expected = contents(directory / "one" / "out")

@@ -27,7 +27,8 @@ from flap_stream.ranks import ALONE as ONE
 from flap_stream.ranks import Ranks, own_device, window_shares
 from flap_stream.skeleton import Skeleton
 
-KILLS = 12
+KILLS, REFIT_KILLS = 12, 5
+REFIT_LENGTH = 512  # so that each rank has products of its own
 
 
 # --- arithmetic ---
@@ -133,11 +134,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> RankJob:
         ({}, {"method": "wanda-sp", "structure": None, "ratio": 0.5}),
         ({}, {"method": "magnitude-sp", "structure": None}),
         ({}, {"dtype": "bfloat16"}),
-        ({}, {"restore": "least-squares", "refit_target": "dense"}),
+        ({}, {"restore": "least-squares", "length": REFIT_LENGTH}),
+        ({}, {"restore": "least-squares", "refit_target": "dense", "dtype": "bfloat16", "length": REFIT_LENGTH}),
         ({"family": "qwen3_moe"}, {}),
         ({"intermediate_size": 1000, "hidden_size": 128}, {"batch_size": 8}),
     ],
-    ids=["released", "wanda-sp", "magnitude-sp", "cast", "least-squares", "experts", "wide"],
+    ids=["released", "wanda-sp", "magnitude-sp", "cast", "least-squares", "dense-target", "experts", "wide"],
 )
 def test_whatever_is_collected_three_ranks_on_two_nodes_give_the_same_bytes(
     tmp_path: Path, config: dict[str, Any], options: dict[str, Any]
@@ -276,6 +278,13 @@ def test_whichever_rank_is_killed_the_others_end_and_any_number_goes_on_to_the_s
     found = [job.trouble_after_kill(number, 10) for number in range(KILLS)]
     assert [one for one in found if one[0] not in ("went on", "done before the kill")] == []
     assert sum(became == "went on" for became, _ in found) > KILLS // 2
+
+
+@pytest.mark.timeout(200)
+def test_killed_while_they_refit_any_number_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    job = RankJob(tmp_path, tiny_config(layers=2), length=REFIT_LENGTH, restore="least-squares")
+    found = [job.trouble_after_kill(number, 10) for number in range(REFIT_KILLS)]
+    assert [one for one in found if one[0] not in ("went on", "done before the kill")] == []
 
 
 def test_torchrun_and_the_other_ranks_end_when_one_is_killed(command: Command, tmp_path: Path) -> None:

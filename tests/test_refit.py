@@ -1,0 +1,50 @@
+"""Arithmetic of refits: sums that do not depend on who adds what first."""
+
+import pytest
+import torch
+
+from flap_stream.refit import BLOCK_CHANNELS, PRODUCT_TOKENS, MomentSums, product_windows
+
+KEPT, BESIDE, BLOCK = BLOCK_CHANNELS + 30, 20, PRODUCT_TOKENS + 100
+
+
+def tokens_of(blocks: int) -> torch.Tensor:
+    """Channels and tokens of very different sizes, about a mean."""
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(blocks * BLOCK - 50, KEPT + BESIDE, generator=draw) + torch.rand(KEPT + BESIDE, generator=draw)
+    sizes = 10.0 ** (3 * torch.rand(KEPT + BESIDE, generator=draw) - 1.5)
+    return values * sizes * torch.rand(len(values), 1, generator=draw)
+
+
+def sums_of(values: torch.Tensor, parts: list[torch.Tensor], guess: float = 1.0) -> list[torch.Tensor]:
+    """Sums of token blocks, one part of them after another added to the first."""
+    squares = guess * values.double().square().sum(0)
+    total: list[torch.Tensor] = []
+    for part in parts:
+        sums = MomentSums(KEPT, squares, len(values), BLOCK, values.dtype, values.device)
+        for portion in part.split(777):
+            sums.add(portion)
+        total = [a + b for a, b in zip(total, sums.parts(), strict=True)] if total else sums.parts()
+    return total
+
+
+@pytest.mark.parametrize("guess", [1e-4, 1.0, 1e4])
+def test_blocks_taken_apart_in_any_order_add_up_to_the_same_bits(guess: float) -> None:
+    values = tokens_of(5)
+    blocks = list(values.split(BLOCK))
+    values[:, 0] *= torch.linspace(0, 1, len(values)) ** 20  # of which float64 would not hold every sum unrounded
+    whole = sums_of(values, [values], guess)
+    for order in ([[0, 1], [2, 3, 4]], [[3, 4], [0], [1, 2]], [[4], [2], [3], [1], [0]]):
+        apart = sums_of(values, [torch.cat([blocks[i] for i in some]) for some in order], guess)
+        assert all(torch.equal(a, b) for a, b in zip(whole, apart, strict=True))
+    wide = values.double()
+    norms = wide.square().sum(0).sqrt()
+    products = (wide.T @ wide) / norms / norms[:, None]  # 1 on the diagonal
+    found = torch.cat([torch.zeros(0), (whole[1] / norms / norms[:BLOCK_CHANNELS, None]).flatten()])
+    assert float((found - products[:BLOCK_CHANNELS].flatten()).abs().max()) < 5e-6
+    assert float(whole[0][-1]) == len(values)
+
+
+@pytest.mark.parametrize(("batch_size", "tokens", "windows"), [(16, 128, 32), (3, 512, 6), (4, 2048, 4), (1, 9000, 1)])
+def test_products_are_of_whole_batches(batch_size: int, tokens: int, windows: int) -> None:
+    assert product_windows(batch_size, tokens) == windows
