@@ -150,13 +150,16 @@ def _add_rounded(sums: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, c
 @contextmanager
 def _units_for_bf16(may: bool) -> Iterator[None]:
     """Let float32 products use a CPU's units for bf16, which loses nothing where all factors are bf16 already."""
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    if may:
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    products = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
+    if products is None or not may:
+        yield
+        return
+    before = products.fp32_precision
+    products.fp32_precision = "bf16"
     try:
         yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        products.fp32_precision = before
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
