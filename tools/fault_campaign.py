@@ -1,6 +1,6 @@
 """Faults at every moment of a whole `prune` of a tiny model of three layers: more than the test suite has time for.
 
-    python tools/fault_campaign.py [--only NAME]
+    python tools/fault_campaign.py [--only NAME] [--restore least-squares]
 
 Each time the same command is called again and must give the same bytes, of the output and of the statistics. Prints
 counts; the exit code is 1 if any failed.
@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import campaign
 from faults import Job, make_job
 
+from flap_stream.config import RESTORATIONS
+
 CAMPAIGNS: dict[str, Callable[[Job, Job], list[str]]] = {
     "killed at every file operation": campaign.kills_at_every_operation,
     "killed at random times": lambda job, _: campaign.kills_at_random_times(job, 200),
@@ -32,9 +34,13 @@ def main() -> int:
     """Run the campaigns; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=CAMPAIGNS)
-    only = parser.parse_args().only
+    parser.add_argument("--restore", choices=RESTORATIONS, default="bias")
+    options = parser.parse_args()
+    only, restore = options.only, options.restore
     with tempfile.TemporaryDirectory() as directory:
-        job, removing = (make_job(Path(directory, name), keep_run=name == "kept") for name in ("kept", "removing"))
+        job, removing = (
+            make_job(Path(directory, name), keep_run=name == "kept", restore=restore) for name in ("kept", "removing")
+        )
         syncs = sum("fsync" in step for step in job.steps)
         print(f"a job of {len(job.steps)} file operations, {syncs} of them fsyncs; {len(removing.steps)} with removal")
         failed = 0

@@ -3,7 +3,7 @@
     python tools/scaling.py                      # the table
     python tools/scaling.py --measure [--rounds 3]
 
-What a GPU machine does is assumed (`MACHINE`), not measured. `--measure` times `prune` of a random model on 1, 2 and 4
+What a GPU machine does is assumed (`MACHINE`), not measured. `--measure` times pass 1 of a random model on 1, 2 and 4
 processes with one thread each, and predicts 2 and 4 from what one process took.
 """
 
@@ -14,8 +14,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,39 +84,50 @@ def predictions() -> None:
 
 
 def measure(rounds: int) -> None:
-    """Print seconds of pass 1 and pass 2 on 1, 2 and 4 processes, and what was predicted from one."""
-    counts, taken = (1, 2, 4), {}
+    """Print seconds of pass 1 on 1, 2 and 4 processes, and what was predicted for 2 and 4 from one process alone.
+
+    One process takes all windows and an eighth of them: the difference is what windows take, the rest what layers do.
+    """
+    windows, batch, few = 128, 8, 16
     with tempfile.TemporaryDirectory() as directory:
-        place = Path(directory)
-        sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16}
-        make(place / "model", LlamaConfig(num_hidden_layers=6, vocab_size=4096, **sizes), torch.bfloat16)
-        np.save(place / "tokens.npy", np.random.default_rng(0).integers(0, 4096, size=(64, 128)))
-        command = ["prune", str(place / "model"), "--calibration", str(place / "tokens.npy"), "--samples", "64"]
-        command += ["--batch-size", "8", "--max-shard-size", "50MB", "--json", "--quiet"]
+        place, sizes = Path(directory), dict(zip(("hidden_size", "intermediate_size"), (1024, 2816), strict=True))
+        heads = {"num_attention_heads": 16, "num_key_value_heads": 16}
+        make(place / "model", LlamaConfig(num_hidden_layers=6, vocab_size=4096, **sizes, **heads), torch.bfloat16)
+        np.save(place / "tokens.npy", np.random.default_rng(0).integers(0, 4096, size=(windows, 128)))
+        cases = [(1, few), (1, windows), (2, windows), (4, windows)]
+        taken: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
         for number in range(rounds):
-            for count in counts:
-                out = place / f"out-{number}-{count}"
-                launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(count)] if count > 1 else []
-                run = [sys.executable, *launcher, "-m", "flap_stream", *command, str(out)]
-                os.sync()
-                said = subprocess.run(
-                    run, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True
-                )
-                taken.setdefault(count, []).append(json.loads(said.stdout)["seconds"])
-                print(f"round {number}, {count} processes: {taken[count][-1]}", file=sys.stderr, flush=True)
-                time.sleep(1)
-        options = PruneConfig(samples=64, batch_size=8, device="cpu", max_shard_bytes=50_000_000)
+            for case in cases:
+                taken[case].append(_seconds(place, number, *case, batch))
+                print(f"round {number}, {case[0]} processes, {case[1]} windows: {taken[case][-1]:.2f}", file=sys.stderr)
+        options = PruneConfig(samples=windows, batch_size=batch, device="cpu")
         with checkpoint.open_checkpoint(place / "model") as source:
-            work = forecast.work_of(StreamedModel(source, options), options, 8)
-    best = {n: {stage: min(s[stage] for s in found) for stage in found[0]} for n, found in taken.items()}
-    product = work.operations / best[1]["collect"]
-    rates = Rates(product=product, node_product=product * (os.cpu_count() or 1), disk_read=2e9, disk_write=1e9)
-    print(f"| processes | pass 1, best of {rounds} | median | predicted | pass 2, best |\n|---|---|---|---|---|")
-    for count in counts:
-        predicted = scale(replace(work), rates, count).seconds["collect"]
-        median = statistics.median(s["collect"] for s in taken[count])
-        cells = f"{best[count]['collect']:.1f} | {median:.1f} | {predicted:.1f} | {best[count]['rewrite']:.2f}"
-        print(f"| {count} | {cells} |")
+            work = forecast.work_of(StreamedModel(source, options), options, batch)
+    found = {case: statistics.median(seconds) for case, seconds in taken.items()}
+    for_windows = (found[1, windows] - found[1, few]) * windows / (windows - few)
+    rate, cores = work.operations / for_windows, os.cpu_count() or 1
+    besides = (found[1, windows] - for_windows) / work.layers
+    rates = Rates(rate, disk_read=2e9, disk_write=1e9, node_product=rate * cores, layer_seconds=besides)
+    print(f"{rate / 1e9:.0f} GFLOP/s a process, {besides:.3f} s a layer besides; {cores} cores")
+    print(f"| processes | pass 1, median of {rounds} | predicted |\n|---|---|---|")
+    for count in (1, 2, 4):
+        predicted = scale(work, rates, count).seconds["collect"]
+        print(f"| {count} | {found[count, windows]:.1f} | {predicted:.1f} |")
+
+
+def _seconds(place: Path, number: int, processes: int, windows: int, batch: int) -> float:
+    """Of pass 1 of one job, each process with one thread."""
+    out = place / f"out-{number}-{processes}-{windows}"
+    command = ["prune", str(place / "model"), str(out), "--calibration", str(place / "tokens.npy"), "--json", "--quiet"]
+    command += ["--samples", str(windows), "--batch-size", str(batch)]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    os.sync()
+    said = subprocess.run(
+        [sys.executable, *launcher, "-m", "flap_stream", *command],
+        env=environment, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return json.loads(said.stdout)["seconds"]["collect"]
 
 
 def main() -> None:
