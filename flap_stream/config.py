@@ -13,7 +13,7 @@ METHODS = ("flap", "wanda-sp", "magnitude-sp")
 HEAD_SCORES = ("mean-z", "l2")
 STATISTICS = ("exact", "released")
 RESTORATIONS = ("bias", "none", "least-squares")
-REFIT_TARGETS = ("own", "dense")
+REFIT_TARGETS = ("own", "dense", "aligned")
 SWEPT_RESTORATIONS = ("bias", "none")  # those that masked_layers.py can put into a dense layer
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -222,7 +222,9 @@ class RewriteConfig(EngineConfig):
     the layers once more, for which the options of the engine are; None is the method's own (`bias` for flap, else
     `none`).
     refit_target: what `least-squares` refits to: `own`, the projection's dense output for the inputs that it gets in
-    the pruned model, or `dense`, the dense model's hidden states, which takes about twice as long.
+    the pruned model; `dense`, the dense model's hidden states, which takes about twice as long; or `aligned`, which
+    beside that refits what reads hidden states (q, k, v, gate, up, and the head unless it is the embedding) to what it
+    reads in the dense model.
     max_shard_bytes: no shard is larger, except one that holds a single larger tensor.
     """
 

@@ -16,7 +16,7 @@ from flap_stream.checkpoint import Checkpoint
 from flap_stream.config import PruneConfig
 from flap_stream.errors import InvalidOption
 from flap_stream.layers import StreamedModel
-from flap_stream.restoration import refit_sizes, refit_stored_bytes, require_refittable
+from flap_stream.restoration import refit_sizes, refit_stored_bytes, refits_head, require_refittable
 from flap_stream.skeleton import Skeleton
 
 NETWORK_RATE = 1.25e9  # bytes per second: 10 Gbit/s
@@ -88,14 +88,16 @@ def forecast(
         refits = refit_sizes(streamed, options.refit_target) if options.refits else None
         if refits is not None:
             require_refittable(streamed.family, streamed.shapes, options.refit_target, source.source)
-            refitting = planner.place(replace(job, refit=refits), limits, placement.batch_size, options.prefetch)
+            head = streamed.head_entry if refits_head(streamed, options.refit_target) else None
+            refit_job = replace(job, refit=refits, head=head)
+            refitting = planner.place(refit_job, limits, placement.batch_size, options.prefetch)
             placement = placement.together(refitting)
         rates = _measure_rates(streamed, placement.batch_size * job.tokens, source, has_headers, out, local, network)
         hidden_traffic = len(streamed.layers) * job.hidden_bytes if placement.hidden_place == "disk" else 0
         work = work_of(streamed, options, placement.batch_size, hidden_traffic, refits)
         on_disk = 2 * job.hidden_bytes if hidden_traffic else 0
         stored = store.stored_bytes(streamed.shapes, windows[0] * windows[1])
-        stored += 0 if refits is None else refit_stored_bytes(streamed)
+        stored += 0 if refits is None else refit_stored_bytes(streamed, options.refit_target)
         snapshots = 3 * job.hidden_bytes if windows[0] else 0  # one is written before the oldest of two goes
         found, operations = scaling.scale(work, rates, ranks, nodes), work.operations
         if work.refit is not None:

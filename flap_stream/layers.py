@@ -300,7 +300,7 @@ class StreamedModel:
         chunks so small that a large vocabulary does not matter.
         """
         norm_weights = self._load(self.norm_entries)
-        head_weight = self._load({"weight": self.head_entry})["weight"]
+        head_weight = self.head_weight()
         chunk = max(1, _LOGIT_BYTES // (4 * self.vocab_size))
 
         def logits_of(hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
@@ -308,6 +308,15 @@ class StreamedModel:
                 yield start, self.skeleton.logits(norm_weights, head_weight, hidden[start : start + chunk]).float()
 
         return logits_of
+
+    def final_norm(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The final norm, loaded: from hidden states that left the last layer to what the head reads, on the device."""
+        norm_weights = self._load(self.norm_entries)
+        return lambda hidden: self.skeleton.norm(norm_weights, hidden)
+
+    def head_weight(self) -> torch.Tensor:
+        """The head, loaded, `[vocabulary, hidden]`."""
+        return self._load({"weight": self.head_entry})["weight"]
 
     def _embedding_rows(self, ids: np.ndarray) -> torch.Tensor:
         """Rows of the embedding on the device, `[id, hidden]`. ids: ascending."""

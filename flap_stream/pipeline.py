@@ -27,6 +27,7 @@ from flap_stream.restoration import (
     refit_record,
     refit_sizes,
     refit_stored_bytes,
+    refits_head,
     refitted_tensors,
     require_refittable,
 )
@@ -241,16 +242,16 @@ def _collect(
         if out is not None and ranks.is_first:  # what an interrupted call has written counts
             written = output.estimated_bytes(source, model.shapes, options.ratio)
             written -= files.tree_bytes(files.partial_path(out))
-            kept = stored_bytes(model.shapes, tokens.size) + (refit_stored_bytes(model) if target is not None else 0)
-            kept -= files.tree_bytes(run)
+            kept = stored_bytes(model.shapes, tokens.size) - files.tree_bytes(run)
+            kept += 0 if target is None else refit_stored_bytes(model, target)
             output.require_space(out, max(0, written), run, max(0, kept))
         samples, length = tokens.shape
         recorded = RunDirectory.recorded_batch_size(run)
         placement = model.place(options, samples, length, recorded=recorded)
         measured.placement = placement
         if target is not None:  # pass 2 must fit as well
-            refit = refit_sizes(model, target)
-            refitting = model.place(options, samples, length, refit=refit, recorded=placement.batch_size)
+            head, refit = refits_head(model, target), refit_sizes(model, target)
+            refitting = model.place(options, samples, length, head=head, refit=refit, recorded=placement.batch_size)
             measured.placement = placement.together(refitting)
         with (
             _run_directory(ranks, run, lambda: _begun_run(model, run, options, tokens, placement)) as directory,
@@ -450,13 +451,15 @@ def _refitted(
     model = StreamedModel(source, replace(options, dtype=dtype), ranks)
     require_refittable(model.family, model.shapes, options.refit_target, source.source)
     samples, length = run.manifest["tokens"]["shape"]
-    refit = refit_sizes(model, options.refit_target)
-    placement = model.place(options, samples, length, refit=refit, recorded=collected["batch_size"])
+    head, refit = refits_head(model, options.refit_target), refit_sizes(model, options.refit_target)
+    placement = model.place(options, samples, length, head=head, refit=refit, recorded=collected["batch_size"])
     with cpu_threads(run.manifest["threads"]):
         refit_layers(model, run, keeps, options.refit_target, placement, progress, snapshot_interval)
     release(model.device)
-    how = refit_record(options.refit_target)
-    return ranks.from_first(lambda: Restoration(refitted=refitted_tensors(run), digests=run.refit_digests(), how=how))
+    how, files_count = refit_record(options.refit_target), len(model.layers) + head
+    return ranks.from_first(
+        lambda: Restoration(refitted=refitted_tensors(run, files_count), digests=run.refit_digests(), how=how)
+    )
 
 
 def _means(run: RunDirectory, layer: int, form: str) -> dict[str, np.ndarray]:

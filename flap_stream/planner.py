@@ -44,10 +44,13 @@ class Refit:
 
     projections: `(out, channels)` of the output projections of all layers, of which any may keep almost all channels.
     has_dense: whether the dense hidden states go along, as the target.
+    aligned: parameters that read hidden states and are refitted, the most of one module. The squares of which the
+    matrices come that align them are among the projections.
     """
 
     projections: tuple[tuple[int, int], ...]
     has_dense: bool
+    aligned: int = 0
 
     @property
     def cached(self) -> int:
@@ -209,6 +212,9 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
     head = 0 if job.head is None else job.head.nbytes + _HEAD_WORKSPACE
     adding, solving = job.refit_bytes()
     workspace = max(workspace + adding, solving)
+    if job.refit is not None:
+        weights += 2 * job.refit.aligned * job.dtype.itemsize  # what stays, and the whole of it for the forward
+        head += max(adding, solving) if job.head is not None else 0
     # Resident now, since finding the workspace has loaded and kept something too.
     base = resident_bytes() + job.waiting_bytes(batch_size)
     own_hidden = job.batch_bytes(job.share(batch_size))

@@ -8,6 +8,9 @@ With G the second moments about the mean, P what stays, R what goes, and D = dam
     target T, anything that the output should be:   W_new = (G[T, P] + W[:, P] D) (G[P, P] + D)^-1
                                                     b_new = mean(T) - W_new mean[P]
 
+What reads hidden states has no bias in most models, so that these are brought nearer to the dense ones (the target)
+with moments about zero, by a square matrix W_new that has the identity for W.
+
 The damping draws towards the dense columns, not towards zero: a channel that calibration leaves silent keeps its
 weights.
 """
@@ -34,7 +37,7 @@ _ROUNDED_ROWS = 32
 
 @dataclass(frozen=True)
 class KeptMoments:
-    """Second moments about the mean, of a linear's kept inputs and between them and what stands beside them.
+    """Second moments about the mean, or about zero, of a linear's kept inputs and between them and what is beside them.
 
     mean: float64 `[kept + beside]`. kept: float32 `[kept, kept]`, only its upper triangle is set.
     cross: float32 `[kept, beside]`.
@@ -112,7 +115,7 @@ class MomentSums:
             self._multiply()
         return [self._total, *self._rows]
 
-    def finish(self) -> KeptMoments:
+    def finish(self, about_mean: bool = True) -> KeptMoments:
         """The moments; nothing can be added any more."""
         self.parts()
         del self._pending
@@ -123,7 +126,8 @@ class MomentSums:
         for i in range(len(self._rows)):
             row, self._rows[i] = self._rows[i], mean.new_zeros(0)
             at, rows = i * BLOCK_CHANNELS, slice(i * BLOCK_CHANNELS, i * BLOCK_CHANNELS + len(row))
-            row.addr_(mean[rows], mean[at:], alpha=-float(count))
+            if about_mean:
+                row.addr_(mean[rows], mean[at:], alpha=-float(count))
             kept[rows, at:] = row[:, : self.kept - at]
             cross[rows] = row[:, self.kept - at :]
         return KeptMoments(mean, kept, cross)

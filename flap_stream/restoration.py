@@ -4,12 +4,16 @@ The calibration windows run through the model once more, this time through its p
 layer follow one another: the inputs of the output projection are taken as the dense weights give them, its kept columns
 are refitted (`refit.py`), and their outputs become the hidden states.
 
+With the target `aligned`, what reads hidden states is brought nearer to the dense ones before anything else, and at the
+end the head.
+
 Of several ranks each runs its share of the windows, and rank 0 refits from the sums of all.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from flap_stream.allocation import LayerKeep
-from flap_stream.architecture import Family, LayerShape, Part
+from flap_stream.architecture import ROWS, Family, LayerShape, Part
 from flap_stream.checkpoint import FORWARD_DTYPES, TensorEntry, read_header
 from flap_stream.errors import CorruptRun, NonFinite, UnsupportedModel
 from flap_stream.hidden_states import HiddenStates
@@ -34,20 +38,21 @@ from flap_stream.refit import (
     product_with_mean,
     refit_to_own,
     refit_to_target,
+    row_blocks,
 )
 from flap_stream.shards import OutputTensor, safetensors_header
 from flap_stream.snapshots import Snapshots, resume
 from flap_stream.store import RunDirectory
 from flap_stream.surgery import removed_indices
 
-_STEPS = 6  # runs over all windows that a layer takes here at most, as BatchSizes counts them
+_STEPS = 10  # runs over all windows that a layer takes here at most, as BatchSizes counts them
 
 
 def require_refittable(family: Family, shapes: Sequence[LayerShape], target: str, where: str) -> None:
     """Raise UnsupportedModel for what no refit is defined for."""
     if any(shape.experts for shape in shapes):
         raise UnsupportedModel(f"{where} has experts, whose projections are not refitted; use --restore bias")
-    if target == "dense" and family.norms_outputs:
+    if target != "own" and family.norms_outputs:
         raise UnsupportedModel(
             f"{where} norms what attention and MLP give before it is added, so that the hidden states are no target of "
             "least squares; use --refit-target own"
@@ -56,18 +61,34 @@ def require_refittable(family: Family, shapes: Sequence[LayerShape], target: str
 
 def refit_sizes(model: StreamedModel, target: str) -> Refit:
     """The most that pass 2 can have to refit, for the planner: every layer could keep almost all."""
-    sizes = (part.kind.output.size(part.units, shape) for shape in model.shapes for part in model.family.parts(shape))
-    return Refit(tuple((model.hidden_size, size) for size in sizes), has_dense=target == "dense")
+    parts = [(shape, part) for shape in model.shapes for part in model.family.parts(shape)]
+    projections = [(model.hidden_size, part.kind.output.size(part.units, shape)) for shape, part in parts]
+    if target != "aligned":
+        return Refit(tuple(projections), has_dense=target == "dense")
+    readers = [
+        sum(projection.size(part.units, shape) for projection in part.kind.projections if projection.axis == ROWS)
+        for shape, part in parts
+    ]
+    squares = [(model.hidden_size, model.hidden_size)] * (len(parts) + refits_head(model, target))
+    return Refit((*projections, *squares), has_dense=True, aligned=model.hidden_size * max(readers))
 
 
-def refit_stored_bytes(model: StreamedModel) -> int:
+def refits_head(model: StreamedModel, target: str) -> bool:
+    """Whether the head is refitted; one that is the embedding stays."""
+    return target == "aligned" and not model.skeleton.tied
+
+
+def refit_stored_bytes(model: StreamedModel, target: str) -> int:
     """Most bytes that the refitted tensors take in the run directory."""
     weights = (
-        entries.get(f"{part.kind.output.name}.weight")
+        entries.get(f"{projection.name}.weight")
         for entries, shape in zip(model.layer_entries, model.shapes, strict=True)
         for part in model.family.parts(shape)
+        for projection in part.kind.projections
+        if target == "aligned" or projection.axis != ROWS
     )
-    return sum(weight.nbytes + weight.shape[0] * weight.item_bytes for weight in weights if weight is not None)
+    stored = sum(weight.nbytes + weight.shape[0] * weight.item_bytes for weight in weights if weight is not None)
+    return stored + (model.head_entry.nbytes if refits_head(model, target) else 0)
 
 
 def refit_record(target: str) -> dict[str, Any]:
@@ -95,12 +116,12 @@ def refit_layers(
     if ranks.is_first:
         run.begin_refit({**conditions, **refit_record(target)})
     first, count = ranks.from_first(run.complete_refits), len(model.layers)
-    if first < count:
+    if first < count + refits_head(model, target):
         with progress.stage("refit", count) as stage, torch.inference_mode(), ExitStack() as stack:
             tokens = run.read_tokens()
             samples, length = tokens.shape
             own = ranks.share(samples, product_windows(placement.batch_size, length))
-            stores = [run.pruned_snapshots] + ([run.dense_snapshots] if target == "dense" else [])
+            stores = [run.pruned_snapshots] + ([run.dense_snapshots] if target != "own" else [])
             saved = [
                 (store, stack.enter_context(model.hidden_states(placement.hidden_place, len(own), length, run.path)))
                 for store in stores
@@ -108,7 +129,7 @@ def refit_layers(
             start = resume(model, saved, tokens[own.start : own.stop], placement.batch_size, first)
             stage.skip(start)
             sizes = BatchSizes(placement.batch_size, run.batch_reductions(), own)
-            layers = _Pass2(model, run, [hidden for _, hidden in saved], sizes, placement, samples)
+            layers = _Pass2(model, run, [hidden for _, hidden in saved], sizes, placement, samples, target == "aligned")
             snapshots = Snapshots(saved, snapshot_interval, ranks)
             for i, weights in model.stream(start, placement.prefetch):
                 if i < first:
@@ -121,17 +142,23 @@ def refit_layers(
                 if i + 1 < count:
                     snapshots.layer_done(i + 1)
                 stage.advance(tokens=tokens.size, bytes_moved=model.layer_bytes(i))
+            if refits_head(model, target):
+                head = layers.refit_head()
+                model.checkpoint.require_unchanged()
+                if ranks.is_first:
+                    run.write_refit(count, _file_chunks("", {model.family.head: head}))
     if ranks.is_first:
         run.pruned_snapshots.drop()
         run.dense_snapshots.drop()
 
 
-def refitted_tensors(run: RunDirectory) -> dict[str, TensorEntry]:
-    """Where the refitted tensors of all layers are, by the names that the pruned checkpoint has for them.
+def refitted_tensors(run: RunDirectory, count: int) -> dict[str, TensorEntry]:
+    """Where the refitted tensors are, by the names that the pruned checkpoint has for them.
 
-    Raises CorruptRun if any layer is missing or altered.
+    count: of files: a layer's each, and one of the head if that is refitted.
+    Raises CorruptRun if any is missing or altered.
     """
-    complete, count = run.complete_refits(), len(run.layer_shapes)
+    complete = run.complete_refits()
     if complete < count:
         raise CorruptRun(f"{run.refit_path(complete)} is missing or altered; run the same command again to refit")
     tensors = {}
@@ -172,10 +199,11 @@ class Captures(nn.Module):
 class Supplies(nn.Module):
     """Stands in for attention or an MLP: gives what the refitted projection makes of inputs taken before.
 
-    weight: `[hidden, kept]`, or None for zeros. bias: `[hidden]` or None.
+    weight: `[hidden, kept]`, or None for zeros. bias: `[hidden]` or None. read: what the module was last given.
     """
 
     inputs: torch.Tensor
+    read: torch.Tensor
 
     def __init__(self, kind: str, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> None:
         super().__init__()
@@ -183,7 +211,7 @@ class Supplies(nn.Module):
 
     def forward(self, *args: torch.Tensor, **kwargs: Any) -> Any:
         """In the form that the module has."""
-        hidden = args[0] if args else kwargs["hidden_states"]
+        self.read = hidden = args[0] if args else kwargs["hidden_states"]
         if self._weight is not None:
             output = functional.linear(self.inputs, self._weight, self._bias)
         else:
@@ -192,9 +220,9 @@ class Supplies(nn.Module):
 
 
 class _Pass2:
-    """The hidden states on their way through the pruned layers; beside them, for the target `dense`, the dense ones.
+    """The hidden states on their way through the pruned layers; beside them, as the target, the dense ones.
 
-    samples: windows of all ranks.
+    samples: windows of all ranks. aligns: whether what reads hidden states is refitted too.
     """
 
     def __init__(
@@ -205,10 +233,18 @@ class _Pass2:
         sizes: BatchSizes,
         placement: Placement,
         samples: int,
+        aligns: bool = False,
     ) -> None:
         self.model, self.store, self.sizes, self.placement, self.samples = model, run, sizes, placement, samples
         self.hidden, self.dense = hidden[0], hidden[1] if len(hidden) > 1 else None
+        self.aligns = aligns
         self._step = 0
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens that are multiplied apart from others'."""
+        length = self.hidden.shape[1]
+        return product_windows(self.sizes.first, length) * length
 
     def run(
         self,
@@ -239,21 +275,119 @@ class _Pass2:
                 self.store.record_batch_reduction(*reduction)
         self._step += 1
 
+    def skip(self, steps: int) -> None:
+        """Steps that an earlier call has made for good."""
+        self._step += steps
+
+    def collected(self, sums: MomentSums) -> MomentSums:
+        """On rank 0 the sums over the windows of all ranks; nothing on the others."""
+        for part in sums.parts():
+            self.model.ranks.sum_on_first(part)
+        return sums
+
+    def alignment_sums(self) -> MomentSums:
+        """Of what is read in the pruned model, and in the dense one; norms give values around 1."""
+        samples, length, width = self.samples, *self.hidden.shape[1:]
+        squares = torch.full((2 * width,), float(samples * length), dtype=torch.float64)
+        return MomentSums(width, squares, samples * length, self.block_tokens, self.model.dtype, self.model.device)
+
+    def alignment(self, sums: MomentSums, where: str) -> torch.Tensor:
+        """The matrix, float32 `[hidden, hidden]`, that brings what is read nearest to what the dense model reads."""
+        summed = self.collected(sums)
+
+        def solve() -> torch.Tensor:
+            moments = summed.finish(about_mean=False)
+            if not torch.isfinite(moments.kept.diagonal()).all():
+                raise NonFinite(f"what enters {where} holds NaN or infinity, or its squares do; try --dtype float32")
+            identity = torch.eye(moments.kept.shape[0], device=moments.kept.device)
+            return refit_to_target(identity, moments).cpu()
+
+        return self.model.ranks.from_first(solve).to(self.model.device)
+
+    def refit_head(self) -> torch.Tensor:
+        """The head for what the final norm gives in the pruned model, in the dtype of the checkpoint."""
+        assert self.dense is not None
+        norm, sums, dense = self.model.final_norm(), self.alignment_sums(), _Feed(self.dense, self.sizes.first)
+        for start, values in self.hidden.stream(self.sizes.first):
+            both = [norm(values), norm(dense.take(start, len(values)))]
+            sums.add(torch.cat(both, dim=-1).flatten(0, 1))
+        matrix = self.alignment(sums, "the head")
+        return _aligned(self.model.head_weight(), matrix, _dtype_of(self.model.head_entry))
+
+
+def _dtype_of(entry: TensorEntry) -> torch.dtype:
+    return getattr(torch, FORWARD_DTYPES[entry.dtype])
+
+
+def _aligned(weight: torch.Tensor, matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """weight @ matrix, in host memory."""
+    return torch.cat([(weight[rows].float() @ matrix).to(dtype).cpu() for rows in row_blocks(weight)])
+
 
 @dataclass(frozen=True)
 class _Half:
-    """Attention or MLP of one layer, the other silent. others: what silences it."""
+    """Attention or MLP of one layer, the other silent.
+
+    others: what silences it. aligned: tensors that the pruned model has in place of the dense ones.
+    """
 
     on: _Pass2
     index: int
     weights: Mapping[str, torch.Tensor]
     part: Part
     others: Mapping[str, nn.Module]
+    aligned: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def run(
         self, units: np.ndarray, shape: LayerShape, stored: Mapping[str, torch.Tensor] | None
     ) -> dict[str, torch.Tensor]:
         """Refit, unless `stored` holds what came of it, and hand the hidden states on. units: those that stay."""
+        if stored is not None:
+            prefix = f"{self.on.model.family.layers}.{self.index}."
+            stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+        if not self.on.aligns or not len(units):
+            return self._run(units, shape, stored)
+        rows = {
+            f"{projection.name}.weight": torch.from_numpy(projection.kept_indices(units, self.part.units, shape))
+            for projection in self.part.kind.projections
+            if projection.axis == ROWS
+        }
+        stays = self._align(rows, stored)
+        device, dtype = self.on.model.device, self.on.model.dtype
+        aligned = {
+            name: self.weights[name].index_copy(0, rows[name].to(device), tensor.to(device, dtype))
+            for name, tensor in stays.items()
+        }
+        return stays | replace(self, aligned=aligned)._run(units, shape, stored)
+
+    def _align(
+        self, rows: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        """What reads the hidden states here, refitted to what it reads in the dense model; the rows that stay."""
+        on, model = self.on, self.on.model
+        if stored is not None:
+            on.skip(2)
+            return {name: stored[name] for name in rows}
+        assert on.dense is not None
+        silent, sums = Supplies(self.part.kind.name), on.alignment_sums()
+        samples, tokens, _ = on.hidden.shape
+        with model.hidden_states(on.placement.hidden_place, samples, tokens, on.store.path) as targets:
+            stand_ins = {self.part.kind.module: silent}
+            put = partial(_put_read, silent, targets)
+            self._forward(on.dense, stand_ins, keep_output=False, after_batch=put)
+            targets.advance()
+            add = partial(_add_read, silent, _Feed(targets, on.sizes.first), sums)
+            self._forward(on.hidden, stand_ins, keep_output=False, after_batch=add)
+        matrix = on.alignment(sums, f"{self.part.kind.module} in layer {self.index}")
+        return {
+            name: _aligned(self.weights[name][kept.to(model.device)], matrix, self._stored_dtype(name))
+            for name, kept in rows.items()
+        }
+
+    def _run(
+        self, units: np.ndarray, shape: LayerShape, stored: Mapping[str, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        """Refit the output projection, and hand the hidden states on."""
         model, name = self.on.model, self.part.kind.output.name
         if self.on.dense is not None:
             self._forward(self.on.dense, {})
@@ -274,16 +408,12 @@ class _Half:
         with model.hidden_states(place, samples, tokens, self.on.store.path, width=len(kept)) as cache:
             sums = self._sums(order, len(kept)) if stored is None else None
             self._capture(order, len(kept), cache, sums)
-            if stored is not None:
-                prefix = f"{model.family.layers}.{self.index}."
-                found = {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
-                refitted = {key: tensor for key, tensor in found.items() if key.startswith(f"{name}.")}
+            if sums is None:
+                assert stored is not None
+                refitted = {key: tensor for key, tensor in stored.items() if key.startswith(f"{name}.")}
             else:
-                assert sums is not None
-                for part in sums.parts():
-                    model.ranks.sum_on_first(part)
-                finished = sums
-                refitted = model.ranks.from_first(lambda: self._refit(weight, order, finished.finish()))
+                summed = self.on.collected(sums)
+                refitted = model.ranks.from_first(lambda: self._refit(weight, order, summed.finish()))
             self._supply(refitted, cache)
         return refitted
 
@@ -297,8 +427,7 @@ class _Half:
         if on.dense is not None:
             target = squares @ torch.from_numpy(statistics.weight_squared_norm)
             ordered = torch.cat([ordered[:kept], target.expand(on.model.hidden_size)])
-        block_tokens = product_windows(on.sizes.first, length) * length
-        return MomentSums(kept, ordered, on.samples * length, block_tokens, on.model.dtype, on.model.device)
+        return MomentSums(kept, ordered, on.samples * length, on.block_tokens, on.model.dtype, on.model.device)
 
     def _capture(self, order: torch.Tensor, kept: int, cache: HiddenStates, sums: MomentSums | None) -> None:
         """Fill the cache with the kept inputs of the output projection; their moments are summed if they are wanted.
@@ -345,7 +474,7 @@ class _Half:
         return tensors
 
     def _stored_dtype(self, name: str) -> torch.dtype:
-        return getattr(torch, FORWARD_DTYPES[self.on.model.layer_entries[self.index][name].dtype])
+        return _dtype_of(self.on.model.layer_entries[self.index][name])
 
     def _supply(self, refitted: Mapping[str, torch.Tensor], cache: HiddenStates) -> None:
         """Hand on what the refitted projection makes of the cached inputs."""
@@ -360,7 +489,17 @@ class _Half:
         self._forward(self.on.hidden, {self.part.kind.module: supplies}, before_batch=give)
 
     def _forward(self, hidden: HiddenStates, stand_ins: Mapping[str, nn.Module], **how: Any) -> None:
-        self.on.forward(self.index, self.weights, hidden, stand_ins={**self.others, **stand_ins}, **how)
+        weights = self.weights if hidden is self.on.dense else {**self.weights, **self.aligned}
+        self.on.forward(self.index, weights, hidden, stand_ins={**self.others, **stand_ins}, **how)
+
+
+def _put_read(module: Supplies, targets: HiddenStates, start: int, _output: torch.Tensor) -> None:
+    targets.put(start, module.read)
+
+
+def _add_read(module: Supplies, targets: "_Feed", sums: MomentSums, start: int, _output: torch.Tensor) -> None:
+    both = [module.read, targets.take(start, len(module.read))]
+    sums.add(torch.cat(both, dim=-1).flatten(0, 1))
 
 
 class _Feed:

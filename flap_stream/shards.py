@@ -121,6 +121,8 @@ def plan_shards(
         for i, (shape, keep) in enumerate(zip(shapes, keeps, strict=True))
     ]
     changed = {name: tensors for plan in plans for name, tensors in plan.items()}
+    if family.head in refitted:
+        changed[family.head] = [_whole(refitted[family.head])]
     outputs: list[OutputTensor] = []
     for entry in checkpoint.tensors.values():
         outputs.extend(changed.get(entry.name, [_whole(entry)]))
@@ -163,6 +165,8 @@ def _plan_layer(
         if f"{prefix}{kind.output.name}.weight" in checkpoint.tensors:  # else an earlier run left the bias alone
             mean = None if means is None else means[kind.name][part.channels(shape)]
             changed |= _plan_part(checkpoint, part, prefix, shape, part.own(keep.of(kind.name)), mean)
+        readers = [f"{prefix}{projection.name}.weight" for projection in kind.projections if projection.axis == ROWS]
+        changed |= {name: [_whole(refitted[name])] for name in readers if name in refitted}
         weight, bias = (f"{prefix}{kind.output.name}.{name}" for name in ("weight", "bias"))
         if bias in refitted:
             changed |= {bias: [], weight: [_whole(refitted[name]) for name in (weight, bias) if name in refitted]}

@@ -175,13 +175,15 @@ class Skeleton:
             output = functional_call(layer, used, (hidden, *args), keywords)
         return output[0] if isinstance(output, tuple) else output
 
+    def norm(self, norm_weights: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        """What the head reads of hidden states that left the last layer, in their shape."""
+        return functional_call(self._model.get_submodule(self.family.norm), norm_weights, (hidden,))
+
     def logits(
         self, norm_weights: dict[str, torch.Tensor], head_weight: torch.Tensor, hidden: torch.Tensor
     ) -> torch.Tensor:
         """Logits `[token, vocabulary]` of hidden states `[token, hidden]` that left the last layer."""
-        norm = self._model.get_submodule(self.family.norm)
-        normed = functional_call(norm, norm_weights, (hidden,))
-        with _replaced(self._model, self._base_name, _Returns(normed[None])):
+        with _replaced(self._model, self._base_name, _Returns(self.norm(norm_weights, hidden)[None])):
             output = functional_call(self._model, {self.family.head: head_weight}, kwargs={"use_cache": False})
         return output.logits[0]
 

@@ -168,6 +168,7 @@ METHODS = [
     Method("published refit (moments about zero, FLAP's bias)", published, {"damping": 1e-3}),
     Method("least-squares", rewritten, {"restore": "least-squares"}),
     Method("least-squares, target dense", rewritten, {"restore": "least-squares", "refit_target": "dense"}),
+    Method("least-squares, target aligned", rewritten, {"restore": "least-squares", "refit_target": "aligned"}),
 ]
 
 
