@@ -20,7 +20,7 @@ from flap_stream.config import REFIT_TARGETS
 from flap_stream.errors import InvalidOption, RunMismatch, UnsupportedModel
 from flap_stream.layers import BatchSizes, StreamedModel
 from flap_stream.refit import DAMPING
-from flap_stream.restoration import Supplies
+from flap_stream.refitted_layers import Supplies
 
 SAMPLES, LENGTH = 24, 32
 
