@@ -1,6 +1,6 @@
 """Decoder layers as pass 2 refits them: attention and MLP one after another, in the pruned and in the dense model.
 
-The inputs of the output projection are taken as the dense weights give them, its kept columns are refitted by `refit.py`,
+The inputs of the output projection are taken as the dense weights give them, its kept columns are refitted (`refit.py`)
 and their outputs become the hidden states. With the target `aligned`, what reads hidden states is refitted before that,
 and at the end the head. Nothing is cut: modules stand in for the layer's own.
 """
