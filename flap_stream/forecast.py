@@ -11,7 +11,7 @@ import torch
 
 from flap_stream import checkpoint as checkpoints
 from flap_stream import files, memory, output, planner, scaling, store
-from flap_stream.architecture import ROWS
+from flap_stream.architecture import ROWS, Projection
 from flap_stream.checkpoint import Checkpoint
 from flap_stream.config import PruneConfig
 from flap_stream.errors import InvalidOption
@@ -100,8 +100,10 @@ def forecast(
         stored += 0 if refits is None else refit_stored_bytes(streamed, options.refit_target)
         snapshots = 3 * job.hidden_bytes if windows[0] else 0  # one is written before the oldest of two goes
         found, operations = scaling.scale(work, rates, ranks, nodes), work.operations
+        passes = 1
         if work.refit is not None:
             operations += work.refit.operations + work.refit.solving
+            passes = 2
         return Forecast(
             model=source.source,
             ranks=ranks,
@@ -113,8 +115,8 @@ def forecast(
             has_headers=has_headers,
             placement=placement,
             limits=limits,
-            bytes_read=nodes * work.layer_bytes + hidden_traffic + work.read_again,
-            bytes_written=work.written + hidden_traffic,
+            bytes_read=passes * (nodes * work.layer_bytes + hidden_traffic) + work.read_again,
+            bytes_written=work.written + passes * hidden_traffic,
             disk_bytes=work.written + stored + on_disk,
             run_directory_bytes=stored + on_disk + snapshots,
             free_disk_bytes=files.free_bytes(out.absolute()),
@@ -134,12 +136,12 @@ def work_of(
     """What a whole job consists of. hidden_traffic: bytes of hidden states that go to disk and back, in one pass."""
     source = model.checkpoint
     samples = options.samples if options.method != "magnitude-sp" else 0
-    cut_bytes = options.ratio * sum(
-        entry.nbytes
+    not_read = sum(
+        entry.nbytes * _share_not_read(projection, options.ratio, refits)
         for layer, shape in zip(model.layer_entries, model.shapes, strict=True)
         for part in model.family.parts(shape)
         for projection in part.kind.projections
-        if projection.axis == ROWS and (entry := layer.get(f"{projection.name}.weight")) is not None
+        if (entry := layer.get(f"{projection.name}.weight")) is not None
     )
     written = output.estimated_bytes(source, model.shapes, options.ratio)
     operations, refit = _operations(model, samples, options.sequence_length), None
@@ -155,11 +157,16 @@ def work_of(
         layer_bytes=sum(model.layer_bytes(i) for i in range(len(model.layers))),
         moment_bytes=sum(planner.moment_bytes(shape, samples, batch_size) for shape in model.shapes),
         hidden_traffic=hidden_traffic,
-        read_again=source.nbytes - int(cut_bytes),  # rows that go are not read
+        read_again=source.nbytes - int(not_read),
         written=written,
         shards=max(1, round(written / options.max_shard_bytes)),
         refit=refit,
     )
+
+
+def _share_not_read(projection: Projection, ratio: float, refits: planner.Refit | None) -> float:
+    """Of a weight, when shards are written: rows that go, and columns that a refit has left out."""
+    return ratio if refits is not None or projection.axis == ROWS else 0.0
 
 
 def _open(model: str) -> tuple[Checkpoint, bool]:

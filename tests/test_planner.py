@@ -139,9 +139,12 @@ def test_a_dry_run_on_a_bare_config_predicts_llama_65b(tmp_path: Path, capsys: p
     assert "65,285,660,672 parameters in 80 layers, from config.json alone" in capsys.readouterr().out
 
 
-def test_a_dry_run_says_what_the_run_then_takes(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "refit", [{}, {"restore": "least-squares"}, {"restore": "least-squares", "refit_target": "aligned"}]
+)
+def test_a_dry_run_says_what_the_run_then_takes(model: Path, tmp_path: Path, refit: dict[str, str]) -> None:
     tokens = save_tokens(tmp_path / "tokens.npy", random_tokens(8, 16))
-    options = PruneConfig(calibration=(tokens,), samples=8, sequence_length=16, ratio=0.3, device="cpu")
+    options = PruneConfig(calibration=(tokens,), samples=8, sequence_length=16, ratio=0.3, device="cpu", **refit)
     found = forecast(model, tmp_path / "out", options)
     assert not (tmp_path / "out").exists() and found.has_headers
     result = flap_stream.prune(model, tmp_path / "out", options)
