@@ -38,7 +38,7 @@ from flap_stream.layers import StreamedModel
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["pytest", "flap_stream.pipeline", "flap_stream.modeling.modeling_flap_stream"]  # and, by these, torch and the rest
+    ["pytest", "flap_stream.pipeline", "flap_stream.modeling.modeling_flap_stream", "tests.warm"]  # torch by these
 )
 LAYERS = 3
 # Names of Python's audit events for what changes a directory; a file that is opened for writing comes on top.

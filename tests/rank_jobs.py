@@ -31,7 +31,7 @@ from flap_stream import PruneConfig, cli
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["pytest", "flap_stream.pipeline", "flap_stream.modeling.modeling_flap_stream"]  # and, by these, torch and the rest
+    ["pytest", "flap_stream.pipeline", "flap_stream.modeling.modeling_flap_stream", "tests.warm"]  # torch by these
 )
 KILLED = -signal.SIGKILL
 WINDOWS, LENGTH = 22, 16

@@ -1,0 +1,17 @@
+"""Preloaded by the servers that children are forked from: what each would import and find out anew for itself.
+
+Nothing here starts a thread, of which a fork would leave nothing but its locks.
+"""
+
+import tokenizers.decoders  # noqa: F401 (imported late by transformers)
+import torch
+
+import flap_stream.pipeline  # noqa: F401
+from flap_stream.planner import Job
+from flap_stream.skeleton import Skeleton
+from tests.models import tiny_config  # as the server, which has the folder of the call alone on its path, finds it
+
+torch.set_num_threads(1)
+skeleton = Skeleton(tiny_config(layers=1).to_dict(), "a tiny model")
+# torch's fake tensors, which find out how much memory a layer takes, are slow the first time alone.
+Job(skeleton, layers=[{}], dtype=torch.float32, device="cpu", samples=8, tokens=16).workspace(8)
