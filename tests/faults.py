@@ -8,7 +8,6 @@ import errno
 import gc
 import io
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -30,21 +29,17 @@ from typing import Any
 
 import torch
 import zarr
+from fork_server import KILLED, SERVER
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
 from flap_stream import PruneConfig, cli
 from flap_stream.layers import StreamedModel
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["pytest", "flap_stream.pipeline", "flap_stream.modeling.modeling_flap_stream", "tests.warm"]  # torch by these
-)
 LAYERS = 3
 # Names of Python's audit events for what changes a directory; a file that is opened for writing comes on top.
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-KILLED = -signal.SIGKILL
 
 
 @dataclass(frozen=True)

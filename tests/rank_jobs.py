@@ -7,7 +7,6 @@ torchrun this one ends no rank when another dies: they have to notice by themsel
 import gc
 import json
 import logging
-import multiprocessing
 import os
 import random
 import shutil
@@ -23,17 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fork_server import KILLED, SERVER
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 from torch.distributed import TCPStore
 
 import flap_stream
 from flap_stream import PruneConfig, cli
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["pytest", "flap_stream.pipeline", "flap_stream.modeling.modeling_flap_stream", "tests.warm"]  # torch by these
-)
-KILLED = -signal.SIGKILL
 WINDOWS, LENGTH = 22, 16
 
 
