@@ -11,12 +11,12 @@ import torch
 
 from flap_stream import checkpoint as checkpoints
 from flap_stream import files, memory, output, planner, scaling, store
-from flap_stream.architecture import ROWS, Projection
+from flap_stream.architecture import ROWS
 from flap_stream.checkpoint import Checkpoint
 from flap_stream.config import PruneConfig
 from flap_stream.errors import InvalidOption
 from flap_stream.layers import StreamedModel
-from flap_stream.restoration import refit_sizes, refit_stored_bytes, refits_head, require_refittable
+from flap_stream.restoration import refit_sizes, refit_stored_bytes, require_refittable
 from flap_stream.skeleton import Skeleton
 
 NETWORK_RATE = 1.25e9  # bytes per second: 10 Gbit/s
@@ -88,8 +88,7 @@ def forecast(
         refits = refit_sizes(streamed, options.refit_target) if options.refits else None
         if refits is not None:
             require_refittable(streamed.family, streamed.shapes, options.refit_target, source.source)
-            head = streamed.head_entry if refits_head(streamed, options.refit_target) else None
-            refit_job = replace(job, refit=refits, head=head)
+            refit_job = replace(job, refit=refits, head=streamed.head_entry if refits.has_head else None)
             refitting = planner.place(refit_job, limits, placement.batch_size, options.prefetch)
             placement = placement.together(refitting)
         rates = _measure_rates(streamed, placement.batch_size * job.tokens, source, has_headers, out, local, network)
@@ -100,10 +99,9 @@ def forecast(
         stored += 0 if refits is None else refit_stored_bytes(streamed, options.refit_target)
         snapshots = 3 * job.hidden_bytes if windows[0] else 0  # one is written before the oldest of two goes
         found, operations = scaling.scale(work, rates, ranks, nodes), work.operations
-        passes = 1
+        passes = 1 if work.refit is None else 2
         if work.refit is not None:
             operations += work.refit.operations + work.refit.solving
-            passes = 2
         return Forecast(
             model=source.source,
             ranks=ranks,
@@ -136,11 +134,13 @@ def work_of(
     """What a whole job consists of. hidden_traffic: bytes of hidden states that go to disk and back, in one pass."""
     source = model.checkpoint
     samples = options.samples if options.method != "magnitude-sp" else 0
-    not_read = sum(
-        entry.nbytes * _share_not_read(projection, options.ratio, refits)
+    # Not read when shards are written: rows that go, and columns that a refit has left out.
+    not_read = options.ratio * sum(
+        entry.nbytes
         for layer, shape in zip(model.layer_entries, model.shapes, strict=True)
         for part in model.family.parts(shape)
         for projection in part.kind.projections
+        if refits is not None or projection.axis == ROWS
         if (entry := layer.get(f"{projection.name}.weight")) is not None
     )
     written = output.estimated_bytes(source, model.shapes, options.ratio)
@@ -162,11 +162,6 @@ def work_of(
         shards=max(1, round(written / options.max_shard_bytes)),
         refit=refit,
     )
-
-
-def _share_not_read(projection: Projection, ratio: float, refits: planner.Refit | None) -> float:
-    """Of a weight, when shards are written: rows that go, and columns that a refit has left out."""
-    return ratio if refits is not None or projection.axis == ROWS else 0.0
 
 
 def _open(model: str) -> tuple[Checkpoint, bool]:

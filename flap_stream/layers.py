@@ -170,7 +170,7 @@ class StreamedModel:
             device=self.device.type,
             samples=max(samples, 1),
             tokens=max(tokens, 1),
-            head=self.head_entry if head else None,
+            head=self.head_entry if head or (refit is not None and refit.has_head) else None,
             refit=refit,
             ranks=self.ranks.world,
             local_ranks=max(map(len, self.ranks.nodes)),
@@ -299,13 +299,12 @@ class StreamedModel:
         It takes `[token, hidden]` on the device and yields (first token, float32 logits `[token, vocabulary]`), the
         chunks so small that a large vocabulary does not matter.
         """
-        norm_weights = self._load(self.norm_entries)
-        head_weight = self.head_weight()
+        norm, head_weight = self.final_norm(), self.head_weight()
         chunk = max(1, _LOGIT_BYTES // (4 * self.vocab_size))
 
         def logits_of(hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
             for start in range(0, len(hidden), chunk):
-                yield start, self.skeleton.logits(norm_weights, head_weight, hidden[start : start + chunk]).float()
+                yield start, self.skeleton.logits(head_weight, norm(hidden[start : start + chunk])).float()
 
         return logits_of
 

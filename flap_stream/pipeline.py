@@ -27,7 +27,6 @@ from flap_stream.restoration import (
     refit_record,
     refit_sizes,
     refit_stored_bytes,
-    refits_head,
     refitted_tensors,
     require_refittable,
 )
@@ -250,8 +249,8 @@ def _collect(
         placement = model.place(options, samples, length, recorded=recorded)
         measured.placement = placement
         if target is not None:  # pass 2 must fit as well
-            head, refit = refits_head(model, target), refit_sizes(model, target)
-            refitting = model.place(options, samples, length, head=head, refit=refit, recorded=placement.batch_size)
+            refit = refit_sizes(model, target)
+            refitting = model.place(options, samples, length, refit=refit, recorded=placement.batch_size)
             measured.placement = placement.together(refitting)
         with (
             _run_directory(ranks, run, lambda: _begun_run(model, run, options, tokens, placement)) as directory,
@@ -451,12 +450,12 @@ def _refitted(
     model = StreamedModel(source, replace(options, dtype=dtype), ranks)
     require_refittable(model.family, model.shapes, options.refit_target, source.source)
     samples, length = run.manifest["tokens"]["shape"]
-    head, refit = refits_head(model, options.refit_target), refit_sizes(model, options.refit_target)
-    placement = model.place(options, samples, length, head=head, refit=refit, recorded=collected["batch_size"])
+    refit = refit_sizes(model, options.refit_target)
+    placement = model.place(options, samples, length, refit=refit, recorded=collected["batch_size"])
     with cpu_threads(run.manifest["threads"]):
         refit_layers(model, run, keeps, options.refit_target, placement, progress, snapshot_interval)
     release(model.device)
-    how, files_count = refit_record(options.refit_target), len(model.layers) + head
+    how, files_count = refit_record(options.refit_target), len(model.layers) + refit.has_head
     return ranks.from_first(
         lambda: Restoration(refitted=refitted_tensors(run, files_count), digests=run.refit_digests(), how=how)
     )

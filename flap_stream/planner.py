@@ -46,11 +46,13 @@ class Refit:
     has_dense: whether the dense hidden states go along, as the target.
     aligned: parameters that read hidden states and are refitted, the most of one module. The squares of which the
     matrices come that align them are among the projections.
+    has_head: whether the head is refitted.
     """
 
     projections: tuple[tuple[int, int], ...]
     has_dense: bool
     aligned: int = 0
+    has_head: bool = False
 
     @property
     def cached(self) -> int:

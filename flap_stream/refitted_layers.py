@@ -7,7 +7,6 @@ and at the end the head. Nothing is cut: modules stand in for the layer's own.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -229,10 +228,18 @@ class _Half:
         samples, tokens, _ = on.hidden.shape
         with model.hidden_states(on.placement.hidden_place, samples, tokens, on.store.path) as targets:
             stand_ins = {self.part.kind.module: silent}
-            put = partial(_put_read, silent, targets)
+
+            def put(start: int, _output: torch.Tensor) -> None:
+                targets.put(start, silent.read)
+
             self._forward(on.dense, stand_ins, keep_output=False, after_batch=put)
             targets.advance()
-            add = partial(_add_read, silent, _Feed(targets, on.sizes.first), sums)
+            wanted = _Feed(targets, on.sizes.first)
+
+            def add(start: int, output: torch.Tensor) -> None:
+                both = [silent.read, wanted.take(start, len(output))]
+                sums.add(torch.cat(both, dim=-1).flatten(0, 1))
+
             self._forward(on.hidden, stand_ins, keep_output=False, after_batch=add)
         matrix = on.alignment(sums, f"{self.part.kind.module} in layer {self.index}")
         return {
@@ -347,15 +354,6 @@ class _Half:
     def _forward(self, hidden: HiddenStates, stand_ins: Mapping[str, nn.Module], **how: Any) -> None:
         weights = self.weights if hidden is self.on.dense else {**self.weights, **self.aligned}
         self.on.forward(self.index, weights, hidden, stand_ins={**self.others, **stand_ins}, **how)
-
-
-def _put_read(module: Supplies, targets: HiddenStates, start: int, _output: torch.Tensor) -> None:
-    targets.put(start, module.read)
-
-
-def _add_read(module: Supplies, targets: "_Feed", sums: MomentSums, start: int, _output: torch.Tensor) -> None:
-    both = [module.read, targets.take(start, len(module.read))]
-    sums.add(torch.cat(both, dim=-1).flatten(0, 1))
 
 
 class _Feed:

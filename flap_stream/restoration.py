@@ -53,7 +53,8 @@ def refit_sizes(model: StreamedModel, target: str) -> Refit:
         for shape, part in parts
     ]
     squares = [(model.hidden_size, model.hidden_size)] * (len(parts) + refits_head(model, target))
-    return Refit((*projections, *squares), has_dense=True, aligned=model.hidden_size * max(readers))
+    aligned = model.hidden_size * max(readers)
+    return Refit((*projections, *squares), has_dense=True, aligned=aligned, has_head=refits_head(model, target))
 
 
 def refits_head(model: StreamedModel, target: str) -> bool:

@@ -179,11 +179,9 @@ class Skeleton:
         """What the head reads of hidden states that left the last layer, in their shape."""
         return functional_call(self._model.get_submodule(self.family.norm), norm_weights, (hidden,))
 
-    def logits(
-        self, norm_weights: dict[str, torch.Tensor], head_weight: torch.Tensor, hidden: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits `[token, vocabulary]` of hidden states `[token, hidden]` that left the last layer."""
-        with _replaced(self._model, self._base_name, _Returns(self.norm(norm_weights, hidden)[None])):
+    def logits(self, head_weight: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        """Logits `[token, vocabulary]` of what the final norm gave, `[token, hidden]`."""
+        with _replaced(self._model, self._base_name, _Returns(normed[None])):
             output = functional_call(self._model, {self.family.head: head_weight}, kwargs={"use_cache": False})
         return output.logits[0]
 
