@@ -16,6 +16,7 @@ import torch
 
 from flap_stream import files
 from flap_stream.errors import CorruptRun, InsufficientSpace
+from flap_stream.memory import host_buffer
 from flap_stream.ranks import ALONE, Ranks
 
 PLACES = ("device", "host", "disk")
@@ -155,7 +156,10 @@ class ResidentHiddenStates(HiddenStates):
 
     def __post_init__(self) -> None:
         """Take the memory."""
-        self.values = torch.empty(self.shape, dtype=self.dtype, device=self.memory)
+        if self.memory.type == "cpu":
+            self.values = host_buffer(self.nbytes).view(self.dtype).view(self.shape)
+        else:
+            self.values = torch.empty(self.shape, dtype=self.dtype, device=self.memory)
 
     def stream(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """Batches of the buffer."""
@@ -197,6 +201,9 @@ class DiskHiddenStates(HiddenStates):
     def __post_init__(self) -> None:
         """Make the files and their room."""
         self._window_bytes = self.nbytes // self.samples
+        place = Path(self.directory or tempfile.gettempdir())
+        if 2 * self.nbytes > files.free_bytes(place):  # asked for it, ext4 would fill the disk before it refuses
+            raise self._no_room(place)
         self._files = [tempfile.TemporaryFile(buffering=0, dir=self.directory) for _ in range(2)]  # noqa: SIM115
         self._inputs, self._outputs = (file.fileno() for file in self._files)
         self._buffers: list[torch.Tensor] = []
@@ -210,16 +217,20 @@ class DiskHiddenStates(HiddenStates):
             self.close()
             if error.errno != errno.ENOSPC:
                 raise
-            raise InsufficientSpace(
-                f"hidden states on disk need {2 * self.nbytes:,} bytes in {self.directory or tempfile.gettempdir()}, "
-                "which has less free; make room, or let more memory be used with --host-memory"
-            ) from error
+            raise self._no_room(place) from error
+
+    def _no_room(self, place: Path) -> InsufficientSpace:
+        return InsufficientSpace(
+            f"hidden states on disk need {2 * self.nbytes:,} bytes in {place}, which has less free; make room, or let "
+            "more memory be used with --host-memory"
+        )
 
     def stream(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """Batches of the input file, one being read ahead."""
         if not self._buffers or len(self._buffers[0]) < min(batch_size, self.samples):
-            shape = (min(batch_size, self.samples), *self.shape[1:])
-            self._buffers = [torch.empty(shape, dtype=self.dtype) for _ in range(2)]
+            windows_at_once = min(batch_size, self.samples)
+            shape, nbytes = (windows_at_once, *self.shape[1:]), windows_at_once * self._window_bytes
+            self._buffers = [host_buffer(nbytes).view(self.dtype).view(shape) for _ in range(2)]
         ranges = list(batches(windows or range(self.samples), batch_size))
         reads = [self._reader.submit(self._read, *ranges[0], self._buffers[0])]
         for i, (start, _) in enumerate(ranges):

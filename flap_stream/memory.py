@@ -1,6 +1,7 @@
 """How much memory this process takes, and how much it may take."""
 
 import ctypes
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,22 @@ def keep_malloc_steady() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 512 << 20)
     except (AttributeError, OSError):
         return  # another allocator
+
+
+def give_back_heap() -> None:
+    """Give back what malloc keeps for reuse, between stages that have little use for each other's."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return
+
+
+def host_buffer(nbytes: int) -> torch.Tensor:
+    """Host memory, uint8 `[nbytes]`, for what lives long: a mapping of its own, given back as soon as it is dropped.
+
+    malloc would place it in a hole of the heap if there is one, by chance, and what is short-lived beyond it.
+    """
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
 
 
 def resident_bytes() -> int:

@@ -20,6 +20,7 @@ from flap_stream.collection import collect_statistics
 from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, RewriteConfig, part_of, require_restoration
 from flap_stream.errors import InvalidOption, OutputConflict, RunMismatch
 from flap_stream.layers import StreamedModel, cpu_threads, release
+from flap_stream.memory import give_back_heap
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.ranks import ALONE, Ranks, joined
 from flap_stream.restoration import (
@@ -66,6 +67,7 @@ class Measured:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
             self.peak_host_bytes, self.peak_device_bytes = peak_host_bytes(), peak_device_bytes()
+            give_back_heap()
 
     def of_all(self, ranks: Ranks, bytes_read: int) -> None:
         """Bring together what the ranks took. bytes_read: by this one."""

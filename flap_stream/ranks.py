@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from flap_stream.errors import FlapStreamError, InvalidInput, InvalidOption, RankLost
+from flap_stream.memory import host_buffer
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ class Ranks:
     def node_buffer(self, nbytes: int) -> torch.Tensor:
         """Host memory, uint8 `[nbytes]`, that is the same for all ranks of the node."""
         if self.local[1] == 1 or nbytes == 0:
-            return torch.empty(nbytes, dtype=torch.uint8)
+            return host_buffer(nbytes)
         # Anonymous memory, which no kill leaves behind; unlike /dev/shm it is not cut to 64 MiB in containers.
         own = os.memfd_create("flap-stream") if self.leads_node else -1
         if own >= 0:
@@ -196,12 +197,12 @@ class Ranks:
         with _peers():
             dist.all_gather_object(places, f"/proc/{os.getpid()}/fd/{own}", group=self._node_group)
         descriptor = own if own >= 0 else os.open(places[0], os.O_RDWR)
-        memory = mmap.mmap(descriptor, nbytes)
+        shared = mmap.mmap(descriptor, nbytes)
         os.close(descriptor) if own < 0 else None
         self.node_barrier()
         if own >= 0:
             os.close(own)
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        return torch.frombuffer(shared, dtype=torch.uint8)
 
 
 ALONE = Ranks()
