@@ -75,7 +75,9 @@ def host_buffer(nbytes: int) -> torch.Tensor:
 
     malloc would place it in a hole of the heap if there is one, by chance, and what is short-lived beyond it.
     """
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
+    if not nbytes:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
 def resident_bytes() -> int:

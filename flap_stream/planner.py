@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from flap_stream.architecture import LayerShape
 from flap_stream.checkpoint import TensorEntry
 from flap_stream.errors import InsufficientMemory
-from flap_stream.memory import OWN_BLOCK_BYTES, Limits, resident_bytes
+from flap_stream.memory import OWN_BLOCK_BYTES, Limits, give_back_heap, resident_bytes
 from flap_stream.moments import window_moments
 from flap_stream.progress import format_bytes
 from flap_stream.ranks import window_shares
@@ -145,6 +145,7 @@ class Job:
         """
         if batch_size not in self._workspaces:
             self._workspaces[batch_size] = _find_workspace(self, batch_size)
+            give_back_heap()  # fake tensors leave more behind than real ones
         return self._workspaces[batch_size]
 
 

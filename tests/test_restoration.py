@@ -11,6 +11,8 @@ import torch
 from faults import KILLED, contents, make_job
 from models import DEMO, DENSE, load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from torch import nn
+from torch.nn import functional
+from transformers import AutoTokenizer
 
 import flap_stream
 from flap_stream import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
@@ -50,9 +52,18 @@ def residual_streams(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tenso
     return seen
 
 
+def keeps_of(record: dict[str, Any]) -> list[LayerKeep]:
+    return [LayerKeep(np.array(layer["kept_kv_groups"]), np.array(layer["kept_neurons"])) for layer in record["layers"]]
+
+
 @torch.no_grad()
 def logits(model: nn.Module, tokens: np.ndarray) -> torch.Tensor:
     return model(input_ids=torch.from_numpy(tokens), use_cache=False).logits
+
+
+def perplexity(model: nn.Module, tokens: np.ndarray) -> float:
+    targets = torch.from_numpy(tokens[:, 1:]).flatten()
+    return float(functional.cross_entropy(logits(model, tokens)[:, :-1].flatten(0, 1).double(), targets).exp())
 
 
 def align(readers: list[nn.Linear], dense: torch.Tensor, pruned: torch.Tensor) -> None:
@@ -116,9 +127,7 @@ def test_streaming_refit_equals_the_one_in_memory(tmp_path: Path, target: str, v
         **{"sequence_length": LENGTH, "restore": "least-squares", "refit_target": target, "batch_size": 5},
     )
     record = flap_stream.prune(tmp_path / "model", tmp_path / "out", options).record
-    keeps = [
-        LayerKeep(np.array(layer["kept_kv_groups"]), np.array(layer["kept_neurons"])) for layer in record["layers"]
-    ]
+    keeps = keeps_of(record)
     expected, pruned = refitted_in_memory(dense, keeps, torch.from_numpy(tokens), target), load(tmp_path / "out")
     for layer, wanted, keep in zip(pruned.model.layers, expected.model.layers, keeps, strict=True):
         head_dim, heads = wanted.self_attn.head_dim, config.num_attention_heads // config.num_key_value_heads
@@ -136,6 +145,26 @@ def test_streaming_refit_equals_the_one_in_memory(tmp_path: Path, target: str, v
     assert nearly_equal(pruned.lm_head.weight, expected.lm_head.weight)
     changed = not torch.equal(pruned.lm_head.weight.float(), dense.lm_head.weight.float())
     assert changed == (target == "aligned" and not varied)
+
+
+@pytest.mark.parametrize("target", REFIT_TARGETS)
+def test_streaming_refit_has_the_perplexity_of_the_one_in_memory(tmp_path: Path, target: str) -> None:
+    dense = load(DEMO / "model", trust=False)
+    save(dense, tmp_path / "model", shard_size="4MB")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    text, held_out = (
+        np.array(tokenizer((DEMO / name).read_text()[:4000])["input_ids"])[: 10 * 64].reshape(10, 64)
+        for name in ("calibration.txt", "evaluation.txt")
+    )
+    options = PruneConfig(
+        **{"ratio": 0.4, "calibration": (save_tokens(tmp_path / "t.npy", text),), "samples": 10},
+        **{"sequence_length": 64, "restore": "least-squares", "refit_target": target, "batch_size": 4},
+    )
+    record = flap_stream.prune(tmp_path / "model", tmp_path / "out", options).record
+    expected = refitted_in_memory(dense, keeps_of(record), torch.from_numpy(text), target)
+    found, wanted, before = (perplexity(model, held_out) for model in (load(tmp_path / "out"), expected, dense))
+    assert found == pytest.approx(wanted, rel=1e-3)
+    assert wanted > 1.2 * before
 
 
 @pytest.mark.parametrize("family", DENSE)
