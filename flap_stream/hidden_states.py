@@ -157,7 +157,7 @@ class ResidentHiddenStates(HiddenStates):
     def __post_init__(self) -> None:
         """Take the memory."""
         if self.memory.type == "cpu":
-            self.values = host_buffer(self.nbytes).view(self.dtype).view(self.shape)
+            self.values = host_buffer(self.shape, self.dtype)
         else:
             self.values = torch.empty(self.shape, dtype=self.dtype, device=self.memory)
 
@@ -228,9 +228,8 @@ class DiskHiddenStates(HiddenStates):
     def stream(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """Batches of the input file, one being read ahead."""
         if not self._buffers or len(self._buffers[0]) < min(batch_size, self.samples):
-            windows_at_once = min(batch_size, self.samples)
-            shape, nbytes = (windows_at_once, *self.shape[1:]), windows_at_once * self._window_bytes
-            self._buffers = [host_buffer(nbytes).view(self.dtype).view(shape) for _ in range(2)]
+            shape = (min(batch_size, self.samples), *self.shape[1:])
+            self._buffers = [host_buffer(shape, self.dtype) for _ in range(2)]
         ranges = list(batches(windows or range(self.samples), batch_size))
         reads = [self._reader.submit(self._read, *ranges[0], self._buffers[0])]
         for i, (start, _) in enumerate(ranges):

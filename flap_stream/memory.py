@@ -2,7 +2,10 @@
 
 import ctypes
 import mmap
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import psutil
@@ -52,32 +55,32 @@ def keep_malloc_steady() -> None:
     """Have glibc give blocks of 8 MiB and more back at once, and keep the rest for reuse.
 
     By itself it moves that border up to 32 MiB as a program runs; then activations come from a heap in which they leave
-    holes, and the peak is up to a third higher, by chance. Measured: no slower.
+    holes, and the peak is up to a third higher, by chance. Keeping up to 64 MiB was 4 % faster, and not predictable.
     """
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, OWN_BLOCK_BYTES)
-        libc.mallopt(_M_TRIM_THRESHOLD, 512 << 20)
-    except (AttributeError, OSError):
-        return  # another allocator
+    _call_malloc("mallopt", _M_MMAP_THRESHOLD, OWN_BLOCK_BYTES)
+    _call_malloc("mallopt", _M_TRIM_THRESHOLD, 512 << 20)
 
 
 def give_back_heap() -> None:
     """Give back what malloc keeps for reuse, between stages that have little use for each other's."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        return
+    _call_malloc("malloc_trim", 0)
 
 
-def host_buffer(nbytes: int) -> torch.Tensor:
-    """Host memory, uint8 `[nbytes]`, for what lives long: a mapping of its own, given back as soon as it is dropped.
+def _call_malloc(function: str, *arguments: int) -> None:
+    """Call one of glibc's functions about its heap; nothing where there is another allocator."""
+    with suppress(AttributeError, OSError):
+        getattr(ctypes.CDLL(None), function)(*arguments)
+
+
+def host_buffer(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Host memory for what lives long: a mapping of its own, given back as soon as it is dropped.
 
     malloc would place it in a hole of the heap if there is one, by chance, and what is short-lived beyond it.
     """
+    nbytes = prod(shape) * dtype.itemsize
     if not nbytes:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype).view(shape)
 
 
 def resident_bytes() -> int:

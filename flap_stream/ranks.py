@@ -188,7 +188,7 @@ class Ranks:
     def node_buffer(self, nbytes: int) -> torch.Tensor:
         """Host memory, uint8 `[nbytes]`, that is the same for all ranks of the node."""
         if self.local[1] == 1 or nbytes == 0:
-            return host_buffer(nbytes)
+            return host_buffer((nbytes,), torch.uint8)
         # Anonymous memory, which no kill leaves behind; unlike /dev/shm it is not cut to 64 MiB in containers.
         own = os.memfd_create("flap-stream") if self.leads_node else -1
         if own >= 0:
