@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 INTERRUPTED = 130  # exit code
 
 _LOOK_SECONDS = 0.5
+_EXIT_SECONDS = 1.0  # that a killed process may take to end, under load
 _SILENCE_SECONDS = 6.0  # without a sign from another node, or an answer of the store: it is gone
 _FAREWELL_SECONDS = 5.0  # from the moment when a failure is known until its process ends, at the latest
 _JOIN_SECONDS = 600.0
@@ -291,7 +292,7 @@ class _Job:
         with suppress(ValueError):  # in another thread than the main one
             for number in (signal.SIGTERM, signal.SIGINT):  # the launcher's, which would come in between
                 signal.signal(number, signal.SIG_IGN)
-        lost = self._watch.lost() if self._watch is not None else None
+        lost = self._lost(_EXIT_SECONDS if isinstance(error, RankLost) else 0.0)
         if lost is not None and isinstance(error, (RankLost, KeyboardInterrupt)):
             code, reason = RankLost.exit_code, RankLost(_obituary(lost, self._world))
         else:
@@ -306,6 +307,16 @@ class _Job:
             reason.add_note("")  # says by itself whom it is about
             raise reason from error
         error.add_note(f"rank {self._rank} of {self._world}: ")
+
+    def _lost(self, seconds: float) -> int | None:
+        """A rank that has ended, or does within so long: a killed process loses its connections before it is gone."""
+        deadline = time.monotonic() + seconds
+        while self._watch is not None:
+            lost = self._watch.lost()
+            if lost is not None or time.monotonic() > deadline:
+                return lost
+            time.sleep(0.01)
+        return None
 
 
 def _claim(store: Any, rank: int, who: str, code: int) -> tuple[bool, int]:
