@@ -283,7 +283,8 @@ class _Job:
         ranks.barrier()  # until here a death is noticed, from here on it does no harm
         assert self._watch is not None
         self._watch.stop()
-        ranks.barrier()
+        with suppress(RankLost):
+            ranks.barrier()
         if self._owns_group:
             dist.destroy_process_group()
 
