@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -256,11 +257,9 @@ class _Job:
         """Wait until all ranks are there, and get to know them."""
         mine = {"host": socket.gethostname(), "group": os.environ.get("GROUP_RANK", ""), "pid": os.getpid()}
         self._store.set(f"process/{self._rank}", json.dumps(mine))
-        keys, deadline = [f"process/{rank}" for rank in range(self._world)], time.monotonic() + _JOIN_SECONDS
-        while not self._store.check(keys):  # not a blocking wait: a signal must get through
-            if time.monotonic() > deadline:
-                raise RankLost(f"some of the {self._world} ranks of this job did not come up; start it again")
-            time.sleep(0.02)
+        keys = [f"process/{rank}" for rank in range(self._world)]
+        if not self._wait_for(keys, _JOIN_SECONDS):
+            raise RankLost(f"some of the {self._world} ranks of this job did not come up; start it again")
         processes = [json.loads(self._store.get(key)) for key in keys]
         places = [(process["host"], process["group"]) for process in processes]
         nodes = tuple(
@@ -280,13 +279,25 @@ class _Job:
 
     def leave(self, ranks: Ranks) -> None:
         """All is done: go when all can go."""
-        ranks.barrier()  # until here a death is noticed, from here on it does no harm
         assert self._watch is not None
+        self._store.set(_done(self._rank), "")
+        # Not a barrier: if a rank is killed in one, some of the others get through it and some do not.
+        with _peers():
+            self._wait_for([_done(rank) for rank in range(self._world)])
         self._watch.stop()
         with suppress(RankLost):
             ranks.barrier()
         if self._owns_group:
             dist.destroy_process_group()
+
+    def _wait_for(self, keys: list[str], seconds: float = inf) -> bool:
+        """Wait for so long, at most, until the store has all keys; whether it has."""
+        deadline = time.monotonic() + seconds
+        while not self._store.check(keys):  # not a blocking wait: a signal must get through
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
 
     def fail(self, error: BaseException) -> None:
         """Let the others know; raise SystemExit or RankLost where that says better why it is over."""
@@ -325,6 +336,11 @@ def _claim(store: Any, rank: int, who: str, code: int) -> tuple[bool, int]:
     mine = json.dumps({"rank": rank, "who": who, "code": code})
     said = store.compare_set("failure", "", mine).decode()
     return said == mine, json.loads(said)["code"]
+
+
+def _done(rank: int) -> str:
+    """Name under which the store knows that a rank has nothing left to do."""
+    return f"done/{rank}"
 
 
 def _exit_code(error: BaseException) -> int:
@@ -400,8 +416,8 @@ class _Watch(threading.Thread):
                 self._heard[rank] = (beat, time.monotonic())
         if not self._store.check(["failure"]):
             lost = self.lost()
-            if lost is None:
-                return
+            if lost is None or self._store.check([_done(rank) for rank in range(self._world)]):
+                return  # from when all are done, a death does no harm
             if _claim(self._store, self._rank, "watch", RankLost.exit_code)[0]:
                 self._end(RankLost.exit_code, _obituary(lost, self._world))
         failure = json.loads(self._store.get("failure"))

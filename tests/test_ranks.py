@@ -20,7 +20,7 @@ from rank_jobs import KILLED, LENGTH, WINDOWS, RankJob, contents, launch
 import flap_stream
 from flap_stream.checkpoint import open_checkpoint
 from flap_stream.config import EvaluateConfig
-from flap_stream.errors import InvalidOption
+from flap_stream.errors import InvalidOption, RankLost
 from flap_stream.layers import BatchSizes
 from flap_stream.moments import Moments, joined_channels
 from flap_stream.ranks import ALONE as ONE
@@ -271,6 +271,38 @@ def test_an_interrupted_rank_ends_all_and_says_so_once(job: RankJob, ranks: int)
     assert ended.codes == [130] * ranks
     assert len(ended.sentences) == 1 and "run the same command again to go on" in ended.sentences[0]
     assert job.trouble(f"interrupted-{ranks}", 5 - ranks) is None
+
+
+class KilledOnLeaving:
+    """The job, of which one rank is killed just before or just after it says that it has nothing left to do."""
+
+    def __init__(self, action: Callable[[], None], rank: int, is_said: bool) -> None:
+        self.action, self.rank, self.is_said = action, rank, is_said
+
+    def __call__(self) -> None:
+        from flap_stream import ranks
+
+        leave = ranks._Job.leave
+
+        def die(job: Any, own: Ranks) -> None:
+            if own.rank == self.rank:
+                if self.is_said:
+                    job._store.set(ranks._done(own.rank), "")
+                os.kill(os.getpid(), signal.SIGKILL)
+            leave(job, own)
+
+        ranks._Job.leave = die
+        self.action()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+@pytest.mark.parametrize("is_said, code", [(True, 0), (False, RankLost.exit_code)], ids=["done", "not done"])
+def test_ranks_end_alike_when_one_is_killed_while_all_leave(job: RankJob, rank: int, is_said: bool, code: int) -> None:
+    name = f"leaving-{rank}-{is_said}"
+    ended = launch(job.place(name), 4, KilledOnLeaving(job.action(name, keep_run=True), rank, is_said), nodes=2)
+    assert ended.codes == [-signal.SIGKILL if other == rank else code for other in range(4)]
+    assert len(ended.sentences) == (code != 0)
+    assert job.difference(name) is None
 
 
 @pytest.mark.timeout(200)
