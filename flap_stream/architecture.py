@@ -88,10 +88,14 @@ class Projection:
 
 @dataclass(frozen=True)
 class UnitKind:
-    """All projections that lose something when a unit goes. The last one's inputs are what is measured."""
+    """All projections that lose something when a unit goes. The last one's inputs are what is measured.
+
+    norm: path, inside the decoder layer, of what norms the hidden states for them, unless `Family.norms_outputs`.
+    """
 
     name: str
     projections: tuple[Projection, ...]
+    norm: str
 
     @property
     def output(self) -> Projection:
@@ -138,6 +142,7 @@ _ATTENTION = UnitKind(
         Projection("self_attn.v_proj", ROWS, ("key_value",)),
         Projection("self_attn.o_proj", COLUMNS, ("query",)),
     ),
+    "input_layernorm",
 )
 _FUSED_ATTENTION = UnitKind(
     "attention",
@@ -145,6 +150,7 @@ _FUSED_ATTENTION = UnitKind(
         Projection("self_attn.qkv_proj", ROWS, ("query", "key_value", "key_value")),
         Projection("self_attn.o_proj", COLUMNS, ("query",)),
     ),
+    "input_layernorm",
 )
 _MLP = UnitKind(
     "mlp",
@@ -153,6 +159,7 @@ _MLP = UnitKind(
         Projection("mlp.up_proj", ROWS, ("neuron",)),
         Projection("mlp.down_proj", COLUMNS, ("neuron",)),
     ),
+    "post_attention_layernorm",
 )
 _FUSED_MLP = UnitKind(
     "mlp",
@@ -160,6 +167,7 @@ _FUSED_MLP = UnitKind(
         Projection("mlp.gate_up_proj", ROWS, ("neuron", "neuron")),
         Projection("mlp.down_proj", COLUMNS, ("neuron",)),
     ),
+    "post_attention_layernorm",
 )
 _EXPERT = UnitKind(
     "mlp",
@@ -168,6 +176,7 @@ _EXPERT = UnitKind(
         Projection("mlp.experts.each.{}.up", ROWS, ("neuron",)),
         Projection("mlp.experts.each.{}.down", COLUMNS, ("neuron",)),
     ),
+    "post_attention_layernorm",
 )
 
 
@@ -205,6 +214,10 @@ class Family:
             else:
                 found.append(Part(kind, 0, shape.units(kind.name)))
         return found
+
+    def norm_before(self, kind: UnitKind) -> tuple[str, ...]:
+        """Path of the norm that serves this kind of units alone, in a layer that has one."""
+        return () if self.norms_outputs else (kind.norm,)
 
     def canonical(self, name: str) -> str:
         """The name that the pruned class has for a tensor of a checkpoint."""

@@ -79,6 +79,9 @@ class MomentSums:
         self._total = torch.zeros(self.channels + 1, dtype=torch.float64, device=device)  # the last counts tokens
         self._sizes = _sizes(squares.to(device))
         self._many = _sizes(squares.new_tensor([tokens])).to(device)
+        self._is_bf16 = dtype == torch.bfloat16
+        if device.type == "cpu":
+            dtype = torch.float32  # products of bf16 would be rounded to bf16
         self._pending = torch.empty(PRODUCT_TOKENS, self.channels, dtype=dtype, device=device)
         self._waiting, self._block_tokens, self._left = 0, block_tokens, block_tokens
 
@@ -100,10 +103,7 @@ class MomentSums:
         self._waiting = 0
         column_sums = block.sum(dim=0, dtype=torch.float32)
         _add_rounded(self._total[None, :-1], column_sums[None], self._many, self._sizes)
-        is_bf16 = block.dtype == torch.bfloat16
-        if block.device.type == "cpu":
-            block = block.float()  # products of bf16 would be rounded to bf16
-        with _units_for_bf16(is_bf16):
+        with _units_for_bf16(self._is_bf16):
             for i, row in enumerate(self._rows):
                 at = i * BLOCK_CHANNELS
                 rows = slice(at, at + len(row))
@@ -237,7 +237,7 @@ def workspace_bytes(out: int, channels: int, item_bytes: int, has_target: bool, 
     width = channels + beside
     blocks = range(0, channels, BLOCK_CHANNELS)
     sums = 8 * sum(min(BLOCK_CHANNELS, channels - at) * (width - at) for at in blocks)
-    adding = sums + PRODUCT_TOKENS * width * (item_bytes + 4 * on_cpu)
+    adding = sums + PRODUCT_TOKENS * width * (4 if on_cpu else item_bytes)
     adding += (4 * BLOCK_CHANNELS + 24 * _ROUNDED_ROWS) * width
     matrices = 4 * channels * width
     weights = out * channels * (item_bytes + 4)

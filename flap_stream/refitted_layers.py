@@ -117,10 +117,17 @@ class Pass2:
         parts = self.model.family.parts(shape)
         self._step = 2 * len(self.model.layers) + _STEPS * index  # pass 1 has two a layer
         for part in parts:
-            others = {other.kind.module: Supplies(other.kind.name) for other in parts if other is not part}
+            others: dict[str, nn.Module] = {}
+            for other in parts:
+                if other is not part:
+                    others |= {other.kind.module: Supplies(other.kind.name), **self.without_norm(other)}
             half = _Half(self, index, weights, part, others)
             refitted |= half.run(part.own(keep.of(part.kind.name)), shape, stored)
         return refitted
+
+    def without_norm(self, part: Part) -> dict[str, nn.Module]:
+        """What saves the time of norming for a part that does not look at it."""
+        return {path: nn.Identity() for path in self.model.family.norm_before(part.kind)}
 
     def forward(self, index: int, weights: Mapping[str, torch.Tensor], hidden: HiddenStates, **how: Any) -> None:
         """`StreamedModel.forward_layer` as the next step."""
@@ -349,7 +356,8 @@ class _Half:
         def give(start: int, count: int) -> None:
             supplies.inputs = inputs.take(start, count)
 
-        self._forward(self.on.hidden, {self.part.kind.module: supplies}, before_batch=give)
+        stand_ins = {self.part.kind.module: supplies, **self.on.without_norm(self.part)}
+        self._forward(self.on.hidden, stand_ins, before_batch=give)
 
     def _forward(self, hidden: HiddenStates, stand_ins: Mapping[str, nn.Module], **how: Any) -> None:
         weights = self.weights if hidden is self.on.dense else {**self.weights, **self.aligned}
