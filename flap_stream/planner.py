@@ -33,7 +33,7 @@ _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _EFFICIENT_TOKENS = {"cpu": 512, "cuda": 4096}
 # What lazy imports, thread stacks, kernels compiled at first use and freed but unreturned memory add to the buffers.
 _HOST_SLACK = 40 << 20
-_HEAP_HOLES = 2  # bytes that lie idle in the heap, at most, for each that activations have there
+_HEAP_HOLES = 3  # bytes that lie idle in the heap, at most, for each that activations have there
 _HEAD_WORKSPACE = 224 << 20  # a chunk of logits, in float32 twice over
 _DEVICE_SLACK = 128 << 20  # workspaces of the matrix library, and rounding of the allocator
 
