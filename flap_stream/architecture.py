@@ -90,12 +90,13 @@ class Projection:
 class UnitKind:
     """All projections that lose something when a unit goes. The last one's inputs are what is measured.
 
-    norm: path, inside the decoder layer, of what norms the hidden states for them, unless `Family.norms_outputs`.
+    norm: path, inside the decoder layer, of what norms the hidden states for them alone, unless `Family.norms_outputs`;
+    None if there is none, or it is not known.
     """
 
     name: str
     projections: tuple[Projection, ...]
-    norm: str
+    norm: str | None = None
 
     @property
     def output(self) -> Projection:
@@ -217,7 +218,7 @@ class Family:
 
     def norm_before(self, kind: UnitKind) -> tuple[str, ...]:
         """Path of the norm that serves this kind of units alone, in a layer that has one."""
-        return () if self.norms_outputs else (kind.norm,)
+        return () if self.norms_outputs or kind.norm is None else (kind.norm,)
 
     def canonical(self, name: str) -> str:
         """The name that the pruned class has for a tensor of a checkpoint."""
