@@ -90,8 +90,8 @@ class Projection:
 class UnitKind:
     """All projections that lose something when a unit goes. The last one's inputs are what is measured.
 
-    norm: path, inside the decoder layer, of what norms the hidden states for them alone, unless `Family.norms_outputs`;
-    None if there is none, or it is not known.
+    norm: path, inside the decoder layer, of what norms the hidden states for them alone, where the family norms no
+    outputs; None if nothing does, or it is not known.
     """
 
     name: str
@@ -143,7 +143,7 @@ _ATTENTION = UnitKind(
         Projection("self_attn.v_proj", ROWS, ("key_value",)),
         Projection("self_attn.o_proj", COLUMNS, ("query",)),
     ),
-    "input_layernorm",
+    norm="input_layernorm",
 )
 _FUSED_ATTENTION = UnitKind(
     "attention",
@@ -151,7 +151,7 @@ _FUSED_ATTENTION = UnitKind(
         Projection("self_attn.qkv_proj", ROWS, ("query", "key_value", "key_value")),
         Projection("self_attn.o_proj", COLUMNS, ("query",)),
     ),
-    "input_layernorm",
+    norm="input_layernorm",
 )
 _MLP = UnitKind(
     "mlp",
@@ -160,7 +160,7 @@ _MLP = UnitKind(
         Projection("mlp.up_proj", ROWS, ("neuron",)),
         Projection("mlp.down_proj", COLUMNS, ("neuron",)),
     ),
-    "post_attention_layernorm",
+    norm="post_attention_layernorm",
 )
 _FUSED_MLP = UnitKind(
     "mlp",
@@ -168,7 +168,7 @@ _FUSED_MLP = UnitKind(
         Projection("mlp.gate_up_proj", ROWS, ("neuron", "neuron")),
         Projection("mlp.down_proj", COLUMNS, ("neuron",)),
     ),
-    "post_attention_layernorm",
+    norm="post_attention_layernorm",
 )
 _EXPERT = UnitKind(
     "mlp",
@@ -177,7 +177,6 @@ _EXPERT = UnitKind(
         Projection("mlp.experts.each.{}.up", ROWS, ("neuron",)),
         Projection("mlp.experts.each.{}.down", COLUMNS, ("neuron",)),
     ),
-    "post_attention_layernorm",
 )
 
 
@@ -216,9 +215,9 @@ class Family:
                 found.append(Part(kind, 0, shape.units(kind.name)))
         return found
 
-    def norm_before(self, kind: UnitKind) -> tuple[str, ...]:
-        """Path of the norm that serves this kind of units alone, in a layer that has one."""
-        return () if self.norms_outputs or kind.norm is None else (kind.norm,)
+    def norm_before(self, kind: UnitKind) -> str | None:
+        """Path of the norm that serves this kind of units alone, if it is known."""
+        return None if self.norms_outputs else kind.norm
 
     def canonical(self, name: str) -> str:
         """The name that the pruned class has for a tensor of a checkpoint."""

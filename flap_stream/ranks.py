@@ -280,10 +280,10 @@ class _Job:
     def leave(self, ranks: Ranks) -> None:
         """All is done: go when all can go."""
         assert self._watch is not None
-        self._store.set(_done(self._rank), "")
+        self._store.set(_done_keys(self._world)[self._rank], "")
         # Not a barrier: if a rank is killed in one, some of the others get through it and some do not.
         with _peers():
-            self._wait_for([_done(rank) for rank in range(self._world)])
+            self._wait_for(_done_keys(self._world))
         self._watch.stop()
         with suppress(RankLost):
             ranks.barrier()
@@ -338,9 +338,9 @@ def _claim(store: Any, rank: int, who: str, code: int) -> tuple[bool, int]:
     return said == mine, json.loads(said)["code"]
 
 
-def _done(rank: int) -> str:
-    """Name under which the store knows that a rank has nothing left to do."""
-    return f"done/{rank}"
+def _done_keys(world: int) -> list[str]:
+    """What each rank puts into the store when it has nothing left to do."""
+    return [f"done/{rank}" for rank in range(world)]
 
 
 def _exit_code(error: BaseException) -> int:
@@ -416,7 +416,7 @@ class _Watch(threading.Thread):
                 self._heard[rank] = (beat, time.monotonic())
         if not self._store.check(["failure"]):
             lost = self.lost()
-            if lost is None or self._store.check([_done(rank) for rank in range(self._world)]):
+            if lost is None or self._store.check(_done_keys(self._world)):
                 return  # from when all are done, a death does no harm
             if _claim(self._store, self._rank, "watch", RankLost.exit_code)[0]:
                 self._end(RankLost.exit_code, _obituary(lost, self._world))

@@ -127,7 +127,8 @@ class Pass2:
 
     def without_norm(self, part: Part) -> dict[str, nn.Module]:
         """What saves the time of norming for a part that does not look at it."""
-        return {path: nn.Identity() for path in self.model.family.norm_before(part.kind)}
+        path = self.model.family.norm_before(part.kind)
+        return {} if path is None else {path: nn.Identity()}
 
     def forward(self, index: int, weights: Mapping[str, torch.Tensor], hidden: HiddenStates, **how: Any) -> None:
         """`StreamedModel.forward_layer` as the next step."""

@@ -287,7 +287,7 @@ class KilledOnLeaving:
         def die(job: Any, own: Ranks) -> None:
             if own.rank == self.rank:
                 if self.is_said:
-                    job._store.set(ranks._done(own.rank), "")
+                    job._store.set(ranks._done_keys(own.world)[own.rank], "")
                 os.kill(os.getpid(), signal.SIGKILL)
             leave(job, own)
 
