@@ -14,12 +14,13 @@ from flap_stream.architecture import Family, LayerShape, family_of
 from flap_stream.checkpoint import INDEX_NAME, Checkpoint
 from flap_stream.config import PlanConfig
 from flap_stream.errors import CorruptCheckpoint, InsufficientSpace, OutputConflict
+from flap_stream.journal import Journal
 from flap_stream.json_form import has_form
 from flap_stream.model_card import model_card
 from flap_stream.progress import Progress
 from flap_stream.ranks import ALONE, Ranks
 from flap_stream.shards import Restoration, ShardPlan, plan_digest, plan_shards, write_shard
-from flap_stream.store import Journal, RunDirectory
+from flap_stream.store import RunDirectory
 
 RECORD_NAME = "pruning.json"
 RECORD_FORMAT, RECORD_VERSION = "flap-stream-pruning", 1

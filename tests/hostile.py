@@ -19,9 +19,10 @@ from flap_stream import store
 from flap_stream.calibration import calibration_tokens
 from flap_stream.checkpoint import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, open_checkpoint, read_header
 from flap_stream.config import CollectConfig
+from flap_stream.journal import ENTRY_FORMS, Journal
 from flap_stream.layers import StreamedModel
 from flap_stream.output import DIGESTS_NAME, RECORD_NAME, damaged_files, read_record
-from flap_stream.store import Journal, RunDirectory
+from flap_stream.store import RunDirectory
 
 PLACE = Path(tempfile.mkdtemp(prefix="flap-stream-hostile-"))
 
@@ -187,7 +188,7 @@ def read_run(manifest: bytes = sealed(MANIFEST), journal: bytes = b"") -> None:
 
 def read_journal(body: bytes) -> None:
     journal = Journal(write("journal", body))
-    for kind in store._ENTRIES:
+    for kind in ENTRY_FORMS:
         journal.find(kind, "0000")
 
 

@@ -21,8 +21,9 @@ from flap_stream.allocation import LayerKeep
 from flap_stream.config import PlanConfig, PruneConfig
 from flap_stream.errors import CorruptRun, RunLocked, RunMismatch
 from flap_stream.hidden_states import HiddenStates, make_hidden_states
+from flap_stream.journal import Journal
 from flap_stream.scoring import ChannelStatistics, LayerStatistics
-from flap_stream.store import Journal, RunDirectory, SnapshotStore
+from flap_stream.store import RunDirectory, SnapshotStore
 
 MANIFEST: dict[str, Any] = {
     "model": {"config": "abc", "shard_bytes": {"model.safetensors": 10}},
