@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from flap_stream.config import PruneConfig
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
+# In the background of a script SIGINT is ignored, and would be in every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
