@@ -32,8 +32,10 @@ _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 # Below this, products wait for weights from memory: rather keep hidden states on disk or give up reading ahead.
 _EFFICIENT_TOKENS = {"cpu": 512, "cuda": 4096}
 # What lazy imports, thread stacks, kernels compiled at first use and freed but unreturned memory add to the buffers.
-_HOST_SLACK = 40 << 20
-_HEAP_HOLES = 3  # bytes that lie idle in the heap, at most, for each that activations have there
+_HOST_SLACK = {"cpu": 20 << 20, "cuda": 40 << 20}
+# What lies idle in the heap at most, as a share of the activations and again of those that are always there: where
+# there is a hole, malloc puts what could have memory of its own, too. Chosen by tools/memory_grid.py.
+_HEAP_HOLES = (0.5, 1.5)
 _HEAD_WORKSPACE = 224 << 20  # a chunk of logits, in float32 twice over
 _DEVICE_SLACK = 128 << 20  # workspaces of the matrix library, and rounding of the allocator
 
@@ -211,13 +213,14 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
     """A placement with its memory."""
     slab = max(slab_bytes([entry.nbytes for entry in layer.values()]) for layer in job.layers)
     weights = min(prefetch + 1, len(job.layers)) * slab + max(cast_bytes(e.values(), job.dtype) for e in job.layers)
-    batch, (workspace, small) = job.batch_bytes(batch_size), job.workspace(batch_size)
+    batch, (activations, small) = job.batch_bytes(batch_size), job.workspace(batch_size)
     head = 0 if job.head is None else job.head.nbytes + _HEAD_WORKSPACE
     adding, solving = job.refit_bytes()
-    workspace = max(workspace + adding, solving)
+    workspace = max(activations + adding, solving)
     if job.refit is not None:
         weights += 2 * job.refit.aligned * job.dtype.itemsize  # what stays, and the whole of it for the forward
         head += max(adding, solving) if job.head is not None else 0
+    slack = _HOST_SLACK[job.device]
     # Resident now, since finding the workspace has loaded and kept something too.
     base = resident_bytes() + job.waiting_bytes(batch_size)
     own_hidden = job.batch_bytes(job.share(batch_size))
@@ -226,12 +229,13 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
         # oneDNN lays a weight out anew for each product, in memory of its own.
         largest = max(prod(entry.shape) for layer in job.layers for entry in layer.values()) * job.dtype.itemsize
         small += largest if largest < OWN_BLOCK_BYTES else 0
-        host = base + hidden + max(weights + workspace + largest + _HEAP_HOLES * small, head) + _HOST_SLACK
+        holes = int(_HEAP_HOLES[0] * activations + _HEAP_HOLES[1] * small)
+        host = base + hidden + max(weights + workspace + largest + holes, head) + slack
         return Placement(batch_size, hidden_place, prefetch, host, 0)
     on_device = {"device": own_hidden, "host": batch, "disk": batch}[hidden_place]
     device = on_device + max(weights + workspace, head) + _DEVICE_SLACK
     ring = ring_blocks(job.local_ranks) * RING_BLOCK_BYTES
-    host = base + hidden + ring + max(batch, 0 if job.head is None else job.head.nbytes) + _HOST_SLACK
+    host = base + hidden + ring + max(batch, 0 if job.head is None else job.head.nbytes) + slack
     return Placement(batch_size, hidden_place, prefetch, host, device)
 
 
