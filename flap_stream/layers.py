@@ -210,6 +210,7 @@ class StreamedModel:
         for i, weights in enumerate(layers, start):
             self._require_finite(f"{self.family.layers}.{i}.", weights)
             yield i, weights
+            memory.give_back_heap()  # else what activations leave there grows from layer to layer
 
     def forward_layer(
         self,

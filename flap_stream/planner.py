@@ -32,7 +32,7 @@ _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 # Below this, products wait for weights from memory: rather keep hidden states on disk or give up reading ahead.
 _EFFICIENT_TOKENS = {"cpu": 512, "cuda": 4096}
 # What lazy imports, thread stacks, kernels compiled at first use and freed but unreturned memory add to the buffers.
-_HOST_SLACK = {"cpu": 20 << 20, "cuda": 40 << 20}
+_HOST_SLACK = {"cpu": 36 << 20, "cuda": 40 << 20}
 # What lies idle in the heap at most, as a share of the activations and again of those that are always there: where
 # there is a hole, malloc puts what could have memory of its own, too. Chosen by tools/memory_grid.py.
 _HEAP_HOLES = (0.5, 1.5)
