@@ -13,7 +13,8 @@ METHODS = ("flap", "wanda-sp", "magnitude-sp")
 HEAD_SCORES = ("mean-z", "l2")
 STATISTICS = ("exact", "released")
 RESTORATIONS = ("bias", "none", "least-squares")
-REFIT_TARGETS = ("own", "dense", "aligned")
+REFIT_TARGETS = ("own", "dense", "aligned", "joint")
+ALIGNING_TARGETS = ("aligned", "joint")  # for which what reads hidden states is refitted, too
 SWEPT_RESTORATIONS = ("bias", "none")  # those that masked_layers.py can put into a dense layer
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -222,9 +223,9 @@ class RewriteConfig(EngineConfig):
     the layers once more, for which the options of the engine are; None is the method's own (`bias` for flap, else
     `none`).
     refit_target: what `least-squares` refits to: `own`, the projection's dense output for the inputs that it gets in
-    the pruned model; `dense`, the dense model's hidden states, which takes about twice as long; or `aligned`, which
+    the pruned model; `dense`, the dense model's hidden states, which takes about twice as long; `aligned`, which
     beside that refits what reads hidden states (q, k, v, gate, up, and the head unless it is the embedding) to what it
-    reads in the dense model.
+    reads in the dense model; or `joint`, which beside that lets gate and up make up for neurons that are gone.
     max_shard_bytes: no shard is larger, except one that holds a single larger tensor.
     """
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from flap_stream.architecture import LayerShape
 from flap_stream.checkpoint import TensorEntry
 from flap_stream.errors import InsufficientMemory
+from flap_stream.gauss_newton import DIRECTIONS
 from flap_stream.memory import OWN_BLOCK_BYTES, Limits, give_back_heap, resident_bytes
 from flap_stream.moments import window_moments
 from flap_stream.progress import format_bytes
@@ -49,12 +50,14 @@ class Refit:
     aligned: parameters that read hidden states and are refitted, the most of one module. The squares of which the
     matrices come that align them are among the projections.
     has_head: whether the head is refitted.
+    steps: for each layer of which a Gauss-Newton step is taken, rows that move, neurons and hidden size.
     """
 
     projections: tuple[tuple[int, int], ...]
     has_dense: bool
     aligned: int = 0
     has_head: bool = False
+    steps: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def cached(self) -> int:
@@ -69,6 +72,12 @@ class Refit:
             beside = out if self.has_dense else channels - stays
             moments += tokens * stays * (stays + 2 * beside)
             solving += stays**3 / 3 + 2 * stays**2 * min(beside, out)
+        for rows, neurons, hidden in self.steps:
+            moments += tokens * (1 - ratio) ** 2 * neurons * (neurons + 2 * hidden)  # before the step
+            pulls = hidden * (2 * rows + neurons + hidden / 2)  # reading and summing included
+            pushes = hidden * (rows + neurons)
+            moments += 2 * tokens * (1 - ratio) * ((1 + DIRECTIONS) * (pulls + pushes) + pushes)
+            solving += hidden**3 / 3 + (1 - ratio) * (2 * DIRECTIONS + 2) * rows * hidden**2
         return int(moments), int(solving)
 
     def sum_bytes(self, ratio: float) -> int:
@@ -77,6 +86,9 @@ class Refit:
         for out, channels in self.projections:
             stays = (1 - ratio) * channels
             total += 8 * stays * (stays / 2 + (out if self.has_dense else channels - stays))
+        for rows, neurons, hidden in self.steps:
+            total += 8 * (1 - ratio) * neurons * ((1 - ratio) * neurons / 2 + hidden)
+            total += 8 * (1 + DIRECTIONS) * hidden * (hidden / 2 + (1 - ratio) * rows)
         return int(total)
 
 
@@ -130,14 +142,17 @@ class Job:
             width += self.refit.has_dense * self.hidden_size + self.refit.cached
         return windows * self.tokens * width * self.dtype.itemsize
 
-    def refit_bytes(self) -> tuple[int, int]:
+    def refit_bytes(self, batch_size: int) -> tuple[int, int]:
         """Most bytes that refitting takes while a layer runs, and when none does."""
         if self.refit is None:
             return 0, 0
-        of = [
-            workspace_bytes(*sizes, self.dtype.itemsize, self.refit.has_dense, self.device == "cpu")
-            for sizes in self.refit.projections
-        ]
+        tokens, item, on_cpu = batch_size * self.tokens, self.dtype.itemsize, self.device == "cpu"
+        of = [workspace_bytes(*sizes, item, self.refit.has_dense, on_cpu) for sizes in self.refit.projections]
+        for rows, neurons, hidden in self.refit.steps:
+            sums, _ = workspace_bytes(rows, hidden, item, True, on_cpu)
+            search, linearised = 3 * 4 * rows * hidden, tokens * item * (5 * rows + 4 * neurons + 4 * hidden)
+            weights = 2 * item * rows * hidden  # those in use, and a direction
+            of.append((sums + search + weights + linearised, sums + 2 * search + weights + 4 * hidden * hidden))
         return max(adding for adding, _ in of), max(solving for _, solving in of)
 
     def workspace(self, batch_size: int) -> tuple[int, int]:
@@ -215,7 +230,7 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
     weights = min(prefetch + 1, len(job.layers)) * slab + max(cast_bytes(e.values(), job.dtype) for e in job.layers)
     batch, (activations, small) = job.batch_bytes(batch_size), job.workspace(batch_size)
     head = 0 if job.head is None else job.head.nbytes + _HEAD_WORKSPACE
-    adding, solving = job.refit_bytes()
+    adding, solving = job.refit_bytes(batch_size)
     workspace = max(activations + adding, solving)
     if job.refit is not None:
         weights += 2 * job.refit.aligned * job.dtype.itemsize  # what stays, and the whole of it for the forward

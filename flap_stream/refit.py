@@ -180,7 +180,7 @@ def refit_to_own(weight: torch.Tensor, moments: KeptMoments, damping: float = DA
     """
     kept = moments.kept.shape[0]
     dense, removed = weight[:, :kept].float(), weight[:, kept:].float()
-    factor, _ = _factor(moments.kept, damping)
+    factor, _ = cholesky_factor(moments.kept, damping)
     if removed.shape[1] <= len(weight):
         predicts = torch.cholesky_solve(moments.cross, factor, upper=True)  # [kept, removed]
         return torch.addmm(dense, removed, predicts.T)
@@ -193,12 +193,12 @@ def refit_to_target(kept_weight: torch.Tensor, moments: KeptMoments, damping: fl
 
     kept_weight: `[out, kept]`, any floating dtype. moments: with the target `[out]` beside; they are used up.
     """
-    factor, added = _factor(moments.kept, damping)
+    factor, added = cholesky_factor(moments.kept, damping)
     wanted = moments.cross.add_(kept_weight.T.float(), alpha=added)
     return torch.cholesky_solve(wanted, factor, upper=True).T.contiguous()
 
 
-def _factor(kept: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+def cholesky_factor(kept: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
     """Upper Cholesky factor of a matrix whose upper triangle is given, and what its diagonal was raised by.
 
     Where the damping does not suffice, it is raised, and that is logged.

@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from flap_stream.allocation import LayerKeep
 from flap_stream.architecture import ROWS, Family, LayerShape
 from flap_stream.checkpoint import FORWARD_DTYPES, TensorEntry, read_header
+from flap_stream.config import ALIGNING_TARGETS
 from flap_stream.errors import CorruptRun, UnsupportedModel
+from flap_stream.gauss_newton import DIRECTIONS
 from flap_stream.layers import BatchSizes, StreamedModel
 from flap_stream.planner import Placement, Refit
 from flap_stream.progress import Progress
-from flap_stream.refit import (
-    DAMPING,
-    product_windows,
-)
-from flap_stream.refitted_layers import Pass2
+from flap_stream.refit import DAMPING, product_windows
+from flap_stream.refitted_layers import refit_head, refit_layer
+from flap_stream.second_pass import SecondPass
 from flap_stream.shards import OutputTensor, safetensors_header
 from flap_stream.snapshots import Snapshots, resume
 from flap_stream.store import RunDirectory
@@ -46,7 +46,7 @@ def refit_sizes(model: StreamedModel, target: str) -> Refit:
     """The most that pass 2 can have to refit, for the planner: every layer could keep almost all."""
     parts = [(shape, part) for shape in model.shapes for part in model.family.parts(shape)]
     projections = [(model.hidden_size, part.kind.output.size(part.units, shape)) for shape, part in parts]
-    if target != "aligned":
+    if target not in ALIGNING_TARGETS:
         return Refit(tuple(projections), has_dense=target == "dense")
     readers = [
         sum(projection.size(part.units, shape) for projection in part.kind.projections if projection.axis == ROWS)
@@ -54,12 +54,17 @@ def refit_sizes(model: StreamedModel, target: str) -> Refit:
     ]
     squares = [(model.hidden_size, model.hidden_size)] * (len(parts) + refits_head(model, target))
     aligned = model.hidden_size * max(readers)
-    return Refit((*projections, *squares), has_dense=True, aligned=aligned, has_head=refits_head(model, target))
+    steps = [
+        (read, part.units, model.hidden_size)
+        for read, (_, part) in zip(readers, parts, strict=True)
+        if target == "joint" and part.kind.name == "mlp"
+    ]
+    return Refit((*projections, *squares), True, aligned, refits_head(model, target), tuple(steps))
 
 
 def refits_head(model: StreamedModel, target: str) -> bool:
     """Whether the head is refitted; one that is the embedding stays."""
-    return target == "aligned" and not model.skeleton.tied
+    return target in ALIGNING_TARGETS and not model.skeleton.tied
 
 
 def refit_stored_bytes(model: StreamedModel, target: str) -> int:
@@ -69,7 +74,7 @@ def refit_stored_bytes(model: StreamedModel, target: str) -> int:
         for entries, shape in zip(model.layer_entries, model.shapes, strict=True)
         for part in model.family.parts(shape)
         for projection in part.kind.projections
-        if target == "aligned" or projection.axis != ROWS
+        if target in ALIGNING_TARGETS or projection.axis != ROWS
     )
     stored = sum(weight.nbytes + weight.shape[0] * weight.item_bytes for weight in weights if weight is not None)
     return stored + (model.head_entry.nbytes if refits_head(model, target) else 0)
@@ -77,7 +82,7 @@ def refit_stored_bytes(model: StreamedModel, target: str) -> int:
 
 def refit_record(target: str) -> dict[str, Any]:
     """What decides a refit besides the plan and how layers are run."""
-    return {"target": target, "damping": DAMPING}
+    return {"target": target, "damping": DAMPING, **({"directions": DIRECTIONS} if target == "joint" else {})}
 
 
 def refit_layers(
@@ -113,13 +118,13 @@ def refit_layers(
             start = resume(model, saved, tokens[own.start : own.stop], placement.batch_size, first)
             stage.skip(start)
             sizes = BatchSizes(placement.batch_size, run.batch_reductions(), own)
-            layers = Pass2(model, run, [hidden for _, hidden in saved], sizes, placement, samples, target == "aligned")
+            on = SecondPass(model, run, [hidden for _, hidden in saved], sizes, placement, samples, target)
             snapshots = Snapshots(saved, snapshot_interval, ranks)
             for i, weights in model.stream(start, placement.prefetch):
                 if i < first:
-                    layers.run(i, weights, keeps[i], load_file(run.refit_path(i)))
+                    refit_layer(on, i, weights, keeps[i], load_file(run.refit_path(i)))
                 else:
-                    refitted = layers.run(i, weights, keeps[i], None)
+                    refitted = refit_layer(on, i, weights, keeps[i], None)
                     model.checkpoint.require_unchanged()
                     if ranks.is_first:
                         run.write_refit(i, _file_chunks(f"{model.family.layers}.{i}.", refitted))
@@ -127,7 +132,7 @@ def refit_layers(
                     snapshots.layer_done(i + 1)
                 stage.advance(tokens=tokens.size, bytes_moved=model.layer_bytes(i))
             if refits_head(model, target):
-                head = layers.refit_head()
+                head = refit_head(on)
                 model.checkpoint.require_unchanged()
                 if ranks.is_first:
                     run.write_refit(count, _file_chunks("", {model.family.head: head}))

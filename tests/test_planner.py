@@ -140,7 +140,7 @@ def test_a_dry_run_on_a_bare_config_predicts_llama_65b(tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize(
-    "refit", [{}, {"restore": "least-squares"}, {"restore": "least-squares", "refit_target": "aligned"}]
+    "refit", [{}, {"restore": "least-squares"}, {"restore": "least-squares", "refit_target": "joint"}]
 )
 def test_a_dry_run_says_what_the_run_then_takes(model: Path, tmp_path: Path, refit: dict[str, str]) -> None:
     tokens = save_tokens(tmp_path / "tokens.npy", random_tokens(8, 16))

@@ -169,6 +169,7 @@ METHODS = [
     Method("least-squares", rewritten, {"restore": "least-squares"}),
     Method("least-squares, target dense", rewritten, {"restore": "least-squares", "refit_target": "dense"}),
     Method("least-squares, target aligned", rewritten, {"restore": "least-squares", "refit_target": "aligned"}),
+    Method("least-squares, target joint", rewritten, {"restore": "least-squares", "refit_target": "joint"}),
 ]
 
 

@@ -94,7 +94,7 @@ def add_rewrite(parser: argparse.ArgumentParser) -> None:
         "--refit-target",
         default="own",
         choices=config.REFIT_TARGETS,
-        help="what least-squares refits to; dense is better, aligned best, and each takes longer (default: own)",
+        help="what least-squares refits to; each is better than the one before and takes longer (default: own)",
     )
     group.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
 

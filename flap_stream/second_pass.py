@@ -1,0 +1,120 @@
+"""Pass 2 as a whole: hidden states on their way through the pruned layers, and what is summed over all windows."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from flap_stream.architecture import Part
+from flap_stream.checkpoint import FORWARD_DTYPES, TensorEntry
+from flap_stream.config import ALIGNING_TARGETS
+from flap_stream.errors import NonFinite
+from flap_stream.hidden_states import HiddenStates
+from flap_stream.layers import BatchSizes, StreamedModel
+from flap_stream.planner import Placement
+from flap_stream.refit import MomentSums, product_windows, refit_to_target, row_blocks
+from flap_stream.store import RunDirectory
+
+
+class SecondPass:
+    """The hidden states on their way through the pruned layers; beside them, as the target, the dense ones.
+
+    samples: windows of all ranks. target: one of config.REFIT_TARGETS.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        run: RunDirectory,
+        hidden: Sequence[HiddenStates],
+        sizes: BatchSizes,
+        placement: Placement,
+        samples: int,
+        target: str,
+    ) -> None:
+        self.model, self.store, self.sizes, self.placement, self.samples = model, run, sizes, placement, samples
+        self.hidden, self.dense = hidden[0], hidden[1] if len(hidden) > 1 else None
+        self.aligns, self.is_joint = target in ALIGNING_TARGETS, target == "joint"
+        self.step = 0
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens that are multiplied apart from others'."""
+        length = self.hidden.shape[1]
+        return product_windows(self.sizes.first, length) * length
+
+    def without_norm(self, part: Part) -> dict[str, nn.Module]:
+        """What saves the time of norming for a part that does not look at it."""
+        path = self.model.family.norm_before(part.kind)
+        return {} if path is None else {path: nn.Identity()}
+
+    def forward(self, index: int, weights: Mapping[str, torch.Tensor], hidden: HiddenStates, **how: Any) -> None:
+        """`StreamedModel.forward_layer` as the next step."""
+        self.model.forward_layer(index, weights, hidden, self.sizes, step=self.step, **how)
+        for reduction in self.sizes.agree(self.model.ranks):
+            if self.model.ranks.is_first:
+                self.store.record_batch_reduction(*reduction)
+        self.step += 1
+
+    def collected(self, sums: MomentSums) -> MomentSums:
+        """On rank 0 the sums over the windows of all ranks; nothing on the others."""
+        for part in sums.parts():
+            self.model.ranks.sum_on_first(part)
+        return sums
+
+    def targets(self, windows: range | None = None) -> "Feed":
+        """The dense hidden states beside the pruned ones."""
+        assert self.dense is not None
+        return Feed(self.dense, self.sizes.first, windows)
+
+    @property
+    def tokens(self) -> int:
+        """Of all windows of all ranks."""
+        return self.samples * self.hidden.shape[1]
+
+    def sums(self, kept: int, squares: torch.Tensor) -> MomentSums:
+        """Sums over all windows. squares: for each channel roughly that of its squares."""
+        return MomentSums(kept, squares, self.tokens, self.block_tokens, self.model.dtype, self.model.device)
+
+    def alignment_sums(self) -> MomentSums:
+        """Of what is read in the pruned model, and in the dense one; norms give values around 1."""
+        width = self.model.hidden_size
+        return self.sums(width, torch.full((2 * width,), float(self.tokens), dtype=torch.float64))
+
+    def alignment(self, sums: MomentSums, where: str) -> torch.Tensor:
+        """The matrix, float32 `[hidden, hidden]`, that brings what is read nearest to what the dense model reads."""
+        summed = self.collected(sums)
+
+        def solve() -> torch.Tensor:
+            moments = summed.finish(about_mean=False)
+            if not torch.isfinite(moments.kept.diagonal()).all():
+                raise NonFinite(f"what enters {where} holds NaN or infinity, or its squares do; try --dtype float32")
+            identity = torch.eye(moments.kept.shape[0], device=moments.kept.device)
+            return refit_to_target(identity, moments).cpu()
+
+        return self.model.ranks.from_first(solve).to(self.model.device)
+
+
+class Feed:
+    """Hidden states beside others that are run through a layer: the same windows, in order."""
+
+    def __init__(self, hidden: HiddenStates, batch_size: int, windows: range | None = None) -> None:
+        self._batches = hidden.stream(batch_size, windows)
+        self._first, self._values = next(self._batches, (0, torch.empty(0)))  # a rank may have no windows
+
+    def take(self, start: int, count: int) -> torch.Tensor:
+        """Windows from `start` on, within one batch; no earlier ones are asked for again."""
+        while start >= self._first + len(self._values):
+            self._first, self._values = next(self._batches)
+        return self._values[start - self._first : start - self._first + count]
+
+
+def stored_dtype(entry: TensorEntry) -> torch.dtype:
+    """Of a tensor in the checkpoint."""
+    return getattr(torch, FORWARD_DTYPES[entry.dtype])
+
+
+def aligned_rows(weight: torch.Tensor, matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """weight @ matrix, in host memory."""
+    return torch.cat([(weight[rows].float() @ matrix).to(dtype).cpu() for rows in row_blocks(weight)])
