@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+from torch.nn import functional
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +83,15 @@ class MomentSums:
         self._is_bf16 = dtype == torch.bfloat16
         if device.type == "cpu":
             dtype = torch.float32  # products of bf16 would be rounded to bf16
-        self._pending = torch.empty(PRODUCT_TOKENS, self.channels, dtype=dtype, device=device)
+        # Channels first: on CPUs products then take 7 % less time, which is more than the copy takes.
+        self._pending = torch.empty(self.channels, PRODUCT_TOKENS, dtype=dtype, device=device)
         self._waiting, self._block_tokens, self._left = 0, block_tokens, block_tokens
 
     def add(self, inputs: torch.Tensor) -> None:
         """Take in tokens, `[token, kept + beside]`; the sums do not depend on the portions in which they come."""
         while len(inputs):
             part = inputs[: min(PRODUCT_TOKENS - self._waiting, self._left)]
-            self._pending[self._waiting : self._waiting + len(part)].copy_(part)
+            self._pending[:, self._waiting : self._waiting + len(part)].copy_(part.T)
             self._waiting += len(part)
             self._left -= len(part)
             inputs = inputs[len(part) :]
@@ -98,16 +100,16 @@ class MomentSums:
                 self._left = self._left or self._block_tokens
 
     def _multiply(self) -> None:
-        block = self._pending[: self._waiting]
+        block = self._pending[:, : self._waiting]
         self._total[-1] += self._waiting
         self._waiting = 0
-        column_sums = block.sum(dim=0, dtype=torch.float32)
+        column_sums = block.sum(dim=1, dtype=torch.float32)
         _add_rounded(self._total[None, :-1], column_sums[None], self._many, self._sizes)
         with _units_for_bf16(self._is_bf16):
             for i, row in enumerate(self._rows):
                 at = i * BLOCK_CHANNELS
                 rows = slice(at, at + len(row))
-                _add_rounded(row, _product(block[:, rows].T, block[:, at:]), self._sizes[rows], self._sizes[at:])
+                _add_rounded(row, _product(block[rows], block[at:]), self._sizes[rows], self._sizes[at:])
 
     def parts(self) -> list[torch.Tensor]:
         """All sums, once every token has been taken in: those of other ranks may be added to them, in place."""
@@ -167,10 +169,10 @@ def _units_for_bf16(may: bool) -> Iterator[None]:
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Matrix product in float32, whatever the dtype."""
+    """a @ b.T in float32, whatever the dtype."""
     if a.dtype == torch.float32:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32)
+        return functional.linear(a, b)
+    return torch.mm(a, b.T, out_dtype=torch.float32)
 
 
 def refit_to_own(weight: torch.Tensor, moments: KeptMoments, damping: float = DAMPING) -> torch.Tensor:

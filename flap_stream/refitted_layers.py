@@ -33,10 +33,12 @@ def refit_layer(
     weights: Mapping[str, torch.Tensor],
     keep: LayerKeep,
     stored: Mapping[str, torch.Tensor] | None,
+    hands_on: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Run one layer as pruned; its refitted tensors come out, by relative name, as they are stored.
 
-    stored: those of an earlier call, which are then used as they are.
+    stored: those of an earlier call, which are then used as they are. hands_on: whether anything reads the hidden
+    states that leave the layer; else they are not made.
     """
     shape = on.model.shapes[index]
     refitted: dict[str, torch.Tensor] = {}
@@ -47,7 +49,7 @@ def refit_layer(
         for other in parts:
             if other is not part:
                 others |= {other.kind.module: Supplies(other.kind.name), **on.without_norm(other)}
-        half = _Half(on, index, weights, part, others)
+        half = _Half(on, index, weights, part, others, hands_on or part is not parts[-1])
         refitted |= half.run(part.own(keep.of(part.kind.name)), shape, stored)
     return refitted
 
@@ -66,7 +68,8 @@ def refit_head(on: SecondPass) -> torch.Tensor:
 class _Half:
     """Attention or MLP of one layer, the other silent.
 
-    others: what silences it. aligned: tensors that the pruned model has in place of the dense ones.
+    others: what silences it. hands_on: whether the hidden states behind it are made. aligned: tensors that the pruned
+    model has in place of the dense ones.
     """
 
     on: SecondPass
@@ -74,6 +77,7 @@ class _Half:
     weights: Mapping[str, torch.Tensor]
     part: Part
     others: Mapping[str, nn.Module]
+    hands_on: bool
     aligned: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def run(
@@ -155,6 +159,8 @@ class _Half:
             weight = weight.to(self._stored_dtype(f"{name}.weight"))
             bias = torch.zeros_like(weight[:, 0]) if bias is None else bias.to(self._stored_dtype(f"{name}.bias"))
             return {f"{name}.weight": weight, f"{name}.bias": bias}
+        if stored is None and not self.hands_on:
+            return self._fit(weight, order, kept, None)
         samples, tokens, _ = self.on.hidden.shape
         place = self.on.placement.hidden_place if kept else "host"
         with model.hidden_states(place, samples, tokens, self.on.store.path, width=kept) as cache:
@@ -203,7 +209,7 @@ class _Half:
         targets = None if on.dense is None else on.targets()
 
         def take(start: int, output: torch.Tensor) -> None:
-            inputs = captures.inputs.index_select(-1, wanted)
+            inputs = captures.inputs[..., wanted]  # on CPUs index_select takes twice the time
             if cache is not None:
                 cache.put(start, inputs[..., :kept])
             if sums is not None:

@@ -124,7 +124,8 @@ def refit_layers(
                 if i < first:
                     refit_layer(on, i, weights, keeps[i], load_file(run.refit_path(i)))
                 else:
-                    refitted = refit_layer(on, i, weights, keeps[i], None)
+                    is_read = i + 1 < count or refits_head(model, target)
+                    refitted = refit_layer(on, i, weights, keeps[i], None, is_read)
                     model.checkpoint.require_unchanged()
                     if ranks.is_first:
                         run.write_refit(i, _file_chunks(f"{model.family.layers}.{i}.", refitted))
