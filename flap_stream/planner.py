@@ -150,7 +150,7 @@ class Job:
         of = [workspace_bytes(*sizes, item, self.refit.has_dense, on_cpu) for sizes in self.refit.projections]
         for rows, neurons, hidden in self.refit.steps:
             sums, _ = workspace_bytes(rows, hidden, item, True, on_cpu)
-            search, linearised = 3 * 4 * rows * hidden, tokens * item * (5 * rows + 4 * neurons + 4 * hidden)
+            search, linearised = 3 * 4 * rows * hidden, tokens * item * (5 * rows // 2 + 2 * neurons + 4 * hidden)
             weights = 2 * item * rows * hidden  # those in use, and a direction
             of.append((sums + search + weights + linearised, sums + 2 * search + weights + 4 * hidden * hidden))
         return max(adding for adding, _ in of), max(solving for _, solving in of)

@@ -93,6 +93,8 @@ class LinearisedMlp(nn.Module):
             self._mlp(self.inputs)
             outputs = self._captures.inputs
             slopes = torch.autograd.grad(outputs.sum(), [gives.values for gives in self._gives.values()])
+        for gives in self._gives.values():
+            del gives.values
         self.outputs, self.slopes = outputs.detach(), torch.cat(slopes, dim=-1)
         return torch.zeros_like(hidden_states)
 
@@ -103,5 +105,5 @@ class LinearisedMlp(nn.Module):
 
     def pulled(self, errors: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         """What, times the inputs and summed over tokens, is J^T errors: `[token, row]`. errors: `[token, hidden]`."""
-        back = errors @ down
-        return self.slopes * back.repeat(1, self.slopes.shape[1] // back.shape[1])
+        back = (errors @ down).unsqueeze(-2)
+        return (self.slopes.unflatten(-1, (-1, down.shape[1])) * back).flatten(-2)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import campaign
 from faults import Job, make_job
 
-from flap_stream.config import RESTORATIONS
+from flap_stream.config import REFIT_TARGETS, RESTORATIONS
 
 CAMPAIGNS: dict[str, Callable[[Job, Job], list[str]]] = {
     "killed at every file operation": campaign.kills_at_every_operation,
@@ -35,11 +35,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=CAMPAIGNS)
     parser.add_argument("--restore", choices=RESTORATIONS, default="bias")
+    parser.add_argument("--refit-target", choices=REFIT_TARGETS, default="own")
     options = parser.parse_args()
-    only, restore = options.only, options.restore
+    only, how = options.only, {"restore": options.restore, "refit_target": options.refit_target}
     with tempfile.TemporaryDirectory() as directory:
         job, removing = (
-            make_job(Path(directory, name), keep_run=name == "kept", restore=restore) for name in ("kept", "removing")
+            make_job(Path(directory, name), keep_run=name == "kept", **how) for name in ("kept", "removing")
         )
         syncs = sum("fsync" in step for step in job.steps)
         print(f"a job of {len(job.steps)} file operations, {syncs} of them fsyncs; {len(removing.steps)} with removal")
