@@ -241,8 +241,8 @@ class _Half:
             order, kept = self._order(units, shape, weight)
             fitted = self._fit(weight, order, kept, None)
             output = (fitted[f"{kind.output.name}.{part}"] for part in ("weight", "bias"))
-            biases = {name.removesuffix("weight") + "bias": kept.to(on.model.device) for name, kept in rows.items()}
-            biases = {name: self.weights[name][kept] for name, kept in biases.items() if name in self.weights}
+            own = {name.removesuffix("weight") + "bias": stays.to(on.model.device) for name, stays in rows.items()}
+            biases = {name: self.weights[name][stays] for name, stays in own.items() if name in self.weights}
 
             def run(mlp: nn.Module, after_batch: Any, windows: range | None) -> None:
                 how = {"keep_output": False, "after_batch": after_batch, "windows": windows}
