@@ -200,7 +200,7 @@ def test_streaming_refit_equals_the_one_in_memory(tmp_path: Path, target: str, v
     assert changed == (target in ALIGNING_TARGETS and not varied)
 
 
-@pytest.mark.parametrize("target", REFIT_TARGETS)
+@pytest.mark.parametrize("target", ["own", "joint"])
 def test_streaming_refit_has_the_perplexity_of_the_one_in_memory(tmp_path: Path, target: str) -> None:
     dense = load(DEMO / "model", trust=False)
     save(dense, tmp_path / "model", shard_size="4MB")
@@ -259,7 +259,7 @@ def test_refitted_families_load_and_are_nearer_to_the_dense_model(tmp_path: Path
     assert errors["least-squares"] < 0.95 * errors["bias"]
 
 
-@pytest.mark.parametrize("target", REFIT_TARGETS)
+@pytest.mark.parametrize("target", ["own", "joint"])  # which goes through all that the others do
 def test_a_killed_refit_goes_on_to_the_same_bytes(tmp_path: Path, target: str) -> None:
     job = make_job(tmp_path, restore="least-squares", refit_target=target)
     begun = job.first_step("out.run/refit")
@@ -339,7 +339,7 @@ def test_it_restores_more_than_the_bias_on_a_trained_model(tmp_path: Path) -> No
     measure = EvaluateConfig(text=(str(DEMO / "evaluation.txt"),), samples=200)
     dense = flap_stream.evaluate(DEMO / "model", measure).perplexity
     run = tmp_path / "run"
-    flap_stream.collect(DEMO / "model", run, CollectConfig(calibration=text, samples=128, dtype="float32"))
+    flap_stream.collect(DEMO / "model", run, CollectConfig(calibration=text, samples=64, dtype="float32"))
     flap_stream.plan(run, PlanConfig(ratio=0.2))
     rise = {}
     for restore, target in (("bias", "own"), *(("least-squares", target) for target in REFIT_TARGETS)):
