@@ -13,7 +13,7 @@ moments of x. Stopping early keeps out of directions that calibration says littl
 
 import torch
 
-from flap_stream.refit import DAMPING, cholesky_factor
+from flap_stream.refit import DAMPING, cholesky_factor, workspace_bytes
 
 DIRECTIONS = 6
 
@@ -67,6 +67,18 @@ class ConjugateGradients:
 
     def _weights(self, values: torch.Tensor) -> torch.Tensor:
         return torch.linalg.solve_triangular(self._factor.T, self._scale * values, upper=False, left=False)
+
+
+def step_workspace_bytes(
+    rows: int, neurons: int, hidden_size: int, tokens: int, item_bytes: int, on_cpu: bool
+) -> tuple[int, int]:
+    """Most bytes that a step of so many rows takes: while a batch of tokens is summed, and between such sums."""
+    sums, _ = workspace_bytes(rows, hidden_size, item_bytes, True, on_cpu)
+    search = 3 * 4 * rows * hidden_size  # what is left, found and searched
+    weights = 2 * item_bytes * rows * hidden_size  # those in use, and a direction
+    # What rows give, their slopes or what is pulled, half of it at once; the neurons' outputs and what is pulled back.
+    batch = tokens * item_bytes * (5 * rows // 2 + 2 * neurons + 4 * hidden_size)
+    return sums + search + weights + batch, sums + 2 * search + weights + 4 * hidden_size * hidden_size
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -66,7 +66,7 @@ class MlpStep:
                 for (name, tensor), part in zip(readers.items(), parts, strict=True)
             }
             self._use(moved)
-            if self._error() < before:
+            if self._squared_errors(self._errors()) < before:
                 return moved
             step = step / 2
         logger.warning("no step of %s makes its error less; it stays as aligned", self._where)
@@ -94,18 +94,29 @@ class MlpStep:
 
         squares: mean squares that are expected of it, float64 `[row]`. The sum of the errors' squares comes out.
         """
-        on, total, width = self._on, self._zero(), self._on.model.hidden_size
+        on, width = self._on, self._on.model.hidden_size
         sums = on.sums(width, on.tokens * torch.cat([squares.new_ones(width), squares]))  # norms give around 1
+
+        def add(found: torch.Tensor) -> None:
+            sums.add(torch.cat([self._mlp.inputs, self._mlp.pulled(found, self._down)], dim=-1))
+
+        total = self._squared_errors(errors, add)
+        summed = on.collected(sums)
+        on.model.ranks.from_first(lambda: use(summed.finish(about_mean=False)))
+        return total
+
+    def _squared_errors(self, errors: Errors, each: Callable[[torch.Tensor], None] = lambda _found: None) -> float:
+        """Their sum over all windows of all ranks. each: called with the errors of every batch."""
+        model = self._on.model
+        total = torch.zeros(1, dtype=torch.float64, device=model.device)
 
         def add(start: int, output: torch.Tensor) -> None:
             found = errors(start, output)
             total.add_(_squares(found))
-            sums.add(torch.cat([self._mlp.inputs, self._mlp.pulled(found, self._down)], dim=-1))
+            each(found)
 
         self._run(self._mlp, add, None)
-        summed = on.collected(sums)
-        on.model.ranks.from_first(lambda: use(summed.finish(about_mean=False)))
-        return sum(on.model.ranks.gathered(float(total)))
+        return sum(model.ranks.gathered(float(total)))
 
     def _first_batch(self) -> tuple[torch.Tensor, float]:
         """Roots of the mean squares by which the output changes with each row, float32 `[row]`; mean square error.
@@ -130,16 +141,6 @@ class MlpStep:
         effects, square = on.model.ranks.from_first(found)
         return effects.to(on.model.device), square
 
-    def _error(self) -> float:
-        """The sum of squared errors over all windows."""
-        total, errors = self._zero(), self._errors()
-
-        def add(start: int, output: torch.Tensor) -> None:
-            total.add_(_squares(errors(start, output)))
-
-        self._run(self._mlp, add, None)
-        return sum(self._on.model.ranks.gathered(float(total)))
-
     def _errors(self, windows: range | None = None) -> Errors:
         """What the MLP leaves of what it should give, `[token, hidden]`, for each batch of these windows in order."""
         targets = self._on.targets(windows)
@@ -156,9 +157,6 @@ class MlpStep:
     def _use(self, readers: Mapping[str, torch.Tensor]) -> None:
         device, dtype = self._on.model.device, self._on.model.dtype
         self._mlp.use({name: tensor.to(device, dtype) for name, tensor in readers.items()} | dict(self._biases))
-
-    def _zero(self) -> torch.Tensor:
-        return torch.zeros(1, dtype=torch.float64, device=self._on.model.device)
 
 
 def _squares(values: torch.Tensor, dim: int | None = None) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from flap_stream.architecture import LayerShape
 from flap_stream.checkpoint import TensorEntry
 from flap_stream.errors import InsufficientMemory
-from flap_stream.gauss_newton import DIRECTIONS
+from flap_stream.gauss_newton import DIRECTIONS, step_workspace_bytes
 from flap_stream.memory import OWN_BLOCK_BYTES, Limits, give_back_heap, resident_bytes
 from flap_stream.moments import window_moments
 from flap_stream.progress import format_bytes
@@ -148,11 +148,7 @@ class Job:
             return 0, 0
         tokens, item, on_cpu = batch_size * self.tokens, self.dtype.itemsize, self.device == "cpu"
         of = [workspace_bytes(*sizes, item, self.refit.has_dense, on_cpu) for sizes in self.refit.projections]
-        for rows, neurons, hidden in self.refit.steps:
-            sums, _ = workspace_bytes(rows, hidden, item, True, on_cpu)
-            search, linearised = 3 * 4 * rows * hidden, tokens * item * (5 * rows // 2 + 2 * neurons + 4 * hidden)
-            weights = 2 * item * rows * hidden  # those in use, and a direction
-            of.append((sums + search + weights + linearised, sums + 2 * search + weights + 4 * hidden * hidden))
+        of += [step_workspace_bytes(*sizes, tokens, item, on_cpu) for sizes in self.refit.steps]
         return max(adding for adding, _ in of), max(solving for _, solving in of)
 
     def workspace(self, batch_size: int) -> tuple[int, int]:

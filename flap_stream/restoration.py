@@ -59,7 +59,13 @@ def refit_sizes(model: StreamedModel, target: str) -> Refit:
         for read, (_, part) in zip(readers, parts, strict=True)
         if target == "joint" and part.kind.name == "mlp"
     ]
-    return Refit((*projections, *squares), True, aligned, refits_head(model, target), tuple(steps))
+    return Refit(
+        (*projections, *squares),
+        has_dense=True,
+        aligned=aligned,
+        has_head=refits_head(model, target),
+        steps=tuple(steps),
+    )
 
 
 def refits_head(model: StreamedModel, target: str) -> bool:
