@@ -21,12 +21,14 @@ def in_parallel(check: Callable[[Item], str | None], items: Iterable[Item]) -> l
         return [said or SURVIVED for said in pool.map(check, items)]
 
 
-def kills_at_every_operation(job: Job, removing: Job) -> list[str]:
-    """`removing` does not keep its run directory: its last steps are another job's."""
-    first = len(job.steps) - 5
-    steps = [(job, n) for n in range(1, len(job.steps) + 1)] + [
-        (removing, n) for n in range(first, len(removing.steps) + 1)
-    ]
+def kills_at_operations(job: Job, removing: Job, stride: int = 1) -> list[str]:
+    """At every stride-th file operation, at each that writes a record, and at the one after it.
+
+    `removing` does not keep its run directory: its last steps are another job's.
+    """
+    beside = {n + after for n in job.records() for after in (0, 1)}
+    steps = [(job, n) for n in sorted({*range(1, len(job.steps) + 1, stride)} | beside)]
+    steps += [(removing, n) for n in range(len(job.steps) - 5, len(removing.steps) + 1, stride)]
     return in_parallel(lambda s: s[0].trouble_after(s[1], f"kill-{id(s[0])}-{s[1]}", (KILLED,)), steps)
 
 

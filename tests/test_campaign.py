@@ -1,4 +1,4 @@
-"""Faults at every moment of a whole job of two layers; tools/fault_campaign.py is the same with more."""
+"""Faults all through a whole job of two layers; tools/fault_campaign.py is the same at every single operation."""
 
 from pathlib import Path
 
@@ -25,9 +25,9 @@ def troubles(outcomes: list[str]) -> list[str]:
 
 
 def test_a_kill_at_any_file_operation_changes_nothing(kept: Job, removing: Job) -> None:
-    outcomes = campaign.kills_at_every_operation(kept, removing)
+    outcomes = campaign.kills_at_operations(kept, removing, stride=4)
     assert troubles(outcomes) == []
-    assert len(outcomes) > len(removing.steps) > len(kept.steps) > 500
+    assert len(outcomes) > len(removing.steps) / 4 > len(kept.steps) / 4 > 125
 
 
 def test_a_kill_at_any_time_changes_nothing(kept: Job) -> None:
@@ -43,9 +43,9 @@ def test_a_second_kill_changes_nothing(kept: Job) -> None:
 
 
 def test_a_power_cut_at_any_fsync_changes_nothing(removing: Job) -> None:
-    outcomes = campaign.power_cuts(removing, draws=2)
+    outcomes = campaign.power_cuts(removing, draws=1)
     assert troubles(outcomes) == []
-    assert len(outcomes) > 250
+    assert len(outcomes) > 150
 
 
 def test_power_cuts_find_out_what_is_not_synced(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from faults import Job, make_job
 from flap_stream.config import REFIT_TARGETS, RESTORATIONS
 
 CAMPAIGNS: dict[str, Callable[[Job, Job], list[str]]] = {
-    "killed at every file operation": campaign.kills_at_every_operation,
+    "killed at every file operation": campaign.kills_at_operations,
     "killed at random times": lambda job, _: campaign.kills_at_random_times(job, 200),
     "killed, and killed again": lambda job, _: campaign.second_kills(job, 50),
     "power cut at every fsync": lambda _, removing: campaign.power_cuts(removing, draws=3),
