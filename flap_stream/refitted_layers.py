@@ -68,8 +68,9 @@ def refit_head(on: SecondPass) -> torch.Tensor:
 class _Half:
     """Attention or MLP of one layer, the other silent.
 
-    others: what silences it. hands_on: whether the hidden states behind it are made. aligned: tensors that the pruned
-    model has in place of the dense ones.
+    others: what silences it. hands_on: whether the hidden states behind it are made. arranged: what reads the hidden
+    states in the pruned model, in place of the dense tensors. Rows of the units that stay come first, and so do their
+    channels where the output projection reads them, without anything to gather token by token.
     """
 
     on: SecondPass
@@ -78,7 +79,7 @@ class _Half:
     part: Part
     others: Mapping[str, nn.Module]
     hands_on: bool
-    aligned: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    arranged: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def run(
         self, units: np.ndarray, shape: LayerShape, stored: Mapping[str, torch.Tensor] | None
@@ -92,25 +93,34 @@ class _Half:
             for projection in self.part.kind.projections
             if projection.axis == ROWS
         }
-        half, readers = self, dict[str, torch.Tensor]()
+        readers = dict[str, torch.Tensor]()
         if self.on.aligns and len(units):
             readers = self._align(rows, stored)
-            half = self._with(rows, readers)
         if self.on.dense is not None:
             self._forward(self.on.dense, {})
         if self.on.is_joint and self.part.kind.name == "mlp" and len(units):
-            readers = half._take_step(rows, readers, units, shape, stored)
-            half = self._with(rows, readers)
-        return readers | half._run(units, shape, stored)
+            readers = self._arrange(units, shape, readers)._take_step(rows, readers, units, shape, stored)
+        return readers | self._arrange(units, shape, readers)._run(units, shape, stored)
 
-    def _with(self, rows: Mapping[str, torch.Tensor], readers: Mapping[str, torch.Tensor]) -> "_Half":
-        """With other weights in these rows of what reads hidden states."""
-        device, dtype = self.on.model.device, self.on.model.dtype
-        aligned = {
-            name: self.weights[name].index_copy(0, rows[name].to(device), tensor.to(device, dtype))
-            for name, tensor in readers.items()
-        }
-        return replace(self, aligned=aligned)
+    def _arrange(self, units: np.ndarray, shape: LayerShape, readers: Mapping[str, torch.Tensor]) -> "_Half":
+        """With the units that stay before the others. readers: weights of theirs that were refitted, if any."""
+        device, dtype, count = self.on.model.device, self.on.model.dtype, self.part.units
+        order, first = np.concatenate([units, removed_indices(units, count)]), np.arange(len(units))
+        if not readers and np.array_equal(order, np.arange(count)):
+            return self
+        arranged = {}
+        for projection in self.part.kind.projections:
+            if projection.axis != ROWS:
+                continue
+            rows, stays = (
+                torch.from_numpy(projection.kept_indices(some, count, shape)).to(device) for some in (order, first)
+            )
+            for name in (f"{projection.name}.weight", f"{projection.name}.bias"):
+                if name in self.weights:
+                    arranged[name] = self.weights[name][rows]
+                if name in readers:
+                    arranged[name].index_copy_(0, stays, readers[name].to(device, dtype))
+        return replace(self, arranged=arranged)
 
     def _align(
         self, rows: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor] | None
@@ -167,7 +177,7 @@ class _Half:
             if stored is None:
                 refitted = self._fit(weight, order, kept, cache)
             else:
-                self._capture(order, kept, cache, None)
+                self._capture(kept, cache, None)
                 refitted = {key: tensor for key, tensor in stored.items() if key.startswith(f"{name}.")}
             cache.advance()
             self._supply(refitted, cache)
@@ -184,7 +194,7 @@ class _Half:
     ) -> dict[str, torch.Tensor]:
         """Weight and bias of the output projection for the inputs that it gets; these go into the cache, too."""
         sums = self._sums(order, kept)
-        self._capture(order, kept, cache, sums)
+        self._capture(kept, cache, sums)
         summed = self.on.collected(sums)
         return self.on.model.ranks.from_first(lambda: self._refit(weight, order, summed.finish()))
 
@@ -199,22 +209,18 @@ class _Half:
             ordered = torch.cat([ordered[:kept], target.expand(on.model.hidden_size)])
         return on.sums(kept, ordered)
 
-    def _capture(self, order: torch.Tensor, kept: int, cache: HiddenStates | None, sums: MomentSums | None) -> None:
-        """Fill the cache with the kept inputs of the output projection and sum their moments, where they are wanted.
-
-        order: int64 `[channel]`, the kept ones first.
-        """
+    def _capture(self, kept: int, cache: HiddenStates | None, sums: MomentSums | None) -> None:
+        """Fill the cache with the kept inputs of the output projection and sum their moments, where they are wanted."""
         on, captures = self.on, Captures(self.on.model.hidden_size)
-        wanted = order if sums is not None and on.dense is None else order[:kept]
         targets = None if on.dense is None else on.targets()
 
         def take(start: int, output: torch.Tensor) -> None:
-            inputs = captures.inputs[..., wanted]  # on CPUs index_select takes twice the time
+            inputs = captures.inputs
             if cache is not None:
                 cache.put(start, inputs[..., :kept])
             if sums is not None:
                 if targets is not None:
-                    inputs = torch.cat([inputs, self._wanted(targets, start, output)], dim=-1)
+                    inputs = torch.cat([inputs[..., :kept], self._wanted(targets, start, output)], dim=-1)
                 sums.add(inputs.flatten(0, 1))
 
         self._forward(on.hidden, {self.part.kind.output.name: captures}, keep_output=False, after_batch=take)
@@ -292,5 +298,5 @@ class _Half:
         self._forward(self.on.hidden, stand_ins, before_batch=give)
 
     def _forward(self, hidden: HiddenStates, stand_ins: Mapping[str, nn.Module], **how: Any) -> None:
-        weights = self.weights if hidden is self.on.dense else {**self.weights, **self.aligned}
+        weights = self.weights if hidden is self.on.dense else {**self.weights, **self.arranged}
         self.on.forward(self.index, weights, hidden, stand_ins={**self.others, **stand_ins}, **how)

@@ -45,7 +45,7 @@ class Supplies(nn.Module):
         if self._weight is not None:
             output = functional.linear(self.inputs, self._weight, self._bias)
         else:
-            output = torch.zeros_like(hidden) if self._bias is None else self._bias.expand_as(hidden)
+            output = (hidden.new_zeros(1) if self._bias is None else self._bias).expand_as(hidden)
         return (output, None) if self._is_attention else output
 
 
