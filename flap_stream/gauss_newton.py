@@ -73,7 +73,7 @@ def step_workspace_bytes(
     rows: int, neurons: int, hidden_size: int, tokens: int, item_bytes: int, on_cpu: bool
 ) -> tuple[int, int]:
     """Most bytes that a step of so many rows takes: while a batch of tokens is summed, and between such sums."""
-    sums, _ = workspace_bytes(rows, hidden_size, item_bytes, True, on_cpu)
+    sums, _ = workspace_bytes(rows, hidden_size, hidden_size, item_bytes, True, on_cpu)
     search = 3 * 4 * rows * hidden_size  # what is left, found and searched
     weights = 2 * item_bytes * rows * hidden_size  # those in use, and a direction
     # What rows give, their slopes or what is pulled, half of it at once; the neurons' outputs and what is pulled back.

@@ -46,7 +46,7 @@ _FED_ON = ("ratio", "min_heads", "min_neurons", "round_heads_to", "round_neurons
 class Measured:
     """What a call took: seconds a stage, bytes read from the model and written to the output, peak memory.
 
-    placement: how pass 1 was run, and the peaks that were predicted; None if it was not. Of a job of several ranks,
+    placement: how layers were run, and the peaks that were predicted; None if they were not. Of a job of several ranks,
     peaks are one rank's, the largest, and bytes those of all; node_bytes_read: of those on each machine.
     """
 
@@ -250,10 +250,9 @@ def _collect(
         recorded = RunDirectory.recorded_batch_size(run)
         placement = model.place(options, samples, length, recorded=recorded)
         measured.placement = placement
-        if target is not None:  # pass 2 must fit as well
+        if target is not None:  # pass 2 must fit as well, whatever the plan will be
             refit = refit_sizes(model, target)
-            refitting = model.place(options, samples, length, refit=refit, recorded=placement.batch_size)
-            measured.placement = placement.together(refitting)
+            model.place(options, samples, length, refit=refit, recorded=placement.batch_size)
         with (
             _run_directory(ranks, run, lambda: _begun_run(model, run, options, tokens, placement)) as directory,
             cpu_threads(directory.manifest["threads"]),
@@ -415,7 +414,7 @@ def _rewrite(
         restoration = Restoration([_means(run, i, plan_options.statistics) for i in range(len(keeps))])
     elif restore == "least-squares":
         with measured.stage("refit"):
-            restoration = _refitted(source, run, keeps, options, progress, snapshot_interval, ranks)
+            restoration = _refitted(source, run, keeps, options, progress, measured, ranks, snapshot_interval)
     with measured.stage("rewrite"):
         record, measured.bytes_written = output.write_checkpoint(
             source, run, out, plan_options, keeps, restoration, restore, options.max_shard_bytes, progress, ranks
@@ -441,8 +440,9 @@ def _refitted(
     keeps: list[LayerKeep],
     options: RewriteConfig,
     progress: Progress,
-    snapshot_interval: int | None,
+    measured: Measured,
     ranks: Ranks,
+    snapshot_interval: int | None,
 ) -> Restoration:
     """Refit with the dtype, batch size and number of threads that the statistics were collected with."""
     collected = run.manifest["options"]
@@ -452,8 +452,9 @@ def _refitted(
     model = StreamedModel(source, replace(options, dtype=dtype), ranks)
     require_refittable(model.family, model.shapes, options.refit_target, source.source)
     samples, length = run.manifest["tokens"]["shape"]
-    refit = refit_sizes(model, options.refit_target)
+    refit = refit_sizes(model, options.refit_target, keeps)
     placement = model.place(options, samples, length, refit=refit, recorded=collected["batch_size"])
+    measured.placement = placement if measured.placement is None else measured.placement.together(placement)
     with cpu_threads(run.manifest["threads"]):
         refit_layers(model, run, keeps, options.refit_target, placement, progress, snapshot_interval)
     release(model.device)

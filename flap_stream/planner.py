@@ -45,29 +45,30 @@ _DEVICE_SLACK = 128 << 20  # workspaces of the matrix library, and rounding of t
 class Refit:
     """Sizes of what pass 2 refits.
 
-    projections: `(out, channels)` of the output projections of all layers, of which any may keep almost all channels.
+    projections: `(out, channels, kept)` of the output projections of all layers. Before there is a plan any of them may
+    keep almost all channels.
     has_dense: whether the dense hidden states go along, as the target.
-    aligned: parameters that read hidden states and are refitted, the most of one module. The squares of which the
-    matrices come that align them are among the projections.
+    readers: parameters that read hidden states, all of one module as pass 2 arranges them and those that are refitted.
+    The squares of which the matrices come that align them are among the projections.
     has_head: whether the head is refitted.
-    steps: for each layer of which a Gauss-Newton step is taken, rows that move, neurons and hidden size.
+    steps: for each layer of which a Gauss-Newton step is taken, rows that move, neurons that stay and hidden size.
     """
 
-    projections: tuple[tuple[int, int], ...]
+    projections: tuple[tuple[int, int, int], ...]
     has_dense: bool
-    aligned: int = 0
+    readers: int = 0
     has_head: bool = False
     steps: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def cached(self) -> int:
         """Most channels that are kept of the inputs of a projection."""
-        return max((channels for _, channels in self.projections), default=0)
+        return max((kept for _, _, kept in self.projections), default=0)
 
     def operations(self, ratio: float, tokens: int) -> tuple[int, int]:
         """Multiplications and additions of the moments, and of solving, if so large a share of the channels goes."""
         moments = solving = 0.0
-        for out, channels in self.projections:
+        for out, channels, _ in self.projections:
             stays = (1 - ratio) * channels
             beside = out if self.has_dense else channels - stays
             moments += tokens * stays * (stays + 2 * beside)
@@ -83,7 +84,7 @@ class Refit:
     def sum_bytes(self, ratio: float) -> int:
         """Bytes of the sums of all projections, as one rank has them."""
         total = 0.0
-        for out, channels in self.projections:
+        for out, channels, _ in self.projections:
             stays = (1 - ratio) * channels
             total += 8 * stays * (stays / 2 + (out if self.has_dense else channels - stays))
         for rows, neurons, hidden in self.steps:
@@ -229,7 +230,7 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
     adding, solving = job.refit_bytes(batch_size)
     workspace = max(activations + adding, solving)
     if job.refit is not None:
-        weights += 2 * job.refit.aligned * job.dtype.itemsize  # what stays, and the whole of it for the forward
+        weights += job.refit.readers * job.dtype.itemsize
         head += max(adding, solving) if job.head is not None else 0
     slack = _HOST_SLACK[job.device]
     # Resident now, since finding the workspace has loaded and kept something too.

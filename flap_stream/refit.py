@@ -230,19 +230,21 @@ def row_blocks(weight: torch.Tensor, elements: int = 1 << 24) -> Iterator[slice]
         yield slice(start, start + rows)
 
 
-def workspace_bytes(out: int, channels: int, item_bytes: int, has_target: bool, on_cpu: bool) -> tuple[int, int]:
+def workspace_bytes(
+    out: int, channels: int, kept: int, item_bytes: int, has_target: bool, on_cpu: bool
+) -> tuple[int, int]:
     """Most bytes that a refit of one projection `[out, channel]` takes, its weight and kept inputs aside.
 
-    Two figures: while moments are taken, and while the refit is solved; both are largest where all channels stay.
+    Two figures: while moments are taken, and while the refit is solved; both are largest where all channels are kept.
     """
-    beside = out if has_target else 0
-    width = channels + beside
-    blocks = range(0, channels, BLOCK_CHANNELS)
-    sums = 8 * sum(min(BLOCK_CHANNELS, channels - at) * (width - at) for at in blocks)
+    beside = out if has_target else channels - kept
+    width = kept + beside
+    blocks = range(0, kept, BLOCK_CHANNELS)
+    sums = 8 * sum(min(BLOCK_CHANNELS, kept - at) * (width - at) for at in blocks)
     adding = sums + PRODUCT_TOKENS * width * (4 if on_cpu else item_bytes)
     adding += (4 * BLOCK_CHANNELS + 24 * _ROUNDED_ROWS) * width
-    matrices = 4 * channels * width
+    matrices = 4 * kept * width
     weights = out * channels * (item_bytes + 4)
     # LAPACK's factor is made in a copy of its own.
-    solving = weights + matrices + 2 * 4 * channels * channels + 4 * channels * (2 * min(beside, out) + out)
+    solving = weights + matrices + 2 * 4 * kept * kept + 4 * kept * (2 * min(beside, out) + out)
     return adding, max(sums + matrices, solving)

@@ -42,30 +42,25 @@ def require_refittable(family: Family, shapes: Sequence[LayerShape], target: str
         )
 
 
-def refit_sizes(model: StreamedModel, target: str) -> Refit:
-    """The most that pass 2 can have to refit, for the planner: every layer could keep almost all."""
-    parts = [(shape, part) for shape in model.shapes for part in model.family.parts(shape)]
-    projections = [(model.hidden_size, part.kind.output.size(part.units, shape)) for shape, part in parts]
-    if target not in ALIGNING_TARGETS:
-        return Refit(tuple(projections), has_dense=target == "dense")
-    readers = [
-        sum(projection.size(part.units, shape) for projection in part.kind.projections if projection.axis == ROWS)
-        for shape, part in parts
-    ]
-    squares = [(model.hidden_size, model.hidden_size)] * (len(parts) + refits_head(model, target))
-    aligned = model.hidden_size * max(readers)
-    steps = [
-        (read, part.units, model.hidden_size)
-        for read, (_, part) in zip(readers, parts, strict=True)
-        if target == "joint" and part.kind.name == "mlp"
-    ]
-    return Refit(
-        (*projections, *squares),
-        has_dense=True,
-        aligned=aligned,
-        has_head=refits_head(model, target),
-        steps=tuple(steps),
-    )
+def refit_sizes(model: StreamedModel, target: str, keeps: Sequence[LayerKeep] | None = None) -> Refit:
+    """The most that pass 2 has to refit, for the planner. keeps: of each layer; without them each could keep all."""
+    hidden, aligns = model.hidden_size, target in ALIGNING_TARGETS
+    projections, steps, readers = list[tuple[int, int, int]](), list[tuple[int, int, int]](), 0
+    for i, shape in enumerate(model.shapes):
+        for part in model.family.parts(shape):
+            kind = part.kind
+            kept = part.units if keeps is None else len(part.own(keeps[i].of(kind.name)))
+            projections.append((hidden, kind.output.size(part.units, shape), kind.output.size(kept, shape)))
+            stays, whole = (
+                sum(p.size(n, shape) for p in kind.projections if p.axis == ROWS) for n in (kept, part.units)
+            )
+            readers = max(readers, hidden * (whole + aligns * stays))
+            projections += [(hidden, hidden, hidden)] * aligns
+            if target == "joint" and kind.name == "mlp":
+                steps.append((stays, kept, hidden))
+    has_head = refits_head(model, target)
+    projections += [(hidden, hidden, hidden)] * has_head
+    return Refit(tuple(projections), target != "own", readers, has_head, tuple(steps))
 
 
 def refits_head(model: StreamedModel, target: str) -> bool:

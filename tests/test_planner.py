@@ -13,12 +13,14 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
 from flap_stream import memory, planner
+from flap_stream.allocation import LayerKeep
 from flap_stream.checkpoint import open_checkpoint
 from flap_stream.cli import main
-from flap_stream.config import EngineConfig, PruneConfig
+from flap_stream.config import REFIT_TARGETS, EngineConfig, PruneConfig
 from flap_stream.errors import InsufficientMemory, InvalidOption
 from flap_stream.forecast import forecast
 from flap_stream.layers import StreamedModel
+from flap_stream.restoration import refit_sizes
 
 LLAMA_65B = {
     "model_type": "llama",
@@ -80,6 +82,22 @@ def test_wishes_are_kept_or_refused(job: planner.Job) -> None:
         planner.place(job, memory.Limits(limit, 0), batch_size=1024, prefetch=1)
 
 
+@pytest.mark.parametrize("target", REFIT_TARGETS)
+def test_a_plan_narrows_what_a_refit_is_said_to_take(model: Path, target: str) -> None:
+    with open_checkpoint(model) as checkpoint:
+        streamed = StreamedModel(checkpoint, EngineConfig(device="cpu"))
+        whole, half = (
+            [LayerKeep(np.arange(s.kv_groups // part), np.arange(s.neurons // part)) for s in streamed.shapes]
+            for part in (1, 2)
+        )
+        unplanned, kept, planned = (
+            streamed.job(64, 128, refit=refit_sizes(streamed, target, keeps)) for keeps in (None, whole, half)
+        )
+    assert kept.refit == unplanned.refit
+    assert all(less < most for less, most in zip(planned.refit_bytes(8), unplanned.refit_bytes(8), strict=True))
+    assert planned.batch_bytes(8) < unplanned.batch_bytes(8)
+
+
 def test_long_windows_that_do_not_fit_are_told_to_be_shorter(model: Path) -> None:
     with open_checkpoint(model) as checkpoint:
         job = StreamedModel(checkpoint, EngineConfig(device="cpu")).job(4, 1 << 17)
@@ -93,8 +111,8 @@ def prune(model: Path, out: Path, *extra: str) -> subprocess.CompletedProcess[st
 
 
 def test_the_limit_that_a_refusal_names_works_and_is_kept(model: Path, tmp_path: Path) -> None:
-    tokens = save_tokens(tmp_path / "tokens.npy", np.repeat(random_tokens(8, 128), 128, axis=0))
-    text = ("--calibration", tokens, "--samples", "1024", "--json")
+    tokens = save_tokens(tmp_path / "tokens.npy", np.repeat(random_tokens(8, 512), 32, axis=0))
+    text = ("--calibration", tokens, "--samples", "256", "--sequence-length", "512", "--json")
     refused = prune(model, tmp_path / "out", *text, "--host-memory", "50MiB")
     assert refused.returncode == 2 and refused.stdout == ""
     assert not (tmp_path / "out.run").exists()
