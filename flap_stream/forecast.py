@@ -83,14 +83,13 @@ def forecast(
         local = -(-ranks // nodes)
         limits = memory.limits(streamed.device, options.host_memory, options.device_memory, local)
         windows = (options.samples, options.sequence_length) if options.method != "magnitude-sp" else (0, 0)
-        job = replace(streamed.job(*windows), ranks=ranks, local_ranks=local)
+        job, refits = replace(streamed.job(*windows), ranks=ranks, local_ranks=local), None
         placement = planner.place(job, limits, options.batch_size, options.prefetch)
-        refits = refit_sizes(streamed, options.refit_target) if options.refits else None
-        if refits is not None:
+        if options.refits:
             require_refittable(streamed.family, streamed.shapes, options.refit_target, source.source)
-            refit_job = replace(job, refit=refits, head=streamed.head_entry if refits.has_head else None)
-            refitting = planner.place(refit_job, limits, placement.batch_size, options.prefetch)
-            placement = placement.together(refitting)
+            refits = refit_sizes(streamed, options.refit_target)
+            second = replace(streamed.job(*windows, refit=refits), ranks=ranks, local_ranks=local)
+            placement = placement.together(planner.place(second, limits, placement.batch_size, options.prefetch))
         rates = _measure_rates(streamed, placement.batch_size * job.tokens, source, has_headers, out, local, network)
         hidden_traffic = len(streamed.layers) * job.hidden_bytes if placement.hidden_place == "disk" else 0
         work = work_of(streamed, options, placement.batch_size, hidden_traffic, refits)
