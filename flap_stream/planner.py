@@ -37,7 +37,7 @@ _HOST_SLACK = {"cpu": 36 << 20, "cuda": 40 << 20}
 # What lies idle in the heap at most, as a share of the activations and again of those that are always there: where
 # there is a hole, malloc puts what could have memory of its own, too. Chosen by tools/memory_grid.py.
 _HEAP_HOLES = (0.5, 1.5)
-_HEAD_WORKSPACE = 224 << 20  # a chunk of logits, in float32 twice over
+_HEAD_WORKSPACE = 224 << 20  # a chunk of logits, in float32 twice over; of a refitted head, a block of rows likewise
 _DEVICE_SLACK = 128 << 20  # workspaces of the matrix library, and rounding of the allocator
 
 
@@ -231,7 +231,8 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
     workspace = max(activations + adding, solving)
     if job.refit is not None:
         weights += job.refit.readers * job.dtype.itemsize
-        head += max(adding, solving) if job.head is not None else 0
+        if job.head is not None:  # as it was and refitted, and the last layer
+            head = max(2 * job.head.nbytes + slab + _HEAD_WORKSPACE, adding, solving)
     slack = _HOST_SLACK[job.device]
     # Resident now, since finding the workspace has loaded and kept something too.
     base = resident_bytes() + job.waiting_bytes(batch_size)

@@ -117,4 +117,7 @@ def stored_dtype(entry: TensorEntry) -> torch.dtype:
 
 def aligned_rows(weight: torch.Tensor, matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """weight @ matrix, in host memory."""
-    return torch.cat([(weight[rows].float() @ matrix).to(dtype).cpu() for rows in row_blocks(weight)])
+    result = torch.empty(weight.shape, dtype=dtype)
+    for rows in row_blocks(weight):
+        result[rows] = (weight[rows].float() @ matrix).to(dtype)
+    return result
