@@ -88,7 +88,8 @@ def forecast(
         if options.refits:
             require_refittable(streamed.family, streamed.shapes, options.refit_target, source.source)
             refits = refit_sizes(streamed, options.refit_target)
-            second = replace(streamed.job(*windows, refit=refits), ranks=ranks, local_ranks=local)
+            # Not a job of its own: what a batch takes has been found for this one.
+            second = replace(job, refit=refits, head=streamed.head_entry if refits.has_head else None)
             placement = placement.together(planner.place(second, limits, placement.batch_size, options.prefetch))
         rates = _measure_rates(streamed, placement.batch_size * job.tokens, source, has_headers, out, local, network)
         hidden_traffic = len(streamed.layers) * job.hidden_bytes if placement.hidden_place == "disk" else 0

@@ -232,7 +232,7 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
     if job.refit is not None:
         weights += job.refit.readers * job.dtype.itemsize
         if job.head is not None:  # as it was and refitted, and the last layer
-            head = max(2 * job.head.nbytes + slab + _HEAD_WORKSPACE, adding, solving)
+            head = 2 * job.head.nbytes + slab + _HEAD_WORKSPACE
     slack = _HOST_SLACK[job.device]
     # Resident now, since finding the workspace has loaded and kept something too.
     base = resident_bytes() + job.waiting_bytes(batch_size)
