@@ -99,6 +99,11 @@ class UnitKind:
     norm: str | None = None
 
     @property
+    def readers(self) -> list[Projection]:
+        """Those that read the hidden states."""
+        return [projection for projection in self.projections if projection.axis == ROWS]
+
+    @property
     def output(self) -> Projection:
         """The projection that reads the units' outputs (o_proj, down_proj)."""
         return self.projections[-1]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from flap_stream.allocation import LayerKeep
-from flap_stream.architecture import ROWS, LayerShape, Part
+from flap_stream.architecture import LayerShape, Part
 from flap_stream.errors import NonFinite
 from flap_stream.hidden_states import HiddenStates
 from flap_stream.mlp_step import STEP_RUNS, MlpStep
@@ -90,8 +90,7 @@ class _Half:
             stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
         rows = {
             f"{projection.name}.weight": torch.from_numpy(projection.kept_indices(units, self.part.units, shape))
-            for projection in self.part.kind.projections
-            if projection.axis == ROWS
+            for projection in self.part.kind.readers
         }
         readers = dict[str, torch.Tensor]()
         if self.on.aligns and len(units):
@@ -109,9 +108,7 @@ class _Half:
         if not readers and np.array_equal(order, np.arange(count)):
             return self
         arranged = {}
-        for projection in self.part.kind.projections:
-            if projection.axis != ROWS:
-                continue
+        for projection in self.part.kind.readers:
             rows, stays = (
                 torch.from_numpy(projection.kept_indices(some, count, shape)).to(device) for some in (order, first)
             )

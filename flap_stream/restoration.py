@@ -51,9 +51,7 @@ def refit_sizes(model: StreamedModel, target: str, keeps: Sequence[LayerKeep] | 
             kind = part.kind
             kept = part.units if keeps is None else len(part.own(keeps[i].of(kind.name)))
             projections.append((hidden, kind.output.size(part.units, shape), kind.output.size(kept, shape)))
-            stays, whole = (
-                sum(p.size(n, shape) for p in kind.projections if p.axis == ROWS) for n in (kept, part.units)
-            )
+            stays, whole = (sum(p.size(n, shape) for p in kind.readers) for n in (kept, part.units))
             readers = max(readers, hidden * (whole + aligns * stays))
             projections += [(hidden, hidden, hidden)] * aligns
             if target == "joint" and kind.name == "mlp":

@@ -165,7 +165,7 @@ def _plan_layer(
         if f"{prefix}{kind.output.name}.weight" in checkpoint.tensors:  # else an earlier run left the bias alone
             mean = None if means is None else means[kind.name][part.channels(shape)]
             changed |= _plan_part(checkpoint, part, prefix, shape, part.own(keep.of(kind.name)), mean)
-        readers = [f"{prefix}{projection.name}.weight" for projection in kind.projections if projection.axis == ROWS]
+        readers = [f"{prefix}{projection.name}.weight" for projection in kind.readers]
         changed |= {name: [_whole(refitted[name])] for name in readers if name in refitted}
         weight, bias = (f"{prefix}{kind.output.name}.{name}" for name in ("weight", "bias"))
         if bias in refitted:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from flap_stream.architecture import ROWS, UnitKind
+from flap_stream.architecture import UnitKind
 
 
 class Captures(nn.Module):
@@ -74,7 +74,7 @@ class LinearisedMlp(nn.Module):
     def __init__(self, mlp: nn.Module, kind: UnitKind, hidden_size: int) -> None:
         super().__init__()
         self._mlp, self._captures = copy.deepcopy(mlp), Captures(hidden_size)
-        self._gives = {projection.name: _Gives() for projection in kind.projections if projection.axis == ROWS}
+        self._gives = {projection.name: _Gives() for projection in kind.readers}
         self._tensors: Mapping[str, torch.Tensor] = {}
         for path, module in (*self._gives.items(), (kind.output.name, self._captures)):
             setattr(self._mlp, path.removeprefix(f"{kind.module}."), module)
