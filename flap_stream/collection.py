@@ -12,14 +12,13 @@ import torch
 from flap_stream.allocation import keep_in_layer
 from flap_stream.config import CollectConfig, PlanConfig, part_of
 from flap_stream.errors import CorruptCheckpoint
-from flap_stream.hidden_states import HiddenStates
-from flap_stream.layers import BatchSizes, StreamedModel
+from flap_stream.layer_pass import LayerPass
+from flap_stream.layers import StreamedModel
 from flap_stream.moments import Moments, column_norms, joined_channels, window_moments
 from flap_stream.planner import Placement
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.ranks import Ranks
 from flap_stream.scoring import ChannelStatistics, LayerStatistics, concatenated, wanda_scores
-from flap_stream.snapshots import Snapshots, resume
 from flap_stream.store import LayerCost, RunDirectory
 from flap_stream.surgery import removed_indices
 
@@ -56,21 +55,26 @@ def collect_statistics(
         tokens = run.read_tokens()
         own = ranks.share(len(tokens), placement.batch_size)
         hidden = stack.enter_context(model.hidden_states(placement.hidden_place, len(own), tokens.shape[1], run.path))
-        kept = [(run.snapshots, hidden)]
-        start = resume(model, kept, tokens[own.start : own.stop], placement.batch_size, first)
-        stage.skip(start)
-        sizes, costs = BatchSizes(placement.batch_size, run.batch_reductions(), own), _Costs(tokens.size)
-        layers = _Pass1(model, run, hidden, sizes, options, costs)
-        snapshots = Snapshots(kept, options.snapshot_interval, ranks)
-        for i, weights in model.stream(start, placement.prefetch):
+        batches = LayerPass(
+            model,
+            placement,
+            tokens[own.start : own.stop],
+            [hidden],
+            stores=[run.snapshots],
+            reductions=run.batch_reductions("collect"),
+            windows=own,
+        )
+        collection, costs = _Collection(batches, run, options), _Costs(tokens.size)
+        for i, weights in batches.layers(stage, first, options.snapshot_interval):
             if i < first:
-                layers.repeat(i, weights)
+                collection.repeat(i, weights)
                 costs.of_layer()  # it has been recorded
             else:
-                layers.measure(i, weights)
-            if i + 1 < count:
-                snapshots.layer_done(i + 1)
-            stage.advance(tokens=tokens.size, bytes_moved=model.layer_bytes(i))
+                statistics = collection.measure(i, weights)
+                if ranks.is_first:
+                    _store(model, run, i, statistics, costs)
+                if collection.hands_on_pruned:
+                    collection.repeat(i, weights)
         if ranks.is_first:
             run.snapshots.drop()
 
@@ -95,62 +99,59 @@ def _store(model: StreamedModel, run: RunDirectory, index: int, statistics: Laye
 
 
 @dataclass(frozen=True)
-class _Pass1:
-    """The hidden states on their way through the layers."""
+class _Collection:
+    """The windows on their way through the layers, and what is measured there."""
 
-    model: StreamedModel
+    batches: LayerPass
     run: RunDirectory
-    hidden: HiddenStates
-    sizes: BatchSizes
     options: CollectConfig
-    costs: _Costs
 
     @property
-    def _hands_on_pruned(self) -> bool:
+    def hands_on_pruned(self) -> bool:
+        """Whether the pruned output of a layer feeds the next, which takes another run of the layer."""
         return self.options.method == "wanda-sp"
 
-    def measure(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Run a layer, store the moments of what its output projections read, and hand its output on."""
-        ranks = self.model.ranks
-        with _input_moments(self.model, index, weights) as merger:
-            self._forward(
-                index, weights, step=2 * index, keep_output=not self._hands_on_pruned, after_batch=merger.take_batch
-            )
+    def measure(self, index: int, weights: Mapping[str, torch.Tensor]) -> LayerStatistics:
+        """Run a layer; the statistics of what its output projections read, of the windows of all ranks."""
+        model = self.batches.model
+        with _input_moments(model, index, weights) as merger:
+            for _ in self.batches.run(index, weights, keep_output=not self.hands_on_pruned):
+                merger.take_batch()
         moments = merger.finish()
-        entries = list(self.model.layer_entries[index].values())
-        checksum = self.model.checkpoint.checksum(entries) if ranks.leads_node else None
-        checksums = {found for found in ranks.gathered(checksum) if found is not None}
-        if len(checksums) > 1:
-            raise CorruptCheckpoint(
-                f"layer {index} of {self.model.checkpoint.source} has other bytes on one machine than on another; "
-                "give all machines the same files and run the same command again"
-            )
-        if ranks.is_first:
-            _store(self.model, self.run, index, _layer_statistics(self.model, index, weights, moments), self.costs)
-        if self._hands_on_pruned:
-            self.repeat(index, weights)
+        _require_same_on_all_machines(model, index)
+        return _layer_statistics(model, index, weights, moments)
 
     def repeat(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Hand on the output of a layer that has been measured; of Wanda-sp, as pruned: what goes gives nothing."""
-        if self._hands_on_pruned:
-            shape, decision = self.model.shapes[index], part_of(self.options, PlanConfig)
-            channels = shape.heads_per_group * shape.head_dim
-            keep = self.model.ranks.from_first(
-                lambda: keep_in_layer(wanda_scores(self.run.read_statistics(index), channels), shape, decision)
-            )
-            for part in self.model.family.parts(shape):
-                output = part.kind.output
-                kept = output.kept_indices(part.own(keep.of(part.kind.name)), part.units, shape)
-                removed = removed_indices(kept, output.size(part.units, shape))
-                if len(removed):
-                    weights[f"{output.name}.weight"][:, torch.from_numpy(removed).to(self.model.device)] = 0
-        self._forward(index, weights, step=2 * index + self._hands_on_pruned)
+        """Hand on the output of a layer that has been measured; for wanda-sp, pruned: removed channels output zero."""
+        if self.hands_on_pruned:
+            self.batches.step = (index, 1)
+            self._zero_removed(index, weights)
+        self.batches.run_all(index, weights)
 
-    def _forward(self, index: int, weights: Mapping[str, torch.Tensor], **how: Any) -> None:
-        self.model.forward_layer(index, weights, self.hidden, self.sizes, **how)
-        for reduction in self.sizes.agree(self.model.ranks):
-            if self.model.ranks.is_first:
-                self.run.record_batch_reduction(*reduction)
+    def _zero_removed(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
+        model, decision = self.batches.model, part_of(self.options, PlanConfig)
+        shape = model.shapes[index]
+        channels = shape.heads_per_group * shape.head_dim
+        keep = model.ranks.from_first(
+            lambda: keep_in_layer(wanda_scores(self.run.read_statistics(index), channels), shape, decision)
+        )
+        for part in model.family.parts(shape):
+            output = part.kind.output
+            kept = output.kept_indices(part.own(keep.of(part.kind.name)), part.units, shape)
+            removed = removed_indices(kept, output.size(part.units, shape))
+            if len(removed):
+                weights[f"{output.name}.weight"][:, torch.from_numpy(removed).to(model.device)] = 0
+
+
+def _require_same_on_all_machines(model: StreamedModel, index: int) -> None:
+    """Raise CorruptCheckpoint if a layer was read with other bytes on one machine than on another."""
+    ranks, entries = model.ranks, list(model.layer_entries[index].values())
+    checksum = model.checkpoint.checksum(entries) if ranks.leads_node else None
+    if len({found for found in ranks.gathered(checksum) if found is not None}) > 1:
+        raise CorruptCheckpoint(
+            f"layer {index} of {model.checkpoint.source} has other bytes on one machine than on another; "
+            "give all machines the same files and run the same command again"
+        )
 
 
 def _layer_statistics(
@@ -199,7 +200,7 @@ class _Merger:
 
         return see
 
-    def take_batch(self, _start: int, _output: torch.Tensor) -> None:
+    def take_batch(self) -> None:
         """A batch has run."""
         on_host = {name: (means.cpu(), m2s.cpu(), tokens) for name, (means, m2s, tokens) in self._pending.items()}
         self._batches.append(on_host)

@@ -12,7 +12,8 @@ from flap_stream.calibration import evaluation_tokens, load_tokenizer
 from flap_stream.checkpoint import open_checkpoint
 from flap_stream.config import EvaluateConfig
 from flap_stream.hidden_states import HiddenStates
-from flap_stream.layers import BatchSizes, Logits, StreamedModel
+from flap_stream.layer_pass import LayerPass
+from flap_stream.layers import Logits, StreamedModel
 from flap_stream.planner import Placement
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.ranks import joined
@@ -78,15 +79,14 @@ def score_tokens(
     Both results are `[wanted prediction]`, in order of windows: log-probabilities, float32 in nats, and whether the
     token is the likeliest of all. Every rank of the model runs its share of the windows, and gets the results of all.
     """
-    batch, sizes = placement.batch_size, BatchSizes(placement.batch_size)
+    batch = placement.batch_size
     own = model.ranks.share(len(tokens), batch)
     own_tokens, own_wanted = tokens[own.start : own.stop], None if wanted is None else wanted[own.start : own.stop]
     with model.hidden_states(placement.hidden_place, *own_tokens.shape) as hidden:
         with progress.stage("evaluate", len(model.layers)) as stage:
-            model.embed(own_tokens, batch, hidden)
-            for i, weights in model.stream(prefetch=placement.prefetch):
-                model.forward_layer(i, weights, hidden, sizes)
-                stage.advance(tokens=tokens.size, bytes_moved=model.layer_bytes(i))
+            batches = LayerPass(model, placement, own_tokens, [hidden])
+            for i, weights in batches.layers(stage):
+                batches.run_all(i, weights)
         found = model.ranks.gathered(score_outputs(model, model.head(), hidden, own_tokens, batch, own_wanted))
     return np.concatenate([scores for scores, _ in found]), np.concatenate([likeliest for _, likeliest in found])
 

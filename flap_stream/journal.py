@@ -12,7 +12,7 @@ from flap_stream.json_form import has_form
 ENTRY_FORMS = {
     "tokens": {"digest": str},
     "source": {"stamps": dict, "embedding": str},
-    "batch": {"step": int, "start": int, "size": int},
+    "batch": {"stage": str, "layer": int, "run": int, "start": int, "size": int},
     "statistics-root": {},
     "statistics": {"digest": str, "weights": str},
     "hidden": {"layer": int, "digest": str},

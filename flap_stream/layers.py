@@ -16,11 +16,12 @@ from flap_stream import memory, planner
 from flap_stream.architecture import family_of, require_sizes
 from flap_stream.checkpoint import FORWARD_DTYPES, Checkpoint, TensorEntry, row_ranges
 from flap_stream.config import EngineConfig
-from flap_stream.errors import CorruptCheckpoint, InsufficientMemory, InvalidOption, NonFinite, UnsupportedModel
+from flap_stream.errors import CorruptCheckpoint, InvalidOption, NonFinite, UnsupportedModel
 from flap_stream.hidden_states import HiddenStates, batches, make_hidden_states
 from flap_stream.planner import Job, Placement, Refit
 from flap_stream.ranks import ALONE, Ranks, own_device
 from flap_stream.skeleton import LayerCall, Skeleton
+from flap_stream.store import BatchReduction
 from flap_stream.weight_stream import load, stream_layers
 
 logger = logging.getLogger(__name__)
@@ -44,34 +45,32 @@ def choose_device(name: str) -> torch.device:
 
 
 class BatchSizes:
-    """How many windows run at once: halved wherever the device runs out of memory, and again just there when repeated.
+    """How many windows run at once: halved wherever the device runs out of memory, and at the same points when resumed.
 
-    A step is one run of a layer over all windows, numbered in order. A halving concerns the windows that follow in the
-    same step up to where another rank's begin, and all windows of later steps.
-    reductions: earlier halvings: step, first window, the window where they end, size. windows: those that run here, of
-    all; they are counted from 0 in what is asked and told, None if they are all.
+    A step is one run of a layer over all windows: the layer and the number of the run there. A halving concerns the
+    windows that follow in the same step up to where another rank's begin, and all windows of later steps.
+    reductions: earlier halvings. windows: those that run here, of all; they are counted from 0 in what is asked and
+    told, None if they are all.
     """
 
-    def __init__(
-        self, first: int, reductions: Iterable[tuple[int, int, int, int]] = (), windows: range | None = None
-    ) -> None:
+    def __init__(self, first: int, reductions: Iterable[BatchReduction] = (), windows: range | None = None) -> None:
         self.first = first
         self._reductions = list(reductions)
         self._windows = range(sys.maxsize) if windows is None else windows
-        self._new: list[tuple[int, int, int, int]] = []
+        self._new: list[BatchReduction] = []
 
-    def at(self, step: int, start: int) -> int:
+    def at(self, step: tuple[int, int], start: int) -> int:
         """Windows that run at once from window `start` of a step on."""
         window = self._windows.start + start
-        sizes = (size for s, begin, end, size in self._reductions if s < step or (s == step and begin <= window < end))
+        sizes = (r.size for r in self._reductions if r.step < step or (r.step == step and r.start <= window < r.stop))
         return min(sizes, default=self.first)
 
-    def halve(self, step: int, start: int, failed: int) -> None:
+    def halve(self, step: tuple[int, int], start: int, failed: int) -> None:
         """From here on, half as many as have just failed."""
-        self._new.append((step, self._windows.start + start, self._windows.stop, failed // 2))
+        self._new.append(BatchReduction(step, self._windows.start + start, self._windows.stop, failed // 2))
         self._reductions.append(self._new[-1])
 
-    def agree(self, ranks: Ranks) -> list[tuple[int, int, int, int]]:
+    def agree(self, ranks: Ranks) -> list[BatchReduction]:
         """The new halvings of all ranks, in force everywhere from the next step on."""
         own, self._new = self._new, []
         found = ranks.gathered(own)
@@ -212,87 +211,23 @@ class StreamedModel:
             yield i, weights
             memory.give_back_heap()  # else what activations leave there grows from layer to layer
 
-    def forward_layer(
-        self,
-        index: int,
-        weights: Mapping[str, torch.Tensor],
-        hidden: HiddenStates,
-        sizes: BatchSizes,
-        *,
-        step: int | None = None,
-        windows: range | None = None,
-        keep_output: bool = True,
-        before_batch: Callable[[int, int], None] | None = None,
-        after_batch: Callable[[int, torch.Tensor], None] | None = None,
-        stand_ins: Mapping[str, nn.Module] | None = None,
-    ) -> None:
-        """Run one layer over all windows; its outputs become the hidden states unless told not to.
+    def run_batch(
+        self, index: int, weights: Mapping[str, torch.Tensor], values: torch.Tensor, stand_ins: Mapping[str, nn.Module]
+    ) -> torch.Tensor:
+        """The output of one layer for one batch of hidden states, both `[sample, token, hidden]` on the device.
 
-        step: of `sizes`; by default the layer's index. stand_ins: as of `Skeleton.run_layer`.
-        before_batch: called with the first window and how many before they run; after_batch: with the first window and
-        the output when they have.
-        windows: to run over these alone; their outputs count once the caller advances the hidden states.
-        Raises NonFinite if its output holds NaN or infinity, InsufficientMemory if not even one window can run.
+        stand_ins: as of `Skeleton.run_layer`.
+        Raises NonFinite if it holds NaN or infinity.
         """
-        step = index if step is None else step
-
-        def run(start: int, values: torch.Tensor) -> torch.Tensor:
-            if before_batch is not None:
-                before_batch(start, len(values))
-            if len(values) not in self._calls:
-                self._calls[len(values)] = self._record_calls(len(values), values.shape[1])
-            return self.skeleton.run_layer(index, weights, values, self._calls[len(values)][index], stand_ins)
-
-        for start, output in self._outputs(index, run, hidden, sizes, step, windows):
-            if not _all_finite([output])[0]:
-                raise NonFinite(
-                    f"hidden states after layer {index} ({self.family.layers}.{index}) hold NaN or infinity, though "
-                    f"its weights are finite; try --dtype float32 (it ran in {self.dtype})"
-                )
-            if keep_output:
-                hidden.put(start, output)
-            if after_batch is not None:
-                after_batch(start, output)
-        if keep_output and windows is None:
-            hidden.advance()
-
-    def _outputs(
-        self,
-        index: int,
-        run: Callable[[int, torch.Tensor], torch.Tensor],
-        hidden: HiddenStates,
-        sizes: BatchSizes,
-        step: int,
-        windows: range | None,
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """First window and outputs of `run` on it, in batches that the device has memory for."""
-        for first, values in hidden.stream(sizes.first, windows):
-            done = 0
-            while done < len(values):
-                part = values[done : done + sizes.at(step, first + done)]
-                output = self._run_if_it_fits(run, first + done, part)
-                if output is None:
-                    if len(part) == 1:
-                        raise InsufficientMemory(
-                            f"layer {index} cannot run a single window of {hidden.shape[1]} tokens: the device is out "
-                            "of memory, so free some, raise --device-memory or shorten --sequence-length"
-                        )
-                    sizes.halve(step, first + done, len(part))
-                    logger.warning("out of device memory in layer %d; %d windows at once now", index, len(part) // 2)
-                    continue
-                yield first + done, output
-                done += len(part)
-
-    def _run_if_it_fits(
-        self, run: Callable[[int, torch.Tensor], torch.Tensor], start: int, values: torch.Tensor
-    ) -> torch.Tensor | None:
-        """The output, or None if the device ran out of memory."""
-        try:
-            return run(start, values)
-        except torch.OutOfMemoryError:
-            pass  # what it had allocated is held by the exception until here
-        release(self.device)
-        return None
+        if len(values) not in self._calls:
+            self._calls[len(values)] = self._record_calls(len(values), values.shape[1])
+        output = self.skeleton.run_layer(index, weights, values, self._calls[len(values)][index], stand_ins)
+        if not _all_finite([output])[0]:
+            raise NonFinite(
+                f"hidden states after layer {index} ({self.family.layers}.{index}) hold NaN or infinity, though "
+                f"its weights are finite; try --dtype float32 (it ran in {self.dtype})"
+            )
+        return output
 
     def head(self) -> Logits:
         """The final norm and head, loaded: a function from hidden states to logits, in chunks.

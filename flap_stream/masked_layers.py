@@ -35,9 +35,15 @@ class Decision:
 
 @contextmanager
 def masked(
-    model: StreamedModel, index: int, weights: Mapping[str, torch.Tensor], decision: Decision
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors to run a layer with, while inputs of its output projections that would be gone are set to zero."""
+    model: StreamedModel, index: int, weights: Mapping[str, torch.Tensor], decision: Decision | None
+) -> Iterator[Mapping[str, torch.Tensor]]:
+    """The tensors to run a layer with, while inputs of its output projections that would be gone are set to zero.
+
+    decision: None runs the dense layer.
+    """
+    if decision is None:
+        yield weights
+        return
     handles, keep = [], decision.keeps[index]
     for part, removed in _removed(model, index, keep):
         if len(removed) and f"{part.kind.output.name}.weight" in weights:

@@ -1,7 +1,7 @@
 """A Gauss-Newton step of what an MLP's neurons read, over all windows of all ranks."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from torch.nn import functional
 from flap_stream.architecture import UnitKind
 from flap_stream.errors import NonFinite
 from flap_stream.gauss_newton import DIRECTIONS, ConjugateGradients
+from flap_stream.layer_pass import Batch
 from flap_stream.refit import KeptMoments
 from flap_stream.second_pass import Feed, SecondPass
 from flap_stream.stand_ins import LinearisedMlp
@@ -21,7 +22,6 @@ STEP_RUNS = 4 + DIRECTIONS + HALVINGS  # runs over all windows, the refit that c
 
 _SPREAD = 16  # by how much more than the mean one a direction may change the output
 
-AfterBatch = Callable[[int, torch.Tensor], None]
 Errors = Callable[[int, torch.Tensor], torch.Tensor]
 
 
@@ -38,7 +38,7 @@ class MlpStep:
         on: SecondPass,
         index: int,
         kind: UnitKind,
-        run: Callable[[nn.Module, AfterBatch, range | None], None],
+        run: Callable[[nn.Module, range | None], Iterator[Batch]],
         wanted: Callable[[Feed, int, torch.Tensor], torch.Tensor],
         biases: Mapping[str, torch.Tensor],
         down: torch.Tensor,
@@ -110,12 +110,10 @@ class MlpStep:
         model = self._on.model
         total = torch.zeros(1, dtype=torch.float64, device=model.device)
 
-        def add(start: int, output: torch.Tensor) -> None:
+        for start, output in self._run(self._mlp, None):
             found = errors(start, output)
             total.add_(_squares(found))
             each(found)
-
-        self._run(self._mlp, add, None)
         return sum(model.ranks.gathered(float(total)))
 
     def _first_batch(self) -> tuple[torch.Tensor, float]:
@@ -127,10 +125,8 @@ class MlpStep:
         windows = range(min(on.sizes.first, on.hidden.shape[0]))
         errors_of = self._errors(windows)
 
-        def take(start: int, output: torch.Tensor) -> None:
+        for start, output in self._run(self._mlp, windows):
             taken.append((_squares(self._mlp.slopes, 0), _squares(errors_of(start, output))))
-
-        self._run(self._mlp, take, windows)
 
         def found() -> tuple[torch.Tensor, float]:
             slopes, errors = (sum(values) for values in zip(*taken, strict=True))

@@ -19,12 +19,12 @@ from flap_stream.config import PlanConfig, SweepConfig, part_of, require_restora
 from flap_stream.errors import InvalidOption
 from flap_stream.evaluation import perplexity_of, score_outputs
 from flap_stream.json_form import has_form
-from flap_stream.layers import BatchSizes, StreamedModel
+from flap_stream.layer_pass import LayerPass
+from flap_stream.layers import StreamedModel
 from flap_stream.masked_layers import Decision, masked, mending
 from flap_stream.pipeline import PlanResult, decide, require_model_of
 from flap_stream.planner import Placement
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
-from flap_stream.snapshots import Snapshots, resume
 from flap_stream.store import RunDirectory, SnapshotStore
 
 logger = logging.getLogger(__name__)
@@ -268,28 +268,19 @@ def perplexities(
     """
     count, batch = len(tokens), placement.batch_size
     shares = [range(i * count, (i + 1) * count) for i in range(len(decisions))]  # windows of each decision
-    sizes = BatchSizes(batch)
     with (
         model.hidden_states(
             placement.hidden_place, len(decisions) * count, tokens.shape[1], store.directory.parent
         ) as hidden,
         progress.stage("sweep", len(model.layers)) as stage,
     ):
-        saved = [(store, hidden)]
-        start = resume(model, saved, tokens, batch, len(model.layers), copies=len(decisions))
-        snapshots = Snapshots(saved, None, model.ranks)
-        stage.skip(start)
-        for i, weights in model.stream(start, placement.prefetch):
+        batches = LayerPass(model, placement, tokens, [hidden], stores=[store], copies=len(decisions))
+        for i, weights in batches.layers(stage, len(model.layers)):
             for decision, windows in zip(decisions, shares, strict=True):
-                if decision is None:
-                    model.forward_layer(i, weights, hidden, sizes, windows=windows)
-                else:
-                    with masked(model, i, weights, decision) as own:
-                        model.forward_layer(i, own, hidden, sizes, windows=windows)
+                with masked(model, i, weights, decision) as own:
+                    for _ in batches.run(i, own, windows=windows):
+                        pass
             hidden.advance()
-            if i + 1 < len(model.layers):
-                snapshots.layer_done(i + 1)
-            stage.advance(tokens=tokens.size * len(decisions), bytes_moved=model.layer_bytes(i))
         logits_of = model.head()
         scores = (score_outputs(model, logits_of, hidden, tokens, batch, first_window=w.start)[0] for w in shares)
         found = [perplexity_of(score) for score in scores]

@@ -6,9 +6,8 @@ and at the end the head; with `joint`, gate and up once more (`mlp_step.py`). No
 layer's own (`stand_ins.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +17,12 @@ from flap_stream.allocation import LayerKeep
 from flap_stream.architecture import LayerShape, Part
 from flap_stream.errors import NonFinite
 from flap_stream.hidden_states import HiddenStates
+from flap_stream.layer_pass import Batch
 from flap_stream.mlp_step import STEP_RUNS, MlpStep
 from flap_stream.refit import KeptMoments, MomentSums, product_with_mean, refit_to_own, refit_to_target
 from flap_stream.second_pass import Feed, SecondPass, aligned_rows, stored_dtype
 from flap_stream.stand_ins import Captures, Supplies
 from flap_stream.surgery import removed_indices
-
-_LAYER_RUNS = 10 + STEP_RUNS  # runs over all windows that a layer takes at most, as BatchSizes counts them
 
 
 def refit_layer(
@@ -43,7 +41,6 @@ def refit_layer(
     shape = on.model.shapes[index]
     refitted: dict[str, torch.Tensor] = {}
     parts = on.model.family.parts(shape)
-    on.step = 2 * len(on.model.layers) + _LAYER_RUNS * index  # pass 1 has two a layer
     for part in parts:
         others: dict[str, nn.Module] = {}
         for other in parts:
@@ -96,7 +93,7 @@ class _Half:
         if self.on.aligns and len(units):
             readers = self._align(rows, stored)
         if self.on.dense is not None:
-            self._forward(self.on.dense, {})
+            self._run_all(self.on.dense, {})
         if self.on.is_joint and self.part.kind.name == "mlp" and len(units):
             readers = self._arrange(units, shape, readers)._take_step(rows, readers, units, shape, stored)
         return readers | self._arrange(units, shape, readers)._run(units, shape, stored)
@@ -125,7 +122,7 @@ class _Half:
         """What reads the hidden states here, refitted to what it reads in the dense model; the rows that stay."""
         on, model = self.on, self.on.model
         if stored is not None:
-            on.step += 2
+            on.skip_runs(2)
             return {name: stored[name] for name in rows}
         assert on.dense is not None
         silent, sums = Supplies(self.part.kind.name), on.alignment_sums()
@@ -133,18 +130,13 @@ class _Half:
         with model.hidden_states(on.placement.hidden_place, samples, tokens, on.store.path) as targets:
             stand_ins = {self.part.kind.module: silent}
 
-            def put(start: int, _output: torch.Tensor) -> None:
+            for start, _ in self._forward(on.dense, stand_ins, keep_output=False):
                 targets.put(start, silent.read)
-
-            self._forward(on.dense, stand_ins, keep_output=False, after_batch=put)
             targets.advance()
             wanted = Feed(targets, on.sizes.first)
-
-            def add(start: int, output: torch.Tensor) -> None:
+            for start, output in self._forward(on.hidden, stand_ins, keep_output=False):
                 both = [silent.read, wanted.take(start, len(output))]
                 sums.add(torch.cat(both, dim=-1).flatten(0, 1))
-
-            self._forward(on.hidden, stand_ins, keep_output=False, after_batch=add)
         matrix = on.alignment(sums, f"{self.part.kind.module} in layer {self.index}")
         return {
             name: aligned_rows(self.weights[name][kept.to(model.device)], matrix, self._stored_dtype(name))
@@ -158,11 +150,11 @@ class _Half:
         model, name = self.on.model, self.part.kind.output.name
         weight, bias = (self.weights.get(f"{name}.{part}") for part in ("weight", "bias"))
         if weight is None:  # an earlier pruning left the bias alone
-            self._forward(self.on.hidden, {})
+            self._run_all(self.on.hidden, {})
             return {} if bias is None else {f"{name}.bias": bias.to(self._stored_dtype(f"{name}.bias"))}
         order, kept = self._order(units, shape, weight)
         if kept == len(order) and self.on.dense is None:
-            self._forward(self.on.hidden, {})
+            self._run_all(self.on.hidden, {})
             weight = weight.to(self._stored_dtype(f"{name}.weight"))
             bias = torch.zeros_like(weight[:, 0]) if bias is None else bias.to(self._stored_dtype(f"{name}.bias"))
             return {f"{name}.weight": weight, f"{name}.bias": bias}
@@ -211,7 +203,7 @@ class _Half:
         on, captures = self.on, Captures(self.on.model.hidden_size)
         targets = None if on.dense is None else on.targets()
 
-        def take(start: int, output: torch.Tensor) -> None:
+        for start, output in self._forward(on.hidden, {self.part.kind.output.name: captures}, keep_output=False):
             inputs = captures.inputs
             if cache is not None:
                 cache.put(start, inputs[..., :kept])
@@ -219,8 +211,6 @@ class _Half:
                 if targets is not None:
                     inputs = torch.cat([inputs[..., :kept], self._wanted(targets, start, output)], dim=-1)
                 sums.add(inputs.flatten(0, 1))
-
-        self._forward(on.hidden, {self.part.kind.output.name: captures}, keep_output=False, after_batch=take)
 
     def _wanted(self, targets: Feed, start: int, output: torch.Tensor) -> torch.Tensor:
         """What this half should add to the hidden states. output: of the layer, both halves silent: what entered it."""
@@ -236,7 +226,8 @@ class _Half:
         stored: Mapping[str, torch.Tensor] | None,
     ) -> dict[str, torch.Tensor]:
         """What reads the hidden states, after a Gauss-Newton step from `readers`: the rows that stay."""
-        on, kind, after = self.on, self.part.kind, self.on.step + STEP_RUNS
+        on, kind = self.on, self.part.kind
+        layer, begun = on.batches.step
         if stored is not None:
             readers = {name: stored[name] for name in rows}
         else:
@@ -247,13 +238,12 @@ class _Half:
             own = {name.removesuffix("weight") + "bias": stays.to(on.model.device) for name, stays in rows.items()}
             biases = {name: self.weights[name][stays] for name, stays in own.items() if name in self.weights}
 
-            def run(mlp: nn.Module, after_batch: Any, windows: range | None) -> None:
-                how = {"keep_output": False, "after_batch": after_batch, "windows": windows}
-                self._forward(on.hidden, {kind.module: mlp}, **how)
+            def run(mlp: nn.Module, windows: range | None = None) -> Iterator[Batch]:
+                return self._forward(on.hidden, {kind.module: mlp}, keep_output=False, windows=windows)
 
             step = MlpStep(on, self.index, kind, run, self._wanted, biases, *output)
             readers = step.take(readers)
-        on.step = after
+        on.batches.step = (layer, begun + STEP_RUNS)
         return readers
 
     def _refit(self, weight: torch.Tensor, order: torch.Tensor, moments: KeptMoments) -> dict[str, torch.Tensor]:
@@ -285,15 +275,24 @@ class _Half:
         """Hand on what the refitted projection makes of the cached inputs."""
         dtype = self.on.model.dtype
         tensors = {key.rpartition(".")[2]: tensor.to(self.on.model.device, dtype) for key, tensor in refitted.items()}
-        supplies = Supplies(self.part.kind.name, tensors.get("weight"), tensors["bias"])
         inputs = Feed(cache, self.on.sizes.first)
+        supplies = Supplies(self.part.kind.name, tensors.get("weight"), tensors["bias"], inputs.take)
+        self._run_all(self.on.hidden, {self.part.kind.module: supplies, **self.on.without_norm(self.part)})
 
-        def give(start: int, count: int) -> None:
-            supplies.inputs = inputs.take(start, count)
+    def _run_all(self, hidden: HiddenStates, stand_ins: Mapping[str, nn.Module]) -> None:
+        for _ in self._forward(hidden, stand_ins):
+            pass
 
-        stand_ins = {self.part.kind.module: supplies, **self.on.without_norm(self.part)}
-        self._forward(self.on.hidden, stand_ins, before_batch=give)
-
-    def _forward(self, hidden: HiddenStates, stand_ins: Mapping[str, nn.Module], **how: Any) -> None:
+    def _forward(
+        self,
+        hidden: HiddenStates,
+        stand_ins: Mapping[str, nn.Module],
+        *,
+        keep_output: bool = True,
+        windows: range | None = None,
+    ) -> Iterator[Batch]:
         weights = self.weights if hidden is self.on.dense else {**self.weights, **self.arranged}
-        self.on.forward(self.index, weights, hidden, stand_ins={**self.others, **stand_ins}, **how)
+        modules = {**self.others, **stand_ins}
+        return self.on.batches.run(
+            self.index, weights, hidden, windows=windows, keep_output=keep_output, stand_ins=modules
+        )

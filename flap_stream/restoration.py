@@ -20,14 +20,14 @@ from flap_stream.checkpoint import FORWARD_DTYPES, TensorEntry, read_header
 from flap_stream.config import ALIGNING_TARGETS
 from flap_stream.errors import CorruptRun, UnsupportedModel
 from flap_stream.gauss_newton import DIRECTIONS
-from flap_stream.layers import BatchSizes, StreamedModel
+from flap_stream.layer_pass import LayerPass
+from flap_stream.layers import StreamedModel
 from flap_stream.planner import Placement, Refit
 from flap_stream.progress import Progress
 from flap_stream.refit import DAMPING, product_windows
 from flap_stream.refitted_layers import refit_head, refit_layer
 from flap_stream.second_pass import SecondPass
 from flap_stream.shards import OutputTensor, safetensors_header
-from flap_stream.snapshots import Snapshots, resume
 from flap_stream.store import RunDirectory
 
 
@@ -114,12 +114,17 @@ def refit_layers(
                 (store, stack.enter_context(model.hidden_states(placement.hidden_place, len(own), length, run.path)))
                 for store in stores
             ]
-            start = resume(model, saved, tokens[own.start : own.stop], placement.batch_size, first)
-            stage.skip(start)
-            sizes = BatchSizes(placement.batch_size, run.batch_reductions(), own)
-            on = SecondPass(model, run, [hidden for _, hidden in saved], sizes, placement, samples, target)
-            snapshots = Snapshots(saved, snapshot_interval, ranks)
-            for i, weights in model.stream(start, placement.prefetch):
+            batches = LayerPass(
+                model,
+                placement,
+                tokens[own.start : own.stop],
+                [hidden for _, hidden in saved],
+                stores=[store for store, _ in saved],
+                reductions=run.batch_reductions("restore"),
+                windows=own,
+            )
+            on = SecondPass(batches, run, samples, target)
+            for i, weights in batches.layers(stage, first, snapshot_interval):
                 if i < first:
                     refit_layer(on, i, weights, keeps[i], load_file(run.refit_path(i)))
                 else:
@@ -128,9 +133,6 @@ def refit_layers(
                     model.checkpoint.require_unchanged()
                     if ranks.is_first:
                         run.write_refit(i, _file_chunks(f"{model.family.layers}.{i}.", refitted))
-                if i + 1 < count:
-                    snapshots.layer_done(i + 1)
-                stage.advance(tokens=tokens.size, bytes_moved=model.layer_bytes(i))
             if refits_head(model, target):
                 head = refit_head(on)
                 model.checkpoint.require_unchanged()

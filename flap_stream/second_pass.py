@@ -1,8 +1,5 @@
 """Pass 2 as a whole: hidden states on their way through the pruned layers, and what is summed over all windows."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -11,8 +8,7 @@ from flap_stream.checkpoint import FORWARD_DTYPES, TensorEntry
 from flap_stream.config import ALIGNING_TARGETS
 from flap_stream.errors import NonFinite
 from flap_stream.hidden_states import HiddenStates
-from flap_stream.layers import BatchSizes, StreamedModel
-from flap_stream.planner import Placement
+from flap_stream.layer_pass import LayerPass
 from flap_stream.refit import MomentSums, product_windows, refit_to_target, row_blocks
 from flap_stream.store import RunDirectory
 
@@ -20,23 +16,14 @@ from flap_stream.store import RunDirectory
 class SecondPass:
     """The hidden states on their way through the pruned layers; beside them, as the target, the dense ones.
 
-    samples: windows of all ranks. target: one of config.REFIT_TARGETS.
+    batches: whose hidden states they are. samples: windows of all ranks. target: one of config.REFIT_TARGETS.
     """
 
-    def __init__(
-        self,
-        model: StreamedModel,
-        run: RunDirectory,
-        hidden: Sequence[HiddenStates],
-        sizes: BatchSizes,
-        placement: Placement,
-        samples: int,
-        target: str,
-    ) -> None:
-        self.model, self.store, self.sizes, self.placement, self.samples = model, run, sizes, placement, samples
-        self.hidden, self.dense = hidden[0], hidden[1] if len(hidden) > 1 else None
+    def __init__(self, batches: LayerPass, run: RunDirectory, samples: int, target: str) -> None:
+        self.batches, self.store, self.samples = batches, run, samples
+        self.model, self.placement, self.sizes = batches.model, batches.placement, batches.sizes
+        self.hidden, self.dense = batches.hidden[0], batches.hidden[1] if len(batches.hidden) > 1 else None
         self.aligns, self.is_joint = target in ALIGNING_TARGETS, target == "joint"
-        self.step = 0
 
     @property
     def block_tokens(self) -> int:
@@ -49,13 +36,10 @@ class SecondPass:
         path = self.model.family.norm_before(part.kind)
         return {} if path is None else {path: nn.Identity()}
 
-    def forward(self, index: int, weights: Mapping[str, torch.Tensor], hidden: HiddenStates, **how: Any) -> None:
-        """`StreamedModel.forward_layer` as the next step."""
-        self.model.forward_layer(index, weights, hidden, self.sizes, step=self.step, **how)
-        for reduction in self.sizes.agree(self.model.ranks):
-            if self.model.ranks.is_first:
-                self.store.record_batch_reduction(*reduction)
-        self.step += 1
+    def skip_runs(self, count: int) -> None:
+        """Count runs of the layer that were made by an earlier call, so that later ones keep their numbers."""
+        layer, run = self.batches.step
+        self.batches.step = (layer, run + count)
 
     def collected(self, sums: MomentSums) -> MomentSums:
         """On rank 0 the sums over the windows of all ranks; nothing on the others."""

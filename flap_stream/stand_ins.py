@@ -1,7 +1,7 @@
 """Modules that stand in for a decoder layer's own while pass 2 refits it."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from flap_stream.architecture import UnitKind
+from flap_stream.layer_pass import StandIn
 
 
 class Captures(nn.Module):
@@ -26,24 +27,31 @@ class Captures(nn.Module):
         return inputs.new_zeros(1).expand(*inputs.shape[:-1], self._hidden_size)
 
 
-class Supplies(nn.Module):
+class Supplies(StandIn):
     """Stands in for attention or an MLP: gives what the refitted projection makes of inputs taken before.
 
-    weight: `[hidden, kept]`, or None for zeros. bias: `[hidden]` or None. read: what the module was last given.
+    weight: `[hidden, kept]`, or None for zeros. bias: `[hidden]` or None. inputs: gives those of so many windows from
+    the first of a batch on. read: what the module was last given.
     """
 
-    inputs: torch.Tensor
     read: torch.Tensor
 
-    def __init__(self, kind: str, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        inputs: Callable[[int, int], torch.Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self._is_attention, self._weight, self._bias = kind == "attention", weight, bias
+        self._is_attention, self._weight, self._bias, self._inputs = kind == "attention", weight, bias, inputs
 
     def forward(self, *args: torch.Tensor, **kwargs: Any) -> Any:
         """In the form that the module has."""
         self.read = hidden = args[0] if args else kwargs["hidden_states"]
         if self._weight is not None:
-            output = functional.linear(self.inputs, self._weight, self._bias)
+            assert self._inputs is not None
+            output = functional.linear(self._inputs(self.start, len(hidden)), self._weight, self._bias)
         else:
             output = (hidden.new_zeros(1) if self._bias is None else self._bias).expand_as(hidden)
         return (output, None) if self._is_attention else output

@@ -32,7 +32,7 @@ from flap_stream.scoring import ChannelStatistics, LayerStatistics
 
 logger = logging.getLogger(__name__)
 
-FORMAT, VERSION = "flap-stream-run", 4
+FORMAT, VERSION = "flap-stream-run", 5
 _SHAPE = {field.name: [int] if field.name == "experts" else int for field in fields(LayerShape)}
 _SIZES = {"hidden": int, "vocabulary": int, "weight_bytes": int, "expert_share": float}
 _MANIFEST = {
@@ -228,17 +228,9 @@ class RunDirectory:
         """`stamps` and `embedding` as last recorded."""
         return self.journal.find("source", "source")
 
-    def record_batch_reduction(self, step: int, start: int, stop: int, size: int) -> None:
-        """From window `start` of a step of pass 1 on, so many windows ran at once: there was no memory for more.
-
-        stop: the window where they were as many as before again, in this step.
-        """
-        self.journal.append("batch", f"{step}/{start}", step=step, start=start, stop=stop, size=size)
-
-    def batch_reductions(self) -> list[tuple[int, int, int, int]]:
-        """Step, first window, stop and size of all of them, for a run that is taken up to repeat them."""
-        entries = self.journal.of_kind("batch")
-        return [(entry["step"], entry["start"], entry.get("stop", sys.maxsize), entry["size"]) for entry in entries]
+    def batch_reductions(self, stage: str) -> "BatchReductions":
+        """Those of a stage."""
+        return BatchReductions(self.journal, stage)
 
     # --- snapshots of the hidden states ---
 
@@ -438,6 +430,42 @@ class RunDirectory:
                         f"{self.path} was made for another {part}: {key} was {was}, now it is {is_now}; "
                         "name another directory with --run, or delete that one"
                     )
+
+
+@dataclass(frozen=True)
+class BatchReduction:
+    """From window `start` of a step on, `size` windows ran at once: there was no memory for more.
+
+    step: the layer, and which run of it. stop: the window where another rank's begin, in this step.
+    """
+
+    step: tuple[int, int]
+    start: int
+    stop: int
+    size: int
+
+
+@dataclass(frozen=True)
+class BatchReductions:
+    """Where a stage had to run smaller batches, for a resumed run to repeat at the same points."""
+
+    journal: Journal
+    stage: str
+
+    def add(self, reduction: BatchReduction) -> None:
+        """Record one."""
+        layer, run = reduction.step
+        where = {"stage": self.stage, "layer": layer, "run": run, "start": reduction.start}
+        name = "/".join(map(str, where.values()))
+        self.journal.append("batch", name, **where, stop=reduction.stop, size=reduction.size)
+
+    def read(self) -> list[BatchReduction]:
+        """All of them."""
+        return [
+            BatchReduction((e["layer"], e["run"]), e["start"], e.get("stop", sys.maxsize), e["size"])
+            for e in self.journal.of_kind("batch")
+            if e["stage"] == self.stage
+        ]
 
 
 @dataclass(frozen=True)

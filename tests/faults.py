@@ -34,7 +34,7 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
 from flap_stream import PruneConfig, cli
-from flap_stream.layers import StreamedModel
+from flap_stream.layer_pass import Batch, LayerPass
 
 LAYERS = 3
 # Names of Python's audit events for what changes a directory; a file that is opened for writing comes on top.
@@ -314,13 +314,13 @@ def _child(
 
 def _record_layers() -> list[int]:
     """The layers that this process runs, in order."""
-    layers, forward = [], StreamedModel.forward_layer
+    layers, run = [], LayerPass.run
 
-    def recorded(model: StreamedModel, index: int, *arguments: Any, **options: Any) -> None:
+    def recorded(batches: LayerPass, index: int, *arguments: Any, **options: Any) -> Iterator[Batch]:
         layers.append(index)
-        forward(model, index, *arguments, **options)
+        return run(batches, index, *arguments, **options)
 
-    StreamedModel.forward_layer = recorded
+    LayerPass.run = recorded
     return layers
 
 

@@ -180,7 +180,7 @@ def read_run(manifest: bytes = sealed(MANIFEST), journal: bytes = b"") -> None:
             run.snapshots.newest(),
             run.pruned_snapshots.newest(),
             run.complete_refits(),
-            run.batch_reductions(),
+            run.batch_reductions("collect").read(),
             run.damaged(),
         )
         run.layer_costs(), run.sweep_names()

@@ -26,6 +26,7 @@ from flap_stream.moments import Moments, joined_channels
 from flap_stream.ranks import ALONE as ONE
 from flap_stream.ranks import Ranks, own_device, window_shares
 from flap_stream.skeleton import Skeleton
+from flap_stream.store import BatchReduction
 
 KILLS, REFIT_KILLS = 12, 5
 REFIT_LENGTH = 512  # so that each rank has products of its own
@@ -62,12 +63,12 @@ def test_moments_of_channels_apart_are_bit_for_bit_those_of_all(cut: int) -> Non
 
 def test_a_halved_batch_concerns_the_windows_of_its_rank_and_then_all() -> None:
     theirs = BatchSizes(8, windows=range(16, 32))
-    theirs.halve(step=2, start=4, failed=8)
+    theirs.halve(step=(2, 1), start=4, failed=8)
     (reduction,) = theirs.agree(ONE)
-    assert reduction == (2, 20, 32, 4)
+    assert reduction == BatchReduction((2, 1), 20, 32, 4)
     sizes = BatchSizes(8, [reduction])
-    assert [sizes.at(2, window) for window in (0, 19, 20, 31, 32)] == [8, 8, 4, 4, 8]
-    assert sizes.at(1, 40) == 8 and sizes.at(3, 0) == 4
+    assert [sizes.at((2, 1), window) for window in (0, 19, 20, 31, 32)] == [8, 8, 4, 4, 8]
+    assert sizes.at((2, 0), 40) == 8 and sizes.at((3, 0), 0) == 4
 
 
 # --- the same bytes ---

@@ -21,7 +21,9 @@ from flap_stream.checkpoint import open_checkpoint, read_header
 from flap_stream.config import ALIGNING_TARGETS, REFIT_TARGETS
 from flap_stream.errors import InvalidOption, RunMismatch, UnsupportedModel
 from flap_stream.gauss_newton import DIRECTIONS
-from flap_stream.layers import BatchSizes, StreamedModel
+from flap_stream.layer_pass import LayerPass
+from flap_stream.layers import StreamedModel
+from flap_stream.progress import Stage
 from flap_stream.refit import DAMPING
 from flap_stream.stand_ins import Supplies
 
@@ -227,13 +229,13 @@ def test_a_layer_is_its_attention_and_its_mlp_one_after_the_other(tmp_path: Path
     with open_checkpoint(tmp_path / "model") as checkpoint, torch.inference_mode():
         model = StreamedModel(checkpoint, EvaluateConfig())
         whole, halves = (model.hidden_states("host", *tokens.shape) for _ in range(2))
-        for hidden in (whole, halves):
-            model.embed(tokens, 3, hidden)
-        for i, weights in model.stream():
-            model.forward_layer(i, weights, whole, BatchSizes(3))
+        batches = LayerPass(model, model.place(EvaluateConfig(batch_size=3), *tokens.shape), tokens, [whole, halves])
+        for i, weights in batches.layers(Stage("test", len(model.layers))):
+            batches.run_all(i, weights, whole)
             kinds = [part.kind for part in model.family.parts(model.shapes[i])]
             for other in reversed(kinds):
-                model.forward_layer(i, weights, halves, BatchSizes(3), stand_ins={other.module: Supplies(other.name)})
+                for _ in batches.run(i, weights, halves, stand_ins={other.module: Supplies(other.name)}):
+                    pass
             assert torch.equal(whole.values, halves.values)
 
 

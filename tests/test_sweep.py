@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from flap_stream import planner, ratio_sweep, snapshots
 from flap_stream.cli import main
 from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, RewriteConfig, SweepConfig, parse_ratios
 from flap_stream.errors import InvalidOption, RunMismatch
+from flap_stream.layer_pass import Batch, LayerPass
 from flap_stream.layers import StreamedModel
 from flap_stream.store import RunDirectory
 
@@ -145,16 +147,16 @@ def test_a_reading_of_the_model_goes_on_in_the_middle(
 ) -> None:
     made = Collected(tmp_path)
     run, options = made.run, made.options(samples=3)
-    find, forward, layers = planner.place, StreamedModel.forward_layer, []
+    find, run_layer, layers = planner.place, LayerPass.run, []
 
-    def stopping(model: StreamedModel, index: int, *rest: Any, **how: Any) -> None:
+    def stopping(batches: LayerPass, index: int, *rest: Any, **how: Any) -> Iterator[Batch]:
         if index == stop_at:
             raise KeyboardInterrupt
         layers.append(index)
-        forward(model, index, *rest, **how)
+        return run_layer(batches, index, *rest, **how)
 
     monkeypatch.setattr(planner, "place", lambda *a: replace(find(*a), hidden_place=place))
-    monkeypatch.setattr(StreamedModel, "forward_layer", stopping)
+    monkeypatch.setattr(LayerPass, "run", stopping)
     monkeypatch.setattr(snapshots, "_SNAPSHOT_SHARE", 0.0)
     stop_at = 2
     with pytest.raises(KeyboardInterrupt):
