@@ -47,7 +47,7 @@ def collect_statistics(
         if options.method == "magnitude-sp":
             stage.skip(first)
             costs = _Costs(tokens=0)
-            for i, weights in model.stream(first, placement.prefetch):
+            for i, weights in model.stream(range(first, count), placement.prefetch):
                 if ranks.is_first:
                     _store(model, run, i, _layer_statistics(model, i, weights, {}), costs)
                 stage.advance(bytes_moved=model.layer_bytes(i))

@@ -68,12 +68,13 @@ class HiddenStates(ABC):
     def advance(self) -> None:
         """All outputs have been put: they are the next layer's inputs."""
 
-    def save(self, path: Path, ranks: Ranks = ALONE) -> str:
-        """Write the inputs' raw bytes, of all ranks in their order, to a file, durably; their sha256 comes out.
+    def save(self, path: Path, ranks: Ranks = ALONE, samples: int | None = None) -> str:
+        """Write the inputs' raw bytes, of all ranks in their order, to a file, durably; returns their sha256.
 
-        Rank 0 writes; what comes out on the others means nothing.
+        samples: of this rank, that many windows alone. Rank 0 writes; what the others return means nothing.
         """
-        blocks = ranks.in_order(self._blocks(), _BLOCK_BYTES)
+        nbytes = self.nbytes if samples is None else self.nbytes // max(self.samples, 1) * samples
+        blocks = ranks.in_order(self._blocks(nbytes), _BLOCK_BYTES)
         if ranks.is_first:
             return files.write_committed(path, blocks)
         for _ in blocks:
@@ -109,8 +110,8 @@ class HiddenStates(ABC):
         return digest.hexdigest() if reads_all else None
 
     @abstractmethod
-    def _blocks(self) -> Iterator[memoryview]:
-        """The inputs' raw bytes."""
+    def _blocks(self, nbytes: int) -> Iterator[memoryview]:
+        """The first raw bytes of the inputs."""
 
     @abstractmethod
     def _store(self, offset: int, block: memoryview) -> None:
@@ -176,9 +177,9 @@ class ResidentHiddenStates(HiddenStates):
     def _bytes(self) -> torch.Tensor:
         return self.values.view(torch.uint8).view(-1)
 
-    def _blocks(self) -> Iterator[memoryview]:
-        for start in range(0, self.nbytes, _BLOCK_BYTES):
-            yield memoryview(self._bytes()[start : start + _BLOCK_BYTES].cpu().numpy())
+    def _blocks(self, nbytes: int) -> Iterator[memoryview]:
+        for start in range(0, nbytes, _BLOCK_BYTES):
+            yield memoryview(self._bytes()[start : min(start + _BLOCK_BYTES, nbytes)].cpu().numpy())
 
     def _store(self, offset: int, block: memoryview) -> None:
         self._bytes()[offset : offset + len(block)].copy_(torch.frombuffer(block, dtype=torch.uint8))
@@ -268,10 +269,10 @@ class DiskHiddenStates(HiddenStates):
         self._wait()
         self._inputs, self._outputs = self._outputs, self._inputs
 
-    def _blocks(self) -> Iterator[memoryview]:
-        buffer = memoryview(bytearray(min(_BLOCK_BYTES, self.nbytes)))
-        for start in range(0, self.nbytes, _BLOCK_BYTES):
-            yield buffer[: os.preadv(self._inputs, [buffer], start)]
+    def _blocks(self, nbytes: int) -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(min(_BLOCK_BYTES, nbytes)))
+        for start in range(0, nbytes, _BLOCK_BYTES):
+            yield buffer[: os.preadv(self._inputs, [buffer[: nbytes - start]], start)]
 
     def _store(self, offset: int, block: memoryview) -> None:
         self._write(self._inputs, offset, block)
@@ -282,6 +283,20 @@ class DiskHiddenStates(HiddenStates):
         self._writer.shutdown()
         for file in self._files:
             file.close()
+
+
+class Feed:
+    """Hidden states beside others that are run through a layer: the same windows, in order."""
+
+    def __init__(self, hidden: HiddenStates, batch_size: int, windows: range | None = None) -> None:
+        self._batches = hidden.stream(batch_size, windows)
+        self._first, self._values = next(self._batches, (0, torch.empty(0)))  # a rank may have no windows
+
+    def take(self, start: int, count: int) -> torch.Tensor:
+        """Windows from `start` on, within one batch; no earlier ones are asked for again."""
+        while start >= self._first + len(self._values):
+            self._first, self._values = next(self._batches)
+        return self._values[start - self._first : start - self._first + count]
 
 
 def _raw(values: torch.Tensor) -> memoryview:

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # First window of a batch and the layer's output for it, `[sample, token, hidden]` in the model's dtype on the device.
 Batch = tuple[int, torch.Tensor]
+StandIns = Mapping[str, nn.Module]  # in the place of some of a layer's modules, by path
 
 
 @dataclass
@@ -53,28 +54,42 @@ class LayerPass:
     def layers(
         self, stage: Stage, incomplete: int = 0, interval: int | None = None
     ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        """Layers in order, each with its weights, from the newest usable snapshot on.
+        """Layers in the order of the pass, each with its weights, from the newest usable snapshot on.
 
-        incomplete: the first layer whose result is not stored, which no snapshot may lie behind. interval: layers from
-        one snapshot to the next; None saves as often as it costs little. A layer counts as done at the next step.
+        incomplete: how many layers have their result stored; no snapshot may lie behind them. interval: layers from one
+        snapshot to the next; None saves as often as it costs little. A layer counts as done at the next step.
         """
-        model, count = self.model, len(self.model.layers)
+        model, order = self.model, self.order()
         saved = list(zip(self.stores, self.hidden, strict=True)) if self.stores else []
-        start = 0
-        if saved:
-            start = resume(model, saved, self.tokens, self.placement.batch_size, incomplete, self.copies)
-        else:
-            for hidden in self.hidden:
-                model.embed(self.tokens, self.placement.batch_size, hidden, self.copies)
-        stage.skip(start)
+        start = resume(saved, incomplete, model.ranks) if saved else None
+        if start is None:
+            self.begin()
+        done = start or 0
+        stage.skip(done)
         snapshots = Snapshots(saved, interval, model.ranks) if saved else None
         tokens = sum(model.ranks.gathered(self.tokens.size)) * self.copies
-        for i, weights in model.stream(start, self.placement.prefetch):
-            self.step = (i, 0)
+        for i, weights in model.stream(order[done:], self.placement.prefetch):
+            self.step = (done, 0)
             yield i, weights
-            if snapshots is not None and i + 1 < count:
-                snapshots.layer_done(i + 1)
+            done += 1
+            if snapshots is not None and done < len(order):
+                snapshots.layer_done(done)
             stage.advance(tokens=tokens, bytes_moved=model.layer_bytes(i))
+
+    def order(self) -> range:
+        """The layers in the order in which the hidden states go through them."""
+        return range(len(self.model.layers))
+
+    def begin(self) -> None:
+        """Fill the hidden states with what enters the first layer of the pass."""
+        for hidden in self.hidden:
+            self.model.embed(self.tokens, self.placement.batch_size, hidden, self.copies)
+
+    def run_batch(
+        self, index: int, weights: Mapping[str, torch.Tensor], start: int, values: torch.Tensor, modules: StandIns
+    ) -> torch.Tensor:
+        """What a layer makes of one batch, whose first window is `start`."""
+        return self.model.run_batch(index, weights, values, modules)
 
     def run(
         self,
@@ -84,7 +99,7 @@ class LayerPass:
         *,
         windows: range | None = None,
         keep_output: bool = True,
-        stand_ins: Mapping[str, nn.Module] | None = None,
+        stand_ins: StandIns | None = None,
     ) -> Iterator[Batch]:
         """Run one layer over all windows, batch by batch; its outputs become the hidden states unless told not to.
 
@@ -115,7 +130,7 @@ class LayerPass:
         weights: Mapping[str, torch.Tensor],
         hidden: HiddenStates,
         windows: range | None,
-        stand_ins: Mapping[str, nn.Module],
+        stand_ins: StandIns,
     ) -> Iterator[Batch]:
         """First window and output of batches that the device has memory for."""
         for first, values in hidden.stream(self.sizes.first, windows):
@@ -126,7 +141,7 @@ class LayerPass:
                 for module in stand_ins.values():
                     if isinstance(module, StandIn):
                         module.start = start
-                output = self._run_if_it_fits(index, weights, part, stand_ins)
+                output = self._run_if_it_fits(index, weights, start, part, stand_ins)
                 if output is None:
                     self._halve(index, start, part)
                     continue
@@ -134,11 +149,11 @@ class LayerPass:
                 done += len(part)
 
     def _run_if_it_fits(
-        self, index: int, weights: Mapping[str, torch.Tensor], values: torch.Tensor, modules: Mapping[str, nn.Module]
+        self, index: int, weights: Mapping[str, torch.Tensor], start: int, values: torch.Tensor, modules: StandIns
     ) -> torch.Tensor | None:
         """The output, or None if the device ran out of memory."""
         try:
-            return self.model.run_batch(index, weights, values, modules)
+            return self.run_batch(index, weights, start, values, modules)
         except torch.OutOfMemoryError:
             pass  # what it had allocated is held by the exception until here
         release(self.model.device)

@@ -121,14 +121,20 @@ class StreamedModel:
         return sum(entry.nbytes for entry in self.layer_entries[index].values())
 
     def hidden_states(
-        self, place: str, samples: int, tokens: int, directory: Path | None = None, width: int | None = None
+        self,
+        place: str,
+        samples: int,
+        tokens: int,
+        directory: Path | None = None,
+        width: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> HiddenStates:
         """Hidden states of so many windows, in one of hidden_states.PLACES, without values yet.
 
-        width: of others than those between the layers.
+        width, dtype: of others than those between the layers.
         """
         width = self.hidden_size if width is None else width
-        return make_hidden_states(place, samples, tokens, width, self.dtype, self.device, directory)
+        return make_hidden_states(place, samples, tokens, width, dtype or self.dtype, self.device, directory)
 
     def place(
         self,
@@ -196,17 +202,19 @@ class StreamedModel:
         embeds = torch.zeros(windows, tokens, self.hidden_size, dtype=self.dtype, device=self.device)
         return self.skeleton.record(embeds)[1]
 
-    def stream(self, start: int = 0, prefetch: int = 1) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        """Decoder layers from `start` on, each with its weights on the device.
+    def stream(
+        self, order: Sequence[int] | None = None, prefetch: int = 1
+    ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """Decoder layers in an order (by default their own), each with its weights on the device.
 
         prefetch: layers that are read ahead while one is in use. Weights are views of reused buffers: they are valid
         until the next step.
         Raises NonFinite, naming layer and tensor, if weights hold NaN or infinity.
         """
-        layers = stream_layers(
-            self.checkpoint, self.layer_entries[start:], self.device, self.dtype, prefetch, self.ranks
-        )
-        for i, weights in enumerate(layers, start):
+        order = range(len(self.layers)) if order is None else order
+        entries = [self.layer_entries[i] for i in order]
+        layers = stream_layers(self.checkpoint, entries, self.device, self.dtype, prefetch, self.ranks)
+        for i, weights in zip(order, layers, strict=True):
             self._require_finite(f"{self.family.layers}.{i}.", weights)
             yield i, weights
             memory.give_back_heap()  # else what activations leave there grows from layer to layer
@@ -243,6 +251,10 @@ class StreamedModel:
                 yield start, self.skeleton.logits(head_weight, norm(hidden[start : start + chunk])).float()
 
         return logits_of
+
+    def forget_calls(self) -> None:
+        """Record anew what layers are called with: what was recorded in inference mode cannot be differentiated."""
+        self._calls = {}
 
     def final_norm(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The final norm, loaded: from hidden states that left the last layer to what the head reads, on the device."""

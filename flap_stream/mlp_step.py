@@ -10,9 +10,10 @@ from torch.nn import functional
 from flap_stream.architecture import UnitKind
 from flap_stream.errors import NonFinite
 from flap_stream.gauss_newton import DIRECTIONS, ConjugateGradients
+from flap_stream.hidden_states import Feed
 from flap_stream.layer_pass import Batch
 from flap_stream.refit import KeptMoments
-from flap_stream.second_pass import Feed, SecondPass
+from flap_stream.second_pass import SecondPass
 from flap_stream.stand_ins import LinearisedMlp
 
 logger = logging.getLogger(__name__)

@@ -16,11 +16,11 @@ from torch import nn
 from flap_stream.allocation import LayerKeep
 from flap_stream.architecture import LayerShape, Part
 from flap_stream.errors import NonFinite
-from flap_stream.hidden_states import HiddenStates
+from flap_stream.hidden_states import Feed, HiddenStates
 from flap_stream.layer_pass import Batch
 from flap_stream.mlp_step import STEP_RUNS, MlpStep
 from flap_stream.refit import KeptMoments, MomentSums, product_with_mean, refit_to_own, refit_to_target
-from flap_stream.second_pass import Feed, SecondPass, aligned_rows, stored_dtype
+from flap_stream.second_pass import SecondPass, aligned_rows, stored_dtype
 from flap_stream.stand_ins import Captures, Supplies
 from flap_stream.surgery import removed_indices
 

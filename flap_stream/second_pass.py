@@ -7,7 +7,7 @@ from flap_stream.architecture import Part
 from flap_stream.checkpoint import FORWARD_DTYPES, TensorEntry
 from flap_stream.config import ALIGNING_TARGETS
 from flap_stream.errors import NonFinite
-from flap_stream.hidden_states import HiddenStates
+from flap_stream.hidden_states import Feed
 from flap_stream.layer_pass import LayerPass
 from flap_stream.refit import MomentSums, product_windows, refit_to_target, row_blocks
 from flap_stream.store import RunDirectory
@@ -47,7 +47,7 @@ class SecondPass:
             self.model.ranks.sum_on_first(part)
         return sums
 
-    def targets(self, windows: range | None = None) -> "Feed":
+    def targets(self, windows: range | None = None) -> Feed:
         """The dense hidden states beside the pruned ones."""
         assert self.dense is not None
         return Feed(self.dense, self.sizes.first, windows)
@@ -78,20 +78,6 @@ class SecondPass:
             return refit_to_target(identity, moments).cpu()
 
         return self.model.ranks.from_first(solve).to(self.model.device)
-
-
-class Feed:
-    """Hidden states beside others that are run through a layer: the same windows, in order."""
-
-    def __init__(self, hidden: HiddenStates, batch_size: int, windows: range | None = None) -> None:
-        self._batches = hidden.stream(batch_size, windows)
-        self._first, self._values = next(self._batches, (0, torch.empty(0)))  # a rank may have no windows
-
-    def take(self, start: int, count: int) -> torch.Tensor:
-        """Windows from `start` on, within one batch; no earlier ones are asked for again."""
-        while start >= self._first + len(self._values):
-            self._first, self._values = next(self._batches)
-        return self._values[start - self._first : start - self._first + count]
 
 
 def stored_dtype(entry: TensorEntry) -> torch.dtype:

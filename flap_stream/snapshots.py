@@ -4,12 +4,9 @@ import logging
 import time
 from collections.abc import Sequence
 
-import numpy as np
-
 from flap_stream import files
 from flap_stream.errors import CorruptRun
 from flap_stream.hidden_states import HiddenStates
-from flap_stream.layers import StreamedModel
 from flap_stream.ranks import Ranks
 from flap_stream.store import SnapshotStore
 
@@ -22,27 +19,24 @@ _SNAPSHOT_SHARE = 20.0
 _FIRST_WRITE_RATE = 500e6  # bytes per second, until one snapshot has been measured
 
 
-def resume(model: StreamedModel, saved: Saved, tokens: np.ndarray, batch_size: int, first: int, copies: int = 1) -> int:
-    """Bring in the hidden states of the latest point to go on from; the layer that they enter comes out.
+def resume(saved: Saved, incomplete: int, ranks: Ranks) -> int | None:
+    """Load the newest usable snapshot; how many layers of the pass lie before it, None if there is none.
 
-    tokens: of this rank's windows. first: the layer that is not complete, which no snapshot may lie behind.
-    copies: as of `StreamedModel.embed`, where there is no such point.
+    incomplete: how many layers have their result stored; a snapshot behind them is of no use.
     """
-    found = model.ranks.from_first(lambda: [dict(store.newest()) for store, _ in saved])
+    found = ranks.from_first(lambda: [dict(store.newest()) for store, _ in saved])
     for layer in sorted(set.intersection(*(set(digests) for digests in found)), reverse=True):
-        if layer > first:
+        if layer > incomplete:
             continue
         try:
             for (store, hidden), digests in zip(saved, found, strict=True):
-                hidden.load(store.path(layer), digests[layer], model.ranks)
+                hidden.load(store.path(layer), digests[layer], ranks)
         except CorruptRun as error:
-            if model.ranks.is_first:
+            if ranks.is_first:
                 logger.warning("%s; going on from an earlier point", error)
             continue
         return layer
-    for _, hidden in saved:
-        model.embed(tokens, batch_size, hidden, copies)
-    return 0
+    return None
 
 
 class Snapshots:
