@@ -20,6 +20,7 @@ import numpy as np
 from flap_stream import arrays, files
 from flap_stream.allocation import LayerKeep
 from flap_stream.architecture import LayerShape
+from flap_stream.calibration import tokens_digest
 from flap_stream.config import PlanConfig
 from flap_stream.errors import CorruptRun, RunMismatch, UnsuitableFileSystem
 from flap_stream.journal import COST, Journal
@@ -174,8 +175,12 @@ class RunDirectory:
         """The stored windows, int64 `[sample, token]`. Raises CorruptRun if they are altered."""
         self._verify("tokens.zarr", self.journal.find("tokens", "tokens"))
         (tokens,), _ = arrays.read_group(self.path / "tokens.zarr", self._token_forms())
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.manifest["sizes"]["vocabulary"]:
-            raise CorruptRun(f"{self.path / 'tokens.zarr'} holds tokens that the model does not have; collect again")
+        known = not tokens.size or 0 <= tokens.min() <= tokens.max() < self.manifest["sizes"]["vocabulary"]
+        if not known or tokens_digest(tokens) != self.manifest["tokens"]["sha256"]:
+            raise CorruptRun(
+                f"{self.path / 'tokens.zarr'} holds other tokens than the run was made for; delete the run directory "
+                "and collect again"
+            )
         return tokens
 
     def _token_forms(self) -> dict[str, arrays.Form]:

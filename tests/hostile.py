@@ -157,7 +157,8 @@ JOURNAL = [
 ]
 OPTIONS = {"method": "flap", "dtype": "torch.float32", "device": "cpu", "batch_size": 1}
 MANIFEST = {
-    **{"format": run_manifest.FORMAT, "version": run_manifest.VERSION, "source": "model", "calibration": {}, "versions": {}},
+    **{"format": run_manifest.FORMAT, "version": run_manifest.VERSION, "source": "model"},
+    **{"calibration": {}, "versions": {}},
     **{"model": {"config": ""}, "tokens": {"sha256": "", "shape": [1, 2]}, "options": OPTIONS},
     "sizes": {"hidden": 2, "vocabulary": 50, "weight_bytes": 16, "expert_share": 1.0},
     **{"threads": 1, "parameters": 8, "layers": [dict.fromkeys(run_manifest.SHAPE, 1) | {"experts": []}]},

@@ -18,6 +18,7 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 import flap_stream
 from flap_stream import files, run_manifest, store
 from flap_stream.allocation import LayerKeep
+from flap_stream.calibration import tokens_digest
 from flap_stream.config import PlanConfig, PruneConfig
 from flap_stream.errors import CorruptRun, RunLocked, RunMismatch
 from flap_stream.hidden_states import HiddenStates, make_hidden_states
@@ -29,7 +30,7 @@ SHAPE = {"kv_groups": 4, "heads_per_group": 1, "head_dim": 2, "neurons": 7, "gro
 LAYERS = [{**SHAPE, "experts": []}, {**SHAPE, "experts": []}]
 MANIFEST: dict[str, Any] = {
     "model": {"config": "abc", "shard_bytes": {"model.safetensors": 10}},
-    "tokens": {"sha256": "def", "shape": [3, 5]},
+    "tokens": {"sha256": tokens_digest(random_tokens(3, 5)), "shape": [3, 5]},
     "options": {"method": "flap", "dtype": "torch.float32", "batch_size": 4},
     **{"source": "model", "calibration": {}, "threads": 1, "parameters": 900, "layers": LAYERS},
     "sizes": {"hidden": 8, "vocabulary": 97, "weight_bytes": 40, "expert_share": 1.0},
