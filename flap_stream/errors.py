@@ -11,10 +11,12 @@
         │   ├── UnsupportedModel    a readable model that this package does not prune
         │   └── CorruptCheckpoint   missing, truncated or lying tensors
         ├── InvalidText             text or tokens that cannot serve
+        ├── NotPlain                a FIFO, a device, a link or a giant where a plain file belongs
         ├── NonFinite               NaN or infinity in weights or hidden states
         ├── ShapeMismatch           statistics or plans of different sizes meet
         ├── RunMismatch             the run directory belongs to another model, text or options
         ├── OutputConflict          something that is not ours stands where the output goes
+        ├── UnsuitableFileSystem    a file system that lacks what a run directory needs
         ├── InsufficientSpace       not enough room on a disk
         └── InsufficientMemory      no way to run the job within the memory allowed
 
@@ -82,6 +84,10 @@ class InvalidText(InvalidInput):
     """Calibration or evaluation text, or tokens, that cannot serve."""
 
 
+class NotPlain(InvalidInput):
+    """A FIFO, a device, a link or a giant stands where a plain file belongs."""
+
+
 class NonFinite(InvalidInput):
     """NaN or infinity in weights or hidden states."""
 
@@ -96,6 +102,10 @@ class RunMismatch(InvalidInput):
 
 class OutputConflict(InvalidInput):
     """Something that this run did not make stands where its output goes."""
+
+
+class UnsuitableFileSystem(InvalidInput):
+    """The file system lacks what a run directory needs."""
 
 
 class InsufficientSpace(InvalidInput):

@@ -1,24 +1,38 @@
 """Every operation on files that must survive a kill or a power loss goes through here.
 
 A file is committed by writing it under a temporary name, fsync, rename, fsync of its directory. Whatever carries the
-suffix `.partial` is unfinished and may be deleted by its owner.
+suffix `.partial` is unfinished and may be deleted by its owner. Nothing is written through a link that someone has
+put in its place.
+
+What is read whole is known to be a plain file, and not a giant, before a byte of it is.
 
 A failure of the operating system is raised as StorageFailure at once. Nothing is tried twice: after an fsync that
 failed, the kernel may have dropped what was to be written and say that all is well.
 """
 
+import errno
 import hashlib
+import logging
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-from flap_stream.errors import StorageFailure
+from flap_stream.errors import NotPlain, OutputConflict, StorageFailure
+
+logger = logging.getLogger(__name__)
 
 PARTIAL_SUFFIX = ".partial"
+MOST_BYTES = 1 << 28  # of a file that is read whole: the largest tokenizer.json known has an eighth of it
+_MOST_DEPTH = 16  # of directories in one of our own
 _READ_BYTES = 1 << 22
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
+_unsynced: set[int] = set()  # devices of which it has been said
 
 
 @contextmanager
@@ -41,7 +55,7 @@ def write_committed(path: Path, chunks: bytes | Iterable[bytes | memoryview]) ->
     temporary = partial_path(path)
     with (
         failures_of(temporary),
-        open(temporary, "wb", buffering=0) as file,
+        open_new(temporary) as file,
         ThreadPoolExecutor(1, thread_name_prefix="sha256") as hasher,
     ):
         for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
@@ -51,6 +65,17 @@ def write_committed(path: Path, chunks: bytes | Iterable[bytes | memoryview]) ->
         os.fsync(file.fileno())
     commit_rename(temporary, path)
     return digest.hexdigest()
+
+
+def open_new(path: Path) -> BinaryIO:
+    """A new file to write. What stood there goes first: a link goes, and not what it points to."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except FileExistsError:
+        os.unlink(path)
+        descriptor = os.open(path, flags, 0o666)
+    return open(descriptor, "wb", buffering=0)
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
@@ -63,7 +88,7 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
 def append_committed(path: Path, data: bytes) -> None:
     """Add bytes at the end of a file that is there, and wait until they are on the disk."""
     with failures_of(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         try:
             write_all(descriptor, data)
             os.fsync(descriptor)
@@ -79,8 +104,25 @@ def commit_rename(source: Path, target: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+    """Make the names in a directory durable, if its file system can; else say so once.
+
+    Without it a kill does no harm, and what a power cut takes is missed by its digest and made again.
+    """
+    try:
+        _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+    except StorageFailure as failure:
+        error = failure.__cause__
+        if not isinstance(error, OSError) or error.errno not in _NO_SYNC:
+            raise
+        device = path.stat().st_dev
+        if device not in _unsynced:
+            _unsynced.add(device)
+            logger.warning(
+                "the file system of %s cannot sync directories (%s): a kill still loses nothing, but a power cut may "
+                "take the newest files there",
+                path,
+                error.strerror,
+            )
 
 
 def sync_tree(path: Path) -> None:
@@ -109,6 +151,21 @@ def make_directory(path: Path) -> None:
         sync_directory(directory.parent)
 
 
+def make_own_directory(path: Path) -> None:
+    """Make a directory that only its owner can have filled; one that is there is taken if it is this user's.
+
+    Raises OutputConflict if it is another user's, who could put links to anything in the way of what is written.
+    """
+    make_directory(path)
+    owner = path.stat().st_uid
+    if owner == os.geteuid():
+        return
+    with suppress(OSError), tempfile.TemporaryFile(dir=path) as file:  # some file systems give every file one owner
+        if os.fstat(file.fileno()).st_uid == owner:
+            return
+    raise OutputConflict(f"{path} belongs to another user (uid {owner}); name another place, or remove it")
+
+
 def remove(path: Path) -> None:
     """Remove a file or a whole directory if it is there, and make that durable."""
     with failures_of(path):
@@ -119,6 +176,52 @@ def remove(path: Path) -> None:
         else:
             return
     sync_directory(path.parent)
+
+
+def require_plain(path: Path, most_bytes: int | None = None, *, may_have_holes: bool = True) -> None:
+    """Raise NotPlain unless `path` is, or links to, a plain file of at most so many bytes, without opening another.
+
+    may_have_holes: whether parts of it may never have been written, as of a giant that takes no room on the disk.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise NotPlain(f"{path} is {_kind(status.st_mode)}, where a plain file is expected; replace it or name another")
+    if most_bytes is not None and status.st_size > most_bytes:
+        raise NotPlain(
+            f"{path} has {status.st_size:,} bytes, at most {most_bytes:,} are expected of such a file; replace it"
+        )
+    if not may_have_holes and status.st_size > _READ_BYTES:
+        with open(path, "rb", buffering=0) as file, suppress(OSError):  # not every file system knows of holes
+            if os.lseek(file.fileno(), 0, os.SEEK_HOLE) < status.st_size:
+                raise NotPlain(f"{path} has holes, parts that were never written; it is no text, so name another")
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def read_plain(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+    """The bytes of a file that is read whole. Raises NotPlain as `require_plain` does, OSError if it cannot be read."""
+    require_plain(path, most_bytes)
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        return file.read(most_bytes)
+
+
+def require_plain_tree(path: Path) -> None:
+    """Raise NotPlain if a directory holds anything but plain files and directories, at any depth."""
+    pending = [(path, 0)]
+    while pending:
+        directory, depth = pending.pop()
+        with suppress(FileNotFoundError), os.scandir(directory) as entries:  # a running job removes some
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False) and depth < _MOST_DEPTH:
+                    pending.append((Path(entry.path), depth + 1))
+                elif not entry.is_file(follow_symlinks=False):
+                    raise NotPlain(
+                        f"{entry.path} is {_kind(entry.stat(follow_symlinks=False).st_mode)}, which is nothing that "
+                        f"flap-stream puts there; remove {path}, or name another"
+                    )
 
 
 def file_digest(path: Path) -> str:
@@ -146,6 +249,12 @@ def free_bytes(path: Path) -> int:
 def tree_bytes(path: Path) -> int:
     """Bytes on the disk of all files below a directory; 0 if there is none."""
     return sum(file.lstat().st_blocks * 512 for file in path.rglob("*")) if path.is_dir() else 0
+
+
+def tree_size(path: Path) -> int:
+    """Sum of the sizes of a file, or of all files below a directory, whatever they take on the disk."""
+    inner = path.rglob("*") if path.is_dir() else (path,)
+    return sum(status.st_size for status in map(Path.lstat, inner) if not stat.S_ISDIR(status.st_mode))
 
 
 def existing_directory(path: Path) -> Path:

@@ -7,25 +7,31 @@ from typing import Any
 
 from flap_stream import files
 from flap_stream.errors import CorruptRun
-from flap_stream.json_form import has_form
+from flap_stream.json_form import finite, has_form, hexadecimal, layer_name, natural, one_of, parsed, within
 
-ENTRY_FORMS = {
+COST = {"seconds": finite, "tokens": natural, "peak_host_bytes": natural, "peak_device_bytes": natural}
+_SNAPSHOT = {"name": layer_name, "layer": within(0, 10**9), "digest": str}
+ENTRY_FORMS: dict[str, Any] = {
     "tokens": {"digest": str},
-    "source": {"stamps": dict, "embedding": str},
-    "batch": {"stage": str, "layer": int, "run": int, "start": int, "size": int},
+    "source": {"stamps": {str: list}, "embedding": str},
+    "batch": {
+        **{"stage": str, "layer": natural, "run": natural, "start": natural},
+        **{"size": within(1, 1 << 31), "stop?": natural},
+    },
     "statistics-root": {},
-    "statistics": {"digest": str, "weights": str},
-    "hidden": {"layer": int, "digest": str},
+    "statistics": {"name": layer_name, "digest": str, "weights": str, "cost?": COST},
+    "hidden": _SNAPSHOT,
     "restoration": {"job": str},
-    "refit": {"job": str, "digest": str},
-    "hidden-pruned": {"job": str, "layer": int, "digest": str},
-    "hidden-dense": {"job": str, "layer": int, "digest": str},
+    "refit": {"name": layer_name, "job": str, "digest": str},
+    "hidden-pruned": {"job": str, **_SNAPSHOT},
+    "hidden-dense": {"job": str, **_SNAPSHOT},
     "plan": {"digest": str},
-    "sweep": {"digest": str},
-    "hidden-sweep": {"job": str, "layer": int, "digest": str},
+    "sweep": {"name": hexadecimal, "digest": str},
+    "hidden-sweep": {"job": str, **_SNAPSHOT},
     "rewrite": {"place": str, "job": str},
     "shard": {"job": str, "digest": str},
 }
+_MOST_BYTES = 1 << 26
 
 
 class Journal:
@@ -39,7 +45,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries: list[dict[str, Any]] = []
-        data = path.read_bytes() if path.exists() else b""
+        data = files.read_plain(path, _MOST_BYTES) if path.exists() else b""
         self._lines: list[bytes] = []
         self._is_own = False
         at = 0
@@ -59,10 +65,11 @@ class Journal:
         if not line.endswith(b"\n") or hashlib.sha256(body).hexdigest()[:16].encode() != digest:
             return None
         try:
-            entry = json.loads(body)
-        except (ValueError, RecursionError):
+            entry = parsed(body)
+        except ValueError:
             return None
-        known = has_form(entry, {"kind": str, "name": str}) and has_form(entry, ENTRY_FORMS.get(entry["kind"], str))
+        known = has_form(entry, {"kind": one_of(*ENTRY_FORMS), "name": str})
+        known = known and has_form(entry, ENTRY_FORMS[entry["kind"]])
         return entry if known else None
 
     def find(self, kind: str, name: str) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from flap_stream.architecture import LayerShape
 from flap_stream.calibration import calibration_tokens, load_tokenizer, tokens_digest
 from flap_stream.collection import collect_statistics
 from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, RewriteConfig, part_of, require_restoration
-from flap_stream.errors import InvalidOption, OutputConflict, RunMismatch
+from flap_stream.errors import CorruptRun, InvalidOption, OutputConflict, RunMismatch
 from flap_stream.layers import StreamedModel, cpu_threads, release
 from flap_stream.memory import give_back_heap
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
@@ -34,6 +34,7 @@ from flap_stream.restoration import (
 from flap_stream.same_source import require_same_weights
 from flap_stream.scoring import baseline_input, flap_scores, magnitude_scores, wanda_scores
 from flap_stream.shards import Restoration
+from flap_stream.skeleton import Skeleton
 from flap_stream.store import RunDirectory, stored_bytes
 
 logger = logging.getLogger(__name__)
@@ -146,10 +147,12 @@ def prune(
             return PruneResult(out, record, measured)
         if ranks.is_first:
             output.require_own_place(source, out, run_path)
-        _collect(source, run_path, options, progress, measured, out, ranks)
-        with measured.stage("plan"):
-            ranks.from_first(lambda: plan(run_path, part_of(options, PlanConfig)))
-        with _run_directory(ranks, run_path, lambda: RunDirectory(run_path)) as directory:
+        with ExitStack() as stack:  # one lock for the whole job: no other can plan in between
+            directory, _ = _collect(source, run_path, options, progress, measured, stack, out, ranks)
+            with measured.stage("plan"):
+                ranks.from_first(lambda: _store_plan(directory, decide(directory, part_of(options, PlanConfig))))
+            if not ranks.is_first:
+                directory = RunDirectory(run_path, is_writer=False)  # as it is now
             parts, interval = part_of(options, RewriteConfig), options.snapshot_interval
             result = _rewrite(source, directory, out, parts, progress, measured, ranks, interval)
             if removes_run and ranks.is_first:
@@ -164,8 +167,8 @@ def collect(
 
     With `method="wanda-sp"` the collection belongs to `options.ratio`, since the pruned layers feed the next.
     """
-    with joined() as ranks, _open_model(model, ranks) as source:
-        return _collect(source, Path(run), options, progress or Progress(), Measured(), ranks=ranks)
+    with joined() as ranks, _open_model(model, ranks) as source, ExitStack() as stack:
+        return _collect(source, Path(run), options, progress or Progress(), Measured(), stack, ranks=ranks)[1]
 
 
 def plan(run: str | Path, options: PlanConfig) -> PlanResult:
@@ -215,7 +218,9 @@ def _run_directory(ranks: Ranks, path: Path, opened: Callable[[], RunDirectory])
     """The run directory, which rank 0 opens and prepares for writing; the others read what is committed by then."""
     if not ranks.is_first:
         ranks.barrier()
-    with opened() if ranks.is_first else RunDirectory(path, is_writer=False) as directory:
+    directory = opened() if ranks.is_first else RunDirectory(path, is_writer=False)
+    del opened  # and what it holds on to
+    with directory:
         if ranks.is_first:
             ranks.barrier()
         yield directory
@@ -227,10 +232,14 @@ def _collect(
     options: CollectConfig,
     progress: Progress,
     measured: Measured,
+    stack: ExitStack,
     out: Path | None = None,
     ranks: Ranks = ALONE,
-) -> CollectResult:
-    """Pass 1. out: where the output will go, if this is part of a whole job; its place and room are checked first."""
+) -> tuple[RunDirectory, CollectResult]:
+    """Pass 1; the run directory comes out open, and is closed with `stack`.
+
+    out: where the output will go, if this is part of a whole job; its place and room are checked first.
+    """
     with measured.stage("collect"):
         model = StreamedModel(source, options, ranks)
         if out is not None:
@@ -253,14 +262,13 @@ def _collect(
         if target is not None:  # pass 2 must fit as well, whatever the plan will be
             refit = refit_sizes(model, target)
             model.place(options, samples, length, refit=refit, recorded=placement.batch_size)
-        with (
-            _run_directory(ranks, run, lambda: _begun_run(model, run, options, tokens, placement)) as directory,
-            cpu_threads(directory.manifest["threads"]),
-        ):
+        opened = _run_directory(ranks, run, lambda: _begun_run(model, run, options, tokens, placement))
+        directory = stack.enter_context(opened)
+        with cpu_threads(directory.manifest["threads"]):
             collect_statistics(model, directory, options, placement, progress)
         release(model.device)
     measured.of_all(ranks, source.bytes_read)
-    return CollectResult(run, len(model.shapes), samples, length, measured)
+    return directory, CollectResult(run, len(model.shapes), samples, length, measured)
 
 
 def _begun_run(
@@ -430,6 +438,10 @@ def require_model_of(run: RunDirectory, source: checkpoints.Checkpoint, ranks: R
             f"{source.source} is not the model that {run.path} was collected from (its config or headers differ); "
             "give that model, or collect again"
         )
+    skeleton, vocabulary = Skeleton(source.config, source.source), run.manifest["sizes"]["vocabulary"]
+    shapes = [skeleton.layer_shape(i) for i in range(len(skeleton.layers))]
+    if shapes != run.layer_shapes or vocabulary != source.tensors[skeleton.family.embedding].shape[0]:
+        raise CorruptRun(f"{run.path / 'run.json'} has other sizes than {source.source}; delete it and collect again")
     if ranks.is_first:
         require_same_weights(source, run)
 

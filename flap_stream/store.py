@@ -3,45 +3,47 @@
 Only what the journal names, with the digest that the journal names, is believed.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
-import platform
-import socket
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec
 
-from flap_stream import files
+from flap_stream import arrays, files
 from flap_stream.allocation import LayerKeep
 from flap_stream.architecture import LayerShape
+from flap_stream.calibration import tokens_digest
 from flap_stream.config import PlanConfig
-from flap_stream.errors import CorruptRun, RunLocked, RunMismatch
-from flap_stream.journal import Journal
-from flap_stream.json_form import has_form
+from flap_stream.errors import CorruptRun, RunMismatch, UnsuitableFileSystem
+from flap_stream.journal import COST, Journal
+from flap_stream.json_form import natural, parsed
+from flap_stream.run_lock import LOCK_NAME, acquire_lock
+from flap_stream.run_manifest import NAME as MANIFEST_NAME
+from flap_stream.run_manifest import (
+    layer_shapes,
+    most_plan_bytes,
+    new_manifest,
+    parse_plan,
+    plan_contents,
+    read_manifest,
+)
 from flap_stream.scoring import ChannelStatistics, LayerStatistics
 
 logger = logging.getLogger(__name__)
 
-FORMAT, VERSION = "flap-stream-run", 5
-_SHAPE = {field.name: [int] if field.name == "experts" else int for field in fields(LayerShape)}
-_SIZES = {"hidden": int, "vocabulary": int, "weight_bytes": int, "expert_share": float}
-_MANIFEST = {
-    **{"model": dict, "tokens": dict, "options": {"method": str}, "source": str, "calibration": dict, "versions": dict},
-    **{"threads": int, "parameters": int, "sizes": _SIZES, "layers": [_SHAPE], "sha256": str},
-}
 _BLOCK_BYTES = 4096  # of most file systems
+_MOST_SWEEP_BYTES = 1 << 26
 _KINDS = ("attention", "mlp")
 _ARRAYS = ("count", "mean", "m2", "released_fluctuation", "released_baseline", "weight_squared_norm", "weight_abs_mean")
+_TAKEN = {kind: {"samples": natural} for kind in _KINDS}  # attributes of a layer's statistics
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,6 @@ class LayerCost:
     peak_device_bytes: int
 
 
-_COST = {"seconds": float, "tokens": int, "peak_host_bytes": int, "peak_device_bytes": int}
-
-
 class RunDirectory:
     """An open run directory; use it in a `with` block, which holds the lock of a writer, unless it only reads.
 
@@ -68,12 +67,16 @@ class RunDirectory:
 
     def __init__(self, path: Path, *, is_writer: bool = True) -> None:
         self.path = path
-        manifest = path / "run.json"
-        if not manifest.is_file():
+        manifest = path / MANIFEST_NAME
+        if not manifest.exists():
             raise RunMismatch(f"{path} is no run directory (it has no run.json); make one with flap-stream collect")
-        self._lock = _acquire_lock(path) if is_writer else None
+        if is_writer:
+            files.make_own_directory(path)
+        files.require_plain_tree(path)
+        self._lock = acquire_lock(path) if is_writer else None
         try:
-            self.manifest: dict[str, Any] = _load_manifest(manifest)
+            self.manifest: dict[str, Any] = read_manifest(manifest)
+            self.layer_shapes: list[LayerShape] = layer_shapes(self.manifest)
             self.journal = Journal(path / "journal")
         except BaseException:
             self.close()
@@ -86,18 +89,8 @@ class RunDirectory:
         manifest: JSON values; its keys `model`, `tokens` and `options` decide what the statistics are.
         Raises RunMismatch, naming what differs.
         """
-        if not (path / "run.json").exists():
-            if path.exists() and (not path.is_dir() or any(p.name not in _UNBORN for p in path.iterdir())):
-                raise RunMismatch(f"{path} exists and is no run directory; name another with --run")
-            files.make_directory(path)
-            lock = _acquire_lock(path)  # so that of two that start at once, one alone says what the run is for
-            try:
-                if not (path / "run.json").exists():
-                    whole = {"format": FORMAT, "version": VERSION, **manifest, "versions": _versions()}
-                    whole["sha256"] = _manifest_digest(whole)
-                    files.write_committed(path / "run.json", json.dumps(whole, indent=1).encode())
-            finally:
-                os.close(lock)
+        if not (path / MANIFEST_NAME).exists():
+            cls._make(path, new_manifest(manifest))
         run = cls(path)
         try:
             run._require_same(manifest)
@@ -107,10 +100,29 @@ class RunDirectory:
         return run
 
     @staticmethod
+    def _make(path: Path, manifest: bytes) -> None:
+        """A run directory in which nothing is complete yet, unless another process makes it at this moment."""
+        is_new = not path.exists()
+        if not is_new and (not path.is_dir() or any(p.name not in _UNBORN for p in path.iterdir())):
+            raise RunMismatch(f"{path} exists and is no run directory; name another with --run")
+        files.make_own_directory(path)
+        try:
+            lock = acquire_lock(path)  # so that of two that start at once, one alone says what the run is for
+        except UnsuitableFileSystem:
+            if is_new:
+                files.remove(path)
+            raise
+        try:
+            if not (path / MANIFEST_NAME).exists():
+                files.write_committed(path / MANIFEST_NAME, manifest)
+        finally:
+            os.close(lock)
+
+    @staticmethod
     def recorded_batch_size(path: Path) -> int | None:
         """The batch size that a run was begun with; None if there is no run, or it has none."""
-        manifest = path / "run.json"
-        return _load_manifest(manifest)["options"].get("batch_size") if manifest.is_file() else None
+        manifest = path / MANIFEST_NAME
+        return read_manifest(manifest)["options"].get("batch_size") if manifest.exists() else None
 
     def __enter__(self) -> "RunDirectory":
         return self
@@ -134,15 +146,15 @@ class RunDirectory:
         """
         files.remove(self.path / "journal")
         for path in self.path.iterdir():
-            if path.name not in ("run.json", "lock"):
+            if path.name not in (MANIFEST_NAME, LOCK_NAME):
                 files.remove(path)
-        files.remove(self.path / "run.json")
+        files.remove(self.path / MANIFEST_NAME)
         files.remove(self.path)
 
     @classmethod
     def remove_leftover(cls, path: Path) -> None:
         """Delete the run directory of a job that is done, or what an interrupted `remove` left of it."""
-        if (path / "run.json").exists():
+        if (path / MANIFEST_NAME).exists():
             with cls(path) as run:
                 run.remove()
         elif path.is_dir() and all(file.name in _UNBORN for file in path.iterdir()):
@@ -161,15 +173,20 @@ class RunDirectory:
 
     def read_tokens(self) -> np.ndarray:
         """The stored windows, int64 `[sample, token]`. Raises CorruptRun if they are altered."""
-        self._verify(self.path / "tokens.zarr", self.journal.find("tokens", "tokens"))
-        return np.asarray(zarr.open_group(self.path / "tokens.zarr", mode="r")["tokens"])
+        self._verify("tokens.zarr", self.journal.find("tokens", "tokens"))
+        (tokens,), _ = arrays.read_group(self.path / "tokens.zarr", self._token_forms())
+        known = not tokens.size or 0 <= tokens.min() <= tokens.max() < self.manifest["sizes"]["vocabulary"]
+        if not known or tokens_digest(tokens) != self.manifest["tokens"]["sha256"]:
+            raise CorruptRun(
+                f"{self.path / 'tokens.zarr'} holds other tokens than the run was made for; delete the run directory "
+                "and collect again"
+            )
+        return tokens
+
+    def _token_forms(self) -> dict[str, arrays.Form]:
+        return {"tokens": ("int64", tuple(self.manifest["tokens"]["shape"]))}
 
     # --- statistics ---
-
-    @property
-    def layer_shapes(self) -> list[LayerShape]:
-        """Sizes of the model's decoder layers."""
-        return [LayerShape(**{**shape, "experts": tuple(shape["experts"])}) for shape in self.manifest["layers"]]
 
     def complete_layers(self) -> int:
         """How many layers, from the first on, have their statistics stored."""
@@ -184,30 +201,39 @@ class RunDirectory:
     ) -> None:
         """Store a layer's statistics: all of them or nothing. weights: checksum of what they were taken from."""
         name = f"statistics.zarr/layers/{_layer_name(layer)}"
-        arrays: dict[str, np.ndarray] = {}
+        values: dict[str, np.ndarray] = {}
         attributes: dict[str, dict[str, int]] = {}
         for kind in _KINDS:
             own = statistics.of(kind)
-            arrays |= {f"{kind}/{array}": getattr(own, array) for array in _ARRAYS}
+            values |= {f"{kind}/{array}": getattr(own, array) for array in _ARRAYS}
             attributes[kind] = {"samples": own.samples}
         if self.journal.find("statistics-root", "layers") is None:
             self._commit_group("statistics.zarr", {}, {}, groups=("layers",))
             self.journal.append("statistics-root", "layers")
-        self._commit_group(name, arrays, attributes)
+        self._commit_group(name, values, attributes)
         digest = files.tree_digest(self.path / name)
         known = {} if cost is None else {"cost": asdict(cost)}
         self.journal.append("statistics", _layer_name(layer), digest=digest, weights=weights, **known)
 
     def read_statistics(self, layer: int) -> LayerStatistics:
         """A layer's statistics. Raises CorruptRun if they are missing or altered."""
-        path = self.path / "statistics.zarr" / "layers" / _layer_name(layer)
-        self._verify(path, self.journal.find("statistics", _layer_name(layer)))
-        group = zarr.open_group(path, mode="r")
+        name = f"statistics.zarr/layers/{_layer_name(layer)}"
+        self._verify(name, self.journal.find("statistics", _layer_name(layer)))
+        found, taken = arrays.read_group(self.path / name, self._statistics_forms(layer), _TAKEN)
         parts = {}
-        for kind in _KINDS:
-            values: dict[str, Any] = {array: np.asarray(group[f"{kind}/{array}"]) for array in _ARRAYS}
-            parts[kind] = ChannelStatistics(**dict(group.attrs)[kind], **values)  # type: ignore[arg-type]
+        for i, kind in enumerate(_KINDS):
+            values: dict[str, Any] = dict(zip(_ARRAYS, found[i * len(_ARRAYS) :], strict=False))
+            parts[kind] = ChannelStatistics(samples=taken[kind]["samples"], **values)
         return LayerStatistics(**parts)
+
+    def _statistics_forms(self, layer: int) -> dict[str, arrays.Form]:
+        shape = self.layer_shapes[layer]
+        channels = {"attention": shape.kv_groups * shape.heads_per_group * shape.head_dim, "mlp": shape.neurons}
+        return {
+            f"{kind}/{array}": ("int64" if array == "count" else "float64", (channels[kind],))
+            for kind in _KINDS
+            for array in _ARRAYS
+        }
 
     def weights_checksums(self) -> list[str]:
         """What the statistics of the complete layers were taken from, by layer."""
@@ -218,7 +244,7 @@ class RunDirectory:
         """What the complete layers took; None where that was not recorded."""
         entries = (self.journal.find("statistics", _layer_name(i)) or {} for i in range(self.complete_layers()))
         found = (entry.get("cost") for entry in entries)
-        return [LayerCost(**{n: c[n] for n in _COST}) if c is not None and has_form(c, _COST) else None for c in found]
+        return [None if cost is None else LayerCost(**{name: cost[name] for name in COST}) for cost in found]
 
     def record_source(self, stamps: dict[str, list[int]], embedding: str) -> None:
         """The model's files as they are now, and the checksum of what was read of the embedding."""
@@ -272,13 +298,13 @@ class RunDirectory:
     def complete_refits(self) -> int:
         """How many layers, from the first on, are refitted and as they were written."""
         count, entries = 0, self._refits()
-        while (entry := entries.get(_layer_name(count))) and _state(self.refit_path(count), entry) is None:
+        while (entry := entries.get(_layer_name(count))) and self._state(_refit_name(count), entry) is None:
             count += 1
         return count
 
     def refit_path(self, layer: int) -> Path:
         """Where the refitted tensors of a layer are, a safetensors file."""
-        return self.path / "refit" / f"{_layer_name(layer)}.safetensors"
+        return self.path / _refit_name(layer)
 
     def write_refit(self, layer: int, contents: Iterable[bytes | memoryview]) -> None:
         """Store the refitted tensors of a layer."""
@@ -303,13 +329,7 @@ class RunDirectory:
 
     def write_plan(self, options: PlanConfig, layers: Iterable[LayerKeep]) -> None:
         """Store the decision, replacing an older one."""
-        body = {
-            "options": asdict(options),
-            "layers": [
-                {"kept_kv_groups": keep.kv_groups.tolist(), "kept_neurons": keep.neurons.tolist()} for keep in layers
-            ],
-        }
-        digest = files.write_committed(self.path / "plan.json", json.dumps(body).encode())
+        digest = files.write_committed(self.path / "plan.json", plan_contents(options, list(layers)))
         self.journal.append("plan", "plan", digest=digest)
 
     def read_plan(self) -> tuple[PlanConfig, list[LayerKeep]]:
@@ -321,15 +341,11 @@ class RunDirectory:
         if entry is None:
             raise RunMismatch(f"{self.path} holds no plan yet; make one with flap-stream plan {self.path} --ratio R")
         again = f"make it again with flap-stream plan {self.path} --ratio R"
-        self._verify(self.path / "plan.json", entry, remedy=again)
-        body = json.loads((self.path / "plan.json").read_bytes())
-        layers = [
-            LayerKeep(
-                np.array(layer["kept_kv_groups"], dtype=np.int64), np.array(layer["kept_neurons"], dtype=np.int64)
-            )
-            for layer in body["layers"]
-        ]
-        return PlanConfig(**body["options"]), layers
+        self._verify("plan.json", entry, remedy=again)
+        try:
+            return parse_plan(files.read_plain(self.path / "plan.json"), self.layer_shapes)
+        except ValueError as error:
+            raise CorruptRun(f"{self.path / 'plan.json'} is no plan for this model: {error}; {again}") from error
 
     # --- sweeps ---
 
@@ -344,10 +360,14 @@ class RunDirectory:
         entry, path = self.journal.find("sweep", name), self.path / "sweeps" / f"{name}.json"
         if entry is None:
             return None
-        if (state := _state(path, entry)) is not None:
+        if (state := self._state(f"sweeps/{name}.json", entry)) is not None:
             logger.warning("%s is %s; what that sweep had found is not used", path, state)
             return None
-        return json.loads(path.read_bytes())
+        try:
+            return parsed(files.read_plain(path, _MOST_SWEEP_BYTES))
+        except ValueError:
+            logger.warning("%s is no JSON; what that sweep had found is not used", path)
+            return None
 
     def sweep_names(self) -> list[str]:
         """All sweeps that are stored, the oldest first."""
@@ -376,49 +396,59 @@ class RunDirectory:
 
     def damaged(self) -> list[str]:
         """Names of what is complete and not as it was written, with what is wrong."""
-        return [f"{name} is {s}" for name, entry in self.committed() if (s := _state(self.path / name, entry))]
+        return [f"{name} is {s}" for name, entry in self.committed() if (s := self._state(name, entry))]
+
+    def _state(self, name: str, entry: dict[str, Any]) -> str | None:
+        """`missing` or `altered`; None if a file or directory is what the journal says. Giants are not read for it."""
+        path = self.path / name
+        if not path.exists():
+            return "missing"
+        if files.tree_size(path) > self._most_bytes(name):
+            return "altered"
+        found = files.tree_digest(path) if path.is_dir() else files.file_digest(path)
+        return None if entry["digest"] == found else "altered"
+
+    def _most_bytes(self, name: str) -> int:
+        """Most bytes that something in the run directory has."""
+        kind, sizes = name.partition("/")[0], self.manifest["sizes"]
+        if kind == "tokens.zarr":
+            return arrays.most_bytes(self._token_forms())
+        if kind == "statistics.zarr":
+            return arrays.most_bytes(self._statistics_forms(int(name.rpartition("/")[2])))
+        if kind == "plan.json":
+            return most_plan_bytes(self.layer_shapes)
+        if kind == "sweeps":
+            return _MOST_SWEEP_BYTES
+        if kind == "hidden":
+            return prod(self.manifest["tokens"]["shape"]) * sizes["hidden"] * 4
+        return 2 * sizes["weight_bytes"] + files.MOST_BYTES  # a layer that is refitted, and its header
 
     # --- how things get there ---
 
     def _commit_group(
-        self, name: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any], groups: tuple[str, ...] = ()
+        self, name: str, values: dict[str, np.ndarray], attributes: dict[str, Any], groups: tuple[str, ...] = ()
     ) -> None:
         """Write a zarr group under a temporary name, then make it durable and give it its name."""
         target = self.path / name
         temporary = files.partial_path(target)
         files.remove(temporary)
         with files.failures_of(temporary):
-            group = zarr.open_group(temporary, mode="w", attributes=attributes)
-            for child in groups:
-                group.create_group(child)
-            for array, values in arrays.items():
-                fill = np.nan if values.dtype.kind == "f" else -1
-                stored = group.create_array(
-                    array,
-                    shape=values.shape,
-                    dtype=values.dtype,
-                    chunks=tuple(max(1, n) for n in values.shape),
-                    fill_value=fill,
-                    serializer=BytesCodec(),
-                    compressors=[Crc32cCodec()],
-                    config={"write_empty_chunks": True},
-                )
-                stored[...] = values
+            arrays.write_group(temporary, values, attributes, groups)
         files.sync_tree(temporary)
         files.remove(target)  # not in the journal, so it is a leftover of a killed run
         files.commit_rename(temporary, target)
 
     def _verify(
         self,
-        path: Path,
+        name: str,
         entry: dict[str, Any] | None,
         remedy: str = "delete the run directory and collect again",
     ) -> None:
         if entry is None:
-            raise CorruptRun(f"{path} is not complete; run flap-stream collect again to finish it")
-        state = _state(path, entry)
+            raise CorruptRun(f"{self.path / name} is not complete; run flap-stream collect again to finish it")
+        state = self._state(name, entry)
         if state is not None:
-            raise CorruptRun(f"{path} is {state} since it was written; {remedy}")
+            raise CorruptRun(f"{self.path / name} is {state} since it was written; {remedy}")
 
     def _require_same(self, manifest: dict[str, Any]) -> None:
         for part in ("model", "tokens", "options"):
@@ -527,67 +557,12 @@ def _blocks(nbytes: int) -> int:
     return (nbytes // _BLOCK_BYTES + 1) * _BLOCK_BYTES
 
 
-_UNBORN = {"run.json" + files.PARTIAL_SUFFIX, "lock"}
-
-
-def _acquire_lock(path: Path) -> int:
-    """Descriptor that holds the lock of the run directory `path` until it is closed or the process ends.
-
-    Raises RunLocked, naming the process that holds it.
-    """
-    with files.failures_of(path / "lock"):
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    except BlockingIOError as error:
-        holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
-        os.close(lock)
-        raise RunLocked(f"{path} is in use by {holder}; wait for it or name another directory") from error
-    except BaseException:
-        os.close(lock)
-        raise
-    return lock
-
-
-def _state(path: Path, entry: dict[str, Any]) -> str | None:
-    """`missing` or `altered`; None if a file or directory is what the journal says."""
-    if not path.exists():
-        return "missing"
-    return None if entry["digest"] == (files.tree_digest if path.is_dir() else files.file_digest)(path) else "altered"
+_UNBORN = {MANIFEST_NAME + files.PARTIAL_SUFFIX, LOCK_NAME}
 
 
 def _layer_name(layer: int) -> str:
     return f"{layer:04d}"
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {"python": platform.python_version()} | {
-        name: version(name) for name in ("flap-stream", "torch", "transformers", "zarr")
-    }
-
-
-def _load_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_bytes())
-        found = (manifest["format"], manifest["version"])
-        is_ours = found == (FORMAT, VERSION)
-        if is_ours and not (has_form(manifest, _MANIFEST) and manifest["sha256"] == _manifest_digest(manifest)):
-            raise ValueError("altered")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptRun(f"{path} is damaged; delete the run directory and collect again") from error
-    if found != (FORMAT, VERSION):
-        raise RunMismatch(
-            f"{path} has format {str(found[0])[:80]} {str(found[1])[:80]}, this version writes {FORMAT} {VERSION}; "
-            "go on with the version that made it, or delete it and collect again"
-        )
-    return manifest
-
-
-def _manifest_digest(manifest: dict[str, Any]) -> str:
-    """Sha256 over all that run.json says besides."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+def _refit_name(layer: int) -> str:
+    return f"refit/{_layer_name(layer)}.safetensors"

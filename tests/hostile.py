@@ -15,7 +15,7 @@ import numpy as np
 from hypothesis import strategies as st
 from models import save, tiny_config, tiny_model
 
-from flap_stream import store
+from flap_stream import run_manifest
 from flap_stream.calibration import calibration_tokens
 from flap_stream.checkpoint import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, open_checkpoint, read_header
 from flap_stream.config import CollectConfig
@@ -155,18 +155,20 @@ JOURNAL = [
     {"kind": "hidden-pruned", "name": "0001", "job": "0", "layer": 1, "digest": "0"},
     {"kind": "rewrite", "name": "out", "place": "/out", "job": "0"},
 ]
+OPTIONS = {"method": "flap", "dtype": "torch.float32", "device": "cpu", "batch_size": 1}
 MANIFEST = {
-    **{"format": store.FORMAT, "version": store.VERSION, "source": "model", "calibration": {}, "versions": {}},
-    **{"model": {"config": ""}, "tokens": {"sha256": "", "shape": [1, 2]}, "options": {"method": "flap"}},
+    **{"format": run_manifest.FORMAT, "version": run_manifest.VERSION, "source": "model"},
+    **{"calibration": {}, "versions": {}},
+    **{"model": {"config": ""}, "tokens": {"sha256": "", "shape": [1, 2]}, "options": OPTIONS},
     "sizes": {"hidden": 2, "vocabulary": 50, "weight_bytes": 16, "expert_share": 1.0},
-    **{"threads": 1, "parameters": 8, "layers": [dict.fromkeys(store._SHAPE, 1) | {"experts": []}]},
+    **{"threads": 1, "parameters": 8, "layers": [dict.fromkeys(run_manifest.SHAPE, 1) | {"experts": []}]},
 }
 
 
 def sealed(manifest: Any) -> bytes:
     """A run.json whose digest is right, if it can hold one."""
     if isinstance(manifest, dict):
-        manifest["sha256"] = store._manifest_digest(manifest)
+        manifest["sha256"] = run_manifest.manifest_digest(manifest)
     return dumped(manifest)
 
 

@@ -16,8 +16,9 @@ import zarr
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
-from flap_stream import files, store
+from flap_stream import files, run_manifest, store
 from flap_stream.allocation import LayerKeep
+from flap_stream.calibration import tokens_digest
 from flap_stream.config import PlanConfig, PruneConfig
 from flap_stream.errors import CorruptRun, RunLocked, RunMismatch
 from flap_stream.hidden_states import HiddenStates, make_hidden_states
@@ -25,11 +26,13 @@ from flap_stream.journal import Journal
 from flap_stream.scoring import ChannelStatistics, LayerStatistics
 from flap_stream.store import RunDirectory, SnapshotStore
 
+SHAPE = {"kv_groups": 4, "heads_per_group": 1, "head_dim": 2, "neurons": 7, "group_cost": 32, "neuron_cost": 12}
+LAYERS = [{**SHAPE, "experts": []}, {**SHAPE, "experts": []}]
 MANIFEST: dict[str, Any] = {
     "model": {"config": "abc", "shard_bytes": {"model.safetensors": 10}},
-    "tokens": {"sha256": "def", "shape": [3, 5]},
+    "tokens": {"sha256": tokens_digest(random_tokens(3, 5)), "shape": [3, 5]},
     "options": {"method": "flap", "dtype": "torch.float32", "batch_size": 4},
-    **{"source": "model", "calibration": {}, "threads": 1, "parameters": 0, "layers": []},
+    **{"source": "model", "calibration": {}, "threads": 1, "parameters": 900, "layers": LAYERS},
     "sizes": {"hidden": 8, "vocabulary": 97, "weight_bytes": 40, "expert_share": 1.0},
 }
 
@@ -168,7 +171,8 @@ def test_extreme_values_and_channels_without_weights_come_back_bit_equal(tmp_pat
         ),
         mlp=ChannelStatistics(count=np.full(5, 2**53 + 1), samples=1, **{name: odd for name in arrays}),
     )
-    with RunDirectory.create(tmp_path / "run", MANIFEST) as run:
+    shapes = [{**SHAPE, "experts": [], "kv_groups": 0, "neurons": 5}]
+    with RunDirectory.create(tmp_path / "run", {**MANIFEST, "layers": shapes}) as run:
         run.write_statistics(0, written, "")
         _assert_bit_equal(run.read_statistics(0), written)
 
@@ -252,12 +256,12 @@ def test_what_the_journal_does_not_name_is_written_anew(tmp_path: Path) -> None:
     assert sorted(p.name for p in (path / "statistics.zarr" / "layers").iterdir()) == ["0000", "0001", "zarr.json"]
 
 
-@pytest.mark.parametrize("change", [{"version": store.VERSION + 1}, {"format": "something else"}])
+@pytest.mark.parametrize("change", [{"version": run_manifest.VERSION + 1}, {"format": "something else"}])
 def test_another_version_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     path = _filled(tmp_path / "run")
     manifest = json.loads((path / "run.json").read_bytes())
     (path / "run.json").write_text(json.dumps(manifest | change))
-    with pytest.raises(RunMismatch, match=f"this version writes {store.FORMAT} {store.VERSION}"):
+    with pytest.raises(RunMismatch, match=f"this version writes {run_manifest.FORMAT} {run_manifest.VERSION}"):
         RunDirectory(path)
 
 
