@@ -14,6 +14,8 @@ from flap_stream.config import CollectConfig, PlanConfig, part_of
 from flap_stream.errors import CorruptCheckpoint
 from flap_stream.layer_pass import LayerPass
 from flap_stream.layers import StreamedModel
+from flap_stream.loss_store import LossStore
+from flap_stream.loss_sweep import keep_inputs
 from flap_stream.moments import Moments, column_norms, joined_channels, window_moments
 from flap_stream.planner import Placement
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
@@ -28,13 +30,19 @@ _Windows = tuple[torch.Tensor, torch.Tensor, int]
 
 
 def collect_statistics(
-    model: StreamedModel, run: RunDirectory, options: CollectConfig, placement: Placement, progress: Progress
+    model: StreamedModel,
+    run: RunDirectory,
+    options: CollectConfig,
+    placement: Placement,
+    progress: Progress,
+    loss: LossStore | None = None,
 ) -> None:
     """Bring the statistics of all layers into the run directory, going on where an earlier run stopped.
 
     Layers whose statistics are stored are not measured again; they are only run, from the newest snapshot on, to
     give the next layer its input. All ranks of the model do this together, each on its share of the windows; `run`
-    is open for writing on the first.
+    is open for writing on the first. loss: where the inputs of all layers are kept for the backward sweep, if there is
+    to be one.
     """
     ranks = model.ranks
     first = run.complete_layers()
@@ -66,6 +74,8 @@ def collect_statistics(
         )
         collection, costs = _Collection(batches, run, options), _Costs(tokens.size)
         for i, weights in batches.layers(stage, first, options.snapshot_interval):
+            if loss is not None:
+                keep_inputs(batches, loss, i)
             if i < first:
                 collection.repeat(i, weights)
                 costs.of_layer()  # it has been recorded
@@ -75,6 +85,8 @@ def collect_statistics(
                     _store(model, run, i, statistics, costs)
                 if collection.hands_on_pruned:
                     collection.repeat(i, weights)
+        if loss is not None:
+            keep_inputs(batches, loss, count)
         if ranks.is_first:
             run.snapshots.drop()
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from flap_stream.errors import InvalidOption
 
-METRICS = ("wifv", "ifv", "wifn")
+METRICS = ("wifv", "ifv", "wifn", "fisher")
 STRUCTURES = ("al-am", "al-mm", "ul-mm", "ul-um")
 METHODS = ("flap", "wanda-sp", "magnitude-sp")
 HEAD_SCORES = ("mean-z", "l2")
@@ -18,6 +18,8 @@ ALIGNING_TARGETS = ("aligned", "joint")  # for which what reads hidden states is
 SWEPT_RESTORATIONS = ("bias", "none")  # those that masked_layers.py can put into a dense layer
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+LOSS_WINDOWS = 256  # that the metric fisher sweeps back, unless another number is given
 
 _MOST_RATIOS = 1000
 
@@ -127,6 +129,7 @@ class CollectConfig(EngineConfig):
 
     calibration: `wikitext2`, `c4` or `ptb`, or files (.txt, .jsonl, .parquet, a directory of them, or one .npy).
     sequence_length: tokens in a calibration window.
+    loss_windows: windows of which the loss's gradient is swept back through the layers, for `metric="fisher"`.
     ratio and what follows it: concern `wanda-sp` alone, whose pruned layers feed the next.
     snapshot_interval: layers between two snapshots of the hidden states; None chooses it by their cost.
     """
@@ -135,6 +138,7 @@ class CollectConfig(EngineConfig):
     samples: int = 1024
     sequence_length: int = 128
     seed: int = 0
+    loss_windows: int = 0
     method: str = "flap"
     ratio: float = 0.2
     min_heads: int = 1
@@ -150,6 +154,9 @@ class CollectConfig(EngineConfig):
         _require_choice("method", self.method, METHODS)
         _require_at_least("samples", self.samples, 1)
         _require_at_least("sequence-length", self.sequence_length, 2)
+        _require_at_least("loss-windows", self.loss_windows, 0)
+        if self.loss_windows and self.method != "flap":
+            raise InvalidOption(f"--loss-windows is only valid with --method flap, not with {self.method}")
         _require_ratio(self.ratio)
         if not self.calibration:
             raise InvalidOption("--calibration names nothing; give wikitext2, c4, ptb or at least one file")
@@ -271,6 +278,8 @@ class PruneConfig(PlanConfig, CollectConfig, RewriteConfig):
         """Refuse values out of range, and a restoration that the method has no statistics for."""
         super().__post_init__()
         require_restoration(self.method, self.restore)
+        if self.metric == "fisher" and not self.loss_windows:
+            object.__setattr__(self, "loss_windows", LOSS_WINDOWS)
         if self.statistics == "released" and self.batch_size is None:
             object.__setattr__(self, "batch_size", 1)
 

@@ -144,6 +144,7 @@ class StreamedModel:
         *,
         head: bool = False,
         refit: Refit | None = None,
+        backward: bool = False,
         recorded: int | None = None,
     ) -> Placement:
         """How to run over so many windows within the memory allowed, to which the allocator and page cache are held.
@@ -158,7 +159,7 @@ class StreamedModel:
         found = memory.limits(self.device, options.host_memory, options.device_memory, self.ranks.local[1])
         limits = memory.Limits(*map(min, zip(*map(astuple, self.ranks.gathered(found)), strict=True)))
         memory.enforce(self.device, limits.device)
-        job = self.job(samples, tokens, head=head, refit=refit)
+        job = self.job(samples, tokens, head=head, refit=refit, backward=backward)
         placement = self.ranks.from_first(
             lambda: planner.place(job, limits, options.batch_size or recorded, options.prefetch)
         )
@@ -166,7 +167,9 @@ class StreamedModel:
             self.checkpoint.drop_from_page_cache()
         return placement
 
-    def job(self, samples: int, tokens: int, *, head: bool = False, refit: Refit | None = None) -> Job:
+    def job(
+        self, samples: int, tokens: int, *, head: bool = False, refit: Refit | None = None, backward: bool = False
+    ) -> Job:
         """What running all layers over so many windows (and the head, or refitting them) means, for the planner."""
         return Job(
             skeleton=Skeleton(self.checkpoint.config, self.checkpoint.source),  # not ours: its runs leave traces
@@ -177,6 +180,7 @@ class StreamedModel:
             tokens=max(tokens, 1),
             head=self.head_entry if head or (refit is not None and refit.has_head) else None,
             refit=refit,
+            backward=backward,
             ranks=self.ranks.world,
             local_ranks=max(map(len, self.ranks.nodes)),
         )

@@ -5,20 +5,26 @@ removing unit u with its bias changes the loss of window w by s_wu = -sum (x - m
 window's tokens, to first order; F_u = mean_w s_wu^2 (Kwon et al. 2022, for masks; the centring is ours).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
+from flap_stream import files
 from flap_stream.architecture import Part
 from flap_stream.errors import NonFinite
 from flap_stream.hidden_states import Feed, HiddenStates
 from flap_stream.layer_pass import LayerPass, StandIns
 from flap_stream.layers import StreamedModel
-from flap_stream.scoring import LayerStatistics
+from flap_stream.loss_store import KINDS, LossScores, LossStore
+from flap_stream.planner import Placement
+from flap_stream.progress import Progress
+from flap_stream.store import RunDirectory
 
 _LOGIT_BYTES = 1 << 26  # of a chunk of float32 logits
 
@@ -30,10 +36,11 @@ class BackwardPass(LayerPass):
     """Gradients of the windows' losses on their way from the last layer to the first.
 
     hidden: one, the gradient with respect to what left the layer at hand, float32 `[sample, token, hidden]`.
-    inputs: the hidden states that enter the layer at hand, and before the first step those that left the last layer.
+    inputs: for the hidden states that enter the layer at hand. store: where these are.
     """
 
     inputs: HiddenStates
+    store: LossStore
     _feed: Feed = field(init=False)
     _means: dict[str, torch.Tensor] = field(init=False)
     _scores: dict[int, Scores] = field(init=False)
@@ -44,6 +51,7 @@ class BackwardPass(LayerPass):
 
     def begin(self) -> None:
         """The gradient of the loss with respect to what left the last layer."""
+        self._load_inputs(len(self.model.layers))
         gradient_of = loss_gradient(self.model)
         for start, hidden in self.inputs.stream(self.placement.batch_size):
             tokens = torch.from_numpy(self.tokens[start : start + len(hidden)]).to(self.model.device)
@@ -51,19 +59,20 @@ class BackwardPass(LayerPass):
             self.hidden[0].put(start, torch.stack(gradients))
         self.hidden[0].advance()
 
-    def scores(self, index: int, weights: Mapping[str, torch.Tensor], statistics: LayerStatistics) -> Scores:
+    def scores(self, index: int, weights: Mapping[str, torch.Tensor]) -> Scores:
         """Hand the gradient down through a layer; what removing each unit changes the loss of each window by."""
-        shape = self.model.shapes[index]
+        self._load_inputs(index)
         self._feed, self._scores = Feed(self.inputs, self.placement.batch_size), {}
-        self._means = {
-            part.kind.output.name: torch.from_numpy(statistics.of(part.kind.name).mean[part.channels(shape)])
-            .float()
-            .to(self.model.device)
-            for part in self.model.family.parts(shape)
-        }
+        means = self.model.ranks.from_first(lambda: _baselines(self.model, self.store.run, index))
+        self._means = {name: torch.from_numpy(mean).float().to(self.model.device) for name, mean in means.items()}
         self.run_all(index, weights)
         parts = [_zeros(self.model, index, 0)] + [self._scores[start] for start in sorted(self._scores)]
         return {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
+
+    def _load_inputs(self, layer: int) -> None:
+        digest = self.model.ranks.from_first(lambda: self.store.inputs_digest(layer))
+        assert digest is not None, "the inputs of all layers are stored before the sweep"
+        self.inputs.load(self.store.inputs_path(layer), digest, self.model.ranks)
 
     def run_batch(
         self, index: int, weights: Mapping[str, torch.Tensor], start: int, values: torch.Tensor, modules: StandIns
@@ -87,6 +96,101 @@ class BackwardPass(LayerPass):
             scores[read.part.kind.name][:, own] = -torch.ldexp(changes, shift[:, 0]).cpu()
         self._scores[start] = scores
         return torch.ldexp(below.float(), shift)
+
+
+def keep_inputs(batches: LayerPass, store: LossStore, layer: int) -> None:
+    """Store the hidden states of the sweep's windows as they enter a layer (its number behind the last: leave it)."""
+    ranks = batches.model.ranks
+    if ranks.from_first(lambda: store.inputs_digest(layer)) is None:
+        if ranks.is_first:
+            files.make_directory(store.inputs_path(layer).parent)
+        first = 0 if batches.windows is None else batches.windows.start
+        own = min(max(store.windows - first, 0), len(batches.tokens))
+        digest = batches.hidden[0].save(store.inputs_path(layer), ranks, own)
+        if ranks.is_first:
+            store.record_inputs(layer, digest)
+
+
+def require_inputs(model: StreamedModel, store: LossStore, placement: Placement, progress: Progress) -> None:
+    """Run the sweep's windows once more if inputs of layers are missing: the statistics were complete before.
+
+    placement: of the collection, whose batches are repeated, so that the inputs have the same bytes.
+    """
+    ranks, run, count = model.ranks, store.run, len(model.layers)
+    missing = ranks.from_first(lambda: [i for i in range(count + 1) if store.inputs_digest(i) is None])
+    if not missing or ranks.from_first(store.complete) == count:
+        return
+    batch = placement.batch_size
+    tokens = run.read_tokens()[: -(-store.windows // batch) * batch]
+    own = ranks.share(len(tokens), batch)
+    with (
+        progress.stage("loss inputs", count) as stage,
+        torch.inference_mode(),
+        model.hidden_states(placement.hidden_place, len(own), tokens.shape[1], run.path) as hidden,
+    ):
+        batches = LayerPass(model, placement, tokens[own.start : own.stop], [hidden], windows=own)
+        for i, weights in batches.layers(stage):
+            keep_inputs(batches, store, i)
+            batches.run_all(i, weights)
+        keep_inputs(batches, store, count)
+
+
+def collect_loss_scores(
+    model: StreamedModel, store: LossStore, placement: Placement, progress: Progress, interval: int | None = None
+) -> None:
+    """Bring the scores of all layers into the run directory, going on where an earlier call stopped.
+
+    The inputs of all layers are stored. interval: layers between two snapshots of the gradient.
+    All ranks of the model do this together; the run directory is open for writing on the first.
+    Raises NonFinite, naming the layer, if a gradient holds NaN or infinity.
+    """
+    ranks, run = model.ranks, store.run
+    done = ranks.from_first(store.complete)
+    if done < len(model.layers):
+        model.forget_calls()
+        tokens = run.read_tokens()[: store.windows]
+        own, length = ranks.share(len(tokens), placement.batch_size), tokens.shape[1]
+        place = partial(model.hidden_states, placement.hidden_place, len(own), length, run.path)
+        with (
+            progress.stage("loss", len(model.layers)) as stage,
+            place() as inputs,
+            place(dtype=torch.float32) as hidden,
+        ):
+            backward = BackwardPass(
+                model,
+                placement,
+                tokens[own.start : own.stop],
+                [hidden],
+                stores=[store.snapshots],
+                reductions=run.batch_reductions(f"loss {store.job}"),
+                windows=own,
+                inputs=inputs,
+                store=store,
+            )
+            for i, weights in backward.layers(stage, done, interval):
+                scores = backward.scores(i, weights)
+                if i < len(model.layers) - done:  # else an earlier call has stored them
+                    found = ranks.gathered(scores)
+                    model.checkpoint.require_unchanged()
+                    if ranks.is_first:
+                        store.write(i, _mean_squares(found))
+    if ranks.is_first:
+        store.snapshots.drop()
+        store.drop_inputs()
+
+
+def _mean_squares(found: Sequence[Scores]) -> LossScores:
+    """F of each unit. found: the changes of the windows of every rank."""
+    return LossScores(
+        **{kind: torch.cat([part[kind] for part in found]).square().mean(dim=0).numpy() for kind in KINDS}
+    )
+
+
+def _baselines(model: StreamedModel, run: RunDirectory, index: int) -> dict[str, np.ndarray]:
+    """Output projection to the mean of its inputs, float64 `[channel]`."""
+    statistics, shape = run.read_statistics(index), model.shapes[index]
+    parts = model.family.parts(shape)
+    return {part.kind.output.name: statistics.of(part.kind.name).mean[part.channels(shape)] for part in parts}
 
 
 def loss_gradient(model: StreamedModel) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -20,6 +20,8 @@ from flap_stream.collection import collect_statistics
 from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, RewriteConfig, part_of, require_restoration
 from flap_stream.errors import CorruptRun, InvalidOption, OutputConflict, RunMismatch
 from flap_stream.layers import StreamedModel, cpu_threads, release
+from flap_stream.loss_store import LossScores, LossStore
+from flap_stream.loss_sweep import collect_loss_scores, require_inputs
 from flap_stream.memory import give_back_heap
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.ranks import ALONE, Ranks, joined
@@ -265,10 +267,26 @@ def _collect(
         opened = _run_directory(ranks, run, lambda: _begun_run(model, run, options, tokens, placement))
         directory = stack.enter_context(opened)
         with cpu_threads(directory.manifest["threads"]):
-            collect_statistics(model, directory, options, placement, progress)
+            loss = LossStore(directory, min(options.loss_windows, samples)) if options.loss_windows else None
+            collect_statistics(model, directory, options, placement, progress, loss)
+            if loss is not None:
+                _sweep_loss(model, loss, options, placement, progress)
         release(model.device)
     measured.of_all(ranks, source.bytes_read)
     return directory, CollectResult(run, len(model.shapes), samples, length, measured)
+
+
+def _sweep_loss(
+    model: StreamedModel, loss: LossStore, options: CollectConfig, placement: planner.Placement, progress: Progress
+) -> None:
+    """Bring in the scores by the loss. placement: of the collection."""
+    ranks, length = model.ranks, loss.run.manifest["tokens"]["shape"][1]
+    require_inputs(model, loss, placement, progress)
+    recorded = ranks.from_first(loss.recorded_batch_size)
+    own = model.place(options, loss.windows, length, backward=True, recorded=recorded)
+    if ranks.is_first:
+        loss.begin(own.batch_size)
+    collect_loss_scores(model, loss, own, progress, options.snapshot_interval)
 
 
 def _begun_run(
@@ -375,6 +393,9 @@ def unit_scores(run: RunDirectory, options: PlanConfig) -> list[tuple[np.ndarray
 
     Raises CorruptRun if the statistics are incomplete or altered.
     """
+    if options.method == "flap" and options.metric == "fisher":
+        loss = LossStore.of(run)
+        return [loss_scores(loss.read(i), shape) for i, shape in enumerate(run.layer_shapes)]
     scores = []
     for i, shape in enumerate(run.layer_shapes):
         statistics, channels = run.read_statistics(i), shape.heads_per_group * shape.head_dim
@@ -385,6 +406,11 @@ def unit_scores(run: RunDirectory, options: PlanConfig) -> list[tuple[np.ndarray
             pair = (wanda_scores if options.method == "wanda-sp" else magnitude_scores)(statistics, channels)
         scores.append(pair)
     return scores
+
+
+def loss_scores(found: LossScores, shape: LayerShape) -> tuple[np.ndarray, np.ndarray]:
+    """F of each unit for each weight that goes with it, float64 `[group]`, `[neuron]`; comparable across layers."""
+    return found.attention / max(shape.group_cost, 1), found.mlp / max(shape.neuron_cost, 1)
 
 
 def _store_plan(run: RunDirectory, decided: PlanResult) -> PlanResult:

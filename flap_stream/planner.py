@@ -25,7 +25,7 @@ from flap_stream.moments import window_moments
 from flap_stream.progress import format_bytes
 from flap_stream.ranks import window_shares
 from flap_stream.refit import product_windows, workspace_bytes
-from flap_stream.skeleton import Skeleton
+from flap_stream.skeleton import LayerCall, Skeleton
 from flap_stream.weight_stream import RING_BLOCK_BYTES, cast_bytes, ring_blocks, slab_bytes
 
 # Tokens that one batch holds when nobody chooses: enough to keep the matrix products efficient, little workspace.
@@ -98,7 +98,7 @@ class Job:
     """All windows through all layers once, described by sizes alone.
 
     layers: a layer's tensors by relative name. dtype: of the forward. head: None if only statistics are wanted.
-    refit: None if nothing is refitted.
+    refit: None if nothing is refitted. backward: whether gradients go through the layers.
     ranks: processes that share the windows; local_ranks: those of them on one machine, at most.
     """
 
@@ -110,6 +110,7 @@ class Job:
     tokens: int
     head: TensorEntry | None = None
     refit: Refit | None = None
+    backward: bool = False
     ranks: int = 1
     local_ranks: int = 1
     _workspaces: dict[int, tuple[int, int]] = field(default_factory=dict, repr=False)
@@ -141,7 +142,8 @@ class Job:
         width = self.hidden_size
         if self.refit is not None:
             width += self.refit.has_dense * self.hidden_size + self.refit.cached
-        return windows * self.tokens * width * self.dtype.itemsize
+        gradient = windows * self.tokens * self.hidden_size * 4 if self.backward else 0  # float32, beside the inputs
+        return windows * self.tokens * width * self.dtype.itemsize + gradient
 
     def refit_bytes(self, batch_size: int) -> tuple[int, int]:
         """Most bytes that refitting takes while a layer runs, and when none does."""
@@ -258,7 +260,7 @@ def _find_workspace(job: Job, batch_size: int) -> tuple[int, int]:
     skeleton, peak, small_peak = job.skeleton, 0, 0
     skeleton.route_everywhere()  # where tokens go depends on values, of which there are none here
     # The same mode each time: what a module keeps of one call must be of use in the next.
-    with torch.inference_mode(), _fake_mode():
+    with torch.set_grad_enabled(job.backward), torch.inference_mode(not job.backward), _fake_mode():
         shape = (batch_size, job.tokens, job.hidden_size)
         hidden = torch.empty(shape, dtype=job.dtype)
         live = _LiveBytes()
@@ -267,13 +269,38 @@ def _find_workspace(job: Job, batch_size: int) -> tuple[int, int]:
         for index in {widest, largest}:
             sizes = skeleton.layer_tensors(index)
             weights = {name: torch.empty(size, dtype=job.dtype) for name, size in sizes.items()}
-            handles = _take_moments(skeleton, index)
+            handles = [] if job.backward else _take_moments(skeleton, index)
             with live:
-                skeleton.run_layer(index, weights, hidden, calls[index])
+                if job.backward:
+                    _run_backward(skeleton, index, weights, hidden, calls[index])
+                else:
+                    skeleton.run_layer(index, weights, hidden, calls[index])
             peak, small_peak = max(peak, live.peak), max(small_peak, live.small_peak)
             for handle in handles:
                 handle.remove()
     return peak, small_peak
+
+
+def _run_backward(
+    skeleton: Skeleton, index: int, weights: Mapping[str, torch.Tensor], hidden: torch.Tensor, call: LayerCall
+) -> None:
+    """What the backward sweep does with a layer, for its workspace."""
+    leaf = hidden.detach().requires_grad_()
+    reads: list[torch.Tensor] = []
+    layer = skeleton.layers[index]
+    names = [part.kind.output.name for part in skeleton.family.parts(skeleton.layer_shape(index))]
+    tensors = skeleton.layer_tensors(index)
+    handles = [
+        layer.get_submodule(name).register_forward_pre_hook(lambda _module, inputs: reads.append(inputs[0]))
+        for name in names
+        if f"{name}.weight" in tensors
+    ]
+    output = skeleton.run_layer(index, weights, leaf, call)
+    for handle in handles:
+        handle.remove()
+    found = torch.autograd.grad(output, [leaf, *reads], torch.empty_like(output))
+    for inputs, gradient in zip(reads, found[1:], strict=True):
+        (inputs.float() * gradient.float()).sum(dim=-2)
 
 
 @lru_cache(maxsize=1)

@@ -164,7 +164,7 @@ class RunDirectory:
 
     def write_tokens(self, tokens: np.ndarray) -> None:
         """Store the windows, int64 `[sample, token]`."""
-        self._commit_group("tokens.zarr", {"tokens": tokens}, {})
+        self.commit_group("tokens.zarr", {"tokens": tokens}, {})
         self.journal.append("tokens", "tokens", digest=files.tree_digest(self.path / "tokens.zarr"))
 
     def has_tokens(self) -> bool:
@@ -173,7 +173,7 @@ class RunDirectory:
 
     def read_tokens(self) -> np.ndarray:
         """The stored windows, int64 `[sample, token]`. Raises CorruptRun if they are altered."""
-        self._verify("tokens.zarr", self.journal.find("tokens", "tokens"))
+        self.verify("tokens.zarr", self.journal.find("tokens", "tokens"))
         (tokens,), _ = arrays.read_group(self.path / "tokens.zarr", self._token_forms())
         known = not tokens.size or 0 <= tokens.min() <= tokens.max() < self.manifest["sizes"]["vocabulary"]
         if not known or tokens_digest(tokens) != self.manifest["tokens"]["sha256"]:
@@ -192,7 +192,7 @@ class RunDirectory:
         """How many layers, from the first on, have their statistics stored."""
         done = {entry["name"] for entry in self.journal.of_kind("statistics")}
         count = 0
-        while _layer_name(count) in done:
+        while layer_name(count) in done:
             count += 1
         return count
 
@@ -200,7 +200,7 @@ class RunDirectory:
         self, layer: int, statistics: LayerStatistics, weights: str, cost: LayerCost | None = None
     ) -> None:
         """Store a layer's statistics: all of them or nothing. weights: checksum of what they were taken from."""
-        name = f"statistics.zarr/layers/{_layer_name(layer)}"
+        name = f"statistics.zarr/layers/{layer_name(layer)}"
         values: dict[str, np.ndarray] = {}
         attributes: dict[str, dict[str, int]] = {}
         for kind in _KINDS:
@@ -208,17 +208,17 @@ class RunDirectory:
             values |= {f"{kind}/{array}": getattr(own, array) for array in _ARRAYS}
             attributes[kind] = {"samples": own.samples}
         if self.journal.find("statistics-root", "layers") is None:
-            self._commit_group("statistics.zarr", {}, {}, groups=("layers",))
+            self.commit_group("statistics.zarr", {}, {}, groups=("layers",))
             self.journal.append("statistics-root", "layers")
-        self._commit_group(name, values, attributes)
+        self.commit_group(name, values, attributes)
         digest = files.tree_digest(self.path / name)
         known = {} if cost is None else {"cost": asdict(cost)}
-        self.journal.append("statistics", _layer_name(layer), digest=digest, weights=weights, **known)
+        self.journal.append("statistics", layer_name(layer), digest=digest, weights=weights, **known)
 
     def read_statistics(self, layer: int) -> LayerStatistics:
         """A layer's statistics. Raises CorruptRun if they are missing or altered."""
-        name = f"statistics.zarr/layers/{_layer_name(layer)}"
-        self._verify(name, self.journal.find("statistics", _layer_name(layer)))
+        name = f"statistics.zarr/layers/{layer_name(layer)}"
+        self.verify(name, self.journal.find("statistics", layer_name(layer)))
         found, taken = arrays.read_group(self.path / name, self._statistics_forms(layer), _TAKEN)
         parts = {}
         for i, kind in enumerate(_KINDS):
@@ -237,12 +237,12 @@ class RunDirectory:
 
     def weights_checksums(self) -> list[str]:
         """What the statistics of the complete layers were taken from, by layer."""
-        entries = (self.journal.find("statistics", _layer_name(i)) for i in range(self.complete_layers()))
+        entries = (self.journal.find("statistics", layer_name(i)) for i in range(self.complete_layers()))
         return [entry["weights"] for entry in entries if entry is not None]
 
     def layer_costs(self) -> list[LayerCost | None]:
         """What the complete layers took; None where that was not recorded."""
-        entries = (self.journal.find("statistics", _layer_name(i)) or {} for i in range(self.complete_layers()))
+        entries = (self.journal.find("statistics", layer_name(i)) or {} for i in range(self.complete_layers()))
         found = (entry.get("cost") for entry in entries)
         return [None if cost is None else LayerCost(**{name: cost[name] for name in COST}) for cost in found]
 
@@ -298,7 +298,7 @@ class RunDirectory:
     def complete_refits(self) -> int:
         """How many layers, from the first on, are refitted and as they were written."""
         count, entries = 0, self._refits()
-        while (entry := entries.get(_layer_name(count))) and self._state(_refit_name(count), entry) is None:
+        while (entry := entries.get(layer_name(count))) and self._state(_refit_name(count), entry) is None:
             count += 1
         return count
 
@@ -310,7 +310,7 @@ class RunDirectory:
         """Store the refitted tensors of a layer."""
         files.make_directory(self.path / "refit")
         digest = files.write_committed(self.refit_path(layer), contents)
-        self.journal.append("refit", _layer_name(layer), job=self._refit_job(), digest=digest)
+        self.journal.append("refit", layer_name(layer), job=self._refit_job(), digest=digest)
 
     def refit_digests(self) -> list[str]:
         """Of all refitted layers of the current plan, in order."""
@@ -341,7 +341,7 @@ class RunDirectory:
         if entry is None:
             raise RunMismatch(f"{self.path} holds no plan yet; make one with flap-stream plan {self.path} --ratio R")
         again = f"make it again with flap-stream plan {self.path} --ratio R"
-        self._verify("plan.json", entry, remedy=again)
+        self.verify("plan.json", entry, remedy=again)
         try:
             return parse_plan(files.read_plain(self.path / "plan.json"), self.layer_shapes)
         except ValueError as error:
@@ -386,8 +386,8 @@ class RunDirectory:
             ("plan.json", self.journal.find("plan", "plan")),
         ]
         for i in range(self.complete_layers()):
-            entry = self.journal.find("statistics", _layer_name(i))
-            found.append((f"statistics.zarr/layers/{_layer_name(i)}", entry))
+            entry = self.journal.find("statistics", layer_name(i))
+            found.append((f"statistics.zarr/layers/{layer_name(i)}", entry))
         found += [(f"sweeps/{name}.json", self.journal.find("sweep", name)) for name in self.sweep_names()]
         if self.complete_layers() < len(self.layer_shapes):
             found += [(f"hidden/{entry['name']}.bin", entry) for entry in self.journal.of_kind("hidden")[-2:]]
@@ -425,7 +425,7 @@ class RunDirectory:
 
     # --- how things get there ---
 
-    def _commit_group(
+    def commit_group(
         self, name: str, values: dict[str, np.ndarray], attributes: dict[str, Any], groups: tuple[str, ...] = ()
     ) -> None:
         """Write a zarr group under a temporary name, then make it durable and give it its name."""
@@ -438,12 +438,13 @@ class RunDirectory:
         files.remove(target)  # not in the journal, so it is a leftover of a killed run
         files.commit_rename(temporary, target)
 
-    def _verify(
+    def verify(
         self,
         name: str,
         entry: dict[str, Any] | None,
         remedy: str = "delete the run directory and collect again",
     ) -> None:
+        """Raise CorruptRun unless a file or directory is what its journal entry says."""
         if entry is None:
             raise CorruptRun(f"{self.path / name} is not complete; run flap-stream collect again to finish it")
         state = self._state(name, entry)
@@ -516,12 +517,12 @@ class SnapshotStore:
 
     def path(self, layer: int) -> Path:
         """Where the hidden states that enter a layer are saved."""
-        return self.directory / f"{_layer_name(layer)}.bin"
+        return self.directory / f"{layer_name(layer)}.bin"
 
     def record(self, layer: int, digest: str) -> None:
         """The hidden states that enter a layer are on the disk; all but the two newest snapshots go."""
         job = {} if self.job is None else {"job": self.job}
-        self.run.journal.append(self.kind, _layer_name(layer), layer=layer, digest=digest, **job)
+        self.run.journal.append(self.kind, layer_name(layer), layer=layer, digest=digest, **job)
         self._drop(keep={self.path(entry["layer"]).name for entry in self._recent()})
 
     def newest(self) -> list[tuple[int, str]]:
@@ -560,9 +561,10 @@ def _blocks(nbytes: int) -> int:
 _UNBORN = {MANIFEST_NAME + files.PARTIAL_SUFFIX, LOCK_NAME}
 
 
-def _layer_name(layer: int) -> str:
+def layer_name(layer: int) -> str:
+    """A layer in names of files and journal entries."""
     return f"{layer:04d}"
 
 
 def _refit_name(layer: int) -> str:
-    return f"refit/{_layer_name(layer)}.safetensors"
+    return f"refit/{layer_name(layer)}.safetensors"

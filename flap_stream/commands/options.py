@@ -57,6 +57,13 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--samples", type=int, default=1024, help="calibration windows (default: 1024)")
     group.add_argument("--sequence-length", type=int, default=128, help="tokens a window (default: 128)")
     group.add_argument("--seed", type=int, default=0, help="of the window sampling (default: 0)")
+    group.add_argument(
+        "--loss-windows",
+        type=int,
+        default=0,
+        metavar="N",
+        help=f"windows whose loss is swept back, for --metric fisher (default: 0, of prune {config.LOSS_WINDOWS})",
+    )
 
 
 def add_method(parser: argparse.ArgumentParser, *, one_ratio: bool = True) -> None:
