@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from flap_stream import files
 from flap_stream.errors import InvalidText
 
 DATASETS = ("wikitext2", "c4", "ptb")
@@ -136,6 +137,7 @@ def _ready_tokens(sources: Sequence[str]) -> np.ndarray | None:
     path = Path(sources[0])
     try:
         with warnings.catch_warnings(action="ignore"):
+            files.require_plain(path)
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a claim of 1 TB allocates nothing
     except Exception as error:  # numpy evaluates the header as Python, so nearly anything may come out
         raise InvalidText(f"{path} cannot be read as a .npy file: {error}") from error
@@ -179,6 +181,7 @@ def _read_documents(path: Path) -> Iterator[str]:
         yield from _read_parquet(path)
         return
     try:
+        files.require_plain(path, may_have_holes=False)
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidText(f"{path} cannot be read as UTF-8 text: {error}") from error
@@ -204,6 +207,7 @@ def _read_parquet(path: Path) -> list[str]:
     except ImportError as error:
         raise InvalidText(f"{path} needs pyarrow: pip install 'flap-stream[datasets]'") from error
     try:
+        files.require_plain(path)
         return pyarrow.parquet.read_table(path, columns=["text"]).column("text").to_pylist()
     except (OSError, KeyError, pyarrow.ArrowException) as error:
         raise InvalidText(f'{path} cannot be read as parquet with a "text" column: {error}') from error

@@ -23,6 +23,7 @@ import numpy as np
 
 from flap_stream.architecture import FAMILIES
 from flap_stream.errors import CorruptCheckpoint, InvalidModel, StorageFailure, UnsupportedModel
+from flap_stream.files import read_plain, require_plain_folder
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -324,6 +325,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     missing, truncated or whose header contradicts itself.
     """
     directory = _resolve(str(model), _HUB_FILES)
+    require_plain_folder(directory)
     config = _read_json(directory / "config.json", "a model directory needs config.json beside its safetensors shards")
     files = _shard_files(directory)
     tensors: dict[str, TensorEntry] = {}
@@ -446,7 +448,7 @@ def _read_json(path: Path, need: str) -> dict[str, Any]:
     if not path.is_file():
         raise InvalidModel(f"{path} does not exist; {need}")
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_plain(path))
     except (ValueError, RecursionError) as error:
         raise InvalidModel(f"{path} is not JSON ({error}); {need}") from error
     if not isinstance(value, dict):

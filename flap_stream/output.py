@@ -2,25 +2,28 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
-from flap_stream import files
+from flap_stream import carried, files
 from flap_stream.allocation import LayerKeep
 from flap_stream.architecture import Family, LayerShape, family_of
-from flap_stream.checkpoint import INDEX_NAME, Checkpoint
+from flap_stream.checkpoint import INDEX_NAME, Checkpoint, read_header
 from flap_stream.config import PlanConfig
-from flap_stream.errors import CorruptCheckpoint, InsufficientSpace, OutputConflict
+from flap_stream.errors import CorruptCheckpoint, InsufficientSpace, NotPlain, OutputConflict
 from flap_stream.journal import Journal
-from flap_stream.json_form import has_form
+from flap_stream.json_form import finite, has_form, natural, one_of, parsed
 from flap_stream.model_card import model_card
 from flap_stream.progress import Progress
 from flap_stream.ranks import ALONE, Ranks
 from flap_stream.shards import Restoration, ShardPlan, plan_digest, plan_shards, write_shard
 from flap_stream.store import RunDirectory
+
+logger = logging.getLogger(__name__)
 
 RECORD_NAME = "pruning.json"
 RECORD_FORMAT, RECORD_VERSION = "flap-stream-pruning", 1
@@ -28,13 +31,14 @@ MODELING_NAME = "modeling_flap_stream.py"
 DIGESTS_NAME = "SHA256SUMS"
 
 _RECORD = {
-    "format": str,
+    "format": one_of(RECORD_FORMAT),
     "base": {"name": str},
-    "options": {"method": str, "structure": str, "metric": str, "statistics": str, "ratio": float},
+    "options": {"method": str, "structure": str, "metric": str, "statistics": str, "ratio": finite},
     "restore": str,
-    "realised_ratio": {"decoder": float, "model": float},
-    "parameters": {"before": int, "after": int},
-    "layers": [{"kv_groups": int, "neurons": int, "kept_kv_groups": [int], "kept_neurons": [int]}],
+    "realised_ratio": {"decoder": finite, "model": finite},
+    "parameters": {"before": natural, "after": natural},
+    "layers": [{"kv_groups": natural, "neurons": natural, "kept_kv_groups": [natural], "kept_neurons": [natural]}],
+    "calibration?": dict,
 }
 _MARGIN_BYTES = 16 << 20
 _CARRIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
@@ -50,10 +54,10 @@ def read_record(out: Path) -> dict[str, Any] | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        record = json.loads((out / RECORD_NAME).read_bytes())
-        if has_form(record, _RECORD) and record["format"] == RECORD_FORMAT:
+        record = parsed(files.read_plain(out / RECORD_NAME))
+        if has_form(record, _RECORD):
             return record
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, NotPlain):
         pass
     raise OutputConflict(f"{out} exists and was not made by flap-stream; name another OUT or move it away")
 
@@ -69,17 +73,27 @@ def damaged_files(out: Path) -> list[str]:
     Raises CorruptCheckpoint if SHA256SUMS, which says what was written, is missing or damaged.
     """
     path = out / DIGESTS_NAME
-    lines = path.read_bytes().decode(errors="replace").splitlines() if path.is_file() else []
+    lines = files.read_plain(path).decode(errors="replace").splitlines() if path.is_file() else []
     digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     if "config.json" not in digests or any(Path(name).name != name or len(name) > 255 for name in digests):
         state = "is damaged" if path.is_file() else "is missing"
         raise CorruptCheckpoint(f"{path} {state}; without it nothing can be checked, so prune again into another OUT")
     wrong = []
     for name, digest in digests.items():
-        found = files.file_digest(out / name) if (out / name).is_file() else None
-        if found != digest:
-            wrong.append(f"{name} is {'missing' if found is None else 'altered'}")
+        is_there = (out / name).is_file()
+        if not is_there or not _is_credible(out / name) or files.file_digest(out / name) != digest:
+            wrong.append(f"{name} is {'altered' if is_there else 'missing'}")
     return wrong
+
+
+def _is_credible(path: Path) -> bool:
+    """Whether a file of an output is no giant: of shards, the header says how large they are."""
+    if path.suffix != ".safetensors":
+        return path.stat().st_size <= files.MOST_BYTES
+    try:
+        return bool(read_header(path))
+    except CorruptCheckpoint:
+        return False
 
 
 def require_own_place(source: Checkpoint, out: Path, run: Path) -> None:
@@ -185,7 +199,7 @@ def write_checkpoint(
         return record, written
     for name, contents in _small_files(source, plan, record, shapes, keeps, restore, family):
         finished[name] = files.write_committed(staging / name, contents)
-        written += len(contents)
+        written += (staging / name).stat().st_size
     files.write_committed(staging / DIGESTS_NAME, digests_file(finished))
     files.commit_rename(staging, out)
     ranks.barrier()
@@ -205,7 +219,8 @@ def _begun_job(
     staging = files.partial_path(out)
     job = _open_job(run, out, staging, plan, record, digests)
     finished = {e["name"]: e["digest"] for e in run.journal.of_kind("shard") if e["job"] == job}
-    finished = {name: digest for name, digest in finished.items() if _is_whole(staging / name, digest)}
+    sizes = {shard.name: shard.nbytes for shard in plan.shards}
+    finished = {n: digest for n, digest in finished.items() if _is_whole(staging / n, sizes.get(n), digest)}
     require_space(out, sum(shard.nbytes for shard in plan.shards if shard.name not in finished))
     return job, finished
 
@@ -220,12 +235,12 @@ def _open_job(
     if not previous or previous[-1]["job"] != job:
         files.remove(staging)  # of an older plan
         run.journal.append("rewrite", out.name, place=place, job=job)
-    files.make_directory(staging)
+    files.make_own_directory(staging)
     return job
 
 
-def _is_whole(path: Path, digest: str) -> bool:
-    return path.is_file() and files.file_digest(path) == digest
+def _is_whole(path: Path, nbytes: int | None, digest: str) -> bool:
+    return path.is_file() and path.stat().st_size == nbytes and files.file_digest(path) == digest
 
 
 def _record(
@@ -263,12 +278,15 @@ def _record(
     }
 
 
-def carried_files(directory: Path) -> Iterator[tuple[str, bytes]]:
+def carried_files(directory: Path) -> Iterator[tuple[str, Iterable[bytes]]]:
     """Names and contents of what goes with a model into anything that is made from it: tokenizer, licence."""
     for path in sorted(directory.iterdir()):
-        carried = path.suffix in _CARRIED_SUFFIXES or path.name.startswith(_CARRIED_NAMES)
-        if path.is_file() and carried and path.name not in _WRITTEN_NAMES:
-            yield path.name, path.read_bytes()
+        is_carried = path.suffix in _CARRIED_SUFFIXES or path.name.startswith(_CARRIED_NAMES)
+        if path.is_file() and is_carried and path.name not in _WRITTEN_NAMES:
+            if (hindrance := carried.hindrance(path, directory)) is not None:
+                logger.warning("%s is left out of the result: %s", path, hindrance)
+                continue
+            yield path.name, carried.chunks(path)
 
 
 def _small_files(
@@ -279,9 +297,9 @@ def _small_files(
     keeps: Sequence[LayerKeep],
     restore: str,
     family: Family,
-) -> list[tuple[str, bytes]]:
+) -> list[tuple[str, bytes | Iterable[bytes]]]:
     """Names and contents of all files without tensors, the index and the config last."""
-    contents = list(carried_files(source.directory))
+    contents: list[tuple[str, bytes | Iterable[bytes]]] = list(carried_files(source.directory))
     contents.append((MODELING_NAME, package_files("flap_stream.modeling").joinpath(MODELING_NAME).read_bytes()))
     contents.append((RECORD_NAME, json.dumps(record, separators=(",", ":")).encode() + b"\n"))
     card = model_card(source.source, source.directory, record, multimodal=source.wrapper is not None)

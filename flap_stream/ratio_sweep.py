@@ -18,7 +18,7 @@ from flap_stream.checkpoint import open_checkpoint
 from flap_stream.config import PlanConfig, SweepConfig, part_of, require_restoration
 from flap_stream.errors import InvalidOption
 from flap_stream.evaluation import perplexity_of, score_outputs
-from flap_stream.json_form import has_form
+from flap_stream.json_form import finite, has_form, natural
 from flap_stream.layers import BatchSizes, StreamedModel
 from flap_stream.masked_layers import Decision, masked, mending
 from flap_stream.pipeline import PlanResult, decide, require_model_of
@@ -29,9 +29,9 @@ from flap_stream.store import RunDirectory, SnapshotStore
 
 logger = logging.getLogger(__name__)
 
-_POINT = {"ratio": float, "decoder_ratio": float, "model_ratio": float, "parameters": int, "perplexity": float}
+_POINT = {"ratio": finite, "decoder_ratio": finite, "model_ratio": finite, "parameters": natural, "perplexity": float}
 _CURVE = {
-    **{"options": dict, "restore": str, "text": {"sources": [str], "sha256": str, "shape": [int]}},
+    **{"options": dict, "restore": str, "text": {"sources": [str], "sha256": str, "shape": (natural, natural)}},
     **{"dtype": str, "device": str, "dense_perplexity": float, "points": [_POINT]},
 }
 _SAME_RATIO = 1e-9

@@ -304,6 +304,7 @@ def _write(writer: GGUFWriter, source: Checkpoint, tensors: Sequence[_Tensor], f
     temporary = files.partial_path(file)
     files.make_directory(file.absolute().parent)
     try:
+        files.open_new(temporary).close()  # else a link that stands there would be followed
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -5,7 +5,7 @@ checkpoint holds, what they have beyond it being biases, which are then zero.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -218,16 +218,17 @@ def _write(source: Checkpoint, skeleton: Skeleton, plan: ShardPlan, directory: P
         raise OutputConflict(f"{staging} exists and was not made by an export; move it away or name another DIR")
     files.remove(staging)
     output.require_space(directory, plan.nbytes)
-    files.make_directory(staging)
+    files.make_own_directory(staging)
     files.write_committed(staging / _MARK, b"")
     digests = {}
     with progress.stage("export", len(plan.shards), unit="shard") as stage:
         for shard in plan.shards:
             digests[shard.name] = write_shard(source, shard, staging)
             stage.advance(bytes_moved=shard.nbytes)
-    record = json.loads((source.directory / output.RECORD_NAME).read_bytes())
+    record = json.loads(files.read_plain(source.directory / output.RECORD_NAME))
     card = model_card(record["base"]["name"], source.directory, record, stock_class=skeleton.family.causal_class)
-    small = dict(output.carried_files(source.directory)) | {"README.md": card.encode()}
+    small: dict[str, bytes | Iterable[bytes]] = {**dict(output.carried_files(source.directory))}
+    small["README.md"] = card.encode()
     index = plan.index()
     if index is not None:
         small[INDEX_NAME] = index

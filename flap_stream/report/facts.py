@@ -10,10 +10,11 @@ import numpy as np
 from flap_stream.allocation import LayerKeep
 from flap_stream.architecture import LayerShape
 from flap_stream.config import PlanConfig
-from flap_stream.errors import InvalidInput, RunMismatch
-from flap_stream.output import read_record
+from flap_stream.errors import CorruptCheckpoint, InvalidInput, RunMismatch
+from flap_stream.output import RECORD_NAME, read_record
 from flap_stream.pipeline import unit_scores
 from flap_stream.ratio_sweep import read_curves
+from flap_stream.run_manifest import plan_options
 from flap_stream.scoring import channel_metric, fluctuation
 from flap_stream.store import LayerCost, RunDirectory
 
@@ -153,10 +154,14 @@ def _of_record(place: Path, record: dict[str, Any]) -> Facts:
     ]
     known = {name: value for name, value in record["options"].items() if name in PlanConfig.__dataclass_fields__}
     parameters = record["parameters"]
+    try:
+        options = plan_options(known)
+    except ValueError as error:
+        raise CorruptCheckpoint(f"{place / RECORD_NAME} is no record of a pruning: {error}") from error
     return Facts(
         model=record["base"]["name"],
         place=place.name,
-        options=PlanConfig(**known),
+        options=options,
         calibration=record.get("calibration", {}),
         versions={},
         heads_per_group=1,
