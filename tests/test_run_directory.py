@@ -393,9 +393,8 @@ def test_nothing_endless_is_read_in_a_model(
     shutil.copytree(collected / "model", tmp_path / "model")
     (tmp_path / "a.txt").write_text("In the beginning " * 50)
     how(tmp_path / "model" / file)
-    said = refused(
-        capsys, "prune", str(tmp_path / "model"), str(tmp_path / "out"), "--calibration", f"{tmp_path}/a.txt"
-    )
+    text = str(tmp_path / "a.txt")
+    said = refused(capsys, "prune", str(tmp_path / "model"), str(tmp_path / "out"), "--calibration", text)
     assert file in said
     assert refused(capsys, "evaluate", str(tmp_path / "model"), "--text", text)
 
