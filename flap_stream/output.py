@@ -17,6 +17,7 @@ from flap_stream.errors import CorruptCheckpoint, InsufficientSpace, OutputConfl
 from flap_stream.journal import Journal
 from flap_stream.json_form import has_form
 from flap_stream.model_card import model_card
+from flap_stream.model_files import TEMPLATES_NAME, is_carried
 from flap_stream.progress import Progress
 from flap_stream.ranks import ALONE, Ranks
 from flap_stream.shards import Restoration, ShardPlan, plan_digest, plan_shards, write_shard
@@ -37,9 +38,6 @@ _RECORD = {
     "layers": [{"kv_groups": int, "neurons": int, "kept_kv_groups": [int], "kept_neurons": [int]}],
 }
 _MARGIN_BYTES = 16 << 20
-_CARRIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
-_CARRIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-_WRITTEN_NAMES = ("config.json", INDEX_NAME, RECORD_NAME, "README.md")
 
 
 def read_record(out: Path) -> dict[str, Any] | None:
@@ -71,7 +69,7 @@ def damaged_files(out: Path) -> list[str]:
     path = out / DIGESTS_NAME
     lines = path.read_bytes().decode(errors="replace").splitlines() if path.is_file() else []
     digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if "config.json" not in digests or any(Path(name).name != name or len(name) > 255 for name in digests):
+    if "config.json" not in digests or not all(map(_is_written_name, digests)):
         state = "is damaged" if path.is_file() else "is missing"
         raise CorruptCheckpoint(f"{path} {state}; without it nothing can be checked, so prune again into another OUT")
     wrong = []
@@ -80,6 +78,12 @@ def damaged_files(out: Path) -> list[str]:
         if found != digest:
             wrong.append(f"{name} is {'missing' if found is None else 'altered'}")
     return wrong
+
+
+def _is_written_name(name: str) -> bool:
+    """Whether SHA256SUMS can have a name: of a file of the output, or of its directory of chat templates."""
+    own = name.removeprefix(f"{TEMPLATES_NAME}/")
+    return Path(own).name == own and len(own) <= 255
 
 
 def require_own_place(source: Checkpoint, out: Path, run: Path) -> None:
@@ -184,6 +188,7 @@ def write_checkpoint(
         ranks.barrier()
         return record, written
     for name, contents in _small_files(source, plan, record, shapes, keeps, restore, family):
+        files.make_directory((staging / name).parent)
         finished[name] = files.write_committed(staging / name, contents)
         written += len(contents)
     files.write_committed(staging / DIGESTS_NAME, digests_file(finished))
@@ -265,10 +270,10 @@ def _record(
 
 def carried_files(directory: Path) -> Iterator[tuple[str, bytes]]:
     """Names and contents of what goes with a model into anything that is made from it: tokenizer, licence."""
-    for path in sorted(directory.iterdir()):
-        carried = path.suffix in _CARRIED_SUFFIXES or path.name.startswith(_CARRIED_NAMES)
-        if path.is_file() and carried and path.name not in _WRITTEN_NAMES:
-            yield path.name, path.read_bytes()
+    for path in sorted((*directory.iterdir(), *directory.glob(f"{TEMPLATES_NAME}/*"))):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and is_carried(name):
+            yield name, path.read_bytes()
 
 
 def _small_files(
