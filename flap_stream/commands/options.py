@@ -38,8 +38,8 @@ def add_revision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id (also MODEL@REV)")
 
 
-def model_of(model: str | None, options: argparse.Namespace) -> str | None:
-    """The model as the API takes it: a directory, `name` or `name@revision`."""
+def model_of(model: Any, options: argparse.Namespace) -> Any:
+    """The model as the API takes it: a directory, `name` or `name@revision`; None if none is named."""
     if options.revision is None:
         return model
     if model is None or Path(model).exists() or "@" in model:
