@@ -281,6 +281,11 @@ def test_another_head_than_a_language_models_is_refused_by_name(verb, tokens: Pa
     assert "is a Qwen2ForSequenceClassification" in refused(model, tokens, capsys, verb)
 
 
+def test_a_model_without_its_head_is_refused_as_that(tokens: Path, tmp_path: Path, capsys) -> None:
+    model = save(tiny_model(tiny_config()).model, tmp_path / "model")
+    assert "it is a model without its head" in refused(model, tokens, capsys)
+
+
 def test_code_beside_a_supported_model_is_named_and_not_used(tokens: Path, tmp_path: Path, caplog) -> None:
     model = made(tmp_path / "model")
     edit_json(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})
