@@ -317,6 +317,8 @@ def read_config(model: str) -> tuple[Path, dict[str, Any]]:
     path = Path(model)
     if not path.is_file() or path.suffix != ".json":
         path = _resolve(model, weights=False) / CONFIG_NAME
+        names = [file.name for file in path.parent.iterdir()]
+        require_model(model, names, lambda: _read_json(path.parent / "adapter_config.json", "download it again"))
     config = _read_json(path, "it is what a dry run needs")
     _warn_of_own_code(model, config)
     return path.parent, config
