@@ -15,6 +15,7 @@ from flap_stream.errors import InvalidModel, UnsupportedModel
 
 ROWS, COLUMNS = 0, 1
 HOLE = -1  # in the place of an index: a row or column of zeros
+_LANGUAGE_HEADS = ("CausalLM", "ConditionalGeneration", "ImageTextToText", "VisionText2Text")
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
@@ -224,6 +225,12 @@ class Family:
         """Path of the norm that serves this kind of units alone, if it is known."""
         return None if self.norms_outputs else kind.norm
 
+    def with_prefix(self, name: str) -> str:
+        """The name in the causal model of a tensor that was saved from the base model alone."""
+        base, _, layers = self.layers.rpartition(".")
+        own = (layers, *(path.removeprefix(f"{base}.").partition(".")[0] for path in (self.embedding, self.norm)))
+        return f"{base}.{name}" if name.partition(".")[0] in own else name
+
     def canonical(self, name: str) -> str:
         """The name that the pruned class has for a tensor of a checkpoint."""
         for pattern, replacement in self.renames:
@@ -279,6 +286,18 @@ _NORM_OVER_HEADS = "its query and key norms span all heads, so that removing one
 REFUSED = {"olmo2": _NORM_OVER_HEADS, "olmo3": _NORM_OVER_HEADS}
 
 
+def require_causal(config: Mapping[str, Any], where: str) -> None:
+    """Raise UnsupportedModel if config.json names a class with another head than a language model's."""
+    named = config.get("architectures")
+    for name in named if isinstance(named, list) else []:
+        head = str(name).partition("For")[2]
+        if head and head not in _LANGUAGE_HEADS:
+            raise UnsupportedModel(
+                f"{where} is a {name}; only causal language models are pruned, and the head of this one would be lost, "
+                "so name the language model that it was made from"
+            )
+
+
 def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The table row for a config.json.
 
@@ -296,6 +315,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
         raise UnsupportedModel(
             f"{where} has model_type {model_type!r}; supported families are {', '.join(sorted(FAMILIES))}"
         )
+    require_causal(config, where)
     return FAMILIES[model_type]
 
 

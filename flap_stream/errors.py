@@ -5,6 +5,7 @@
     ├── CorruptRun                  a committed file is not what the journal says
     ├── StorageFailure              the disk or the file system failed, or is full
     ├── RankLost                    another process of the same job has ended
+    ├── HubFailure                  the Hub cannot be reached, or fails
     └── InvalidInput                exit code 2: wrong use, or an input that cannot be pruned
         ├── InvalidOption           an option's value is out of its range or contradicts another
         ├── InvalidModel            no such model, or not one that can be read
@@ -42,6 +43,10 @@ class CorruptRun(FlapStreamError):
 
 class RankLost(FlapStreamError):
     """Another rank of the job has ended without saying why."""
+
+
+class HubFailure(FlapStreamError):
+    """The Hub cannot be reached or answers with a failure of its own, and its cache does not serve."""
 
 
 class StorageFailure(FlapStreamError):

@@ -67,7 +67,7 @@ def forecast(
     nodes: int = 1,
     network: float = NETWORK_RATE,
 ) -> Forecast:
-    """What `prune` with these options would take; no tensor is read and nothing stays written.
+    """What `prune` with these options would take; no tensor is computed with and nothing stays written.
 
     model: a directory (config.json is enough), a config.json or a Hub id, of which config.json alone is downloaded.
     ranks, nodes: processes on so many machines, each like this one, which share the disk of `out` and of the model and

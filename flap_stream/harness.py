@@ -9,6 +9,7 @@ From Python, importing this module is enough: `lm_eval.simple_evaluate(model="fl
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,8 @@ class FlapStreamLM(TemplateLM):
 
     Requests are grouped by length, up to a power of two, and a group's windows filled up to that length: so at most
     half of what is computed is padding, and every group reads the model once.
-    pretrained: a directory or a Hub id, dense or pruned. max_length: tokens of the longest window; None is the model's.
+    pretrained: a directory or a Hub id (of a `revision`), dense or pruned.
+    max_length: tokens of the longest window; None is the model's.
     host_memory, device_memory: sizes such as `20GiB`; the other options are those of `flap-stream evaluate`.
     """
 
@@ -52,9 +54,11 @@ class FlapStreamLM(TemplateLM):
         host_memory: str | None = None,
         device_memory: str | None = None,
         trust_remote_code: bool = False,
+        revision: str | None = None,
         **harness: Any,
     ) -> None:
         super().__init__()
+        model = pretrained if revision is None or Path(pretrained).is_dir() else f"{pretrained}@{revision}"
         self._options = EngineConfig(
             device=device or "auto",
             dtype=dtype,
@@ -63,7 +67,7 @@ class FlapStreamLM(TemplateLM):
             device_memory=None if device_memory is None else parse_size(device_memory),
             trust_remote_code=trust_remote_code,
         )
-        self._model = StreamedModel(open_checkpoint(pretrained), self._options)
+        self._model = StreamedModel(open_checkpoint(model), self._options)
         self.tokenizer = pretrained_tokenizer(self._model.checkpoint.directory, trust_remote_code)
         known = self._model.skeleton.hf_config
         self.max_length = max_length or resolve_max_length(known, self.tokenizer, default=_DEFAULT_LENGTH)

@@ -370,7 +370,10 @@ class StreamedModel:
         entry = self.checkpoint.tensors.get(name)
         where = self.checkpoint.source
         if entry is None:
-            raise CorruptCheckpoint(f"tensor {name} is missing from {where}; the checkpoint is incomplete")
+            file = self.checkpoint.misplaced.get(name)
+            placed = "" if file is None else f" (its index places it in {file}, which does not hold it)"
+            what = "it is a model without its head" if name == self.family.head else "the checkpoint is incomplete"
+            raise CorruptCheckpoint(f"tensor {name} is missing from {where}{placed}; {what}")
         if entry.shape != shape:
             raise CorruptCheckpoint(
                 f"tensor {name} of {where} has shape {list(entry.shape)}, but its config.json asks for {list(shape)}"

@@ -6,6 +6,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from flap_stream.hub import split_revision
+
 _CARRIED_KEYS = ("license", "license_name", "license_link", "language")
 
 
@@ -29,9 +31,11 @@ def model_card(
         tags=["flap", "flap-stream", "structured-pruning"] + (["custom_code"] if stock_class is None else []),
         **_carried_metadata(base_directory, _CARRIED_KEYS if stock_class is None else (*_CARRIED_KEYS, "base_model")),
     )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
-        data.base_model = base
-        title = f"[`{base}`](https://huggingface.co/{base})"
+    repository, revision = split_revision(base)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", repository) and not Path(base).exists():
+        data.base_model = repository
+        tree = "" if revision is None else f"/tree/{revision}"
+        title = f"[`{base}`](https://huggingface.co/{repository}{tree})"
     else:
         title = f"`{Path(base).name}`"
     name = Path(base).name

@@ -18,6 +18,7 @@ from flap_stream.errors import CorruptCheckpoint, InsufficientSpace, NotPlain, O
 from flap_stream.journal import Journal
 from flap_stream.json_form import finite, has_form, natural, one_of, parsed
 from flap_stream.model_card import model_card
+from flap_stream.model_files import TEMPLATES_NAME, is_carried
 from flap_stream.progress import Progress
 from flap_stream.ranks import ALONE, Ranks
 from flap_stream.shards import Restoration, ShardPlan, plan_digest, plan_shards, write_shard
@@ -41,9 +42,6 @@ _RECORD = {
     "calibration?": dict,
 }
 _MARGIN_BYTES = 16 << 20
-_CARRIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
-_CARRIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-_WRITTEN_NAMES = ("config.json", INDEX_NAME, RECORD_NAME, "README.md")
 
 
 def read_record(out: Path) -> dict[str, Any] | None:
@@ -75,7 +73,7 @@ def damaged_files(out: Path) -> list[str]:
     path = out / DIGESTS_NAME
     lines = files.read_plain(path).decode(errors="replace").splitlines() if path.is_file() else []
     digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if "config.json" not in digests or any(Path(name).name != name or len(name) > 255 for name in digests):
+    if "config.json" not in digests or not all(map(_is_written_name, digests)):
         state = "is damaged" if path.is_file() else "is missing"
         raise CorruptCheckpoint(f"{path} {state}; without it nothing can be checked, so prune again into another OUT")
     wrong = []
@@ -94,6 +92,12 @@ def _is_credible(path: Path) -> bool:
         return bool(read_header(path))
     except CorruptCheckpoint:
         return False
+
+
+def _is_written_name(name: str) -> bool:
+    """Whether SHA256SUMS can have a name: of a file of the output, or of its directory of chat templates."""
+    own = name.removeprefix(f"{TEMPLATES_NAME}/")
+    return Path(own).name == own and len(own) <= 255
 
 
 def require_own_place(source: Checkpoint, out: Path, run: Path) -> None:
@@ -198,6 +202,7 @@ def write_checkpoint(
         ranks.barrier()
         return record, written
     for name, contents in _small_files(source, plan, record, shapes, keeps, restore, family):
+        files.make_directory((staging / name).parent)
         finished[name] = files.write_committed(staging / name, contents)
         written += (staging / name).stat().st_size
     files.write_committed(staging / DIGESTS_NAME, digests_file(finished))
@@ -280,13 +285,13 @@ def _record(
 
 def carried_files(directory: Path) -> Iterator[tuple[str, Iterable[bytes]]]:
     """Names and contents of what goes with a model into anything that is made from it: tokenizer, licence."""
-    for path in sorted(directory.iterdir()):
-        is_carried = path.suffix in _CARRIED_SUFFIXES or path.name.startswith(_CARRIED_NAMES)
-        if path.is_file() and is_carried and path.name not in _WRITTEN_NAMES:
+    for path in sorted((*directory.iterdir(), *directory.glob(f"{TEMPLATES_NAME}/*"))):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and is_carried(name):
             if (hindrance := carried.hindrance(path, directory)) is not None:
                 logger.warning("%s is left out of the result: %s", path, hindrance)
                 continue
-            yield path.name, carried.chunks(path)
+            yield name, carried.chunks(path)
 
 
 def _small_files(

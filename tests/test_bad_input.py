@@ -173,7 +173,10 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "shape lies": (edit_header(lambda h: first(h).update(shape=[1, 2])), ("[1, 2]", "cannot take")),
     "negative shape": (edit_header(lambda h: first(h).update(shape=[-97, -64])), ("no natural numbers",)),
     "entry is a number": (edit_header(lambda h: h.update(x=5)), ("cannot be read",)),
-    "index names a tensor that is not there": (edit_index(x="model-00001-of-00009.safetensors"), ("tensor x",)),
+    "index names a tensor that is not there": (
+        lambda m: (edit_tensor(Q, lambda t: None)(m), edit_index(**{Q: "model-00001-of-00009.safetensors"})(m)),
+        (Q, "is missing", "its index places it in model-00001-of-00009.safetensors"),
+    ),
     "index leaves the folder": (edit_index(x="../secret.safetensors"), ("../secret.safetensors", "beside it")),
     "index without a map": (lambda m: (m / INDEX_NAME).write_text("{}"), ("no weight_map",)),
     "tensor missing": (edit_tensor(Q, lambda t: None), (Q, "is missing")),

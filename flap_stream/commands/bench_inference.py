@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: the model's")
     parser.add_argument("--trust-remote-code", action="store_true", help="let code that comes with the models run")
+    shared.add_revision(parser)
     shared.add_output(parser)
 
 
@@ -27,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
     config = shared.values(options, BenchInferenceConfig)
     from flap_stream.inference_benchmark import bench_inference
 
-    result = bench_inference(options.dense, options.out, config, shared.progress_of(options))
+    result = bench_inference(shared.model_of(options.dense, options), options.out, config, shared.progress_of(options))
     if options.json:
         shared.print_json({"dense": options.dense, "out": options.out, **asdict(result)})
         return

@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_calibration(parser)
     shared.add_method(parser)
     shared.add_engine(parser)
+    shared.add_revision(parser)
     shared.add_output(parser)
 
 
@@ -22,7 +23,8 @@ def run(options: argparse.Namespace) -> None:
     config = shared.values(options, CollectConfig)
     from flap_stream.pipeline import collect
 
-    result = collect(options.model, options.run_directory, config, progress=shared.progress_of(options))
+    model, progress = shared.model_of(options.model, options), shared.progress_of(options)
+    result = collect(model, options.run_directory, config, progress=progress)
     if options.json:
         measured = asdict(result.measured)
         shared.print_json({**asdict(result), "run": str(result.run), "measured": measured})

@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence-length", type=int, default=128, help="tokens a window (default: 128)")
     parser.add_argument("--samples", type=int, help="at most so many windows (default: all)")
     shared.add_engine(parser)
+    shared.add_revision(parser)
     shared.add_output(parser)
 
 
@@ -22,7 +23,7 @@ def run(options: argparse.Namespace) -> None:
     config = shared.values(options, EvaluateConfig)
     from flap_stream.evaluation import evaluate
 
-    result = evaluate(options.model, config, shared.progress_of(options))
+    result = evaluate(shared.model_of(options.model, options), config, shared.progress_of(options))
     if options.json:
         shared.print_json({"model": options.model, **asdict(result)})
     else:

@@ -4,9 +4,11 @@ import argparse
 import json
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from flap_stream import config
+from flap_stream.errors import InvalidOption
 from flap_stream.progress import Progress, format_bytes
 
 
@@ -29,6 +31,21 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     """--json and --quiet."""
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout at the end")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    """--revision, beside MODEL."""
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id (also MODEL@REV)")
+
+
+def model_of(model: Any, options: argparse.Namespace) -> Any:
+    """The model as the API takes it: a directory, `name` or `name@revision`; None if none is named."""
+    if options.revision is None:
+        return model
+    if model is None or Path(model).exists() or "@" in model:
+        what = "no MODEL is named" if model is None else f"{model} is not the Hub id of a model without one"
+        raise InvalidOption(f"--revision {options.revision}: {what}; give it beside a Hub id such as name/model")
+    return f"{model}@{options.revision}"
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:

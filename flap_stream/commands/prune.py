@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_plan(parser)
     shared.add_rewrite(parser)
     shared.add_engine(parser)
+    shared.add_revision(parser)
     shared.add_output(parser)
 
 
@@ -36,7 +37,8 @@ def run(options: argparse.Namespace) -> None:
         return
     from flap_stream.pipeline import prune
 
-    result = prune(options.model, options.out, config, run=options.run, progress=shared.progress_of(options))
+    model, progress = shared.model_of(options.model, options), shared.progress_of(options)
+    result = prune(model, options.out, config, run=options.run, progress=progress)
     if options.json:
         shared.print_json(shared.totals(result))
     else:
@@ -47,7 +49,8 @@ def _dry_run(options: argparse.Namespace, config: PruneConfig) -> None:
     from flap_stream.forecast import forecast
 
     network = parse_size(options.network)
-    found = forecast(options.model, options.out, config, options.ranks, options.nodes, network)
+    model = shared.model_of(options.model, options)
+    found = forecast(model, options.out, config, options.ranks, options.nodes, network)
     if options.json:
         known = {name: rate for name, rate in asdict(found.rates).items() if isfinite(rate)}
         shared.print_json({**asdict(found), "rates": known})

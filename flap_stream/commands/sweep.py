@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_method(parser, one_ratio=False)
     shared.add_plan(parser)
     shared.add_engine(parser)
+    shared.add_revision(parser)
     shared.add_output(parser)
 
 
@@ -38,7 +39,8 @@ def run(options: argparse.Namespace) -> None:
     config = shared.values(options, SweepConfig)
     from flap_stream.ratio_sweep import sweep
 
-    result = sweep(options.run_directory, config, model=options.model, progress=shared.progress_of(options))
+    model, progress = shared.model_of(options.model, options), shared.progress_of(options)
+    result = sweep(options.run_directory, config, model=model, progress=progress)
     if options.json:
         shared.print_json({**asdict(result), "run": str(result.run)})
         return

@@ -5,6 +5,7 @@ checkpoint holds, what they have beyond it being biases, which are then zero.
 """
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -24,6 +25,8 @@ from flap_stream.model_card import model_card
 from flap_stream.progress import Progress
 from flap_stream.shards import OutputTensor, ShardPlan, group_shards, write_shard
 from flap_stream.skeleton import Skeleton
+
+logger = logging.getLogger(__name__)
 
 # Families whose layers compute what Llama's do, so that Llama's class, or SeedOss's with any number of heads, serves.
 _LLAMA_LIKE = ("llama", "ministral", "mistral", "qwen2", "seed_oss")
@@ -68,7 +71,8 @@ def export_stock(
             raise InvalidInput(f"{out} is no checkpoint that flap-stream has pruned; it is in stock form already")
         if source.wrapper is not None:
             raise UnsupportedModel(f"{out} is a multimodal model; only language models by themselves are exported")
-        shapes = StreamedModel(source, EngineConfig(device="cpu")).shapes
+        model = StreamedModel(source, EngineConfig(device="cpu"))
+        shapes, source = model.shapes, _without_ignored(source, model.skeleton)
         if any(shape.experts for shape in shapes):
             raise UnsupportedModel(f"{out} has experts, which transformers' own classes hold in another form")
         widest = _common_shape(shapes, options.pad, str(out))
@@ -86,6 +90,20 @@ def export_stock(
         kv_cache_bytes_before=token_bytes * sum(shape.kv_groups for shape in shapes),
         kv_cache_bytes_after=token_bytes * widest.kv_groups * len(shapes),
     )
+
+
+def _without_ignored(source: Checkpoint, skeleton: Skeleton) -> Checkpoint:
+    """The checkpoint without tensors that its own class has no place for, which transformers leaves unread."""
+    held = skeleton.tensors()
+    ignored = [name for name in source.tensors if name not in held]
+    if ignored:
+        logger.warning(
+            "%d tensors that the class of %s has no place for are left out, %r among them",
+            len(ignored),
+            source.source,
+            ignored[0],
+        )
+    return replace(source, tensors={name: entry for name, entry in source.tensors.items() if name in held})
 
 
 def _common_shape(shapes: Sequence[LayerShape], pad: bool, where: str) -> LayerShape:
@@ -234,6 +252,7 @@ def _write(source: Checkpoint, skeleton: Skeleton, plan: ShardPlan, directory: P
         small[INDEX_NAME] = index
     small["config.json"] = json.dumps(dict(skeleton.config), indent=2).encode() + b"\n"
     for name, contents in small.items():
+        files.make_directory((staging / name).parent)
         digests[name] = files.write_committed(staging / name, contents)
     files.write_committed(staging / output.DIGESTS_NAME, output.digests_file(digests))
     files.remove(staging / _MARK)
