@@ -21,7 +21,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from flap_stream.architecture import FAMILIES
+from flap_stream.architecture import FAMILIES, dense_type
 from flap_stream.errors import CorruptCheckpoint, InvalidModel, StorageFailure, UnsupportedModel
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -308,7 +308,7 @@ def read_config(model: str) -> tuple[Path, dict[str, Any]]:
     path = Path(model)
     if not path.is_file():
         path = _resolve(model, ["config.json"]) / "config.json"
-    return path.parent, _read_json(path, "it is what a dry run needs")
+    return path.parent, dense_type(_read_json(path, "it is what a dry run needs"))
 
 
 def has_shards(directory: Path) -> bool:
@@ -324,7 +324,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     missing, truncated or whose header contradicts itself.
     """
     directory = _resolve(str(model), _HUB_FILES)
-    config = _read_json(directory / "config.json", "a model directory needs config.json beside its safetensors shards")
+    need = "a model directory needs config.json beside its safetensors shards"
+    config = dense_type(_read_json(directory / "config.json", need))
     files = _shard_files(directory)
     tensors: dict[str, TensorEntry] = {}
     header_digests, shard_bytes = {}, {}
