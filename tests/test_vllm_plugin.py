@@ -8,20 +8,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import pytest
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flap_stream.architecture import FAMILIES
 
 
-def test_vllm_finds_the_plugin(pruned_demo: Path) -> None:
+def test_vllm_finds_the_plugin(pruned_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = entry_points(group="vllm.general_plugins", name="flap_stream")
     registered = {}
     registry = SimpleNamespace(register_model=registered.__setitem__)
-    with (
-        patch.dict(sys.modules, {"vllm": SimpleNamespace(ModelRegistry=registry)}),
-        patch.dict(CONFIG_MAPPING._extra_content),
-    ):
+    with monkeypatch.context() as patched, patch.dict(CONFIG_MAPPING._extra_content):
+        patched.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
         found.load()()
         assert CONFIG_MAPPING["flap_stream_llama"].__name__ == "PrunedLlamaConfig"
         assert AutoConfig.from_pretrained(pruned_demo).model_type == "llama"  # without the trust flag
