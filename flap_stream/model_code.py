@@ -74,7 +74,7 @@ def tokenizer_config(directory: Path) -> Any:
     dense = dense_type(config) if isinstance(config, dict) else config
     if dense is config or dense["model_type"] not in CONFIG_MAPPING:
         return None
-    return CONFIG_MAPPING[dense["model_type"]](tokenizer_class=dense.get("tokenizer_class"))
+    return CONFIG_MAPPING[dense["model_type"]].from_dict({"tokenizer_class": dense.get("tokenizer_class")})
 
 
 def require_known_code(config: Mapping[str, Any], directory: Path, where: str) -> None:
