@@ -16,6 +16,7 @@ from flap_stream.errors import InvalidModel, UnsupportedModel
 ROWS, COLUMNS = 0, 1
 HOLE = -1  # in the place of an index: a row or column of zeros
 _LANGUAGE_HEADS = ("CausalLM", "ConditionalGeneration", "ImageTextToText", "VisionText2Text")
+PRUNED_TYPE = "flap_stream_"  # before the dense model's model_type in the config.json of a pruned checkpoint
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
@@ -317,6 +318,14 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
         )
     require_causal(config, where)
     return FAMILIES[model_type]
+
+
+def dense_type(config: dict[str, Any]) -> dict[str, Any]:
+    """The contents of a config.json with the dense model's model_type, also where pruning gave it one of its own."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type.startswith(PRUNED_TYPE):
+        return config
+    return {**config, "model_type": model_type.removeprefix(PRUNED_TYPE)}
 
 
 def require_sizes(config: Mapping[str, Any], where: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from flap_stream import files
 from flap_stream.errors import InvalidText
+from flap_stream.model_code import tokenizer_config
 
 DATASETS = ("wikitext2", "c4", "ptb")
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -49,7 +50,9 @@ def pretrained_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            directory, config=tokenizer_config(directory), trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, ImportError) as error:
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise InvalidText(

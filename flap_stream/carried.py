@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from flap_stream import files
+from flap_stream import files, places
 
 MOST_BYTES = 8 << 20
 _LARGE_NAMES = ("merges", "sentencepiece", "spiece", "tekken", "tokenizer", "vocab")
@@ -18,6 +18,12 @@ def hindrance(path: Path, directory: Path) -> str | None:
     A link is carried if it stays in the folder, or is one of those that the Hub's cache consists of: others could bring
     anything that the user may read into a result that is published.
     """
+    if not path.name.isprintable():  # nor are the bytes of a name that is not UTF-8
+        return "its name is not printable text"
+    if not places.has_room(path.name):
+        return "its name is too long"
+    if not os.access(path, os.R_OK):
+        return "it may not be read"
     own, target = directory.resolve(), path.resolve()
     blobs = own.parent.parent / "blobs" if own.parent.name == "snapshots" else own
     if not target.is_relative_to(own) and not target.is_relative_to(blobs):

@@ -24,7 +24,7 @@ import google_crc32c
 import numpy as np
 
 from flap_stream import hub
-from flap_stream.architecture import FAMILIES, require_causal
+from flap_stream.architecture import FAMILIES, dense_type, require_causal
 from flap_stream.errors import CorruptCheckpoint, InvalidModel, StorageFailure, UnsupportedModel
 from flap_stream.files import read_plain, require_plain_folder
 from flap_stream.model_files import CONFIG_NAME, WeightFiles, has_weights, require_model, require_no_pointer
@@ -320,7 +320,7 @@ def read_config(model: str) -> tuple[Path, dict[str, Any]]:
         path = _resolve(model, weights=False) / CONFIG_NAME
         names = [file.name for file in path.parent.iterdir()]
         require_model(model, names, lambda: _read_json(path.parent / "adapter_config.json", "download it again"))
-    config = _read_json(path, "it is what a dry run needs")
+    config = dense_type(_read_json(path, "it is what a dry run needs"))
     _warn_of_own_code(model, config)
     return path.parent, config
 
@@ -377,7 +377,8 @@ def _renaming(config: Mapping[str, Any], wrapper: Wrapper | None) -> Callable[[s
 def _config_and_weights(where: str, directory: Path, names: Sequence[str]) -> tuple[dict[str, Any], WeightFiles]:
     """Contents of config.json and the files that hold the weights. names: of all files, also those not fetched yet."""
     require_model(where, names, lambda: _read_json(directory / "adapter_config.json", "download it again"))
-    config = _read_json(directory / CONFIG_NAME, "a model directory needs config.json beside its safetensors shards")
+    need = "a model directory needs config.json beside its safetensors shards"
+    config = dense_type(_read_json(directory / CONFIG_NAME, need))
     return config, weight_files_of(where, names, config, lambda name: _read_json(directory / name, "download it again"))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stderr
 from importlib import import_module
 from importlib.metadata import version
+from io import TextIOWrapper
 from types import ModuleType
 
 from flap_stream.errors import FlapStreamError, StorageFailure
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     level = logging.ERROR if quiet else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="flap-stream: %(message)s", stream=sys.stderr)
     logging.getLogger("flap_stream").setLevel(level)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints are for users of its models, not for ours
     return reported(lambda: _module_of(options.verb).run(options))
 

@@ -5,19 +5,19 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
-from flap_stream import carried, files
+from flap_stream import carried, files, places
 from flap_stream.allocation import LayerKeep
-from flap_stream.architecture import Family, LayerShape, family_of
+from flap_stream.architecture import PRUNED_TYPE, Family, LayerShape, family_of
 from flap_stream.checkpoint import INDEX_NAME, Checkpoint, read_header
 from flap_stream.config import PlanConfig
 from flap_stream.errors import CorruptCheckpoint, InsufficientSpace, NotPlain, OutputConflict
 from flap_stream.journal import Journal
 from flap_stream.json_form import finite, has_form, natural, one_of, parsed
-from flap_stream.model_card import model_card
+from flap_stream.model_card import base_name, model_card, unusable_metadata
+from flap_stream.model_code import MODELING_NAME, modeling_file
 from flap_stream.model_files import TEMPLATES_NAME, is_carried
 from flap_stream.progress import Progress
 from flap_stream.ranks import ALONE, Ranks
@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 RECORD_NAME = "pruning.json"
 RECORD_FORMAT, RECORD_VERSION = "flap-stream-pruning", 1
-MODELING_NAME = "modeling_flap_stream.py"
 DIGESTS_NAME = "SHA256SUMS"
 
 _RECORD = {
@@ -101,7 +100,8 @@ def _is_written_name(name: str) -> bool:
 
 
 def require_own_place(source: Checkpoint, out: Path, run: Path) -> None:
-    """Raise OutputConflict if `out` lies in the model's directory, or another run has begun to write it."""
+    """Raise OutputConflict if `out` cannot take the output, or another run has begun to write it."""
+    places.require_apart(out, run)
     if out.resolve().is_relative_to(source.directory.resolve()):
         raise OutputConflict(f"{out} lies in the model's own directory {source.directory}; name an OUT elsewhere")
     staging = files.partial_path(out)
@@ -111,14 +111,18 @@ def require_own_place(source: Checkpoint, out: Path, run: Path) -> None:
                 f"{path} is a symbolic link to {path.readlink()}; a finished output is renamed into its place, which "
                 "cannot be a link, so name the place itself"
             )
-    if staging.exists() and not _begun(run, staging):
+    places.require_place(out)
+    if staging.exists() and not _is_empty(staging) and not _begun(run, staging):
         raise OutputConflict(f"{staging} exists and was not made by the run in {run}; move it away or name another OUT")
 
 
 def _begun(run: Path, staging: Path) -> list[dict[str, Any]]:
     """Journal entries of the jobs that a run directory began in a staging directory, oldest first."""
-    entries = Journal(run / "journal").of_kind("rewrite")
-    return [entry for entry in entries if entry["place"] == str(staging.absolute())]
+    return places.entries_of(Journal(run / "journal").of_kind("rewrite"), staging)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def require_space(out: Path, needed_bytes: int, run: Path | None = None, run_bytes: int = 0) -> None:
@@ -177,8 +181,8 @@ def write_checkpoint(
     plan = plan_shards(source, family, shapes, keeps, restoration, max_shard_bytes)
     record = _record(source, run, options, keeps, plan, restore, restoration.how)
     found = ranks.from_first(lambda: read_record(out))
-    if found == record:
-        return record, 0
+    if found is not None and _nameless(found) == _nameless(record):
+        return found, 0
     if found is not None:
         raise OutputConflict(f"{out} holds another pruned checkpoint; name another OUT or move it away")
     staging = files.partial_path(out)
@@ -206,6 +210,7 @@ def write_checkpoint(
         finished[name] = files.write_committed(staging / name, contents)
         written += (staging / name).stat().st_size
     files.write_committed(staging / DIGESTS_NAME, digests_file(finished))
+    files.remove(staging / places.MARK)
     files.commit_rename(staging, out)
     ranks.barrier()
     return record, written
@@ -234,14 +239,23 @@ def _open_job(
     run: RunDirectory, out: Path, staging: Path, plan: ShardPlan, record: dict[str, Any], digests: Sequence[str]
 ) -> str:
     """Make the staging directory, or take up the one that an interrupted call of this very job left."""
-    place, previous = str(staging.absolute()), _begun(run.path, staging)
-    parts = (place, plan_digest(plan), json.dumps(record, sort_keys=True), *digests)
+    previous = _begun(run.path, staging)
+    parts = (plan_digest(plan), json.dumps(_nameless(record), sort_keys=True), *digests)
     job = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    mark = previous[-1].get("mark") if previous else None
     if not previous or previous[-1]["job"] != job:
         files.remove(staging)  # of an older plan
-        run.journal.append("rewrite", out.name, place=place, job=job)
+        mark = places.new_mark()
+        run.journal.append("rewrite", out.name, place=str(staging.absolute()), job=job, mark=mark)
     files.make_own_directory(staging)
+    if isinstance(mark, str) and not (staging / places.MARK).exists():
+        files.write_committed(staging / places.MARK, mark.encode())
     return job
+
+
+def _nameless(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without what the model's directory was called, which may be found through another path."""
+    return {**record, "base": {**record["base"], "name": ""}}
 
 
 def _is_whole(path: Path, nbytes: int | None, digest: str) -> bool:
@@ -263,7 +277,7 @@ def _record(
     return {
         "format": RECORD_FORMAT,
         "version": RECORD_VERSION,
-        "base": {"name": Path(source.source).name, "fingerprint": fingerprint_digest(source.fingerprint)},
+        "base": {"name": base_name(source.source), "fingerprint": fingerprint_digest(source.fingerprint)},
         "options": options_record(options),
         "restore": restore,
         **({} if refit is None else {"refit": refit}),
@@ -285,13 +299,25 @@ def _record(
 
 def carried_files(directory: Path) -> Iterator[tuple[str, Iterable[bytes]]]:
     """Names and contents of what goes with a model into anything that is made from it: tokenizer, licence."""
+    for path, hindrance in _meant_to_be_carried(directory):
+        if hindrance is None:
+            yield path.relative_to(directory).as_posix(), carried.chunks(path)
+
+
+def tell_left_out(directory: Path) -> None:
+    """Warn, before any long work, of what goes with a model but cannot be carried or quoted."""
+    for path, hindrance in _meant_to_be_carried(directory):
+        if hindrance is not None:
+            logger.warning("%s is left out of the result: %s", path, hindrance)
+    for part in unusable_metadata(directory):
+        logger.warning("%s of %s is left out of the model card", part, directory / "README.md")
+
+
+def _meant_to_be_carried(directory: Path) -> Iterator[tuple[Path, str | None]]:
+    """Files that go with a model, and what keeps each from it."""
     for path in sorted((*directory.iterdir(), *directory.glob(f"{TEMPLATES_NAME}/*"))):
-        name = path.relative_to(directory).as_posix()
-        if path.is_file() and is_carried(name):
-            if (hindrance := carried.hindrance(path, directory)) is not None:
-                logger.warning("%s is left out of the result: %s", path, hindrance)
-                continue
-            yield name, carried.chunks(path)
+        if path.is_file() and is_carried(path.relative_to(directory).as_posix()):
+            yield path, carried.hindrance(path, directory)
 
 
 def _small_files(
@@ -305,7 +331,7 @@ def _small_files(
 ) -> list[tuple[str, bytes | Iterable[bytes]]]:
     """Names and contents of all files without tensors, the index and the config last."""
     contents: list[tuple[str, bytes | Iterable[bytes]]] = list(carried_files(source.directory))
-    contents.append((MODELING_NAME, package_files("flap_stream.modeling").joinpath(MODELING_NAME).read_bytes()))
+    contents.append((MODELING_NAME, modeling_file()))
     contents.append((RECORD_NAME, json.dumps(record, separators=(",", ":")).encode() + b"\n"))
     card = model_card(source.source, source.directory, record, multimodal=source.wrapper is not None)
     contents.append(("README.md", card.encode()))
@@ -326,14 +352,15 @@ def _pruned_config(
 ) -> dict[str, Any]:
     """The dense config.json with every layer's own sizes, and the classes that know what to do with them.
 
-    The global sizes stay the dense ones: they pass validation everywhere, and without remote code loading then fails
-    on shapes instead of giving a wrong model.
+    The global sizes stay the dense ones, which pass validation everywhere. The model_type is one of our own, so that
+    loading without remote code asks for it.
     """
     if source.wrapper is not None:
         whole = source.wrapper.config
         sizes = _pruned_sizes(whole["text_config"], shapes, keeps, restore, family)
-        return {**whole, **_classes(wrapper_classes(whole)), "text_config": sizes}
-    return {**_pruned_sizes(source.config, shapes, keeps, restore, family), **_classes(family.pruned_classes)}
+        return {**whole, **_classes(whole, wrapper_classes(whole)), "text_config": sizes}
+    sizes = _pruned_sizes(source.config, shapes, keeps, restore, family)
+    return {**sizes, **_classes(source.config, family.pruned_classes)}
 
 
 def wrapper_classes(config: dict[str, Any]) -> dict[str, str]:
@@ -345,10 +372,18 @@ def wrapper_classes(config: dict[str, Any]) -> dict[str, str]:
     return {"AutoModelForImageTextToText": f"Pruned{name}"}
 
 
-def _classes(classes: dict[str, str]) -> dict[str, Any]:
+def _classes(config: dict[str, Any], classes: dict[str, str]) -> dict[str, Any]:
+    """What a config.json says of the classes that load it. classes: auto class to the model class in `modeling/`."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    *_, architecture = classes.values()
+    classes = {"AutoConfig": f"Pruned{CONFIG_MAPPING[config['model_type']].__name__}", **classes}
     module = MODELING_NAME.removesuffix(".py")
-    *_, causal = classes.values()
-    return {"architectures": [causal], "auto_map": {auto: f"{module}.{name}" for auto, name in classes.items()}}
+    return {
+        "model_type": PRUNED_TYPE + config["model_type"],
+        "architectures": [architecture],
+        "auto_map": {auto: f"{module}.{name}" for auto, name in classes.items()},
+    }
 
 
 def _pruned_sizes(

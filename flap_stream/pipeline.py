@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from flap_stream import checkpoint as checkpoints
-from flap_stream import files, output, planner
+from flap_stream import files, output, places, planner
 from flap_stream.allocation import LayerKeep, allocate
 from flap_stream.architecture import LayerShape
 from flap_stream.calibration import calibration_tokens, load_tokenizer, tokens_digest
@@ -133,6 +133,7 @@ def prune(
     Raises InvalidInput (see errors.py) before any long work for what cannot be pruned.
     """
     out, measured, progress = Path(out), Measured(), progress or Progress()
+    places.require_name(out)
     run_path = Path(run) if run is not None else out.with_name(out.name + ".run")
     removes_run = run is None and not options.keep_run
     with joined() as ranks, _open_model(model, ranks) as source:
@@ -147,6 +148,7 @@ def prune(
             return PruneResult(out, record, measured)
         if ranks.is_first:
             output.require_own_place(source, out, run_path)
+            output.tell_left_out(source.directory)
         with ExitStack() as stack:  # one lock for the whole job: no other can plan in between
             directory, _ = _collect(source, run_path, options, progress, measured, stack, out, ranks)
             with measured.stage("plan"):
@@ -193,11 +195,15 @@ def rewrite(
 
     model: where the dense model is now, if it was moved since `collect`.
     """
+    places.require_name(Path(out))
     with (
         joined() as ranks,
         _run_directory(ranks, Path(run), lambda: RunDirectory(Path(run))) as directory,
         _open_model(model or directory.manifest["source"], ranks) as source,
     ):
+        if ranks.is_first and output.read_record(Path(out)) is None:
+            output.require_own_place(source, Path(out), directory.path)
+            output.tell_left_out(source.directory)
         return _rewrite(source, directory, Path(out), options, progress or Progress(), Measured(), ranks)
 
 
@@ -488,10 +494,11 @@ def _require_same_job(source: checkpoints.Checkpoint, out: Path, record: dict[st
         "options": output.options_record(part_of(options, PlanConfig)),
         "restore": require_restoration(options.method, options.restore),
         "calibration": _calibration_record(options),
-        "base": {"name": Path(source.source).name, "fingerprint": output.fingerprint_digest(source.fingerprint)},
+        "base": {"fingerprint": output.fingerprint_digest(source.fingerprint)},
     }
+    found = {**record, "base": {"fingerprint": record["base"].get("fingerprint")}}  # its name depends on the path
     for key, value in wanted.items():
-        if record.get(key) != value:
+        if found.get(key) != value:
             raise OutputConflict(
                 f"{out} holds a checkpoint pruned from another model or with other options ({key} was "
                 f"{str(record.get(key))[:120]}); name another OUT or move it away"

@@ -133,14 +133,16 @@ def demo_text() -> str:
 
 
 def test_the_demo_model_generates_the_same(pruned_demo: Path, demo_files: dict[tuple[str, str], Path]) -> None:
-    ids = np.array(AutoTokenizer.from_pretrained(pruned_demo)(demo_text()[:200])["input_ids"])
+    ids = np.array(AutoTokenizer.from_pretrained(pruned_demo, trust_remote_code=True)(demo_text()[:200])["input_ids"])
     require_equal(pruned_demo, demo_files["pruned", "f32"], ids)
 
 
 def test_the_demo_tokenizer_is_the_same(pruned_demo: Path, demo_files: dict[tuple[str, str], Path]) -> None:
     text = demo_text()[:5000] + "  tabs\t and ünïcode 漢字 😶\u200d🌫️ 3.14159\r\n\n x"
     with llama_model(demo_files["pruned", "f32"]) as model:
-        assert model.tokenize(text.encode(), add_bos=False) == AutoTokenizer.from_pretrained(pruned_demo).encode(text)
+        assert model.tokenize(text.encode(), add_bos=False) == AutoTokenizer.from_pretrained(
+            pruned_demo, trust_remote_code=True
+        ).encode(text)
 
 
 def test_q8_0_errs_as_much_as_on_the_dense_model(demo_files: dict[tuple[str, str], Path]) -> None:

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from flap_stream import files, output
+from flap_stream import files, output, places
 from flap_stream.architecture import ROWS, LayerShape
 from flap_stream.checkpoint import FORWARD_DTYPES, Checkpoint, TensorEntry, open_checkpoint
 from flap_stream.config import EngineConfig, ExportGgufConfig
 from flap_stream.errors import InvalidInput, OutputConflict, UnsupportedModel
 from flap_stream.layers import StreamedModel
+from flap_stream.model_card import base_name
 from flap_stream.progress import Progress
 
 try:
@@ -99,8 +100,10 @@ def export_gguf(
     something is at `file`, InsufficientSpace if there is no room.
     """
     file, progress = Path(file), progress or Progress()
+    places.require_name(file)
     if file.exists():
         raise OutputConflict(f"{file} exists already; name another FILE or move it away")
+    places.require_place(file)
     with open_checkpoint(model) as source:
         if source.wrapper is not None:
             raise UnsupportedModel(f"{model} is a multimodal model; only language models by themselves are exported")
@@ -114,7 +117,7 @@ def export_gguf(
         output.require_space(file, nbytes)
         writer = GGUFWriter(None, architecture)
         _add_sizes(writer, streamed, architecture)
-        writer.add_name(Path(source.source).name)
+        writer.add_name(base_name(source.source))
         writer.add_file_type(LlamaFileType[file_type])
         writer.add_quantization_version(2)
         add_vocabulary(writer, source.directory, streamed.vocab_size, options.tokenizer_pre)

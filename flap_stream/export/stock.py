@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from flap_stream import files, output
+from flap_stream import files, output, places
 from flap_stream.architecture import FAMILIES, ROWS, Family, LayerShape
 from flap_stream.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, open_checkpoint
 from flap_stream.config import EngineConfig, ExportStockConfig
@@ -66,11 +66,14 @@ def export_stock(
     if something is at `directory`, InsufficientSpace if there is no room.
     """
     directory, progress = Path(directory), progress or Progress()
+    _require_free(directory)
     with open_checkpoint(out) as source:
         if "per_layer_config" not in source.config:
             raise InvalidInput(f"{out} is no checkpoint that flap-stream has pruned; it is in stock form already")
         if source.wrapper is not None:
             raise UnsupportedModel(f"{out} is a multimodal model; only language models by themselves are exported")
+        record = _record(source)
+        output.tell_left_out(source.directory)
         model = StreamedModel(source, EngineConfig(device="cpu"))
         shapes, source = model.shapes, _without_ignored(source, model.skeleton)
         if any(shape.experts for shape in shapes):
@@ -78,7 +81,8 @@ def export_stock(
         widest = _common_shape(shapes, options.pad, str(out))
         skeleton, widest = _choose_class(source, widest, options.pad)
         plan = group_shards(_padded(source, skeleton, shapes, widest), options.max_shard_bytes)
-        _write(source, skeleton, plan, directory, progress)
+        card = model_card(record["base"]["name"], source.directory, record, stock_class=skeleton.family.causal_class)
+        _write(source, skeleton, plan, directory, card, progress)
     token_bytes = 2 * widest.head_dim * next(iter(source.tensors.values())).item_bytes
     return ExportStockResult(
         directory=directory,
@@ -228,12 +232,30 @@ def _resized(entry: TensorEntry, shape: tuple[int, ...], axis: int, keep: Any) -
     return OutputTensor(entry.name, entry.dtype, shape, prod(shape) * entry.item_bytes, entry, axis, keep)
 
 
-def _write(source: Checkpoint, skeleton: Skeleton, plan: ShardPlan, directory: Path, progress: Progress) -> None:
-    staging = files.partial_path(directory)
+def _require_free(directory: Path) -> None:
+    places.require_name(directory)
     if directory.exists():
         raise OutputConflict(f"{directory} exists already; name another DIR or move it away")
+    places.require_place(directory)
+    staging = files.partial_path(directory)
     if staging.exists() and not (staging / _MARK).exists():
         raise OutputConflict(f"{staging} exists and was not made by an export; move it away or name another DIR")
+
+
+def _record(source: Checkpoint) -> dict[str, Any]:
+    """The contents of pruning.json, which the model card quotes."""
+    try:
+        record = output.read_record(source.directory)
+    except OutputConflict as error:
+        raise InvalidModel(f"{source.directory / output.RECORD_NAME} is missing or damaged; prune again") from error
+    assert record is not None, "a directory with a config.json is not empty"
+    return record
+
+
+def _write(
+    source: Checkpoint, skeleton: Skeleton, plan: ShardPlan, directory: Path, card: str, progress: Progress
+) -> None:
+    staging = files.partial_path(directory)
     files.remove(staging)
     output.require_space(directory, plan.nbytes)
     files.make_own_directory(staging)
@@ -243,8 +265,6 @@ def _write(source: Checkpoint, skeleton: Skeleton, plan: ShardPlan, directory: P
         for shard in plan.shards:
             digests[shard.name] = write_shard(source, shard, staging)
             stage.advance(bytes_moved=shard.nbytes)
-    record = json.loads(files.read_plain(source.directory / output.RECORD_NAME))
-    card = model_card(record["base"]["name"], source.directory, record, stock_class=skeleton.family.causal_class)
     small: dict[str, bytes | Iterable[bytes]] = {**dict(output.carried_files(source.directory))}
     small["README.md"] = card.encode()
     index = plan.index()

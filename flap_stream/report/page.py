@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flap_stream import files
+from flap_stream import files, places
 from flap_stream.report import figures
 from flap_stream.report.facts import Facts, read_facts
 from flap_stream.report.figures import Drawing, Palette, change, quantity
@@ -65,6 +65,8 @@ def write_report(place: str | Path, html: str | Path | None, png: str | Path | N
     html: the page; png: a directory for the same figures as PNG files and `overview.png`, all of them together.
     Raises InvalidInput if there is nothing to draw, or no matplotlib.
     """
+    if html is not None:
+        places.require_name(Path(html))
     facts = read_facts(Path(place))
     drawn = figures.drawings(facts)
     pngs = []
