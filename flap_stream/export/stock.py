@@ -24,6 +24,7 @@ from flap_stream.model_card import model_card
 from flap_stream.progress import Progress
 from flap_stream.shards import OutputTensor, ShardPlan, group_shards, write_shard
 from flap_stream.skeleton import Skeleton
+from flap_stream.stage_options import options_of
 
 # Families whose layers compute what Llama's do, so that Llama's class, or SeedOss's with any number of heads, serves.
 _LLAMA_LIKE = ("llama", "ministral", "mistral", "qwen2", "seed_oss")
@@ -55,14 +56,20 @@ class ExportStockResult:
 
 
 def export_stock(
-    out: str | Path, directory: str | Path, options: ExportStockConfig, progress: Progress | None = None
+    out: str | Path,
+    directory: str | Path,
+    options: ExportStockConfig | None = None,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
 ) -> ExportStockResult:
     """Write the pruned checkpoint `out` into `directory` as one that loads without remote code.
 
+    keywords: the fields of `ExportStockConfig`, in place of `options`. progress: True shows it on stderr.
     Raises UnsupportedModel, naming the reason and the way out, if no class of transformers can hold it, OutputConflict
     if something is at `directory`, InsufficientSpace if there is no room.
     """
-    directory, progress = Path(directory), progress or Progress()
+    options = options_of(ExportStockConfig, "export_stock", options, keywords)
+    directory, progress = Path(directory), Progress.of(progress)
     with open_checkpoint(out) as source:
         if "per_layer_config" not in source.config:
             raise InvalidInput(f"{out} is no checkpoint that flap-stream has pruned; it is in stock form already")
