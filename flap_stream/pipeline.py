@@ -26,6 +26,7 @@ from flap_stream.config import (
     part_of,
     require_restoration,
 )
+from flap_stream.differences import model_differences, output_differences
 from flap_stream.errors import InvalidOption, OutputConflict, RunMismatch
 from flap_stream.layers import StreamedModel, cpu_threads, release
 from flap_stream.memory import give_back_heap
@@ -44,6 +45,7 @@ from flap_stream.scoring import baseline_input, flap_scores, magnitude_scores, w
 from flap_stream.shards import Restoration
 from flap_stream.stage_options import FED_ON, options_of, warn_of_positions
 from flap_stream.store import RunDirectory, stored_bytes
+from flap_stream.values import option_name
 
 logger = logging.getLogger(__name__)
 
@@ -380,8 +382,8 @@ def decide(run: RunDirectory, options: PlanConfig) -> PlanResult:
     for name in FED_ON:
         if name in collected and getattr(options, name) != collected[name]:
             raise RunMismatch(
-                f"{run.path} was collected with wanda-sp for {name} {collected[name]} (pruned layers feed the next); "
-                f"it does not serve {name} {getattr(options, name)}, so collect again for that"
+                f"{run.path} was collected with wanda-sp for --{option_name(name)} {collected[name]} (pruned layers "
+                f"feed the next), which does not serve {getattr(options, name)}; collect again for that"
             )
     shapes = run.layer_shapes
     require_minimum(shapes, options)
@@ -466,9 +468,9 @@ def _rewrite(
 def require_model_of(run: RunDirectory, source: checkpoints.Checkpoint, ranks: Ranks = ALONE) -> None:
     """Raise RunMismatch unless the statistics were collected from this very model."""
     if source.fingerprint != run.manifest["model"]:
+        now = {"model": source.fingerprint, "source": _absolute(source.source), "parameters": source.parameters}
         raise RunMismatch(
-            f"{source.source} is not the model that {run.path} was collected from (its config or headers differ); "
-            "give that model, or collect again"
+            f"{run.path} was collected {model_differences(run.manifest, now)}; give that model, or collect again"
         )
     if ranks.is_first:
         require_same_weights(source, run)
@@ -518,9 +520,6 @@ def _require_same_job(source: checkpoints.Checkpoint, out: Path, record: dict[st
         "calibration": _calibration_record(options),
         "base": {"name": Path(source.source).name, "fingerprint": output.fingerprint_digest(source.fingerprint)},
     }
-    for key, value in wanted.items():
-        if record.get(key) != value:
-            raise OutputConflict(
-                f"{out} holds a checkpoint pruned from another model or with other options ({key} was "
-                f"{str(record.get(key))[:120]}); name another OUT or move it away"
-            )
+    differences = output_differences(record, wanted)
+    if differences is not None:
+        raise OutputConflict(f"{out} was pruned {differences}; name another OUT or move it away")
