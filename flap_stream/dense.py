@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flap_stream.architecture import FAMILIES
 from flap_stream.checkpoint import open_checkpoint
@@ -29,7 +30,8 @@ class DenseModel:
     def __str__(self) -> str:
         """In a few words."""
         kind = self.architecture or f"model_type {self.model_type}"
-        return f"a dense model ({kind}, {self.layers} layers, {self.parameters:,} parameters)"
+        layers = "" if self.layers is None else f"{self.layers} layers, "
+        return f"a dense model ({kind}, {layers}{self.parameters:,} parameters)"
 
 
 def dense_model(place: Path) -> DenseModel | None:
@@ -44,15 +46,20 @@ def dense_model(place: Path) -> DenseModel | None:
         return DenseModel(
             model_type=str(config.get("model_type")),
             architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
-            layers=config.get("num_hidden_layers"),
-            hidden_size=config.get("hidden_size"),
-            heads=config.get("num_attention_heads"),
-            kv_heads=config.get("num_key_value_heads"),
-            neurons=config.get("intermediate_size"),
+            layers=_count(config, "num_hidden_layers"),
+            hidden_size=_count(config, "hidden_size"),
+            heads=_count(config, "num_attention_heads"),
+            kv_heads=_count(config, "num_key_value_heads"),
+            neurons=_count(config, "intermediate_size"),
             parameters=source.parameters,
             weight_bytes=source.nbytes,
-            is_prunable=config.get("model_type") in FAMILIES,
+            is_prunable=str(config.get("model_type")) in FAMILIES,
         )
+
+
+def _count(config: dict[str, Any], name: str) -> int | None:
+    value = config.get(name)
+    return value if isinstance(value, int) else None
 
 
 def nothing_pruned(place: Path) -> InvalidInput:

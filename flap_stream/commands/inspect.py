@@ -86,6 +86,7 @@ def _inspect_output(place: Path, as_json: bool, verifies: bool) -> None:
 
 
 def _inspect_dense(place: Path, as_json: bool) -> None:
+    from flap_stream.cli import printable
     from flap_stream.dense import dense_model, nothing_pruned
 
     model = dense_model(place)
@@ -95,10 +96,11 @@ def _inspect_dense(place: Path, as_json: bool) -> None:
         shared.print_json({"model": str(place), "is_dense": True, **asdict(model)})
         return
     groups = model.kv_heads or model.heads
-    print(f"{place} is {model}: nothing was pruned")
-    print(f"each layer   {model.heads} heads in {groups} KV groups, {model.neurons} neurons")
+    print(printable(f"{place} is {model}: nothing was pruned"))
+    if model.heads is not None and model.neurons is not None:
+        print(f"each layer   {model.heads} heads in {groups} KV groups, {model.neurons} neurons")
     print(f"weights      {format_bytes(model.weight_bytes)}")
     if model.is_prunable:
-        print(f"next: flap-stream prune {place} OUT --ratio 0.2")
+        print(printable(f"next: flap-stream prune {place} OUT --ratio 0.2"))
     else:
-        print(f"model_type {model.model_type} is none of those that flap-stream prunes")
+        print(printable(f"model_type {model.model_type} is none of those that flap-stream prunes"))
