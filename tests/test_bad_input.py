@@ -242,7 +242,7 @@ def test_hidden_states_that_overflow_stop_with_their_layer(place: Path, capsys) 
         ("--ratio 0", ("--ratio is 0.0", "between 0 and 1")),
         ("--ratio 1", ("--ratio is 1.0",)),
         ("--ratio -0.2", ("--ratio is -0.2",)),
-        ("--ratio nan", ("--ratio is nan",)),
+        ("--ratio nan", ("--ratio 'nan' is no share",)),
         ("--ratio 0.99", ("--min-heads 1", "at most 0.7")),
         ("--ratio 0.5 --structure ul-um --min-neurons 90", ("--min-neurons", "lower the ratio")),
         ("--ratio 0.2 --structure al-mm", ("needs --remove-heads",)),
@@ -403,7 +403,7 @@ def test_a_plan_that_the_collection_does_not_serve_is_refused(place: Path, capsy
         )
         == 0
     )
-    words = ("collected with wanda-sp for ratio 0.5", "ratio 0.3")
+    words = ("collected with wanda-sp for --ratio 0.5", "does not serve 0.3")
     refuse(capsys, "plan wanda --method wanda-sp --ratio 0.3", *words)
     refuse(capsys, "plan wanda --ratio 0.5", "collected for wanda-sp")
 
