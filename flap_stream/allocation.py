@@ -18,6 +18,10 @@ class LayerKeep:
     kv_groups: np.ndarray
     neurons: np.ndarray
 
+    def __repr__(self) -> str:
+        """How many of each stay."""
+        return f"LayerKeep({len(self.kv_groups)} KV groups, {len(self.neurons)} neurons)"
+
     def of(self, kind: str) -> np.ndarray:
         """Those of a kind of unit."""
         return self.kv_groups if kind == "attention" else self.neurons
@@ -89,6 +93,18 @@ def allocate(
         here = keep & (pool.layer == i)
         kept.append(LayerKeep(pool.unit[here & pool.is_group], pool.unit[here & ~pool.is_group]))
     return kept
+
+
+def require_minimum(shapes: Sequence[LayerShape], options: PlanConfig) -> None:
+    """Raise InvalidOption for a minimum that no layer of the model can keep; a layer that has less keeps all."""
+    heads = max(shape.kv_groups * shape.heads_per_group for shape in shapes)
+    neurons = max(max(shape.experts, default=shape.neurons) for shape in shapes)
+    for option, least, most, name in (
+        ("--min-heads", options.min_heads, heads, "query heads"),
+        ("--min-neurons", options.min_neurons, neurons, "neurons"),
+    ):
+        if least > max(most, 1):
+            raise InvalidOption(f"{option} is {least}, but no layer has more than {most} {name}; lower it")
 
 
 def _require_experts_suit(options: PlanConfig) -> None:

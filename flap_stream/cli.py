@@ -1,6 +1,5 @@
 """The command `flap-stream`: finds the verb, configures logging, turns our errors into one line and an exit code."""
 
-import argparse
 import logging
 import os
 import signal
@@ -12,6 +11,7 @@ from importlib.metadata import version
 from io import TextIOWrapper
 from types import ModuleType
 
+from flap_stream.commands.parser import Parser
 from flap_stream.errors import FlapStreamError, StorageFailure
 
 VERBS = {
@@ -35,7 +35,7 @@ _LONGEST = 1000
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code comes out (0 done, 1 may pass on a rerun, 2 wrong use or input, 130 interrupted)."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="flap-stream", description="Structured pruning of LLMs that do not fit, streamed from disk (FLAP)."
     )
     parser.add_argument("--version", action="version", version=f"flap-stream {version('flap-stream')}")

@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import dataclass, fields
-from decimal import Decimal, InvalidOperation
 from typing import Any, TypeVar
 
 from flap_stream.errors import InvalidOption
+from flap_stream.values import Dtype, GgufType, Ratios, Share, Size, converted
+from flap_stream.values import parse_ratios as parse_ratios
+from flap_stream.values import parse_size as parse_size
 
 METRICS = ("wifv", "ifv", "wifn")
 STRUCTURES = ("al-am", "al-mm", "ul-mm", "ul-um")
@@ -19,53 +21,7 @@ SWEPT_RESTORATIONS = ("bias", "none")  # those that masked_layers.py can put int
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
-_MOST_RATIOS = 1000
-
 _Part = TypeVar("_Part")
-_SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """Bytes in a size such as `5GB` (10^9) or `20GiB` (2^30).
-
-    Raises InvalidOption if the text is no positive size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match and match[2].upper() in _SIZE_UNITS and float(match[1]) > 0:
-        return int(float(match[1]) * _SIZE_UNITS[match[2].upper()])
-    raise InvalidOption(f"{text!r} is not a size; write a number with a unit, such as 5GB or 20GiB")
-
-
-def parse_ratios(text: str) -> tuple[float, ...]:
-    """Ratios in `0.2,0.3,0.5` or, both ends included, `0.1:0.6:0.1` (start:stop:step); ascending, each once.
-
-    Raises InvalidOption if the text is neither.
-    """
-    try:
-        numbers = [Decimal(part) for part in re.split("[:,]", text)]
-    except InvalidOperation:
-        numbers = []
-    if numbers and ":" not in text:
-        return tuple(sorted({float(number) for number in numbers}))
-    if len(numbers) == 3 and "," not in text and all(number.is_finite() for number in numbers):
-        start, stop, step = numbers
-        if step > 0 and start <= stop and (stop - start) / step < _MOST_RATIOS:
-            return tuple(float(start + i * step) for i in range(int((stop - start) / step) + 1))
-    raise InvalidOption(
-        f"--ratios {text!r} is no list of ratios; write 0.2,0.3,0.5 or start:stop:step, such as 0.1:0.6:0.1"
-    )
-
-
-def parse_share(option: str, text: str) -> float:
-    """A share written as `5%` or `0.05`.
-
-    Raises InvalidOption if the text is neither.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
-    if match is None:
-        raise InvalidOption(f"--{option} {text!r} is no share; write it as 5% or 0.05")
-    return float(Decimal(match[1]) / (100 if match[2] else 1))
 
 
 def _require_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
@@ -80,17 +36,30 @@ def _require_at_least(option: str, value: int, least: int) -> None:
 
 def _require_ratio(ratio: float, option: str = "ratio") -> None:
     if not 0 < ratio < 1:
-        raise InvalidOption(f"--{option} is {ratio}; it must lie between 0 and 1, both excluded, such as 0.2")
+        raise InvalidOption(f"--{option} is {ratio}; it must lie between 0 and 1, both excluded, such as 0.2 or 20%")
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
 class _Options:
     """End of the chain of checks, so that every class below can call the next one's."""
 
     def __post_init__(self) -> None:
-        """Nothing left to check."""
+        """Bring every value to the type of its field; InvalidOption if it cannot be."""
+        for field in fields(self):
+            object.__setattr__(self, field.name, converted(type(self), field.name, getattr(self, field.name)))
+
+    def __repr__(self) -> str:
+        """The options that are not at their default."""
+        return f"{type(self).__name__}({', '.join(f'{n}={v!r}' for n, v in changed_options(self).items())})"
 
 
-@dataclass(frozen=True, kw_only=True)
+def changed_options(options: Any) -> dict[str, Any]:
+    """Fields of a config that are not at their default, with their values."""
+    own = {field.name: (getattr(options, field.name), field.default) for field in fields(options)}
+    return {name: value for name, (value, default) in own.items() if value != default}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class EngineConfig(_Options):
     """How decoder layers are run.
 
@@ -102,10 +71,10 @@ class EngineConfig(_Options):
     """
 
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     batch_size: int | None = None
-    device_memory: int | None = None
-    host_memory: int | None = None
+    device_memory: Size | None = None
+    host_memory: Size | None = None
     prefetch: int | None = None
     trust_remote_code: bool = False
 
@@ -117,11 +86,14 @@ class EngineConfig(_Options):
             raise InvalidOption(f"--device {self.device!r} is unknown; write auto, cpu, cuda or cuda:N")
         if self.batch_size is not None:
             _require_at_least("batch-size", self.batch_size, 1)
+        for name, nbytes in (("host-memory", self.host_memory), ("device-memory", self.device_memory)):
+            if nbytes is not None:
+                _require_at_least(name, nbytes, 1)
         if self.prefetch not in (None, 0, 1):
             raise InvalidOption(f"--prefetch is {self.prefetch}; it must be 0 or 1")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class CollectConfig(EngineConfig):
     """Pass 1: what the statistics are collected from.
 
@@ -136,7 +108,7 @@ class CollectConfig(EngineConfig):
     sequence_length: int = 128
     seed: int = 0
     method: str = "flap"
-    ratio: float = 0.2
+    ratio: Share = 0.2
     min_heads: int = 1
     min_neurons: int = 1
     round_heads_to: int = 1
@@ -155,7 +127,7 @@ class CollectConfig(EngineConfig):
             raise InvalidOption("--calibration names nothing; give wikitext2, c4, ptb or at least one file")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PlanConfig(_Options):
     """The decision: which KV groups and neurons stay.
 
@@ -168,7 +140,7 @@ class PlanConfig(_Options):
     """
 
     method: str = "flap"
-    ratio: float = 0.2
+    ratio: Share = 0.2
     metric: str = "wifv"
     structure: str | None = None
     head_score: str = "mean-z"
@@ -215,7 +187,7 @@ class PlanConfig(_Options):
             _require_at_least("remove-heads", self.remove_heads, 0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RewriteConfig(EngineConfig):
     """Pass 2: how the pruned checkpoint is written.
 
@@ -231,7 +203,7 @@ class RewriteConfig(EngineConfig):
 
     restore: str | None = None
     refit_target: str = "own"
-    max_shard_bytes: int = 5 * 10**9
+    max_shard_bytes: Size = 5 * 10**9
 
     @property
     def refits(self) -> bool:
@@ -258,7 +230,7 @@ def require_restoration(method: str, restore: str | None) -> str:
     return restore or ("bias" if method == "flap" else "none")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PruneConfig(PlanConfig, CollectConfig, RewriteConfig):
     """The whole job: all options of the three stages.
 
@@ -275,7 +247,7 @@ class PruneConfig(PlanConfig, CollectConfig, RewriteConfig):
             object.__setattr__(self, "batch_size", 1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class EvaluateConfig(EngineConfig):
     """Perplexity: which text, in windows of how many tokens.
 
@@ -295,7 +267,7 @@ class EvaluateConfig(EngineConfig):
             _require_at_least("samples", self.samples, 1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SweepConfig(PlanConfig, EngineConfig):
     """Many ratios of one collection, and the perplexity of each; `ratio` itself is not used.
 
@@ -305,13 +277,13 @@ class SweepConfig(PlanConfig, EngineConfig):
     dense model's. resolution: how closely.
     """
 
-    ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    ratios: Ratios = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
     evaluate: tuple[str, ...] = ()
     sequence_length: int = 128
     samples: int | None = None
     restore: str | None = None
-    max_perplexity_increase: float | None = None
-    resolution: float = 0.005
+    max_perplexity_increase: Share | None = None
+    resolution: Share = 0.005
 
     def __post_init__(self) -> None:
         """Refuse values out of range, and a limit of what is not measured."""
@@ -336,7 +308,7 @@ class SweepConfig(PlanConfig, EngineConfig):
             raise InvalidOption(f"--resolution is {self.resolution}; it must lie between 0.0001 and 1, such as 0.005")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class BenchInferenceConfig(_Options):
     """Two models timed side by side at every pair of a batch size and a prompt length, `generate` tokens after each.
 
@@ -348,7 +320,7 @@ class BenchInferenceConfig(_Options):
     generate: int = 64
     rounds: int = 5
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -362,7 +334,7 @@ class BenchInferenceConfig(_Options):
         _require_at_least("rounds", self.rounds, 1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ExportStockConfig(_Options):
     """A checkpoint that needs no code of its own.
 
@@ -371,7 +343,7 @@ class ExportStockConfig(_Options):
     """
 
     pad: bool = False
-    max_shard_bytes: int = 5 * 10**9
+    max_shard_bytes: Size = 5 * 10**9
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -379,7 +351,7 @@ class ExportStockConfig(_Options):
         _require_at_least("max-shard-size", self.max_shard_bytes, 1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ExportGgufConfig(_Options):
     """A GGUF file.
 
@@ -387,7 +359,7 @@ class ExportGgufConfig(_Options):
     tokenizer_pre: llama.cpp's name for what splits text before the merges; None finds it.
     """
 
-    type: str | None = None
+    type: GgufType | None = None
     tokenizer_pre: str | None = None
 
     def __post_init__(self) -> None:

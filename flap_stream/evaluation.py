@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from flap_stream.layers import BatchSizes, Logits, StreamedModel
 from flap_stream.planner import Placement
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.ranks import joined
+from flap_stream.stage_options import options_of, warn_of_positions
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,21 @@ class EvaluateResult:
     peak_device_bytes: int
 
 
-def evaluate(model: str | Path, options: EvaluateConfig, progress: Progress | None = None) -> EvaluateResult:
+def evaluate(
+    model: str | Path,
+    options: EvaluateConfig | None = None,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
+) -> EvaluateResult:
     """Perplexity of a model (directory or Hub id), one decoder layer in memory at a time.
 
     Every window predicts its tokens but the first from those before them in the window; the perplexity is the
     exponential of the mean negative log-likelihood of all predictions (eval_ppl in lib/eval.py of the released code).
+    keywords: the fields of `EvaluateConfig`, in place of `options`. progress: True shows it on stderr.
     Raises InvalidInput for a model or text that cannot be evaluated.
     """
-    started = time.monotonic()
-    progress = progress or Progress()
+    options = options_of(EvaluateConfig, "evaluate", options, keywords)
+    started, progress = time.monotonic(), Progress.of(progress)
     with joined() as ranks, open_checkpoint(model) as checkpoint, torch.inference_mode():
         streamed = StreamedModel(checkpoint, options, ranks)
         tokens = ranks.from_first(
@@ -51,6 +59,7 @@ def evaluate(model: str | Path, options: EvaluateConfig, progress: Progress | No
                 streamed.vocab_size,
             )
         )
+        warn_of_positions(checkpoint.config, tokens.shape[1])
         placement = streamed.place(options, *tokens.shape, head=True)
         scores, _ = score_tokens(streamed, tokens, placement, progress)
         bytes_read = sum(ranks.gathered(checkpoint.bytes_read))

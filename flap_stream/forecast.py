@@ -11,6 +11,7 @@ import torch
 
 from flap_stream import checkpoint as checkpoints
 from flap_stream import files, memory, output, planner, scaling, store
+from flap_stream.allocation import require_minimum
 from flap_stream.architecture import ROWS
 from flap_stream.checkpoint import Checkpoint
 from flap_stream.config import PruneConfig
@@ -18,6 +19,7 @@ from flap_stream.errors import InvalidOption
 from flap_stream.layers import StreamedModel
 from flap_stream.restoration import refit_sizes, refit_stored_bytes, require_refittable
 from flap_stream.skeleton import Skeleton
+from flap_stream.stage_options import require_effect, warn_of_positions
 
 NETWORK_RATE = 1.25e9  # bytes per second: 10 Gbit/s
 _PRODUCT_SECONDS, _FEW_TOKENS = 0.5, 64
@@ -78,8 +80,11 @@ def forecast(
         raise InvalidOption(f"--nodes is {nodes}; {ranks} ranks can be on 1 to {ranks}")
     out = Path(out)
     source, has_headers = _open(str(model))
+    require_effect(options)
     with source:
         streamed = StreamedModel(source, options)
+        require_minimum(streamed.shapes, options)
+        warn_of_positions(source.config, options.sequence_length)
         local = -(-ranks // nodes)
         limits = memory.limits(streamed.device, options.host_memory, options.device_memory, local)
         windows = (options.samples, options.sequence_length) if options.method != "magnitude-sp" else (0, 0)

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -22,6 +22,7 @@ from flap_stream.config import BenchInferenceConfig
 from flap_stream.errors import FlapStreamError, InsufficientMemory, InvalidOption, UnsupportedModel
 from flap_stream.model_code import load_model, require_known_code
 from flap_stream.progress import Progress, peak_host_bytes
+from flap_stream.stage_options import options_of
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class BenchRow:
     """A setting. Speedups are medians of the ratios within each round: above 1, the pruned model is faster."""
 
     setting: Setting
-    dense: Summary
-    pruned: Summary
+    dense: Summary = field(repr=False)
+    pruned: Summary = field(repr=False)
     prompt_speedup: float
     generation_speedup: float
 
@@ -78,17 +79,23 @@ class BenchResult:
 
 
 def bench_inference(
-    dense: str | Path, pruned: str | Path, options: BenchInferenceConfig, progress: Progress | None = None
+    dense: str | Path,
+    pruned: str | Path,
+    options: BenchInferenceConfig | None = None,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
 ) -> BenchResult:
     """Time prompts and generation of a dense and a pruned model (directories or Hub ids), in turn.
 
+    keywords: the fields of `BenchInferenceConfig`, in place of `options`. progress: True shows it on stderr.
     Raises InvalidModel, InvalidOption or InsufficientMemory for what cannot be run.
     """
+    options = options_of(BenchInferenceConfig, "bench_inference", options, keywords)
     settings = [
         Setting(batch, length, options.generate) for batch in options.batch_sizes for length in options.prompt_lengths
     ]
     models = {"dense": str(dense), "pruned": str(pruned)}
-    loaded, found = side_by_side(models, settings, options, progress or Progress())
+    loaded, found = side_by_side(models, settings, options, Progress.of(progress))
     rows = []
     for setting, rounds in zip(settings, found, strict=True):
         pairs = [(one["dense"], one["pruned"]) for one in rounds]

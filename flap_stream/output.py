@@ -13,6 +13,7 @@ from flap_stream.allocation import LayerKeep
 from flap_stream.architecture import PRUNED_TYPE, Family, LayerShape, family_of
 from flap_stream.checkpoint import INDEX_NAME, Checkpoint, read_header
 from flap_stream.config import PlanConfig
+from flap_stream.differences import output_differences
 from flap_stream.errors import CorruptCheckpoint, InsufficientSpace, NotPlain, OutputConflict
 from flap_stream.journal import Journal
 from flap_stream.json_form import finite, has_form, natural, one_of, parsed
@@ -184,7 +185,8 @@ def write_checkpoint(
     if found is not None and _nameless(found) == _nameless(record):
         return found, 0
     if found is not None:
-        raise OutputConflict(f"{out} holds another pruned checkpoint; name another OUT or move it away")
+        differences = output_differences(found, record) or "otherwise"
+        raise OutputConflict(f"{out} was pruned {differences}; name another OUT or move it away")
     staging = files.partial_path(out)
     job, finished = ranks.from_first(lambda: _begun_job(source, run, out, plan, record, restoration.digests))
     written = 0

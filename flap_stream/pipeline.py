@@ -13,11 +13,20 @@ import torch
 
 from flap_stream import checkpoint as checkpoints
 from flap_stream import files, output, places, planner
-from flap_stream.allocation import LayerKeep, allocate
+from flap_stream.allocation import LayerKeep, allocate, require_minimum
 from flap_stream.architecture import LayerShape
 from flap_stream.calibration import calibration_tokens, load_tokenizer, tokens_digest
 from flap_stream.collection import collect_statistics
-from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, RewriteConfig, part_of, require_restoration
+from flap_stream.config import (
+    CollectConfig,
+    PlanConfig,
+    PruneConfig,
+    RewriteConfig,
+    changed_options,
+    part_of,
+    require_restoration,
+)
+from flap_stream.differences import model_differences, output_differences
 from flap_stream.errors import CorruptRun, InvalidOption, OutputConflict, RunMismatch
 from flap_stream.layers import StreamedModel, cpu_threads, release
 from flap_stream.memory import give_back_heap
@@ -35,12 +44,11 @@ from flap_stream.same_source import require_same_weights
 from flap_stream.scoring import baseline_input, flap_scores, magnitude_scores, wanda_scores
 from flap_stream.shards import Restoration
 from flap_stream.skeleton import Skeleton
+from flap_stream.stage_options import FED_ON, options_of, warn_of_positions
 from flap_stream.store import RunDirectory, stored_bytes
+from flap_stream.values import option_name
 
 logger = logging.getLogger(__name__)
-
-# What decides the pruned layers that wanda-sp feeds the next.
-_FED_ON = ("ratio", "min_heads", "min_neurons", "round_heads_to", "round_neurons_to", "tensor_parallel")
 
 
 @dataclass
@@ -100,9 +108,9 @@ class PlanResult:
 
     run: Path
     options: PlanConfig
-    layers: list[LayerKeep]
-    kv_groups: list[int]
-    neurons: list[int]
+    layers: list[LayerKeep] = field(repr=False)
+    kv_groups: list[int] = field(repr=False)
+    neurons: list[int] = field(repr=False)
     decoder_ratio: float
     model_ratio: float
     parameters_before: int
@@ -117,22 +125,33 @@ class PruneResult:
     record: dict[str, Any]
     measured: Measured
 
+    def __repr__(self) -> str:
+        """Where it is and what is gone."""
+        ratios, counts = self.record["realised_ratio"], self.record["parameters"]
+        return (
+            f"PruneResult(out={str(self.out)!r}, removed={ratios['decoder']:.2%} of the prunable weights, "
+            f"parameters={counts['before']:,} -> {counts['after']:,})"
+        )
+
 
 def prune(
     model: str | Path,
     out: str | Path,
-    options: PruneConfig,
+    options: PruneConfig | None = None,
     *,
     run: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
 ) -> PruneResult:
     """Prune a model into a checkpoint at `out`; called again after any interruption, it goes on.
 
     model: a directory or a Hub id. run: the run directory; by default `<out>.run`, removed at the end unless
-    `options.keep_run`; one that is named here stays.
+    `options.keep_run`; one that is named here stays. progress: True shows it on stderr.
+    keywords: the fields of `PruneConfig`, in place of `options`.
     Raises InvalidInput (see errors.py) before any long work for what cannot be pruned.
     """
-    out, measured, progress = Path(out), Measured(), progress or Progress()
+    options = options_of(PruneConfig, "prune", options, keywords)
+    out, measured, progress = Path(out), Measured(), Progress.of(progress)
     places.require_name(out)
     run_path = Path(run) if run is not None else out.with_name(out.name + ".run")
     removes_run = run is None and not options.keep_run
@@ -163,22 +182,31 @@ def prune(
 
 
 def collect(
-    model: str | Path, run: str | Path, options: CollectConfig, *, progress: Progress | None = None
+    model: str | Path,
+    run: str | Path,
+    options: CollectConfig | None = None,
+    *,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
 ) -> CollectResult:
     """Pass 1 alone: statistics of every layer into the run directory `run`, which serves any number of plans.
 
     With `method="wanda-sp"` the collection belongs to `options.ratio`, since the pruned layers feed the next.
+    keywords: the fields of `CollectConfig`, in place of `options`. progress: as of `prune`.
     """
+    options = options_of(CollectConfig, "collect", options, keywords)
     with joined() as ranks, _open_model(model, ranks) as source, ExitStack() as stack:
-        return _collect(source, Path(run), options, progress or Progress(), Measured(), stack, ranks=ranks)[1]
+        return _collect(source, Path(run), options, Progress.of(progress), Measured(), stack, ranks=ranks)[1]
 
 
-def plan(run: str | Path, options: PlanConfig) -> PlanResult:
+def plan(run: str | Path, options: PlanConfig | None = None, **keywords: Any) -> PlanResult:
     """Decide from the run directory alone what stays; the decision is stored there for `rewrite`.
 
+    keywords: the fields of `PlanConfig`, in place of `options`.
     Raises RunMismatch if the statistics do not serve the method, CorruptRun if they are incomplete or altered,
     InvalidOption if the ratio cannot be met.
     """
+    options = options_of(PlanConfig, "plan", options, keywords)
     with RunDirectory(Path(run)) as directory:
         return _store_plan(directory, decide(directory, options))
 
@@ -186,15 +214,18 @@ def plan(run: str | Path, options: PlanConfig) -> PlanResult:
 def rewrite(
     run: str | Path,
     out: str | Path,
-    options: RewriteConfig,
+    options: RewriteConfig | None = None,
     *,
     model: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
 ) -> PruneResult:
     """Pass 2 alone: write the pruned checkpoint that the run directory's plan describes.
 
-    model: where the dense model is now, if it was moved since `collect`.
+    model: where the dense model is now, if it was moved since `collect`. progress: as of `prune`.
+    keywords: the fields of `RewriteConfig`, in place of `options`.
     """
+    options = options_of(RewriteConfig, "rewrite", options, keywords)
     places.require_name(Path(out))
     with (
         joined() as ranks,
@@ -204,7 +235,7 @@ def rewrite(
         if ranks.is_first and output.read_record(Path(out)) is None:
             output.require_own_place(source, Path(out), directory.path)
             output.tell_left_out(source.directory)
-        return _rewrite(source, directory, Path(out), options, progress or Progress(), Measured(), ranks)
+        return _rewrite(source, directory, Path(out), options, Progress.of(progress), Measured(), ranks)
 
 
 @contextmanager
@@ -248,13 +279,11 @@ def _collect(
     """
     with measured.stage("collect"):
         model = StreamedModel(source, options, ranks)
-        if out is not None:
-            nothing = [(np.zeros(shape.kv_groups), np.zeros(shape.neurons)) for shape in model.shapes]
-            allocate(nothing, model.shapes, part_of(options, PlanConfig))  # whether it can be met, scores aside
+        if isinstance(options, PruneConfig):
+            _require_possible(model, options)
         target = options.refit_target if isinstance(options, PruneConfig) and options.refits else None
-        if target is not None:
-            require_refittable(model.family, model.shapes, target, source.source)
         tokens = ranks.from_first(lambda: _tokens_for(model, options))
+        warn_of_positions(source.config, tokens.shape[1])
         if out is not None and ranks.is_first:  # what an interrupted call has written counts
             written = output.estimated_bytes(source, model.shapes, options.ratio)
             written -= files.tree_bytes(files.partial_path(out))
@@ -277,6 +306,15 @@ def _collect(
     return directory, CollectResult(run, len(model.shapes), samples, length, measured)
 
 
+def _require_possible(model: StreamedModel, options: PruneConfig) -> None:
+    """Raise what planning and refitting would for this model, whatever the scores turn out to be."""
+    require_minimum(model.shapes, options)
+    nothing = [(np.zeros(shape.kv_groups), np.zeros(shape.neurons)) for shape in model.shapes]
+    allocate(nothing, model.shapes, part_of(options, PlanConfig))
+    if options.refits:
+        require_refittable(model.family, model.shapes, options.refit_target, model.checkpoint.source)
+
+
 def _begun_run(
     model: StreamedModel, run: Path, options: CollectConfig, tokens: np.ndarray, placement: planner.Placement
 ) -> RunDirectory:
@@ -295,7 +333,7 @@ def _begun_run(
 def _tokens_for(model: StreamedModel, options: CollectConfig) -> np.ndarray:
     if options.method == "magnitude-sp":
         return np.zeros((0, 0), dtype=np.int64)
-    return calibration_tokens(
+    tokens = calibration_tokens(
         options.calibration,
         options.samples,
         options.sequence_length,
@@ -303,6 +341,9 @@ def _tokens_for(model: StreamedModel, options: CollectConfig) -> np.ndarray:
         lambda: load_tokenizer(model.checkpoint.directory, options.trust_remote_code),
         model.vocab_size,
     )
+    if len(tokens) < options.samples and "samples" in changed_options(options):
+        logger.warning("--samples is %d, but there are only %d windows; all are taken", options.samples, len(tokens))
+    return tokens
 
 
 def _manifest(model: StreamedModel, options: CollectConfig, tokens: np.ndarray, batch_size: int) -> dict[str, Any]:
@@ -311,7 +352,7 @@ def _manifest(model: StreamedModel, options: CollectConfig, tokens: np.ndarray, 
     if options.method != "magnitude-sp":
         decides |= {"dtype": str(model.dtype), "device": model.device.type, "batch_size": batch_size}
     if options.method == "wanda-sp":
-        decides |= {name: getattr(options, name) for name in _FED_ON}
+        decides |= {name: getattr(options, name) for name in FED_ON}
     return {
         "model": model.checkpoint.fingerprint,
         "tokens": {"sha256": tokens_digest(tokens), "shape": list(tokens.shape)},
@@ -352,13 +393,14 @@ def decide(run: RunDirectory, options: PlanConfig) -> PlanResult:
             f"{run.path} was collected for {collected['method']}, which does not serve {options.method}; "
             f"collect again with --method {options.method}"
         )
-    for name in _FED_ON:
+    for name in FED_ON:
         if name in collected and getattr(options, name) != collected[name]:
             raise RunMismatch(
-                f"{run.path} was collected with wanda-sp for {name} {collected[name]} (pruned layers feed the next); "
-                f"it does not serve {name} {getattr(options, name)}, so collect again for that"
+                f"{run.path} was collected with wanda-sp for --{option_name(name)} {collected[name]} (pruned layers "
+                f"feed the next), which does not serve {getattr(options, name)}; collect again for that"
             )
     shapes = run.layer_shapes
+    require_minimum(shapes, options)
     keeps = allocate(unit_scores(run, options), shapes, options)
     total = sum(shape.prunable for shape in shapes)
     removed = total - sum(keep.cost(shape) for keep, shape in zip(keeps, shapes, strict=True))
@@ -440,9 +482,9 @@ def _rewrite(
 def require_model_of(run: RunDirectory, source: checkpoints.Checkpoint, ranks: Ranks = ALONE) -> None:
     """Raise RunMismatch unless the statistics were collected from this very model."""
     if source.fingerprint != run.manifest["model"]:
+        now = {"model": source.fingerprint, "source": _absolute(source.source), "parameters": source.parameters}
         raise RunMismatch(
-            f"{source.source} is not the model that {run.path} was collected from (its config or headers differ); "
-            "give that model, or collect again"
+            f"{run.path} was collected {model_differences(run.manifest, now)}; give that model, or collect again"
         )
     skeleton, vocabulary = Skeleton(source.config, source.source), run.manifest["sizes"]["vocabulary"]
     shapes = [skeleton.layer_shape(i) for i in range(len(skeleton.layers))]
@@ -494,12 +536,8 @@ def _require_same_job(source: checkpoints.Checkpoint, out: Path, record: dict[st
         "options": output.options_record(part_of(options, PlanConfig)),
         "restore": require_restoration(options.method, options.restore),
         "calibration": _calibration_record(options),
-        "base": {"fingerprint": output.fingerprint_digest(source.fingerprint)},
+        "base": {"name": Path(source.source).name, "fingerprint": output.fingerprint_digest(source.fingerprint)},
     }
-    found = {**record, "base": {"fingerprint": record["base"].get("fingerprint")}}  # its name depends on the path
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise OutputConflict(
-                f"{out} holds a checkpoint pruned from another model or with other options ({key} was "
-                f"{str(record.get(key))[:120]}); name another OUT or move it away"
-            )
+    differences = output_differences(record, wanted)
+    if differences is not None:
+        raise OutputConflict(f"{out} was pruned {differences}; name another OUT or move it away")

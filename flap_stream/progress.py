@@ -10,6 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from flap_stream.errors import InvalidOption
+from flap_stream.values import shortened
+
 
 def peak_host_bytes() -> int:
     """Largest resident memory of this process so far."""
@@ -36,6 +39,21 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.2f} TiB"
+
+
+def _in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, whose stderr is no terminal but shows a bar."""
+    shell = sys.modules.get("IPython")
+    return shell is not None and "IPKernelApp" in getattr(shell.get_ipython(), "config", {})
+
+
+def _bar_class() -> type[tqdm]:
+    """The bar of a terminal, or of a notebook, where ipywidgets shows it as a widget."""
+    if not _in_notebook():
+        return tqdm
+    from tqdm.auto import tqdm as notebook_bar
+
+    return notebook_bar
 
 
 @dataclass
@@ -86,13 +104,22 @@ class Progress:
     def __init__(self, mode: str = "silent") -> None:
         self._mode = mode
 
+    @classmethod
+    def of(cls, wanted: "Progress | bool | None") -> "Progress":
+        """What a stage was given as `progress`: True is `auto`, False and None are silent."""
+        if isinstance(wanted, Progress):
+            return wanted
+        if wanted is not None and not isinstance(wanted, bool):
+            raise InvalidOption(f"progress is {shortened(wanted)}; expected True, False or a Progress")
+        return cls("auto" if wanted else "silent")
+
     @contextmanager
     def stage(self, name: str, total: int, unit: str = "layer") -> Iterator[Stage]:
         """A stage of `total` layers (or other units)."""
         if self._mode == "silent":
             yield Stage(name, total)
-        elif sys.stderr.isatty():
-            with tqdm(total=total, desc=name, unit=unit, file=sys.stderr) as bar:
+        elif sys.stderr.isatty() or _in_notebook():
+            with _bar_class()(total=total, desc=name, unit=unit, file=sys.stderr) as bar:
                 yield Stage(name, total, bar=bar)
         else:
             yield Stage(name, total, lines=True)

@@ -25,6 +25,7 @@ from flap_stream.pipeline import PlanResult, decide, require_model_of
 from flap_stream.planner import Placement
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.snapshots import Snapshots, resume
+from flap_stream.stage_options import options_of, warn_of_positions
 from flap_stream.store import RunDirectory, SnapshotStore
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,11 @@ class SweepPoint:
     model_ratio: float
     parameters: int
     perplexity: float | None
+
+    def __repr__(self) -> str:
+        """In digits that mean something."""
+        measured = "" if self.perplexity is None else f", perplexity={self.perplexity:.4f}"
+        return f"SweepPoint(ratio={self.ratio:g}, removed={self.decoder_ratio:.2%}{measured})"
 
 
 @dataclass(frozen=True)
@@ -84,17 +90,24 @@ class SweepResult:
 
 
 def sweep(
-    run: str | Path, options: SweepConfig, *, model: str | Path | None = None, progress: Progress | None = None
+    run: str | Path,
+    options: SweepConfig | None = None,
+    *,
+    model: str | Path | None = None,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
 ) -> SweepResult:
     """Plan many ratios from the run directory, and with `options.evaluate` measure the perplexity of each.
 
     The stored plan stays as it is. All perplexities come from one reading of the model, if the hidden states of all
     ratios have room, else from few. They are kept in the run directory as soon as they are known, so that a sweep which
     is called again goes on.
-    model: where the dense model is now, if it was moved since `collect`.
+    model: where the dense model is now, if it was moved since `collect`. progress: True shows it on stderr.
+    keywords: the fields of `SweepConfig`, in place of `options`.
     Raises what `plan`, `rewrite` and `evaluate` would.
     """
-    started, progress = time.monotonic(), progress or Progress()
+    options = options_of(SweepConfig, "sweep", options, keywords)
+    started, progress = time.monotonic(), Progress.of(progress)
     restore = require_restoration(options.method, options.restore)
     with RunDirectory(Path(run)) as directory:
         plans = [decide(directory, _plan_options(options, ratio)) for ratio in options.ratios]
@@ -105,6 +118,7 @@ def sweep(
             require_model_of(directory, source)
             streamed = StreamedModel(source, options)
             curve = _Curve(directory, streamed, options, restore, progress)
+            warn_of_positions(source.config, curve.tokens.shape[1])
             curve.measure(plans)
             increase = options.max_perplexity_increase
             limit = None if increase is None else curve.find_limit(increase, options.resolution)

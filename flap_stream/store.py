@@ -22,6 +22,7 @@ from flap_stream.allocation import LayerKeep
 from flap_stream.architecture import LayerShape
 from flap_stream.calibration import tokens_digest
 from flap_stream.config import PlanConfig
+from flap_stream.differences import run_differences
 from flap_stream.errors import CorruptRun, RunMismatch, UnsuitableFileSystem
 from flap_stream.journal import COST, Journal
 from flap_stream.json_form import natural, parsed
@@ -459,15 +460,11 @@ class RunDirectory:
             raise CorruptRun(f"{self.path / name} is {state} since it was written; {remedy}")
 
     def _require_same(self, manifest: dict[str, Any]) -> None:
-        for part in ("model", "tokens", "options"):
-            before, now = self.manifest[part], json.loads(json.dumps(manifest[part]))
-            for key in sorted(set(before) | set(now)):
-                if before.get(key) != now.get(key):
-                    was, is_now = (str(value.get(key))[:80] for value in (before, now))
-                    raise RunMismatch(
-                        f"{self.path} was made for another {part}: {key} was {was}, now it is {is_now}; "
-                        "name another directory with --run, or delete that one"
-                    )
+        differences = run_differences(self.manifest, json.loads(json.dumps(manifest)))
+        if differences is not None:
+            raise RunMismatch(
+                f"{self.path} was made {differences}; name another directory with --run, or delete that one"
+            )
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ def test_hidden_states_that_overflow_stop_with_their_layer(place: Path, capsys) 
         ("--ratio 0", ("--ratio is 0.0", "between 0 and 1")),
         ("--ratio 1", ("--ratio is 1.0",)),
         ("--ratio -0.2", ("--ratio is -0.2",)),
-        ("--ratio nan", ("--ratio is nan",)),
+        ("--ratio nan", ("--ratio 'nan' is no share",)),
         ("--ratio 0.99", ("--min-heads 1", "at most 0.7")),
         ("--ratio 0.5 --structure ul-um --min-neurons 90", ("--min-neurons", "lower the ratio")),
         ("--ratio 0.2 --structure al-mm", ("needs --remove-heads",)),
@@ -338,25 +338,36 @@ def test_an_output_inside_the_model_is_refused(out: str, place: Path, capsys) ->
 def test_another_checkpoint_at_the_output_is_left_alone(place: Path, capsys) -> None:
     assert main([*PRUNE.split(), "--quiet"]) == 0
     capsys.readouterr()
-    for options in ("--ratio 0.3", "--samples 5", "--metric ifv", "--restore none"):
-        refuse(capsys, f"{PRUNE} {options}", "out holds a checkpoint pruned from another model or with other options")
+    changes = (
+        "--ratio was 0.2, now 0.3",
+        "--samples was 1024, now 5",
+        "--metric was wifv, now ifv",
+        "--restore was bias, now none",
+    )
+    for words in changes:
+        option, now = words.split()[0], words.split()[-1]
+        refuse(capsys, f"{PRUNE} {option} {now}", f"out was pruned with other options: {words}")
     edit_config(rms_norm_eps=0.1)(place / "model")
-    refuse(capsys, PRUNE, "out holds a checkpoint pruned from another model")
+    refuse(capsys, PRUNE, "out was pruned from another model of the name model")
 
 
 @pytest.mark.parametrize(
     ("change", "options", "words"),
     [
-        (lambda: write_npy("tokens.npy", random_tokens(6, 16, seed=9)), "", ("another tokens", "sha256")),
-        (lambda: None, "--samples 4", ("another tokens",)),
-        (lambda: None, "--dtype bfloat16", ("another options", "dtype was torch.float32", "torch.bfloat16")),
-        (lambda: None, "--batch-size 2", ("another options", "batch_size was 6, now it is 2")),
-        (lambda: None, "--method magnitude-sp", ("another",)),
-        (lambda: edit_config(rms_norm_eps=0.1)(Path("model")), "", ("another model", "config")),
+        (
+            lambda: write_npy("tokens.npy", random_tokens(6, 16, seed=9)),
+            "",
+            ("tokens.npy gave other tokens then than now",),
+        ),
+        (lambda: None, "--samples 4", ("--samples was 1024, now 4",)),
+        (lambda: None, "--dtype bfloat16", ("other options", "--dtype was float32, now bfloat16")),
+        (lambda: None, "--batch-size 2", ("other options", "--batch-size was 6, now 2")),
+        (lambda: None, "--method magnitude-sp", ("--method was flap, now magnitude-sp",)),
+        (lambda: edit_config(rms_norm_eps=0.1)(Path("model")), "", ("before it was changed", "its config.json")),
         (
             lambda: edit_tensor("lm_head.weight", lambda t: t.bfloat16())(Path("model")),
             "",
-            ("another model", "headers"),
+            ("before it was changed", "its model-0000"),
         ),
     ],
 )
@@ -364,14 +375,13 @@ def test_a_run_made_for_something_else_says_what_differs(change, options, words,
     assert main(["collect", "model", "run", "--calibration", "tokens.npy", "--quiet"]) == 0
     capsys.readouterr()
     change()
-    refuse(capsys, f"{PRUNE} --run run {options}", "run was made for", *words)
+    refuse(capsys, f"{PRUNE} --run run {options}", "run was made ", *words)
 
 
 def test_a_directory_that_is_no_run_is_refused(place: Path, capsys) -> None:
     refuse(capsys, f"{PRUNE} --run model", "model exists and is no run directory")
     refuse(capsys, "plan model", "is no run directory", "flap-stream collect")
     refuse(capsys, "rewrite nowhere out", "is no run directory")
-    refuse(capsys, "inspect model", "was not made by flap-stream")
     refuse(capsys, "inspect nowhere", "neither a run directory")
 
 
@@ -396,7 +406,7 @@ def test_a_plan_that_the_collection_does_not_serve_is_refused(place: Path, capsy
         )
         == 0
     )
-    words = ("collected with wanda-sp for ratio 0.5", "ratio 0.3")
+    words = ("collected with wanda-sp for --ratio 0.5", "does not serve 0.3")
     refuse(capsys, "plan wanda --method wanda-sp --ratio 0.3", *words)
     refuse(capsys, "plan wanda --ratio 0.5", "collected for wanda-sp")
 

@@ -121,7 +121,7 @@ def test_a_killed_rewrite_can_go_on_with_another_ratio(flap: Job) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"), [({"batch_size": 3}, "batch_size was 4"), ({"dtype": "bfloat16"}, "dtype was torch.float32")]
+    ("changes", "named"), [({"batch_size": 3}, "--batch-size was 4"), ({"dtype": "bfloat16"}, "--dtype was float32")]
 )
 def test_going_on_with_options_that_change_statistics_is_refused(
     flap: Job, changes: dict[str, Any], named: str

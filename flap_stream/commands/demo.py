@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="OUT", help="where the pruned checkpoint goes (default: a new temporary folder)"
     )
-    parser.add_argument("--ratio", type=shared.ratio, default=0.2, help="default: 0.2")
+    parser.add_argument("--ratio", default=0.2, metavar="SHARE", help="default: 0.2")
     shared.add_output(parser)
 
 

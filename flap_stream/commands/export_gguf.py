@@ -6,6 +6,7 @@ from dataclasses import asdict
 from flap_stream.commands import options as shared
 from flap_stream.config import GGUF_TYPES, ExportGgufConfig
 from flap_stream.progress import format_bytes
+from flap_stream.values import gguf_type
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE.gguf", help="the file to write")
     parser.add_argument(
         "--type",
+        type=gguf_type,
         choices=GGUF_TYPES,
         help="of the matrices (default: the checkpoint's; llama-quantize makes K-quants from bf16 or f16)",
     )

@@ -10,21 +10,12 @@ from typing import Any
 from flap_stream import config
 from flap_stream.errors import InvalidOption
 from flap_stream.progress import Progress, format_bytes
+from flap_stream.values import dtype_name
 
 
-def ratio(text: str) -> float:
-    """A share; whether it is in range is for the config to say."""
-    return float(text)
-
-
-def batch_size(text: str) -> int | None:
+def batch_size(text: str) -> str | None:
     """`auto` or a number of windows."""
-    return None if text == "auto" else int(text)
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers with commas between them."""
-    return tuple(int(part) for part in text.split(","))
+    return None if text == "auto" else text
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +43,9 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     """How layers are run."""
     group = parser.add_argument_group("how layers are run")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    group.add_argument("--dtype", default="auto", choices=config.DTYPES, help="of the forward (default: the model's)")
+    group.add_argument(
+        "--dtype", type=dtype_name, default="auto", choices=config.DTYPES, help="of the forward (default: the model's)"
+    )
     group.add_argument("--batch-size", type=batch_size, default=None, metavar="auto|N", help="windows at once")
     group.add_argument("--host-memory", metavar="SIZE", help="most to take, such as 8GiB (default: what is free)")
     group.add_argument("--device-memory", metavar="SIZE", help="the same of the GPU's memory")
@@ -81,7 +74,7 @@ def add_method(parser: argparse.ArgumentParser, *, one_ratio: bool = True) -> No
     group = parser.add_argument_group("decision")
     if one_ratio:
         group.add_argument(
-            "--ratio", type=ratio, default=0.2, help="share of the prunable weights to remove (default: 0.2)"
+            "--ratio", default=0.2, metavar="SHARE", help="share of the prunable weights to remove (default: 0.2)"
         )
     group.add_argument("--method", default="flap", choices=config.METHODS, help="default: flap")
     group.add_argument("--min-heads", type=int, default=1, help="query heads that stay in every layer (default: 1)")
@@ -119,20 +112,8 @@ def add_rewrite(parser: argparse.ArgumentParser) -> None:
 def values(options: argparse.Namespace, kind: type) -> Any:
     """The config dataclass `kind`, filled from parsed arguments."""
     given = dict(vars(options))
-    for name in ("calibration", "text", "evaluate"):
-        if name in given:
-            given[name] = tuple(given[name])
-    if "ratios" in given:
-        given["ratios"] = config.parse_ratios(given["ratios"])
-    if given.get("max_perplexity_increase") is not None:
-        given["max_perplexity_increase"] = config.parse_share(
-            "max-perplexity-increase", given["max_perplexity_increase"]
-        )
     if "max_shard_size" in given:
-        given["max_shard_bytes"] = config.parse_size(given["max_shard_size"])
-    for name in ("host_memory", "device_memory"):
-        if given.get(name) is not None:
-            given[name] = config.parse_size(given[name])
+        given["max_shard_bytes"] = given["max_shard_size"]
     return config.part_of(argparse.Namespace(**given), kind)
 
 

@@ -6,6 +6,7 @@ from math import isfinite
 
 from flap_stream.commands import options as shared
 from flap_stream.config import PruneConfig, parse_size
+from flap_stream.errors import InvalidOption
 from flap_stream.progress import format_bytes
 
 
@@ -17,9 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-run", action="store_true", help="keep OUT.run at the end")
     parser.add_argument("--dry-run", action="store_true", help="say what it would take (config.json is enough)")
     ranks = parser.add_argument_group("with --dry-run")
-    ranks.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that it would be launched as")
-    ranks.add_argument("--nodes", type=int, default=1, metavar="M", help="machines, all like this one, that have them")
-    ranks.add_argument("--network", default="1.25GB", metavar="SIZE", help="a second, of each (default: 1.25GB)")
+    ranks.add_argument("--ranks", type=int, metavar="N", help="processes that it would be launched as")
+    ranks.add_argument("--nodes", type=int, metavar="M", help="machines, all like this one, that have them")
+    ranks.add_argument("--network", metavar="SIZE", help="a second, of each (default: 1.25GB)")
     shared.add_method(parser)
     shared.add_calibration(parser)
     shared.add_plan(parser)
@@ -35,6 +36,9 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         _dry_run(options, config)
         return
+    for name in ("ranks", "nodes", "network"):
+        if (value := getattr(options, name)) is not None:
+            raise InvalidOption(f"--{name} {value} would have no effect: it goes with --dry-run")
     from flap_stream.pipeline import prune
 
     model, progress = shared.model_of(options.model, options), shared.progress_of(options)
@@ -46,11 +50,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _dry_run(options: argparse.Namespace, config: PruneConfig) -> None:
-    from flap_stream.forecast import forecast
+    from flap_stream.forecast import NETWORK_RATE, forecast
 
-    network = parse_size(options.network)
+    network = NETWORK_RATE if options.network is None else parse_size(options.network)
+    ranks, nodes = (1 if given is None else given for given in (options.ranks, options.nodes))
     model = shared.model_of(options.model, options)
-    found = forecast(model, options.out, config, options.ranks, options.nodes, network)
+    found = forecast(model, options.out, config, ranks, nodes, network)
     if options.json:
         known = {name: rate for name, rate in asdict(found.rates).items() if isfinite(rate)}
         shared.print_json({**asdict(found), "rates": known})

@@ -16,10 +16,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Draw, and say what was written and what is missing."""
-    from flap_stream.errors import InvalidOption
-
-    if options.html is None and options.png is None:
-        raise InvalidOption("report writes nothing without --html FILE or --png DIR; give one of them")
     from flap_stream.report.page import write_report
 
     result = write_report(options.place, options.html, options.png)

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-perplexity-increase", metavar="SHARE", help="find the largest ratio that stays within, such as 5%%"
     )
-    group.add_argument("--resolution", type=shared.ratio, default=0.005, help="how closely to find it (default: 0.005)")
+    group.add_argument("--resolution", default=0.005, metavar="SHARE", help="how closely to find it (default: 0.005)")
     shared.add_method(parser, one_ratio=False)
     shared.add_plan(parser)
     shared.add_engine(parser)

@@ -24,6 +24,7 @@ from flap_stream.errors import InvalidInput, OutputConflict, UnsupportedModel
 from flap_stream.layers import StreamedModel
 from flap_stream.model_card import base_name
 from flap_stream.progress import Progress
+from flap_stream.stage_options import options_of
 
 try:
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
@@ -92,14 +93,20 @@ class _Tensor:
 
 
 def export_gguf(
-    model: str | Path, file: str | Path, options: ExportGgufConfig, progress: Progress | None = None
+    model: str | Path,
+    file: str | Path,
+    options: ExportGgufConfig | None = None,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
 ) -> ExportGgufResult:
     """Write a pruned (or dense) checkpoint into a GGUF file.
 
+    keywords: the fields of `ExportGgufConfig`, in place of `options`. progress: True shows it on stderr.
     Raises UnsupportedModel, naming the reason and the way out, for what llama.cpp cannot represent, OutputConflict if
     something is at `file`, InsufficientSpace if there is no room.
     """
-    file, progress = Path(file), progress or Progress()
+    options = options_of(ExportGgufConfig, "export_gguf", options, keywords)
+    file, progress = Path(file), Progress.of(progress)
     places.require_name(file)
     if file.exists():
         raise OutputConflict(f"{file} exists already; name another FILE or move it away")

@@ -25,6 +25,7 @@ from flap_stream.model_card import model_card
 from flap_stream.progress import Progress
 from flap_stream.shards import OutputTensor, ShardPlan, group_shards, write_shard
 from flap_stream.skeleton import Skeleton
+from flap_stream.stage_options import options_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,14 +59,20 @@ class ExportStockResult:
 
 
 def export_stock(
-    out: str | Path, directory: str | Path, options: ExportStockConfig, progress: Progress | None = None
+    out: str | Path,
+    directory: str | Path,
+    options: ExportStockConfig | None = None,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
 ) -> ExportStockResult:
     """Write the pruned checkpoint `out` into `directory` as one that loads without remote code.
 
+    keywords: the fields of `ExportStockConfig`, in place of `options`. progress: True shows it on stderr.
     Raises UnsupportedModel, naming the reason and the way out, if no class of transformers can hold it, OutputConflict
     if something is at `directory`, InsufficientSpace if there is no room.
     """
-    directory, progress = Path(directory), progress or Progress()
+    options = options_of(ExportStockConfig, "export_stock", options, keywords)
+    directory, progress = Path(directory), Progress.of(progress)
     _require_free(directory)
     with open_checkpoint(out) as source:
         if "per_layer_config" not in source.config:

@@ -10,7 +10,8 @@ import numpy as np
 from flap_stream.allocation import LayerKeep
 from flap_stream.architecture import LayerShape
 from flap_stream.config import PlanConfig
-from flap_stream.errors import CorruptCheckpoint, InvalidInput, RunMismatch
+from flap_stream.dense import nothing_pruned
+from flap_stream.errors import CorruptCheckpoint, RunMismatch
 from flap_stream.output import RECORD_NAME, read_record
 from flap_stream.pipeline import unit_scores
 from flap_stream.ratio_sweep import read_curves
@@ -86,9 +87,9 @@ def read_facts(place: Path) -> Facts:
     if (place / "run.json").exists():
         with RunDirectory(place, is_writer=False) as run:  # a running job may be looked at
             return _of_run(run)
-    record = read_record(place)
+    record = read_record(place) if (place / RECORD_NAME).exists() else None
     if record is None:
-        raise InvalidInput(f"{place} is neither a run directory (run.json) nor a pruned checkpoint (pruning.json)")
+        raise nothing_pruned(place)
     return _of_record(place, record)
 
 
