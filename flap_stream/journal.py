@@ -23,7 +23,7 @@ ENTRY_FORMS = {
     "plan": {"digest": str},
     "sweep": {"digest": str},
     "hidden-sweep": {"job": str, "layer": int, "digest": str},
-    "rewrite": {"place": str, "job": str},
+    "rewrite": {"place": str, "job": str, "restore": str},
     "shard": {"job": str, "digest": str},
 }
 

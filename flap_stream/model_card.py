@@ -6,6 +6,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from flap_stream.sizes import width_note
+
 _CARRIED_KEYS = ("license", "license_name", "license_link", "language")
 
 
@@ -47,6 +49,8 @@ def model_card(
         else ("AutoModelForCausalLM", "AutoTokenizer", "tokenizer")
     )
     ratio = record["realised_ratio"]
+    note = width_note(record["width_multiple"]) if "width_multiple" in record else ""
+    widths = f"\n{note[0].upper()}{note[1:]}.\n" if note else ""
     rows = "\n".join(
         f"| {i} | {len(layer['kept_kv_groups'])} of {layer['kv_groups']} | "
         f"{len(layer['kept_neurons'])} of {layer['neurons']} |"
@@ -65,7 +69,7 @@ def model_card(
 | removed of the whole model | | {ratio["model"]:.2%} |
 
 Structure {options["structure"]}, metric {options["metric"]}, statistics {options["statistics"]}, restoration
-{record["restore"]}. {sizes}:
+{record["restore"]}.{widths} {sizes}:
 
 ```python
 from transformers import {model_class}, {processor_class}

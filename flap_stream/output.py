@@ -20,6 +20,7 @@ from flap_stream.model_card import model_card
 from flap_stream.progress import Progress
 from flap_stream.ranks import ALONE, Ranks
 from flap_stream.shards import Restoration, ShardPlan, plan_digest, plan_shards, write_shard
+from flap_stream.sizes import pruned_sizes
 from flap_stream.store import RunDirectory
 
 RECORD_NAME = "pruning.json"
@@ -157,7 +158,7 @@ def write_checkpoint(
     """
     shapes, family = run.layer_shapes, family_of(source.config, source.source)
     plan = plan_shards(source, family, shapes, keeps, restoration, max_shard_bytes)
-    record = _record(source, run, options, keeps, plan, restore, restoration.how)
+    record = _record(source, run, options, keeps, restore, restoration.how)
     found = ranks.from_first(lambda: read_record(out))
     if found == record:
         return record, 0
@@ -219,7 +220,7 @@ def _open_job(
     job = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     if not previous or previous[-1]["job"] != job:
         files.remove(staging)  # of an older plan
-        run.journal.append("rewrite", out.name, place=place, job=job)
+        run.journal.append("rewrite", out.name, place=place, job=job, restore=record["restore"])
     files.make_directory(staging)
     return job
 
@@ -233,13 +234,11 @@ def _record(
     run: RunDirectory,
     options: PlanConfig,
     keeps: Sequence[LayerKeep],
-    plan: ShardPlan,
     restore: str,
     refit: dict[str, Any] | None,
 ) -> dict[str, Any]:
     shapes = run.layer_shapes
-    total = sum(shape.prunable for shape in shapes)
-    left = sum(keep.cost(shape) for keep, shape in zip(keeps, shapes, strict=True))
+    sizes = pruned_sizes(shapes, keeps, source.parameters, restore)
     return {
         "format": RECORD_FORMAT,
         "version": RECORD_VERSION,
@@ -248,8 +247,7 @@ def _record(
         "restore": restore,
         **({} if refit is None else {"refit": refit}),
         "calibration": run.manifest["calibration"],
-        "realised_ratio": {"decoder": 1 - left / total, "model": 1 - plan.parameters / source.parameters},
-        "parameters": {"before": source.parameters, "after": plan.parameters},
+        **sizes.record(),
         "layers": [
             {
                 "kv_groups": shape.kv_groups,

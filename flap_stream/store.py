@@ -32,7 +32,7 @@ from flap_stream.scoring import ChannelStatistics, LayerStatistics
 
 logger = logging.getLogger(__name__)
 
-FORMAT, VERSION = "flap-stream-run", 4
+FORMAT, VERSION = "flap-stream-run", 5
 _SHAPE = {field.name: [int] if field.name == "experts" else int for field in fields(LayerShape)}
 _SIZES = {"hidden": int, "vocabulary": int, "weight_bytes": int, "expert_share": float}
 _MANIFEST = {
