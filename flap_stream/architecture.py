@@ -7,6 +7,7 @@ that read it), in the MLP one neuron. A family is a row of `FAMILIES`; its forwa
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ class LayerShape:
 
     heads_per_group: query heads that read one KV head; 1 is multi-head attention.
     group_cost, neuron_cost: weights that go with one KV group, with one neuron.
+    group_biases, neuron_biases: elements of biases that go with them.
+    attention_rest, mlp_rest: elements of other tensors of the module, which go with its last unit.
+    added_biases: elements of the output biases that a restoration adds, where there are none.
     experts: neurons of each expert, one after another in `neurons`; empty for an MLP without experts.
     """
 
@@ -36,6 +40,11 @@ class LayerShape:
     group_cost: int
     neuron_cost: int
     experts: tuple[int, ...] = ()
+    group_biases: int = 0
+    neuron_biases: int = 0
+    attention_rest: int = 0
+    mlp_rest: int = 0
+    added_biases: int = 0
 
     @property
     def prunable(self) -> int:
@@ -358,13 +367,20 @@ def layer_shape(family: Family, config: Mapping[str, Any], tensors: Mapping[str,
         weights = [(p, tensors.get(f"{p.name}.weight")) for p in kind.projections]
         return sum(sum(sizes[block] for block in p.blocks) * w[1 - p.axis] for p, w in weights if w is not None)
 
+    def biases_of(kind: UnitKind) -> int:
+        return sum(sizes[block] for p in kind.readers if f"{p.name}.bias" in tensors for block in p.blocks)
+
     attention, mlp = family.kinds
+    rest = [_rest(kind, tensors) for kind in family.kinds]
     experts: tuple[int, ...] = ()
     if family.experts is not None and any(name.startswith("mlp.experts.") for name in tensors):
         mlp, count = family.experts.numbered(0), 0
         while any(name.startswith(f"{family.experts.numbered(count).output.name}.") for name in tensors):
             experts += (units_of(family.experts.numbered(count)),)
             count += 1
+        rest[1] = 0  # each keeps a neuron
+    outputs = [attention.output.name, *([f.output.name for f in _experts_of(family, experts)] or [mlp.output.name])]
+    unbiased = [tensors[f"{n}.weight"] for n in outputs if f"{n}.weight" in tensors and f"{n}.bias" not in tensors]
     return LayerShape(
         kv_groups=units_of(attention),
         heads_per_group=heads_per_group,
@@ -373,4 +389,19 @@ def layer_shape(family: Family, config: Mapping[str, Any], tensors: Mapping[str,
         group_cost=cost_of(attention),
         neuron_cost=cost_of(mlp),
         experts=experts,
+        group_biases=biases_of(attention),
+        neuron_biases=biases_of(mlp),
+        attention_rest=rest[0],
+        mlp_rest=rest[1],
+        added_biases=sum(weight[ROWS] for weight in unbiased),
     )
+
+
+def _experts_of(family: Family, sizes: tuple[int, ...]) -> list[UnitKind]:
+    return [] if family.experts is None else [family.experts.numbered(i) for i in range(len(sizes))]
+
+
+def _rest(kind: UnitKind, tensors: Mapping[str, tuple[int, ...]]) -> int:
+    """Elements of a module's tensors that belong to no unit, the output's bias aside, which stays."""
+    cut = {f"{p.name}.weight" for p in kind.projections} | {f"{p.name}.bias" for p in kind.projections}
+    return sum(prod(shape) for name, shape in tensors.items() if name.startswith(f"{kind.module}.") and name not in cut)

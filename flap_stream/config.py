@@ -21,6 +21,9 @@ SWEPT_RESTORATIONS = ("bias", "none")  # those that masked_layers.py can put int
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
+# In fp16 and bf16 that is 16 bytes, which a GPU's matrix units need; larger multiples gave nothing on an H200.
+FAST_MULTIPLE = 8
+
 _Part = TypeVar("_Part")
 
 
@@ -112,13 +115,15 @@ class CollectConfig(EngineConfig):
     min_heads: int = 1
     min_neurons: int = 1
     round_heads_to: int = 1
-    round_neurons_to: int = 1
+    round_neurons_to: int | None = None
     tensor_parallel: int = 1
     snapshot_interval: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         super().__post_init__()
+        if self.round_neurons_to is None:
+            object.__setattr__(self, "round_neurons_to", FAST_MULTIPLE)
         _require_choice("method", self.method, METHODS)
         _require_at_least("samples", self.samples, 1)
         _require_at_least("sequence-length", self.sequence_length, 2)
@@ -134,7 +139,9 @@ class PlanConfig(_Options):
     ratio: share of the decoder layers' prunable weights (q k v o gate up down) that goes.
     remove_heads: query heads to remove in all layers together, for `al-mm` and `ul-mm` alone.
     min_heads, min_neurons: that many stay in every layer.
-    round_heads_to, round_neurons_to: every layer keeps a multiple of so many query heads, of so many neurons.
+    round_heads_to, round_neurons_to: every layer keeps a multiple of so many query heads, of so many neurons. None is
+    `FAST_MULTIPLE` neurons, or 1 with `statistics="released"`. 1 is what the scores give, as published; above it, KV
+    groups times head_dim is a multiple of `FAST_MULTIPLE`, too.
     tensor_parallel: KV groups and neurons of every layer can be divided among so many ranks.
     structure: None is the method's own (`al-am` for flap, `ul-um` for the baselines).
     """
@@ -149,18 +156,25 @@ class PlanConfig(_Options):
     min_heads: int = 1
     min_neurons: int = 1
     round_heads_to: int = 1
-    round_neurons_to: int = 1
+    round_neurons_to: int | None = None
     tensor_parallel: int = 1
 
     @property
     def rounds(self) -> bool:
         """Whether sizes are rounded."""
-        return max(self.round_heads_to, self.round_neurons_to, self.tensor_parallel) > 1
+        return max(self.round_heads_to, self.neuron_multiple, self.tensor_parallel) > 1
+
+    @property
+    def neuron_multiple(self) -> int:
+        """What `round_neurons_to` comes to."""
+        return self.round_neurons_to or FAST_MULTIPLE
 
     def __post_init__(self) -> None:
         """Refuse values out of range and combinations that mean nothing."""
         if self.structure is None:
             object.__setattr__(self, "structure", "al-am" if self.method == "flap" else "ul-um")
+        if self.round_neurons_to is None:
+            object.__setattr__(self, "round_neurons_to", 1 if self.statistics == "released" else FAST_MULTIPLE)
         super().__post_init__()
         _require_choice("method", self.method, METHODS)
         _require_choice("metric", self.metric, METRICS)

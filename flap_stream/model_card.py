@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from flap_stream.hub import split_revision
+from flap_stream.sizes import width_note
 
 _FRONT_MATTER = re.compile(r"\s*---[\r\n]+([\S\s]*?)[\r\n]+---(?:[\r\n]|$)")  # as huggingface_hub finds it
 _READ_CHARACTERS = 1 << 20
@@ -55,6 +56,8 @@ def model_card(
         else ("AutoModelForCausalLM", "AutoTokenizer", "tokenizer")
     )
     ratio = record["realised_ratio"]
+    note = width_note(record["width_multiple"]) if "width_multiple" in record else ""
+    widths = f"\n{note[0].upper()}{note[1:]}.\n" if note else ""
     rows = "\n".join(
         f"| {i} | {len(layer['kept_kv_groups'])} of {layer['kv_groups']} | "
         f"{len(layer['kept_neurons'])} of {layer['neurons']} |"
@@ -73,7 +76,7 @@ def model_card(
 | removed of the whole model | | {ratio["model"]:.2%} |
 
 Structure {options["structure"]}, metric {options["metric"]}, statistics {options["statistics"]}, restoration
-{record["restore"]}. {sizes}:
+{record["restore"]}.{widths} {sizes}:
 
 ```python
 from transformers import {model_class}, {processor_class}

@@ -23,6 +23,7 @@ from flap_stream.model_files import TEMPLATES_NAME, is_carried
 from flap_stream.progress import Progress
 from flap_stream.ranks import ALONE, Ranks
 from flap_stream.shards import Restoration, ShardPlan, plan_digest, plan_shards, write_shard
+from flap_stream.sizes import pruned_sizes
 from flap_stream.store import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ def write_checkpoint(
     """
     shapes, family = run.layer_shapes, family_of(source.config, source.source)
     plan = plan_shards(source, family, shapes, keeps, restoration, max_shard_bytes)
-    record = _record(source, run, options, keeps, plan, restore, restoration.how)
+    record = _record(source, run, options, keeps, restore, restoration.how)
     found = ranks.from_first(lambda: read_record(out))
     if found is not None and _nameless(found) == _nameless(record):
         return found, 0
@@ -248,7 +249,8 @@ def _open_job(
     if not previous or previous[-1]["job"] != job:
         files.remove(staging)  # of an older plan
         mark = places.new_mark()
-        run.journal.append("rewrite", out.name, place=str(staging.absolute()), job=job, mark=mark)
+        place = str(staging.absolute())
+        run.journal.append("rewrite", out.name, place=place, job=job, restore=record["restore"], mark=mark)
     files.make_own_directory(staging)
     if isinstance(mark, str) and not (staging / places.MARK).exists():
         files.write_committed(staging / places.MARK, mark.encode())
@@ -269,13 +271,11 @@ def _record(
     run: RunDirectory,
     options: PlanConfig,
     keeps: Sequence[LayerKeep],
-    plan: ShardPlan,
     restore: str,
     refit: dict[str, Any] | None,
 ) -> dict[str, Any]:
     shapes = run.layer_shapes
-    total = sum(shape.prunable for shape in shapes)
-    left = sum(keep.cost(shape) for keep, shape in zip(keeps, shapes, strict=True))
+    sizes = pruned_sizes(shapes, keeps, source.parameters, restore)
     return {
         "format": RECORD_FORMAT,
         "version": RECORD_VERSION,
@@ -284,8 +284,7 @@ def _record(
         "restore": restore,
         **({} if refit is None else {"refit": refit}),
         "calibration": run.manifest["calibration"],
-        "realised_ratio": {"decoder": 1 - left / total, "model": 1 - plan.parameters / source.parameters},
-        "parameters": {"before": source.parameters, "after": plan.parameters},
+        **sizes.record(),
         "layers": [
             {
                 "kv_groups": shape.kv_groups,

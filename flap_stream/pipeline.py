@@ -43,6 +43,7 @@ from flap_stream.restoration import (
 from flap_stream.same_source import require_same_weights
 from flap_stream.scoring import baseline_input, flap_scores, magnitude_scores, wanda_scores
 from flap_stream.shards import Restoration
+from flap_stream.sizes import PrunedSizes, pruned_sizes
 from flap_stream.skeleton import Skeleton
 from flap_stream.stage_options import FED_ON, options_of, warn_of_positions
 from flap_stream.store import RunDirectory, stored_bytes
@@ -100,21 +101,34 @@ class CollectResult:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """A decision: what stays in every layer, and the realised ratios.
-
-    decoder_ratio: removed share of the decoder layers' prunable weights; model_ratio: of the whole model's parameters,
-    the biases that a restoration adds not counted.
-    """
+    """A decision: what stays in every layer, and what it comes to."""
 
     run: Path
     options: PlanConfig
     layers: list[LayerKeep] = field(repr=False)
     kv_groups: list[int] = field(repr=False)
     neurons: list[int] = field(repr=False)
-    decoder_ratio: float
-    model_ratio: float
-    parameters_before: int
-    parameters_after: int
+    sizes: PrunedSizes
+
+    @property
+    def decoder_ratio(self) -> float:
+        """Removed share of the decoder layers' prunable weights."""
+        return self.sizes.decoder_ratio
+
+    @property
+    def model_ratio(self) -> float:
+        """The share by which the whole model's parameters become fewer, biases that are added counted."""
+        return self.sizes.model_ratio
+
+    @property
+    def parameters_before(self) -> int:
+        """Of the dense model."""
+        return self.sizes.parameters_before
+
+    @property
+    def parameters_after(self) -> int:
+        """Of the pruned model, biases that are added counted."""
+        return self.sizes.parameters_after
 
 
 @dataclass(frozen=True)
@@ -383,8 +397,8 @@ def _absolute(source: str) -> str:
     return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
-def decide(run: RunDirectory, options: PlanConfig) -> PlanResult:
-    """What `plan` decides; nothing is stored."""
+def decide(run: RunDirectory, options: PlanConfig, restore: str | None = None) -> PlanResult:
+    """What `plan` decides; nothing is stored. restore: what biases are counted for; None is the method's own."""
     collected = run.manifest["options"]
     if options.method != collected["method"] and not (
         options.method == "magnitude-sp" and collected["method"] == "flap"
@@ -402,19 +416,14 @@ def decide(run: RunDirectory, options: PlanConfig) -> PlanResult:
     shapes = run.layer_shapes
     require_minimum(shapes, options)
     keeps = allocate(unit_scores(run, options), shapes, options)
-    total = sum(shape.prunable for shape in shapes)
-    removed = total - sum(keep.cost(shape) for keep, shape in zip(keeps, shapes, strict=True))
-    before = run.manifest["parameters"]
+    restore = require_restoration(options.method, restore)
     return PlanResult(
         run=run.path,
         options=options,
         layers=keeps,
         kv_groups=[shape.kv_groups for shape in shapes],
         neurons=[shape.neurons for shape in shapes],
-        decoder_ratio=removed / total,
-        model_ratio=removed / before,
-        parameters_before=before,
-        parameters_after=before - removed,
+        sizes=pruned_sizes(shapes, keeps, run.manifest["parameters"], restore),
     )
 
 
@@ -436,7 +445,7 @@ def unit_scores(run: RunDirectory, options: PlanConfig) -> list[tuple[np.ndarray
 
 
 def _store_plan(run: RunDirectory, decided: PlanResult) -> PlanResult:
-    if decided.parameters_after == decided.parameters_before:
+    if decided.decoder_ratio == 0:
         raise InvalidOption(f"--ratio {decided.options.ratio} removes nothing from this model; raise it")
     run.write_plan(decided.options, decided.layers)
     return decided

@@ -110,7 +110,7 @@ def sweep(
     started, progress = time.monotonic(), Progress.of(progress)
     restore = require_restoration(options.method, options.restore)
     with RunDirectory(Path(run)) as directory:
-        plans = [decide(directory, _plan_options(options, ratio)) for ratio in options.ratios]
+        plans = [decide(directory, _plan_options(options, ratio), restore) for ratio in options.ratios]
         if not options.evaluate:
             points = [_point(plan, None) for plan in plans]
             return _result(directory, restore, points, started)
@@ -179,6 +179,7 @@ class _Curve:
         self, run: RunDirectory, model: StreamedModel, options: SweepConfig, restore: str, progress: Progress
     ) -> None:
         self._run, self._model, self._options, self._progress = run, model, options, progress
+        self._restore = restore
         self._mend = mending(restore, model, run, options.statistics)
         self.tokens = evaluation_tokens(
             options.evaluate,
@@ -245,7 +246,7 @@ class _Curve:
         while high is not None and high - low > resolution + _SAME_RATIO:
             middle = round((low + high) / 2, 6)
             try:
-                plan = decide(self._run, _plan_options(self._options, middle))
+                plan = decide(self._run, _plan_options(self._options, middle), self._restore)
             except InvalidOption:  # sizes are rounded so coarsely that no ratio so small can be had
                 low = middle
                 continue

@@ -18,7 +18,7 @@ from flap_stream.config import DTYPES, METHODS, PlanConfig
 from flap_stream.errors import CorruptRun, InvalidOption, RunMismatch
 from flap_stream.json_form import finite, has_form, natural, one_of, parsed, within
 
-FORMAT, VERSION = "flap-stream-run", 4
+FORMAT, VERSION = "flap-stream-run", 5
 NAME = "run.json"
 MOST_BYTES = 1 << 26  # of run.json; shards and layers have a line each
 _MOST_CHANNELS, _MOST_TOKENS, _MOST_THREADS = 1 << 24, 1 << 31, 1 << 14

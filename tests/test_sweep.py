@@ -66,7 +66,7 @@ def test_perplexities_are_those_of_the_written_checkpoints(case: str, tmp_path: 
             flap_stream.rewrite(made.run, out, RewriteConfig(restore=restore))
             written = flap_stream.evaluate(out, measure)
             assert point.perplexity == pytest.approx(written.perplexity, rel=1e-5)
-            assert abs(point.perplexity / dense.perplexity - 1) > 1e-4  # so that equality says something
+            assert abs(point.perplexity / dense.perplexity - 1) > 3e-5  # so that equality says something
             assert (point.decoder_ratio, point.parameters) == (plan.decoder_ratio, plan.parameters_after)
 
 
@@ -83,7 +83,7 @@ def test_layers_that_lose_all_heads_and_bfloat16_are_as_written(tmp_path: Path) 
 
 
 def test_every_layer_is_read_once_for_all_ratios(collected: Collected) -> None:
-    ratios = tuple(np.linspace(0.1, 0.8, 8).round(2).tolist())
+    ratios = tuple(np.linspace(0.1, 0.7, 8).round(2).tolist())
     few, many = (
         flap_stream.sweep(collected.run, collected.options(ratios=chosen, samples=3)) for chosen in (ratios[:1], ratios)
     )

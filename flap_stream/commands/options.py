@@ -80,7 +80,13 @@ def add_method(parser: argparse.ArgumentParser, *, one_ratio: bool = True) -> No
     group.add_argument("--min-heads", type=int, default=1, help="query heads that stay in every layer (default: 1)")
     group.add_argument("--min-neurons", type=int, default=1, help="neurons that stay in every layer (default: 1)")
     group.add_argument("--round-heads-to", type=int, default=1, metavar="N", help="a multiple of N heads in each layer")
-    group.add_argument("--round-neurons-to", type=int, default=1, metavar="N", help="the same of neurons")
+    group.add_argument(
+        "--round-neurons-to",
+        type=int,
+        metavar="N",
+        help="the same of neurons (default: 8, and heads times head_dim too, as GPUs need it; 1: the published sizes, "
+        "which --statistics released implies; quantised formats need 32 or 256)",
+    )
     group.add_argument(
         "--tensor-parallel", type=int, default=1, metavar="N", help="sizes that N ranks can divide among themselves"
     )
@@ -129,9 +135,11 @@ def print_json(body: dict[str, Any]) -> None:
 
 
 def print_sizes(record: dict[str, Any]) -> None:
-    """Parameters and ratios of a pruning.json, for people."""
-    before, after, ratios = record["parameters"]["before"], record["parameters"]["after"], record["realised_ratio"]
-    print(f"parameters   {before:,} -> {after:,}")
+    """Parameters and ratios of a pruning.json, or of what has the same form, for people."""
+    parameters, ratios = record["parameters"], record["realised_ratio"]
+    added = parameters.get("added_biases", 0)
+    biases = f", {added:,} of them in biases that make up for what is gone" if added else ""
+    print(f"parameters   {parameters['before']:,} -> {parameters['after']:,}{biases}")
     print(f"removed      {ratios['decoder']:.2%} of the prunable weights, {ratios['model']:.2%} of the model")
 
 
