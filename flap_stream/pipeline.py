@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,14 @@ from flap_stream import checkpoint as checkpoints
 from flap_stream import files, output, planner
 from flap_stream.allocation import LayerKeep, allocate
 from flap_stream.architecture import LayerShape
-from flap_stream.calibration import calibration_tokens, load_tokenizer, tokens_digest
+from flap_stream.calibration import (
+    Windows,
+    calibration_text,
+    calibration_tokens,
+    check_text,
+    load_tokenizer,
+    tokens_digest,
+)
 from flap_stream.collection import collect_statistics
 from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, RewriteConfig, part_of, require_restoration
 from flap_stream.errors import InvalidOption, OutputConflict, RunMismatch
@@ -134,7 +141,9 @@ def prune(
     out, measured, progress = Path(out), Measured(), progress or Progress()
     run_path = Path(run) if run is not None else out.with_name(out.name + ".run")
     removes_run = run is None and not options.keep_run
-    with joined() as ranks, _open_model(model, ranks) as source:
+    with joined() as ranks, ExitStack() as opened:
+        ranks.from_first(lambda: _check_text(options))
+        source = opened.enter_context(_open_model(model, ranks))
         record = ranks.from_first(lambda: output.read_record(out))
         if record is not None:
             _require_same_job(source, out, record, options)
@@ -164,7 +173,9 @@ def collect(
 
     With `method="wanda-sp"` the collection belongs to `options.ratio`, since the pruned layers feed the next.
     """
-    with joined() as ranks, _open_model(model, ranks) as source:
+    with joined() as ranks, ExitStack() as opened:
+        ranks.from_first(lambda: _check_text(options))
+        source = opened.enter_context(_open_model(model, ranks))
         return _collect(source, Path(run), options, progress or Progress(), Measured(), ranks=ranks)
 
 
@@ -239,7 +250,9 @@ def _collect(
         target = options.refit_target if isinstance(options, PruneConfig) and options.refits else None
         if target is not None:
             require_refittable(model.family, model.shapes, target, source.source)
-        tokens = ranks.from_first(lambda: _tokens_for(model, options))
+        windows = ranks.from_first(lambda: _windows_for(model, options))
+        tokens = windows.tokens
+        give_back_heap()
         if out is not None and ranks.is_first:  # what an interrupted call has written counts
             written = output.estimated_bytes(source, model.shapes, options.ratio)
             written -= files.tree_bytes(files.partial_path(out))
@@ -254,7 +267,7 @@ def _collect(
             refit = refit_sizes(model, target)
             model.place(options, samples, length, refit=refit, recorded=placement.batch_size)
         with (
-            _run_directory(ranks, run, lambda: _begun_run(model, run, options, tokens, placement)) as directory,
+            _run_directory(ranks, run, lambda: _begun_run(model, run, options, windows, placement)) as directory,
             cpu_threads(directory.manifest["threads"]),
         ):
             collect_statistics(model, directory, options, placement, progress)
@@ -264,10 +277,11 @@ def _collect(
 
 
 def _begun_run(
-    model: StreamedModel, run: Path, options: CollectConfig, tokens: np.ndarray, placement: planner.Placement
+    model: StreamedModel, run: Path, options: CollectConfig, windows: Windows, placement: planner.Placement
 ) -> RunDirectory:
     """The run directory with its tokens, held against the model's files."""
-    directory = RunDirectory.create(run, _manifest(model, options, tokens, placement.batch_size))
+    tokens = windows.tokens
+    directory = RunDirectory.create(run, _manifest(model, options, windows, placement.batch_size))
     try:
         if tokens.size and not directory.has_tokens():
             directory.write_tokens(tokens)
@@ -278,20 +292,24 @@ def _begun_run(
     return directory
 
 
-def _tokens_for(model: StreamedModel, options: CollectConfig) -> np.ndarray:
+def _check_text(options: CollectConfig) -> None:
+    if options.method != "magnitude-sp":
+        check_text(calibration_text(options))
+
+
+def _windows_for(model: StreamedModel, options: CollectConfig) -> Windows:
     if options.method == "magnitude-sp":
-        return np.zeros((0, 0), dtype=np.int64)
+        return Windows(np.zeros((0, 0), dtype=np.int64))
     return calibration_tokens(
-        options.calibration,
-        options.samples,
-        options.sequence_length,
+        calibration_text(options),
         options.seed,
         lambda: load_tokenizer(model.checkpoint.directory, options.trust_remote_code),
         model.vocab_size,
+        model.room(options),
     )
 
 
-def _manifest(model: StreamedModel, options: CollectConfig, tokens: np.ndarray, batch_size: int) -> dict[str, Any]:
+def _manifest(model: StreamedModel, options: CollectConfig, windows: Windows, batch_size: int) -> dict[str, Any]:
     """What the statistics depend on (`model`, `tokens`, `options`), and what planning needs to know of the model."""
     decides: dict[str, Any] = {"method": options.method}
     if options.method != "magnitude-sp":
@@ -300,10 +318,11 @@ def _manifest(model: StreamedModel, options: CollectConfig, tokens: np.ndarray, 
         decides |= {name: getattr(options, name) for name in _FED_ON}
     return {
         "model": model.checkpoint.fingerprint,
-        "tokens": {"sha256": tokens_digest(tokens), "shape": list(tokens.shape)},
+        "tokens": {"sha256": tokens_digest(windows.tokens), "shape": list(windows.tokens.shape)},
         "options": decides,
         "source": _absolute(model.checkpoint.source),
         "calibration": _calibration_record(options),
+        "window_prefix": list(windows.prefix),
         "threads": torch.get_num_threads(),
         "parameters": model.checkpoint.parameters,
         "sizes": {
@@ -321,7 +340,13 @@ def _calibration_record(options: CollectConfig) -> dict[str, Any]:
     if options.method == "magnitude-sp":
         return {}
     sources = [Path(source).name for source in options.calibration]
-    return {"sources": sources, **{key: getattr(options, key) for key in ("samples", "sequence_length", "seed")}}
+    asked = ("samples", "sequence_length", "seed", "bos", "text_column", "chat_template")
+    return {"sources": sources, **{key: getattr(options, key) for key in asked}}
+
+
+def _known_to(record: Any, calibration: dict[str, Any]) -> dict[str, Any]:
+    """A calibration without what a record of an older version does not have."""
+    return {name: calibration[name] for name in calibration if not isinstance(record, dict) or name in record}
 
 
 def _absolute(source: str) -> str:
@@ -475,7 +500,7 @@ def _require_same_job(source: checkpoints.Checkpoint, out: Path, record: dict[st
         **({"refit": refit_record(options.refit_target)} if options.refits else {}),
         "options": output.options_record(part_of(options, PlanConfig)),
         "restore": require_restoration(options.method, options.restore),
-        "calibration": _calibration_record(options),
+        "calibration": _known_to(record.get("calibration"), _calibration_record(options)),
         "base": {"name": Path(source.source).name, "fingerprint": output.fingerprint_digest(source.fingerprint)},
     }
     for key, value in wanted.items():

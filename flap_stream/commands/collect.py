@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Collect, and say what can be done with it."""
     config = shared.values(options, CollectConfig)
+    shared.check_text(config)
     from flap_stream.pipeline import collect
 
     result = collect(options.model, options.run_directory, config, progress=shared.progress_of(options))
