@@ -360,8 +360,36 @@ def _open_bytes(path: Path) -> BinaryIO:
     if packing == ".zst":
         import pyarrow
 
+        _require_whole_frames(path)
         return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
     return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(packing, open)(path, "rb")
+
+
+def _require_whole_frames(path: Path) -> None:
+    """Raise EOFError for a .zst that is cut short, which pyarrow reads without a word (RFC 8878, section 3.1)."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if not size:
+            raise EOFError("it is empty")
+        while file.tell() < size:
+            magic = int.from_bytes(file.read(4), "little")
+            if magic & ~0xF == 0x184D2A50:  # to be skipped
+                file.seek(int.from_bytes(file.read(4), "little"), os.SEEK_CUR)
+                continue
+            if magic != 0xFD2FB528:
+                raise EOFError("it is no Zstandard file")
+            described = int.from_bytes(file.read(1), "little")
+            is_single, has_checksum = described >> 5 & 1, described >> 2 & 1
+            content_size = (is_single, 2, 4, 8)[described >> 6]
+            file.seek((not is_single) + (0, 1, 2, 4)[described & 3] + content_size, os.SEEK_CUR)
+            is_last = 0
+            while not is_last and file.tell() < size:
+                block = int.from_bytes(file.read(3), "little")
+                is_last = block & 1
+                file.seek(1 if block >> 1 & 3 == 1 else block >> 3, os.SEEK_CUR)
+            file.seek(4 * has_checksum, os.SEEK_CUR)
+            if not is_last or file.tell() > size:
+                raise EOFError("it is cut short")
 
 
 class C4Documents(Sequence[str]):
