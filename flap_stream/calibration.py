@@ -14,7 +14,7 @@ from flap_stream import text_files
 from flap_stream.config import CollectConfig, TextConfig
 from flap_stream.errors import InsufficientMemory, InvalidOption, InvalidText
 from flap_stream.text_files import DATASETS, Reading
-from flap_stream.tokenization import Tokenizer, load_tokenizer, pretrained_tokenizer
+from flap_stream.tokenization import Tokenizer, load_tokenizer, pretrained_tokenizer, window_prefix
 
 __all__ = [
     "DATASETS",
@@ -81,10 +81,10 @@ def evaluation_text(sources: Sequence[str], samples: int | None, length: int, op
     return TextWanted(sources, samples, length, options, evaluation=True)
 
 
-def check_text(wanted: TextWanted, *, may_fetch: bool = True) -> None:
+def check_text(wanted: TextWanted, model: str | Path | None = None) -> None:
     """All that can be known of a text without a tokenizer and without reading it; needs neither torch nor a model.
 
-    may_fetch: whether what is named of the Hub may be fetched, so that it is there when the model is.
+    model: if it is to come from the Hub, texts of the Hub, which are small beside it, are fetched before it.
     Raises InvalidText or InvalidOption for what cannot serve.
     """
     if _ready_tokens(wanted.sources) is not None:
@@ -97,7 +97,8 @@ def check_text(wanted: TextWanted, *, may_fetch: bool = True) -> None:
                 raise InvalidOption(f"--{name} {value} is about text, but {wanted.names} holds ready tokens")
         return
     text_files.check_sources(wanted.sources, wanted.evaluation)
-    if may_fetch:
+    is_path = str(model).startswith(("/", ".", "~")) or str(model).count("/") > 1 or Path(str(model)).exists()
+    if model is not None and not is_path:
         text_files.fetch(wanted.sources, wanted.evaluation)
 
 
@@ -180,13 +181,7 @@ def _token_stream(wanted: TextWanted, tokenizer: Tokenizer, room: int | None) ->
 
 
 def _window_prefix(tokenizer: Tokenizer, wanted: TextWanted) -> tuple[int, ...]:
-    """What every window begins with: with `auto` what the tokenizer puts before a text, if it does."""
-    option = wanted.options.bos
-    prefix = tokenizer.prefix if option != "never" else ()
-    if option == "always" and not prefix:
-        if tokenizer.bos is None:
-            raise InvalidOption("--bos always needs a beginning-of-text token, and this model's tokenizer has none")
-        prefix = (tokenizer.bos,)
+    prefix = window_prefix(tokenizer, wanted.options.bos)
     if len(prefix) >= wanted.length:
         raise InvalidOption(
             f"--sequence-length is {wanted.length}, but {len(prefix)} tokens begin each window; give a larger one, or "
@@ -243,14 +238,14 @@ def _c4_windows(
     samples: int, length: int, draw: random.Random, tokenizer: Tokenizer, prefix: tuple[int, ...]
 ) -> np.ndarray:
     """One window from each of `samples` random documents that are long enough (get_c4 in lib/data.py)."""
-    documents = text_files.C4Documents()
     windows: list[np.ndarray] = []
-    while len(windows) < samples:
-        document = documents[draw.randint(0, len(documents) - 1)]
-        ids = np.concatenate(list(tokenizer.ids([document])))
-        if len(ids) > length:
-            start = draw.randint(0, len(ids) - length - 1)
-            windows.append(_begun_with(prefix, ids[start : start + length]))
+    with text_files.C4Documents() as documents:
+        while len(windows) < samples:
+            document = documents[draw.randint(0, len(documents) - 1)]
+            ids = np.concatenate(list(tokenizer.ids([document])))
+            if len(ids) > length:
+                start = draw.randint(0, len(ids) - length - 1)
+                windows.append(_begun_with(prefix, ids[start : start + length]))
     return np.stack(windows)
 
 

@@ -44,7 +44,7 @@ def evaluate(model: str | Path, options: EvaluateConfig, progress: Progress | No
     progress = progress or Progress()
     wanted = evaluation_text(options.text, options.samples, options.sequence_length, options)
     with joined() as ranks, torch.inference_mode(), ExitStack() as opened:
-        ranks.from_first(lambda: check_text(wanted))
+        ranks.from_first(lambda: check_text(wanted, model))
         checkpoint = opened.enter_context(open_checkpoint(model))
         streamed = StreamedModel(checkpoint, options, ranks)
         tokens = ranks.from_first(

@@ -12,6 +12,7 @@ import torch
 from flap_stream import checkpoint as checkpoints
 from flap_stream import files, memory, output, planner, scaling, store
 from flap_stream.architecture import ROWS
+from flap_stream.calibration import calibration_text, check_text, load_tokenizer
 from flap_stream.checkpoint import Checkpoint
 from flap_stream.config import PruneConfig
 from flap_stream.errors import InvalidOption
@@ -72,14 +73,18 @@ def forecast(
     model: a directory (config.json is enough), a config.json or a Hub id, of which config.json alone is downloaded.
     ranks, nodes: processes on so many machines, each like this one, which share the disk of `out` and of the model and
     a network of so many bytes per second in and out of each.
-    Raises InvalidInput as `prune` would, InsufficientMemory among it.
+    Raises InvalidInput as `prune` would, InsufficientMemory among it, and for a text or tokenizer that cannot serve.
     """
     if not 1 <= nodes <= ranks:
         raise InvalidOption(f"--nodes is {nodes}; {ranks} ranks can be on 1 to {ranks}")
     out = Path(out)
+    if options.method != "magnitude-sp":
+        check_text(calibration_text(options))
     source, has_headers = _open(str(model))
     with source:
         streamed = StreamedModel(source, options)
+        if has_headers and options.method != "magnitude-sp" and not options.calibration[0].endswith(".npy"):
+            load_tokenizer(source.directory, options.trust_remote_code)
         local = -(-ranks // nodes)
         limits = memory.limits(streamed.device, options.host_memory, options.device_memory, local)
         windows = (options.samples, options.sequence_length) if options.method != "magnitude-sp" else (0, 0)

@@ -147,9 +147,11 @@ def write_checkpoint(
     max_shard_bytes: int,
     progress: Progress,
     ranks: Ranks = ALONE,
+    code: Sequence[str] = (),
 ) -> tuple[dict[str, Any], int]:
     """Write the pruned checkpoint, going on with shards that an interrupted call finished.
 
+    code: names of the tokenizer's own files of code, where they are trusted, to be carried.
     ranks: those that write a part of the shards each; all else is written by the first, for which `run` is open for
     writing.
     The contents of pruning.json and the bytes that this rank has written come out.
@@ -183,7 +185,8 @@ def write_checkpoint(
     if not ranks.is_first:
         ranks.barrier()
         return record, written
-    for name, contents in _small_files(source, plan, record, shapes, keeps, restore, family):
+    own_code = [(name, (source.directory / name).read_bytes()) for name in code if name != MODELING_NAME]
+    for name, contents in own_code + _small_files(source, plan, record, shapes, keeps, restore, family):
         finished[name] = files.write_committed(staging / name, contents)
         written += len(contents)
     files.write_committed(staging / DIGESTS_NAME, digests_file(finished))

@@ -42,6 +42,7 @@ from flap_stream.same_source import require_same_weights
 from flap_stream.scoring import baseline_input, flap_scores, magnitude_scores, wanda_scores
 from flap_stream.shards import Restoration
 from flap_stream.store import RunDirectory, stored_bytes
+from flap_stream.tokenization import code_files
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def prune(
     run_path = Path(run) if run is not None else out.with_name(out.name + ".run")
     removes_run = run is None and not options.keep_run
     with joined() as ranks, ExitStack() as opened:
-        ranks.from_first(lambda: _check_text(options))
+        ranks.from_first(lambda: _check_text(options, model))
         source = opened.enter_context(_open_model(model, ranks))
         record = ranks.from_first(lambda: output.read_record(out))
         if record is not None:
@@ -174,7 +175,7 @@ def collect(
     With `method="wanda-sp"` the collection belongs to `options.ratio`, since the pruned layers feed the next.
     """
     with joined() as ranks, ExitStack() as opened:
-        ranks.from_first(lambda: _check_text(options))
+        ranks.from_first(lambda: _check_text(options, model))
         source = opened.enter_context(_open_model(model, ranks))
         return _collect(source, Path(run), options, progress or Progress(), Measured(), ranks=ranks)
 
@@ -292,9 +293,9 @@ def _begun_run(
     return directory
 
 
-def _check_text(options: CollectConfig) -> None:
+def _check_text(options: CollectConfig, model: str | Path) -> None:
     if options.method != "magnitude-sp":
-        check_text(calibration_text(options))
+        check_text(calibration_text(options), model)
 
 
 def _windows_for(model: StreamedModel, options: CollectConfig) -> Windows:
@@ -369,6 +370,10 @@ def decide(run: RunDirectory, options: PlanConfig) -> PlanResult:
                 f"{run.path} was collected with wanda-sp for {name} {collected[name]} (pruned layers feed the next); "
                 f"it does not serve {name} {getattr(options, name)}, so collect again for that"
             )
+    if options.statistics == "released" and run.manifest.get("window_prefix"):
+        logger.warning(
+            "the windows of %s begin with BOS, those of the released code do not; collect with --bos never", run.path
+        )
     shapes = run.layer_shapes
     keeps = allocate(unit_scores(run, options), shapes, options)
     total = sum(shape.prunable for shape in shapes)
@@ -440,9 +445,11 @@ def _rewrite(
     elif restore == "least-squares":
         with measured.stage("refit"):
             restoration = _refitted(source, run, keeps, options, progress, measured, ranks, snapshot_interval)
+    code = [name for name in code_files(source.directory) if (source.directory / name).is_file()]
+    code = code if options.trust_remote_code else []
     with measured.stage("rewrite"):
         record, measured.bytes_written = output.write_checkpoint(
-            source, run, out, plan_options, keeps, restoration, restore, options.max_shard_bytes, progress, ranks
+            source, run, out, plan_options, keeps, restoration, restore, options.max_shard_bytes, progress, ranks, code
         )
     measured.of_all(ranks, source.bytes_read)
     return PruneResult(out, record, measured)

@@ -101,8 +101,9 @@ def sweep(
         if not options.evaluate:
             points = [_point(plan, None) for plan in plans]
             return _result(directory, restore, points, started)
-        check_text(evaluation_text(options.evaluate, options.samples, options.sequence_length, options))
-        with open_checkpoint(model or directory.manifest["source"]) as source, torch.inference_mode():
+        place = model or directory.manifest["source"]
+        check_text(evaluation_text(options.evaluate, options.samples, options.sequence_length, options), place)
+        with open_checkpoint(place) as source, torch.inference_mode():
             require_model_of(directory, source)
             streamed = StreamedModel(source, options)
             curve = _Curve(directory, streamed, options, restore, progress)

@@ -409,6 +409,12 @@ class C4Documents(Sequence[str]):
                 self._file.write(line)
                 self._starts.append(self._starts[-1] + len(line))
 
+    def __enter__(self) -> "C4Documents":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
     def __len__(self) -> int:
         return len(self._starts) - 1
 

@@ -9,6 +9,7 @@ piece grows.
 import importlib.util
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from flap_stream.errors import InvalidText
+from flap_stream.errors import InvalidOption, InvalidText
 
 logger = logging.getLogger(__name__)
 
@@ -195,6 +196,11 @@ def load_tokenizer(directory: Path, trust_remote_code: bool) -> Tokenizer:
     """
     found = pretrained_tokenizer(directory, trust_remote_code)
     found.model_max_length = int(1e30)  # windows are cut afterwards
+    return described(found, directory)
+
+
+def described(found: Any, directory: Path) -> Tokenizer:
+    """What a tokenizer of transformers does to a text."""
 
     def whole(text: str) -> list[int]:
         return found(text)["input_ids"]
@@ -207,6 +213,19 @@ def load_tokenizer(directory: Path, trust_remote_code: bool) -> Tokenizer:
     if around is None or any(whole(text) != [*around[0], *bare(text), *around[1]] for text in _SAMPLES):
         return Tokenizer(whole, bos=bos, render=render, in_pieces=False)
     return Tokenizer(bare, *around, bos, render, in_pieces=not _reads_as_a_whole(found))
+
+
+def window_prefix(tokenizer: Tokenizer, bos: str) -> tuple[int, ...]:
+    """What every window begins with: with `auto` what the tokenizer puts before a text, if it does.
+
+    Raises InvalidOption for `always` where the tokenizer has no token for it.
+    """
+    prefix = tokenizer.prefix if bos != "never" else ()
+    if bos == "always" and not prefix:
+        if tokenizer.bos is None:
+            raise InvalidOption("--bos always needs a beginning-of-text token, and this model's tokenizer has none")
+        prefix = (tokenizer.bos,)
+    return prefix
 
 
 def _around(whole: list[int], inner: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -246,6 +265,8 @@ def pretrained_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     _require_packages(directory)
+    if trust_remote_code:
+        _fetch_code(directory)
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises nothing more special
@@ -306,7 +327,7 @@ def _is_installed(module: str) -> bool:
 
 
 def code_files(directory: Path) -> list[str]:
-    """Names of the Python files beside a model that its tokenizer is made of, as tokenizer_config.json says."""
+    """Names of the Python files that a tokenizer is made of, as tokenizer_config.json says, and of what they import."""
     try:
         config = json.loads((directory / "tokenizer_config.json").read_bytes())
         named = config.get("auto_map", {})
@@ -314,5 +335,33 @@ def code_files(directory: Path) -> list[str]:
     except (OSError, ValueError, RecursionError, AttributeError):
         return []
     classes = [classes] if isinstance(classes, str) else classes if isinstance(classes, list) else []
-    names = {f"{name.rpartition('.')[0]}.py" for name in classes if isinstance(name, str) and "--" not in name}
-    return sorted(name for name in names if Path(name).name == name and len(name) > 3)
+    modules = [name.rpartition(".")[0] for name in classes if isinstance(name, str)]
+    found: set[str] = set()
+    while modules:
+        module = modules.pop()
+        name = f"{module}.py"
+        if module.isidentifier() and name not in found:
+            found.add(name)
+            path = directory / name
+            text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+            modules += re.findall(r"^\s*(?:from|import)\s+\.(\w+)", text, re.MULTILINE)
+    return sorted(found)
+
+
+def _fetch_code(directory: Path) -> None:
+    """Bring the tokenizer's code into the Hub cache that a model's other files are in; elsewhere it is there or not."""
+    cached = directory.parent.parent.name
+    if directory.parent.name != "snapshots" or not cached.startswith("models--"):
+        return
+    from huggingface_hub import hf_hub_download
+
+    repository, tried = cached.removeprefix("models--").replace("--", "/"), set[str]()
+    while missing := [n for n in code_files(directory) if n not in tried and not (directory / n).is_file()]:
+        tried.update(missing)
+        for name in missing:
+            try:
+                hf_hub_download(repository, name, revision=directory.name)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise InvalidText(
+                    f"{name} of the tokenizer of {repository} cannot be had from the Hub ({_first_line(error)})"
+                ) from error

@@ -141,7 +141,7 @@ def values(options: argparse.Namespace, kind: type) -> Any:
     return config.part_of(argparse.Namespace(**given), kind)
 
 
-def check_text(options: Any, *, may_fetch: bool = True) -> None:
+def check_text(options: Any) -> None:
     """Refuse texts that cannot serve, before torch is imported; ranks, which start together, do it once they know."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return
@@ -149,9 +149,9 @@ def check_text(options: Any, *, may_fetch: bool = True) -> None:
 
     if isinstance(options, config.CollectConfig):
         if options.method != "magnitude-sp":
-            check_text(calibration_text(options), may_fetch=may_fetch)
+            check_text(calibration_text(options))
     elif sources := options.evaluate if isinstance(options, config.SweepConfig) else options.text:
-        check_text(evaluation_text(sources, None, options.sequence_length, options), may_fetch=may_fetch)
+        check_text(evaluation_text(sources, None, options.sequence_length, options))
 
 
 def progress_of(options: argparse.Namespace) -> Progress:
