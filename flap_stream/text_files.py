@@ -362,7 +362,8 @@ def _open_bytes(path: Path) -> BinaryIO:
 
         _require_whole_frames(path)
         return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
-    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(packing, open)(path, "rb")
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(packing, open)(path, "rb")
 
 
 def _require_whole_frames(path: Path) -> None:

@@ -29,7 +29,8 @@ _CONTEXT_CHARS = 1 << 10
 _SEAMS_TRIED = 12  # of each sort
 _SAMPLES = ("a", "In the beginning")
 _SENTENCE_MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
-_SENTENCE_PACKAGES = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf", "tiktoken": "tiktoken"}
+_SENTENCE_PACKAGES = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+_TIKTOKEN_PACKAGES = {"tiktoken": "tiktoken"}
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -311,7 +312,10 @@ def _require_packages(directory: Path) -> None:
     found = [name for name in _SENTENCE_MODELS if (directory / name).is_file()]
     if not found or (directory / "tokenizer.json").is_file() or code_files(directory):
         return
-    missing = [name for module, name in _SENTENCE_PACKAGES.items() if not _is_installed(module)]
+    with open(directory / found[0], "rb") as file:
+        is_sentencepiece = file.read(1) == b"\n"  # the first field of its message; tiktoken's is text
+    packages = _SENTENCE_PACKAGES if is_sentencepiece else _TIKTOKEN_PACKAGES
+    missing = [name for module, name in packages.items() if not _is_installed(module)]
     if missing:
         raise InvalidText(
             f"{directory} has its tokenizer as {found[0]} alone, which needs {', '.join(missing)}: pip install "

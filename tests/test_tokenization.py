@@ -304,9 +304,14 @@ def test_a_tokenizer_that_cannot_be_read_is_named_as_what_it_is(tmp_path: Path, 
     with pytest.raises(InvalidText, match=r"tokenizer.json is cut short or damaged .* download it again"):
         load_tokenizer(short, False)
     sentences = damaged(tmp_path / "sentences")
-    (sentences / "tokenizer.json").rename(sentences / "tokenizer.model")
+    (sentences / "tokenizer.json").unlink()
+    (sentences / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)  # as where it is not installed
     with pytest.raises(InvalidText, match=r"tokenizer.model alone, which needs sentencepiece.*stream\[sentencepiece\]"):
+        load_tokenizer(sentences, False)
+    (sentences / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(InvalidText, match=r"tokenizer.model alone, which needs tiktoken: pip install"):
         load_tokenizer(sentences, False)
 
 
