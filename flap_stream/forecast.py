@@ -83,8 +83,6 @@ def forecast(
     source, has_headers = _open(str(model))
     with source:
         streamed = StreamedModel(source, options)
-        if has_headers and options.method != "magnitude-sp" and not options.calibration[0].endswith(".npy"):
-            load_tokenizer(source.directory, options.trust_remote_code)
         local = -(-ranks // nodes)
         limits = memory.limits(streamed.device, options.host_memory, options.device_memory, local)
         windows = (options.samples, options.sequence_length) if options.method != "magnitude-sp" else (0, 0)
@@ -96,6 +94,8 @@ def forecast(
             # Not a job of its own: what a batch takes has been found for this one.
             second = replace(job, refit=refits, head=streamed.head_entry if refits.has_head else None)
             placement = placement.together(planner.place(second, limits, placement.batch_size, options.prefetch))
+        if has_headers and options.method != "magnitude-sp" and not options.calibration[0].endswith(".npy"):
+            load_tokenizer(source.directory, options.trust_remote_code)
         rates = _measure_rates(streamed, placement.batch_size * job.tokens, source, has_headers, out, local, network)
         hidden_traffic = len(streamed.layers) * job.hidden_bytes if placement.hidden_place == "disk" else 0
         work = work_of(streamed, options, placement.batch_size, hidden_traffic, refits)

@@ -288,11 +288,16 @@ def _first_line(error: Exception) -> str:
 
 
 def _require_known_form(path: Path) -> None:
-    """Raise InvalidText, saying which, if a tokenizer.json is damaged or not known to the installed library."""
+    """Raise InvalidText, saying which, if a tokenizer.json is missing, damaged or not known to the library."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import __version__ as installed
 
     if not path.is_file():
+        if not any(path.parent.glob("*token*")) and not any(path.parent.glob("*.model")):
+            raise InvalidText(
+                f"{path.parent} has no tokenizer; copy {path.name} and what belongs to it there from where the model is "
+                "from, or give ready tokens as a .npy file"
+            )
         return
     try:
         json.loads(path.read_bytes())
