@@ -295,8 +295,8 @@ def _require_known_form(path: Path) -> None:
     if not path.is_file():
         if not any(path.parent.glob("*token*")) and not any(path.parent.glob("*.model")):
             raise InvalidText(
-                f"{path.parent} has no tokenizer; copy {path.name} and what belongs to it there from where the model is "
-                "from, or give ready tokens as a .npy file"
+                f"{path.parent} has no tokenizer; copy {path.name} and what belongs to it there from where the model "
+                "is from, or give ready tokens as a .npy file"
             )
         return
     try:
