@@ -19,6 +19,7 @@ REFIT_TARGETS = ("own", "dense", "aligned", "joint")
 ALIGNING_TARGETS = ("aligned", "joint")  # for which what reads hidden states is refitted, too
 SWEPT_RESTORATIONS = ("bias", "none")  # those that masked_layers.py can put into a dense layer
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+BOS = CHAT_TEMPLATE = ("auto", "always", "never")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 # In fp16 and bf16 that is 16 bytes, which a GPU's matrix units need; larger multiples gave nothing on an H200.
@@ -97,10 +98,38 @@ class EngineConfig(_Options):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class CollectConfig(EngineConfig):
+class TextConfig(_Options):
+    """How text becomes windows of tokens.
+
+    bos: begin every window with the model's beginning-of-text token: `auto` where its tokenizer puts one before a text.
+    text_column: of files with rows; None is `text`, else `content`, else conversations, else the only one of strings.
+    chat_template: put conversations (`messages`) through the tokenizer's template: `auto` where there is no text,
+    `always` where there is, too.
+    """
+
+    bos: str = "auto"
+    text_column: str | None = None
+    chat_template: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        super().__post_init__()
+        _require_choice("bos", self.bos, BOS)
+        _require_choice("chat-template", self.chat_template, CHAT_TEMPLATE)
+
+    def _have_released_windows(self) -> None:
+        """The released code begins no window with a token of its own."""
+        if self.bos == "always":
+            raise InvalidOption("--statistics released uses the released code's windows, which --bos always alters")
+        object.__setattr__(self, "bos", "never")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CollectConfig(TextConfig, EngineConfig):
     """Pass 1: what the statistics are collected from.
 
-    calibration: `wikitext2`, `c4` or `ptb`, or files (.txt, .jsonl, .parquet, a directory of them, or one .npy).
+    calibration: `wikitext2`, `c4` or `ptb`, or files (.txt, .jsonl, .json, .parquet, packed or not, a directory of
+    them, or one .npy).
     sequence_length: tokens in a calibration window.
     ratio and what follows it: concern `wanda-sp` alone, whose pruned layers feed the next.
     snapshot_interval: layers between two snapshots of the hidden states; None chooses it by their cost.
@@ -248,7 +277,8 @@ def require_restoration(method: str, restore: str | None) -> str:
 class PruneConfig(PlanConfig, CollectConfig, RewriteConfig):
     """The whole job: all options of the three stages.
 
-    `statistics="released"` runs one window at a time unless a batch size is given, since the released code does.
+    `statistics="released"` runs one window at a time unless a batch size is given, and begins none with a token of its
+    own, since the released code does so.
     """
 
     keep_run: bool = False
@@ -257,12 +287,14 @@ class PruneConfig(PlanConfig, CollectConfig, RewriteConfig):
         """Refuse values out of range, and a restoration that the method has no statistics for."""
         super().__post_init__()
         require_restoration(self.method, self.restore)
-        if self.statistics == "released" and self.batch_size is None:
-            object.__setattr__(self, "batch_size", 1)
+        if self.statistics == "released":
+            self._have_released_windows()
+            if self.batch_size is None:
+                object.__setattr__(self, "batch_size", 1)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class EvaluateConfig(EngineConfig):
+class EvaluateConfig(TextConfig, EngineConfig):
     """Perplexity: which text, in windows of how many tokens.
 
     text: as `calibration` of pass 1.
@@ -282,7 +314,7 @@ class EvaluateConfig(EngineConfig):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class SweepConfig(PlanConfig, EngineConfig):
+class SweepConfig(PlanConfig, TextConfig, EngineConfig):
     """Many ratios of one collection, and the perplexity of each; `ratio` itself is not used.
 
     evaluate: text as of `EvaluateConfig`, whose other options follow; empty only plans.
@@ -312,6 +344,8 @@ class SweepConfig(PlanConfig, EngineConfig):
         if self.restore is not None:
             _require_choice("restore", self.restore, SWEPT_RESTORATIONS)
         require_restoration(self.method, self.restore)
+        if self.statistics == "released":
+            self._have_released_windows()
         if self.max_perplexity_increase is not None and not self.evaluate:
             raise InvalidOption("--max-perplexity-increase needs --evaluate TEXT, on which perplexity is measured")
         if self.max_perplexity_increase is not None and not 0 < self.max_perplexity_increase < float("inf"):

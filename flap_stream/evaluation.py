@@ -1,6 +1,7 @@
 """Streaming perplexity of a dense or pruned checkpoint."""
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from flap_stream.calibration import evaluation_tokens, load_tokenizer
+from flap_stream.calibration import check_text, evaluation_text, evaluation_tokens, load_tokenizer
 from flap_stream.checkpoint import open_checkpoint
 from flap_stream.config import EvaluateConfig
 from flap_stream.hidden_states import HiddenStates
 from flap_stream.layers import BatchSizes, Logits, StreamedModel
+from flap_stream.memory import give_back_heap
 from flap_stream.planner import Placement
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.ranks import joined
@@ -48,18 +50,23 @@ def evaluate(
     """
     options = options_of(EvaluateConfig, "evaluate", options, keywords)
     started, progress = time.monotonic(), Progress.of(progress)
-    with joined() as ranks, open_checkpoint(model) as checkpoint, torch.inference_mode():
+    wanted = evaluation_text(options.text, options.samples, options.sequence_length, options)
+    with joined() as ranks, torch.inference_mode(), ExitStack() as opened:
+        ranks.from_first(lambda: check_text(wanted, model))
+        checkpoint = opened.enter_context(open_checkpoint(model))
         streamed = StreamedModel(checkpoint, options, ranks)
         tokens = ranks.from_first(
-            lambda: evaluation_tokens(
-                options.text,
-                options.samples,
-                options.sequence_length,
-                lambda: load_tokenizer(checkpoint.directory, options.trust_remote_code),
-                streamed.vocab_size,
+            lambda: (
+                evaluation_tokens(
+                    wanted,
+                    lambda: load_tokenizer(checkpoint.directory, options.trust_remote_code),
+                    streamed.vocab_size,
+                    streamed.room(options),
+                ).tokens
             )
         )
         warn_of_positions(checkpoint.config, tokens.shape[1])
+        give_back_heap()
         placement = streamed.place(options, *tokens.shape, head=True)
         scores, _ = score_tokens(streamed, tokens, placement, progress)
         bytes_read = sum(ranks.gathered(checkpoint.bytes_read))

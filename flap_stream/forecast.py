@@ -13,6 +13,7 @@ from flap_stream import checkpoint as checkpoints
 from flap_stream import files, memory, output, planner, scaling, store
 from flap_stream.allocation import require_minimum
 from flap_stream.architecture import ROWS
+from flap_stream.calibration import calibration_text, check_text, load_tokenizer
 from flap_stream.checkpoint import Checkpoint
 from flap_stream.config import PruneConfig
 from flap_stream.errors import InvalidOption
@@ -74,11 +75,13 @@ def forecast(
     model: a directory (config.json is enough), a config.json or a Hub id, of which config.json alone is downloaded.
     ranks, nodes: processes on so many machines, each like this one, which share the disk of `out` and of the model and
     a network of so many bytes per second in and out of each.
-    Raises InvalidInput as `prune` would, InsufficientMemory among it.
+    Raises InvalidInput as `prune` would, InsufficientMemory among it, and for a text or tokenizer that cannot serve.
     """
     if not 1 <= nodes <= ranks:
         raise InvalidOption(f"--nodes is {nodes}; {ranks} ranks can be on 1 to {ranks}")
     out = Path(out)
+    if options.method != "magnitude-sp":
+        check_text(calibration_text(options))
     source, has_headers = _open(str(model))
     require_effect(options)
     with source:
@@ -96,6 +99,8 @@ def forecast(
             # Not a job of its own: what a batch takes has been found for this one.
             second = replace(job, refit=refits, head=streamed.head_entry if refits.has_head else None)
             placement = placement.together(planner.place(second, limits, placement.batch_size, options.prefetch))
+        if has_headers and options.method != "magnitude-sp" and not options.calibration[0].endswith(".npy"):
+            load_tokenizer(source.directory, options.trust_remote_code)
         rates = _measure_rates(streamed, placement.batch_size * job.tokens, source, has_headers, out, local, network)
         hidden_traffic = len(streamed.layers) * job.hidden_bytes if placement.hidden_place == "disk" else 0
         work = work_of(streamed, options, placement.batch_size, hidden_traffic, refits)

@@ -161,6 +161,10 @@ class StreamedModel:
             self.checkpoint.drop_from_page_cache()
         return placement
 
+    def room(self, options: EngineConfig) -> int:
+        """Bytes of host memory that may be taken beside what is in use now."""
+        return memory.room(self.device, options.host_memory, options.device_memory, self.ranks.local[1])
+
     def job(self, samples: int, tokens: int, *, head: bool = False, refit: Refit | None = None) -> Job:
         """What running all layers over so many windows (and the head, or refitting them) means, for the planner."""
         return Job(

@@ -44,6 +44,11 @@ def limits(device: torch.device, host_memory: int | None, device_memory: int | N
     return Limits(host, on_device)
 
 
+def room(device: torch.device, host_memory: int | None, device_memory: int | None, sharers: int = 1) -> int:
+    """Bytes of host memory that this process may take beside what it has now; limits as of `limits`."""
+    return max(0, limits(device, host_memory, device_memory, sharers).host - resident_bytes())
+
+
 def enforce(device: torch.device, limit: int) -> None:
     """Hold torch's allocator to a limit: what would exceed it raises torch.OutOfMemoryError."""
     if device.type == "cuda":

@@ -171,9 +171,11 @@ def write_checkpoint(
     max_shard_bytes: int,
     progress: Progress,
     ranks: Ranks = ALONE,
+    code: Sequence[str] = (),
 ) -> tuple[dict[str, Any], int]:
     """Write the pruned checkpoint, going on with shards that an interrupted call finished.
 
+    code: names of the tokenizer's own files of code, where they are trusted, to be carried.
     ranks: those that write a part of the shards each; all else is written by the first, for which `run` is open for
     writing.
     The contents of pruning.json and the bytes that this rank has written come out.
@@ -208,7 +210,10 @@ def write_checkpoint(
     if not ranks.is_first:
         ranks.barrier()
         return record, written
-    for name, contents in _small_files(source, plan, record, shapes, keeps, restore, family):
+    small: list[tuple[str, bytes | Iterable[bytes]]] = [
+        (name, files.read_plain(source.directory / name)) for name in code if name != MODELING_NAME
+    ]
+    for name, contents in small + _small_files(source, plan, record, shapes, keeps, restore, family):
         files.make_directory((staging / name).parent)
         finished[name] = files.write_committed(staging / name, contents)
         written += (staging / name).stat().st_size

@@ -15,7 +15,14 @@ from flap_stream import checkpoint as checkpoints
 from flap_stream import files, output, places, planner
 from flap_stream.allocation import LayerKeep, allocate, require_minimum
 from flap_stream.architecture import LayerShape
-from flap_stream.calibration import calibration_tokens, load_tokenizer, tokens_digest
+from flap_stream.calibration import (
+    Windows,
+    calibration_text,
+    calibration_tokens,
+    check_text,
+    load_tokenizer,
+    tokens_digest,
+)
 from flap_stream.collection import collect_statistics
 from flap_stream.config import (
     CollectConfig,
@@ -47,6 +54,7 @@ from flap_stream.sizes import PrunedSizes, pruned_sizes
 from flap_stream.skeleton import Skeleton
 from flap_stream.stage_options import FED_ON, options_of, warn_of_positions
 from flap_stream.store import RunDirectory, stored_bytes
+from flap_stream.tokenization import code_files
 from flap_stream.values import option_name
 
 logger = logging.getLogger(__name__)
@@ -169,7 +177,9 @@ def prune(
     places.require_name(out)
     run_path = Path(run) if run is not None else out.with_name(out.name + ".run")
     removes_run = run is None and not options.keep_run
-    with joined() as ranks, _open_model(model, ranks) as source:
+    with joined() as ranks, ExitStack() as opened:
+        ranks.from_first(lambda: _check_text(options, model))
+        source = opened.enter_context(_open_model(model, ranks))
         record = ranks.from_first(lambda: output.read_record(out))
         if record is not None:
             _require_same_job(source, out, record, options)
@@ -209,7 +219,9 @@ def collect(
     keywords: the fields of `CollectConfig`, in place of `options`. progress: as of `prune`.
     """
     options = options_of(CollectConfig, "collect", options, keywords)
-    with joined() as ranks, _open_model(model, ranks) as source, ExitStack() as stack:
+    with joined() as ranks, ExitStack() as stack:
+        ranks.from_first(lambda: _check_text(options, model))
+        source = stack.enter_context(_open_model(model, ranks))
         return _collect(source, Path(run), options, Progress.of(progress), Measured(), stack, ranks=ranks)[1]
 
 
@@ -296,7 +308,9 @@ def _collect(
         if isinstance(options, PruneConfig):
             _require_possible(model, options)
         target = options.refit_target if isinstance(options, PruneConfig) and options.refits else None
-        tokens = ranks.from_first(lambda: _tokens_for(model, options))
+        windows = ranks.from_first(lambda: _windows_for(model, options))
+        tokens = windows.tokens
+        give_back_heap()
         warn_of_positions(source.config, tokens.shape[1])
         if out is not None and ranks.is_first:  # what an interrupted call has written counts
             written = output.estimated_bytes(source, model.shapes, options.ratio)
@@ -311,7 +325,7 @@ def _collect(
         if target is not None:  # pass 2 must fit as well, whatever the plan will be
             refit = refit_sizes(model, target)
             model.place(options, samples, length, refit=refit, recorded=placement.batch_size)
-        opened = _run_directory(ranks, run, lambda: _begun_run(model, run, options, tokens, placement))
+        opened = _run_directory(ranks, run, lambda: _begun_run(model, run, options, windows, placement))
         directory = stack.enter_context(opened)
         with cpu_threads(directory.manifest["threads"]):
             collect_statistics(model, directory, options, placement, progress)
@@ -330,10 +344,11 @@ def _require_possible(model: StreamedModel, options: PruneConfig) -> None:
 
 
 def _begun_run(
-    model: StreamedModel, run: Path, options: CollectConfig, tokens: np.ndarray, placement: planner.Placement
+    model: StreamedModel, run: Path, options: CollectConfig, windows: Windows, placement: planner.Placement
 ) -> RunDirectory:
     """The run directory with its tokens, held against the model's files."""
-    directory = RunDirectory.create(run, _manifest(model, options, tokens, placement.batch_size))
+    tokens = windows.tokens
+    directory = RunDirectory.create(run, _manifest(model, options, windows, placement.batch_size))
     try:
         if tokens.size and not directory.has_tokens():
             directory.write_tokens(tokens)
@@ -344,23 +359,28 @@ def _begun_run(
     return directory
 
 
-def _tokens_for(model: StreamedModel, options: CollectConfig) -> np.ndarray:
+def _check_text(options: CollectConfig, model: str | Path) -> None:
+    if options.method != "magnitude-sp":
+        check_text(calibration_text(options), model)
+
+
+def _windows_for(model: StreamedModel, options: CollectConfig) -> Windows:
     if options.method == "magnitude-sp":
-        return np.zeros((0, 0), dtype=np.int64)
-    tokens = calibration_tokens(
-        options.calibration,
-        options.samples,
-        options.sequence_length,
+        return Windows(np.zeros((0, 0), dtype=np.int64))
+    found = calibration_tokens(
+        calibration_text(options),
         options.seed,
         lambda: load_tokenizer(model.checkpoint.directory, options.trust_remote_code),
         model.vocab_size,
+        model.room(options),
     )
-    if len(tokens) < options.samples and "samples" in changed_options(options):
-        logger.warning("--samples is %d, but there are only %d windows; all are taken", options.samples, len(tokens))
-    return tokens
+    there = len(found.tokens)
+    if there < options.samples and "samples" in changed_options(options):
+        logger.warning("--samples is %d, but there are only %d windows; all are taken", options.samples, there)
+    return found
 
 
-def _manifest(model: StreamedModel, options: CollectConfig, tokens: np.ndarray, batch_size: int) -> dict[str, Any]:
+def _manifest(model: StreamedModel, options: CollectConfig, windows: Windows, batch_size: int) -> dict[str, Any]:
     """What the statistics depend on (`model`, `tokens`, `options`), and what planning needs to know of the model."""
     decides: dict[str, Any] = {"method": options.method}
     if options.method != "magnitude-sp":
@@ -369,10 +389,11 @@ def _manifest(model: StreamedModel, options: CollectConfig, tokens: np.ndarray, 
         decides |= {name: getattr(options, name) for name in FED_ON}
     return {
         "model": model.checkpoint.fingerprint,
-        "tokens": {"sha256": tokens_digest(tokens), "shape": list(tokens.shape)},
+        "tokens": {"sha256": tokens_digest(windows.tokens), "shape": list(windows.tokens.shape)},
         "options": decides,
         "source": _absolute(model.checkpoint.source),
         "calibration": _calibration_record(options),
+        "window_prefix": list(windows.prefix),
         "threads": torch.get_num_threads(),
         "parameters": model.checkpoint.parameters,
         "sizes": {
@@ -390,7 +411,13 @@ def _calibration_record(options: CollectConfig) -> dict[str, Any]:
     if options.method == "magnitude-sp":
         return {}
     sources = [Path(source).name for source in options.calibration]
-    return {"sources": sources, **{key: getattr(options, key) for key in ("samples", "sequence_length", "seed")}}
+    asked = ("samples", "sequence_length", "seed", "bos", "text_column", "chat_template")
+    return {"sources": sources, **{key: getattr(options, key) for key in asked}}
+
+
+def _known_to(record: Any, calibration: dict[str, Any]) -> dict[str, Any]:
+    """A calibration without what a record of an older version does not have."""
+    return {name: calibration[name] for name in calibration if not isinstance(record, dict) or name in record}
 
 
 def _absolute(source: str) -> str:
@@ -413,6 +440,10 @@ def decide(run: RunDirectory, options: PlanConfig, restore: str | None = None) -
                 f"{run.path} was collected with wanda-sp for --{option_name(name)} {collected[name]} (pruned layers "
                 f"feed the next), which does not serve {getattr(options, name)}; collect again for that"
             )
+    if options.statistics == "released" and run.manifest.get("window_prefix"):
+        logger.warning(
+            "the windows of %s begin with BOS, those of the released code do not; collect with --bos never", run.path
+        )
     shapes = run.layer_shapes
     require_minimum(shapes, options)
     keeps = allocate(unit_scores(run, options), shapes, options)
@@ -480,9 +511,11 @@ def _rewrite(
     elif restore == "least-squares":
         with measured.stage("refit"):
             restoration = _refitted(source, run, keeps, options, progress, measured, ranks, snapshot_interval)
+    code = [name for name in code_files(source.directory) if (source.directory / name).is_file()]
+    code = code if options.trust_remote_code else []
     with measured.stage("rewrite"):
         record, measured.bytes_written = output.write_checkpoint(
-            source, run, out, plan_options, keeps, restoration, restore, options.max_shard_bytes, progress, ranks
+            source, run, out, plan_options, keeps, restoration, restore, options.max_shard_bytes, progress, ranks, code
         )
     measured.of_all(ranks, source.bytes_read)
     return PruneResult(out, record, measured)
@@ -544,7 +577,7 @@ def _require_same_job(source: checkpoints.Checkpoint, out: Path, record: dict[st
         **({"refit": refit_record(options.refit_target)} if options.refits else {}),
         "options": output.options_record(part_of(options, PlanConfig)),
         "restore": require_restoration(options.method, options.restore),
-        "calibration": _calibration_record(options),
+        "calibration": _known_to(record.get("calibration"), _calibration_record(options)),
         "base": {"name": Path(source.source).name, "fingerprint": output.fingerprint_digest(source.fingerprint)},
     }
     differences = output_differences(record, wanted)

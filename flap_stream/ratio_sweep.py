@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from flap_stream import files
-from flap_stream.calibration import evaluation_tokens, load_tokenizer, tokens_digest
+from flap_stream.calibration import check_text, evaluation_text, evaluation_tokens, load_tokenizer, tokens_digest
 from flap_stream.checkpoint import open_checkpoint
 from flap_stream.config import PlanConfig, SweepConfig, part_of, require_restoration
 from flap_stream.errors import InvalidOption
@@ -114,7 +114,9 @@ def sweep(
         if not options.evaluate:
             points = [_point(plan, None) for plan in plans]
             return _result(directory, restore, points, started)
-        with open_checkpoint(model or directory.manifest["source"]) as source, torch.inference_mode():
+        place = model or directory.manifest["source"]
+        check_text(evaluation_text(options.evaluate, options.samples, options.sequence_length, options), place)
+        with open_checkpoint(place) as source, torch.inference_mode():
             require_model_of(directory, source)
             streamed = StreamedModel(source, options)
             curve = _Curve(directory, streamed, options, restore, progress)
@@ -182,12 +184,11 @@ class _Curve:
         self._restore = restore
         self._mend = mending(restore, model, run, options.statistics)
         self.tokens = evaluation_tokens(
-            options.evaluate,
-            options.samples,
-            options.sequence_length,
+            evaluation_text(options.evaluate, options.samples, options.sequence_length, options),
             lambda: load_tokenizer(model.checkpoint.directory, options.trust_remote_code),
             model.vocab_size,
-        )
+            model.room(options),
+        ).tokens
         decides = asdict(_plan_options(options, options.ratios[0]))
         del decides["ratio"]
         job: dict[str, Any] = {

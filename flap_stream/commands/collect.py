@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Collect, and say what can be done with it."""
     config = shared.values(options, CollectConfig)
+    shared.check_text(config)
     from flap_stream.pipeline import collect
 
     model, progress = shared.model_of(options.model, options), shared.progress_of(options)

@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", nargs="+", default=["wikitext2"], metavar="TEXT", help="as --calibration of prune")
     parser.add_argument("--sequence-length", type=int, default=128, help="tokens a window (default: 128)")
     parser.add_argument("--samples", type=int, help="at most so many windows (default: all)")
+    shared.add_text(parser)
     shared.add_engine(parser)
     shared.add_revision(parser)
     shared.add_output(parser)
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Evaluate, and print the perplexity."""
     config = shared.values(options, EvaluateConfig)
+    shared.check_text(config)
     from flap_stream.evaluation import evaluate
 
     result = evaluate(shared.model_of(options.model, options), config, shared.progress_of(options))

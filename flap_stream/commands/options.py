@@ -61,12 +61,34 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["wikitext2"],
         metavar="TEXT",
-        help="wikitext2, c4, ptb; or .txt, .jsonl, .parquet files or directories of them; or one .npy of int tokens "
-        "[sample, token], used in order (default: wikitext2)",
+        help="wikitext2, c4, ptb; or .txt, .jsonl, .json, .parquet files (.gz, .bz2, .xz, .zst, too) or directories "
+        "of them; or one .npy of int tokens [sample, token], used in order (default: wikitext2)",
     )
     group.add_argument("--samples", type=int, default=1024, help="calibration windows (default: 1024)")
     group.add_argument("--sequence-length", type=int, default=128, help="tokens a window (default: 128)")
     group.add_argument("--seed", type=int, default=0, help="of the window sampling (default: 0)")
+    add_text(group)
+
+
+def add_text(group: argparse._ActionsContainer) -> None:
+    """How text becomes windows."""
+    group.add_argument(
+        "--bos",
+        default="auto",
+        choices=config.BOS,
+        help="begin every window with the beginning-of-text token (default: auto, where the tokenizer adds one)",
+    )
+    group.add_argument(
+        "--text-column",
+        metavar="NAME",
+        help="of files with rows (default: text, else content, else messages, else the only one of strings)",
+    )
+    group.add_argument(
+        "--chat-template",
+        default="auto",
+        choices=config.CHAT_TEMPLATE,
+        help="put messages through the tokenizer's chat template (default: auto, where there is no text)",
+    )
 
 
 def add_method(parser: argparse.ArgumentParser, *, one_ratio: bool = True) -> None:
@@ -121,6 +143,19 @@ def values(options: argparse.Namespace, kind: type) -> Any:
     if "max_shard_size" in given:
         given["max_shard_bytes"] = given["max_shard_size"]
     return config.part_of(argparse.Namespace(**given), kind)
+
+
+def check_text(options: Any) -> None:
+    """Refuse texts that cannot serve, before torch is imported; ranks, which start together, do it once they know."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return
+    from flap_stream.calibration import calibration_text, check_text, evaluation_text
+
+    if isinstance(options, config.CollectConfig):
+        if options.method != "magnitude-sp":
+            check_text(calibration_text(options))
+    elif sources := options.evaluate if isinstance(options, config.SweepConfig) else options.text:
+        check_text(evaluation_text(sources, None, options.sequence_length, options))
 
 
 def progress_of(options: argparse.Namespace) -> Progress:

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Prune, and print what came out."""
     config = shared.values(options, PruneConfig)
+    shared.check_text(config)
     if options.dry_run:
         _dry_run(options, config)
         return

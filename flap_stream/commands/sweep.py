@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--evaluate", nargs="+", default=[], metavar="TEXT", help="as --calibration of prune")
     group.add_argument("--sequence-length", type=int, default=128, help="tokens a window (default: 128)")
     group.add_argument("--samples", type=int, help="at most so many windows (default: all)")
+    shared.add_text(group)
     group.add_argument("--restore", choices=SWEPT_RESTORATIONS, help="default: bias (flap), none (the baselines)")
     group.add_argument(
         "--max-perplexity-increase", metavar="SHARE", help="find the largest ratio that stays within, such as 5%%"
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Sweep, and print a row a ratio."""
     config = shared.values(options, SweepConfig)
+    shared.check_text(config)
     from flap_stream.ratio_sweep import sweep
 
     model, progress = shared.model_of(options.model, options), shared.progress_of(options)
