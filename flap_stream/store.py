@@ -89,6 +89,10 @@ class RunDirectory:
         if not (path / "run.json").exists():
             if path.exists() and (not path.is_dir() or any(p.name not in _UNBORN for p in path.iterdir())):
                 raise RunMismatch(f"{path} exists and is no run directory; name another with --run")
+            if path.is_symlink() and not path.exists():
+                raise RunMismatch(
+                    f"{path} is a link to {path.readlink()}, which is not there; make that or name another"
+                )
             files.make_directory(path)
             lock = _acquire_lock(path)  # so that of two that start at once, one alone says what the run is for
             try:
@@ -130,14 +134,15 @@ class RunDirectory:
         """Delete the whole run directory.
 
         The journal goes first, run.json and the lock last: what a kill leaves is a run without anything complete,
-        which can be removed or taken up again.
+        which can be removed or taken up again. A link that leads to the directory, or the place where a disk is
+        mounted, is the user's: it stays, and so does the directory, empty.
         """
         files.remove(self.path / "journal")
         for path in self.path.iterdir():
             if path.name not in ("run.json", "lock"):
                 files.remove(path)
         files.remove(self.path / "run.json")
-        files.remove(self.path)
+        _remove_place(self.path)
 
     @classmethod
     def remove_leftover(cls, path: Path) -> None:
@@ -146,7 +151,7 @@ class RunDirectory:
             with cls(path) as run:
                 run.remove()
         elif path.is_dir() and all(file.name in _UNBORN for file in path.iterdir()):
-            files.remove(path)
+            _remove_place(path)
 
     # --- tokens ---
 
@@ -497,6 +502,14 @@ def stored_bytes(shapes: Sequence[LayerShape], tokens: int) -> int:
 
 def _blocks(nbytes: int) -> int:
     return (nbytes // _BLOCK_BYTES + 1) * _BLOCK_BYTES
+
+
+def _remove_place(path: Path) -> None:
+    if path.is_symlink() or path.is_mount():
+        for file in path.iterdir():
+            files.remove(file)
+    else:
+        files.remove(path)
 
 
 _UNBORN = {"run.json" + files.PARTIAL_SUFFIX, "lock"}
