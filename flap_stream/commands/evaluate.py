@@ -20,9 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Evaluate, and print the perplexity."""
     config = shared.values(options, EvaluateConfig)
-    from flap_stream.evaluation import evaluate
+    progress = shared.progress_of(options)
+    with progress.loading():
+        from flap_stream.evaluation import evaluate
 
-    result = evaluate(options.model, config, shared.progress_of(options))
+    result = evaluate(options.model, config, progress)
     if options.json:
         shared.print_json({"model": options.model, **asdict(result)})
     else:

@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Plan, and print what would remain, layer by layer."""
     config = shared.values(options, PlanConfig)
-    from flap_stream.pipeline import plan
+    with shared.progress_of(options).loading():
+        from flap_stream.pipeline import plan
 
     result = plan(options.run_directory, config)
     if options.json:
@@ -38,4 +39,4 @@ def run(options: argparse.Namespace) -> None:
         print(f"{i:5d}   {len(keep.kv_groups):4d} of {groups:<6d}  {len(keep.neurons):6d} of {neurons}")
     print(f"parameters   {result.parameters_before:,} -> {result.parameters_after:,}")
     print(f"removed      {result.decoder_ratio:.2%} of the prunable weights, {result.model_ratio:.2%} of the model")
-    print(f"next: flap-stream rewrite {result.run} OUT")
+    shared.show(f"next: flap-stream rewrite {result.run} OUT")

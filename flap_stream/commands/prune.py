@@ -34,9 +34,11 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         _dry_run(options, config)
         return
-    from flap_stream.pipeline import prune
+    progress = shared.progress_of(options)
+    with progress.loading():
+        from flap_stream.pipeline import prune
 
-    result = prune(options.model, options.out, config, run=options.run, progress=shared.progress_of(options))
+    result = prune(options.model, options.out, config, run=options.run, progress=progress)
     if options.json:
         shared.print_json(shared.totals(result))
     else:
@@ -44,7 +46,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _dry_run(options: argparse.Namespace, config: PruneConfig) -> None:
-    from flap_stream.forecast import forecast
+    with shared.progress_of(options).loading():
+        from flap_stream.forecast import forecast
 
     network = parse_size(options.network)
     found = forecast(options.model, options.out, config, options.ranks, options.nodes, network)

@@ -20,7 +20,8 @@ def run(options: argparse.Namespace) -> None:
 
     if options.html is None and options.png is None:
         raise InvalidOption("report writes nothing without --html FILE or --png DIR; give one of them")
-    from flap_stream.report.page import write_report
+    with shared.progress_of(options).loading():
+        from flap_stream.report.page import write_report
 
     result = write_report(options.place, options.html, options.png)
     if options.json:
@@ -28,6 +29,6 @@ def run(options: argparse.Namespace) -> None:
         shared.print_json({**asdict(result), **files})
         return
     for path in ([result.html] if result.html else []) + result.pngs:
-        print(f"written      {path}")
+        shared.show(f"written      {path}")
     for sentence in result.missing:
-        print(f"not shown    {sentence}")
+        shared.show(f"not shown    {sentence}")

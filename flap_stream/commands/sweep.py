@@ -36,9 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Sweep, and print a row a ratio."""
     config = shared.values(options, SweepConfig)
-    from flap_stream.ratio_sweep import sweep
+    progress = shared.progress_of(options)
+    with progress.loading():
+        from flap_stream.ratio_sweep import sweep
 
-    result = sweep(options.run_directory, config, model=options.model, progress=shared.progress_of(options))
+    result = sweep(options.run_directory, config, model=options.model, progress=progress)
     if options.json:
         shared.print_json({**asdict(result), "run": str(result.run)})
         return
