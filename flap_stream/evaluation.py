@@ -12,6 +12,7 @@ from flap_stream.calibration import evaluation_tokens, load_tokenizer
 from flap_stream.checkpoint import open_checkpoint
 from flap_stream.config import EvaluateConfig
 from flap_stream.hidden_states import HiddenStates
+from flap_stream.job_header import engine_rows, model_row
 from flap_stream.layers import BatchSizes, Logits, StreamedModel
 from flap_stream.planner import Placement
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
@@ -42,6 +43,8 @@ def evaluate(model: str | Path, options: EvaluateConfig, progress: Progress | No
     progress = progress or Progress()
     with joined() as ranks, open_checkpoint(model) as checkpoint, torch.inference_mode():
         streamed = StreamedModel(checkpoint, options, ranks)
+        progress.header(model_row(checkpoint, len(streamed.layers)))
+        progress.say("reading the text")
         tokens = ranks.from_first(
             lambda: evaluation_tokens(
                 options.text,
@@ -52,6 +55,7 @@ def evaluate(model: str | Path, options: EvaluateConfig, progress: Progress | No
             )
         )
         placement = streamed.place(options, *tokens.shape, head=True)
+        progress.header(engine_rows(streamed, placement, *tokens.shape))
         scores, _ = score_tokens(streamed, tokens, placement, progress)
         bytes_read = sum(ranks.gathered(checkpoint.bytes_read))
     return EvaluateResult(

@@ -19,6 +19,7 @@ from flap_stream.calibration import calibration_tokens, load_tokenizer, tokens_d
 from flap_stream.collection import collect_statistics
 from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, RewriteConfig, part_of, require_restoration
 from flap_stream.errors import InvalidOption, OutputConflict, RunMismatch
+from flap_stream.job_header import engine_rows, model_row
 from flap_stream.layers import StreamedModel, cpu_threads, release
 from flap_stream.memory import give_back_heap
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
@@ -40,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 # What decides the pruned layers that wanda-sp feeds the next.
 _FED_ON = ("ratio", "min_heads", "min_neurons", "round_heads_to", "round_neurons_to", "tensor_parallel")
+# How long pass 2 takes beside pass 1, about, for the bar of a whole job: measured on CPUs, see the README.
+_REFIT_WEIGHTS = {"own": 1.5, "dense": 2.5, "aligned": 3.5, "joint": 10.0}
+_REWRITE_WEIGHT = 0.1
 
 
 @dataclass
@@ -146,15 +150,24 @@ def prune(
             return PruneResult(out, record, measured)
         if ranks.is_first:
             output.require_own_place(source, out, run_path)
-        _collect(source, run_path, options, progress, measured, out, ranks)
-        with measured.stage("plan"):
-            ranks.from_first(lambda: plan(run_path, part_of(options, PlanConfig)))
-        with _run_directory(ranks, run_path, lambda: RunDirectory(run_path)) as directory:
-            parts, interval = part_of(options, RewriteConfig), options.snapshot_interval
-            result = _rewrite(source, directory, out, parts, progress, measured, ranks, interval)
-            if removes_run and ranks.is_first:
-                directory.remove()
+        with progress.job([("collect", 1.0), *_pass2_weights(options)]):
+            _collect(source, run_path, options, progress, measured, out, ranks)
+            with measured.stage("plan"):
+                ranks.from_first(lambda: plan(run_path, part_of(options, PlanConfig)))
+            with _run_directory(ranks, run_path, lambda: RunDirectory(run_path)) as directory:
+                parts, interval = part_of(options, RewriteConfig), options.snapshot_interval
+                result = _rewrite(source, directory, out, parts, progress, measured, ranks, interval)
+                if removes_run and ranks.is_first:
+                    directory.remove()
     return result
+
+
+def _pass2_weights(options: RewriteConfig) -> list[tuple[str, float]]:
+    """About how long the stages of pass 2 take, beside pass 1."""
+    return [
+        *([("refit", _REFIT_WEIGHTS[options.refit_target])] if options.refits else []),
+        ("rewrite", _REWRITE_WEIGHT),
+    ]
 
 
 def collect(
@@ -195,7 +208,10 @@ def rewrite(
         _run_directory(ranks, Path(run), lambda: RunDirectory(Path(run))) as directory,
         _open_model(model or directory.manifest["source"], ranks) as source,
     ):
-        return _rewrite(source, directory, Path(out), options, progress or Progress(), Measured(), ranks)
+        progress = progress or Progress()
+        progress.header({**model_row(source, len(directory.layer_shapes)), "run directory": str(run)})
+        with progress.job(_pass2_weights(options)):
+            return _rewrite(source, directory, Path(out), options, progress, Measured(), ranks)
 
 
 @contextmanager
@@ -233,12 +249,15 @@ def _collect(
     """Pass 1. out: where the output will go, if this is part of a whole job; its place and room are checked first."""
     with measured.stage("collect"):
         model = StreamedModel(source, options, ranks)
+        progress.header({**model_row(source, len(model.layers)), "run directory": str(run)})
         if out is not None:
             nothing = [(np.zeros(shape.kv_groups), np.zeros(shape.neurons)) for shape in model.shapes]
             allocate(nothing, model.shapes, part_of(options, PlanConfig))  # whether it can be met, scores aside
         target = options.refit_target if isinstance(options, PruneConfig) and options.refits else None
         if target is not None:
             require_refittable(model.family, model.shapes, target, source.source)
+        if options.method != "magnitude-sp":
+            progress.say("reading the calibration text")
         tokens = ranks.from_first(lambda: _tokens_for(model, options))
         if out is not None and ranks.is_first:  # what an interrupted call has written counts
             written = output.estimated_bytes(source, model.shapes, options.ratio)
@@ -253,6 +272,7 @@ def _collect(
         if target is not None:  # pass 2 must fit as well, whatever the plan will be
             refit = refit_sizes(model, target)
             model.place(options, samples, length, refit=refit, recorded=placement.batch_size)
+        progress.header(engine_rows(model, placement, samples, length))
         with (
             _run_directory(ranks, run, lambda: _begun_run(model, run, options, tokens, placement)) as directory,
             cpu_threads(directory.manifest["threads"]),
@@ -454,6 +474,8 @@ def _refitted(
     samples, length = run.manifest["tokens"]["shape"]
     refit = refit_sizes(model, options.refit_target, keeps)
     placement = model.place(options, samples, length, refit=refit, recorded=collected["batch_size"])
+    if placement != measured.placement:
+        progress.header(engine_rows(model, placement, samples, length))
     measured.placement = placement if measured.placement is None else measured.placement.together(placement)
     with cpu_threads(run.manifest["threads"]):
         refit_layers(model, run, keeps, options.refit_target, placement, progress, snapshot_interval)
