@@ -4,26 +4,25 @@ The stages as functions, each on stored values: `prune` (the whole job), `collec
 `sweep`; and on their results `write_report`, `export_gguf`, `export_stock`, `bench_inference`.
 Their options are the dataclasses of `flap_stream.config`, or keywords: `prune(model, out, ratio=0.2)`.
 What they raise is in `flap_stream.errors`.
-Importing this package loads neither torch nor transformers; the first stage that runs does.
+Importing this package loads none of its modules; what is used of it does, torch and transformers with the first stage.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flap_stream.config import (
-    BenchInferenceConfig,
-    CollectConfig,
-    EvaluateConfig,
-    ExportGgufConfig,
-    ExportStockConfig,
-    PlanConfig,
-    PruneConfig,
-    RewriteConfig,
-    SweepConfig,
-)
-from flap_stream.errors import FlapStreamError
-
 if TYPE_CHECKING:
+    from flap_stream.config import (
+        BenchInferenceConfig,
+        CollectConfig,
+        EvaluateConfig,
+        ExportGgufConfig,
+        ExportStockConfig,
+        PlanConfig,
+        PruneConfig,
+        RewriteConfig,
+        SweepConfig,
+    )
+    from flap_stream.errors import FlapStreamError
     from flap_stream.evaluation import EvaluateResult, evaluate
     from flap_stream.export.gguf import ExportGgufResult, export_gguf
     from flap_stream.export.stock import ExportStockResult, export_stock
@@ -35,6 +34,21 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "Progress": "flap_stream.progress",
+    "FlapStreamError": "flap_stream.errors",
+    **dict.fromkeys(
+        (
+            "BenchInferenceConfig",
+            "CollectConfig",
+            "EvaluateConfig",
+            "ExportGgufConfig",
+            "ExportStockConfig",
+            "PlanConfig",
+            "PruneConfig",
+            "RewriteConfig",
+            "SweepConfig",
+        ),
+        "flap_stream.config",
+    ),
     **dict.fromkeys(("write_report", "ReportResult"), "flap_stream.report.page"),
     **dict.fromkeys(("export_gguf", "ExportGgufResult"), "flap_stream.export.gguf"),
     **dict.fromkeys(("export_stock", "ExportStockResult"), "flap_stream.export.stock"),

@@ -11,8 +11,10 @@ from importlib.metadata import version
 from io import TextIOWrapper
 from types import ModuleType
 
+from flap_stream import interruption
 from flap_stream.commands.parser import Parser
 from flap_stream.errors import FlapStreamError, StorageFailure
+from flap_stream.progress import printable
 
 VERBS = {
     "prune": "the main job: prune a model into a checkpoint; run it again after any interruption and it goes on",
@@ -29,8 +31,6 @@ VERBS = {
     "demo": "the main job on the bundled model and text, offline",
 }
 TOGETHER = ("prune", "collect", "rewrite", "evaluate")  # what all ranks do; rank 0 does the rest by itself
-INTERRUPTED = 130
-_LONGEST = 1000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     quiet = getattr(options, "quiet", False) or not _is_first_rank()
     level = logging.ERROR if quiet else logging.INFO
-    logging.basicConfig(level=logging.WARNING, format="flap-stream: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("flap-stream: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("flap_stream").setLevel(level)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
@@ -64,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def reported(action: Callable[[], object]) -> int:
     """Exit code of an action; an error of ours or of the system is one sentence on stderr."""
     signal.signal(signal.SIGTERM, _interrupt)
+    interruption.begun()
     try:
         action()
     except FlapStreamError as error:
@@ -74,8 +77,17 @@ def reported(action: Callable[[], object]) -> int:
         return StorageFailure.exit_code
     except KeyboardInterrupt as error:
         _tell(error, "interrupted; nothing is lost, run the same command again to go on", before="\n")
-        return INTERRUPTED
+        return interruption.EXIT_CODE
     return 0
+
+
+class _OneLine(logging.Formatter):
+    """Messages of ours, which quote names from files, in one line that commands nothing; of others, line by line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        lines = [message] if record.name.startswith("flap_stream") and not record.exc_info else message.split("\n")
+        return "\n".join(map(printable, lines))
 
 
 def _tell(error: BaseException, message: str, before: str = "") -> None:
@@ -90,12 +102,6 @@ def _tell(error: BaseException, message: str, before: str = "") -> None:
 
 def _is_first_rank() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) <= 1 or int(os.environ.get("RANK", 0)) == 0
-
-
-def printable(message: str) -> str:
-    """One line of reasonable length, whatever names from a file it quotes: those may hold a terminal's commands."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
 def _module_of(verb: str) -> ModuleType:

@@ -41,6 +41,8 @@ def collect_statistics(
     first = run.complete_layers()
     count = len(model.layers)
     if first == count:
+        with progress.stage("collect", count) as stage:
+            stage.skip(count)
         if ranks.is_first:
             run.snapshots.drop()  # a kill may have come between the last layer and this
         return
@@ -58,7 +60,7 @@ def collect_statistics(
         hidden = stack.enter_context(model.hidden_states(placement.hidden_place, len(own), tokens.shape[1], run.path))
         kept = [(run.snapshots, hidden)]
         start = resume(model, kept, tokens[own.start : own.stop], placement.batch_size, first)
-        stage.skip(start)
+        stage.skip(start, recorded=first)
         sizes, costs = BatchSizes(placement.batch_size, run.batch_reductions(), own), _Costs(tokens.size)
         layers = _Pass1(model, run, hidden, sizes, options, costs)
         snapshots = Snapshots(kept, options.snapshot_interval, ranks)

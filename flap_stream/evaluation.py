@@ -14,6 +14,7 @@ from flap_stream.calibration import check_text, evaluation_text, evaluation_toke
 from flap_stream.checkpoint import open_checkpoint
 from flap_stream.config import EvaluateConfig
 from flap_stream.hidden_states import HiddenStates
+from flap_stream.job_header import engine_rows, model_row
 from flap_stream.layers import BatchSizes, Logits, StreamedModel
 from flap_stream.memory import give_back_heap
 from flap_stream.planner import Placement
@@ -55,6 +56,8 @@ def evaluate(
         ranks.from_first(lambda: check_text(wanted, model))
         checkpoint = opened.enter_context(open_checkpoint(model))
         streamed = StreamedModel(checkpoint, options, ranks)
+        progress.header(model_row(checkpoint, len(streamed.layers)))
+        progress.say("reading the text")
         tokens = ranks.from_first(
             lambda: (
                 evaluation_tokens(
@@ -68,6 +71,7 @@ def evaluate(
         warn_of_positions(checkpoint.config, tokens.shape[1])
         give_back_heap()
         placement = streamed.place(options, *tokens.shape, head=True)
+        progress.header(engine_rows(streamed, placement, *tokens.shape))
         scores, _ = score_tokens(streamed, tokens, placement, progress)
         bytes_read = sum(ranks.gathered(checkpoint.bytes_read))
     return EvaluateResult(

@@ -35,6 +35,7 @@ from flap_stream.config import (
 )
 from flap_stream.differences import model_differences, output_differences
 from flap_stream.errors import CorruptRun, InvalidOption, OutputConflict, RunMismatch
+from flap_stream.job_header import engine_rows, model_row
 from flap_stream.layers import StreamedModel, cpu_threads, release
 from flap_stream.memory import give_back_heap
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
@@ -58,6 +59,10 @@ from flap_stream.tokenization import code_files
 from flap_stream.values import option_name
 
 logger = logging.getLogger(__name__)
+
+# How long pass 2 takes beside pass 1, about, for the bar of a whole job: measured on CPUs, see the README.
+_REFIT_WEIGHTS = {"own": 1.5, "dense": 2.5, "aligned": 3.5, "joint": 10.0}
+_REWRITE_WEIGHT = 0.1
 
 
 @dataclass
@@ -193,6 +198,7 @@ def prune(
             output.require_own_place(source, out, run_path)
             output.tell_left_out(source.directory)
         with ExitStack() as stack:  # one lock for the whole job: no other can plan in between
+            stack.enter_context(progress.job([("collect", 1.0), *_pass2_weights(options)]))
             directory, _ = _collect(source, run_path, options, progress, measured, stack, out, ranks)
             with measured.stage("plan"):
                 ranks.from_first(lambda: _store_plan(directory, decide(directory, part_of(options, PlanConfig))))
@@ -203,6 +209,14 @@ def prune(
             if removes_run and ranks.is_first:
                 directory.remove()
     return result
+
+
+def _pass2_weights(options: RewriteConfig) -> list[tuple[str, float]]:
+    """About how long the stages of pass 2 take, beside pass 1."""
+    return [
+        *([("refit", _REFIT_WEIGHTS[options.refit_target])] if options.refits else []),
+        ("rewrite", _REWRITE_WEIGHT),
+    ]
 
 
 def collect(
@@ -261,7 +275,10 @@ def rewrite(
         if ranks.is_first and output.read_record(Path(out)) is None:
             output.require_own_place(source, Path(out), directory.path)
             output.tell_left_out(source.directory)
-        return _rewrite(source, directory, Path(out), options, Progress.of(progress), Measured(), ranks)
+        shown = Progress.of(progress)
+        shown.header({**model_row(source, len(directory.layer_shapes)), "run directory": str(run)})
+        with shown.job(_pass2_weights(options)):
+            return _rewrite(source, directory, Path(out), options, shown, Measured(), ranks)
 
 
 @contextmanager
@@ -305,9 +322,12 @@ def _collect(
     """
     with measured.stage("collect"):
         model = StreamedModel(source, options, ranks)
+        progress.header({**model_row(source, len(model.layers)), "run directory": str(run)})
         if isinstance(options, PruneConfig):
             _require_possible(model, options)
         target = options.refit_target if isinstance(options, PruneConfig) and options.refits else None
+        if options.method != "magnitude-sp":
+            progress.say("reading the calibration text")
         windows = ranks.from_first(lambda: _windows_for(model, options))
         tokens = windows.tokens
         give_back_heap()
@@ -325,6 +345,7 @@ def _collect(
         if target is not None:  # pass 2 must fit as well, whatever the plan will be
             refit = refit_sizes(model, target)
             model.place(options, samples, length, refit=refit, recorded=placement.batch_size)
+        progress.header(engine_rows(model, placement, samples, length))
         opened = _run_directory(ranks, run, lambda: _begun_run(model, run, options, windows, placement))
         directory = stack.enter_context(opened)
         with cpu_threads(directory.manifest["threads"]):
@@ -556,6 +577,8 @@ def _refitted(
     samples, length = run.manifest["tokens"]["shape"]
     refit = refit_sizes(model, options.refit_target, keeps)
     placement = model.place(options, samples, length, refit=refit, recorded=collected["batch_size"])
+    if placement != measured.placement:
+        progress.header(engine_rows(model, placement, samples, length))
     measured.placement = placement if measured.placement is None else measured.placement.together(placement)
     with cpu_threads(run.manifest["threads"]):
         refit_layers(model, run, keeps, options.refit_target, placement, progress, snapshot_interval)

@@ -18,6 +18,7 @@ from flap_stream.checkpoint import open_checkpoint
 from flap_stream.config import PlanConfig, SweepConfig, part_of, require_restoration
 from flap_stream.errors import InvalidOption
 from flap_stream.evaluation import perplexity_of, score_outputs
+from flap_stream.job_header import engine_rows, model_row
 from flap_stream.json_form import finite, has_form, natural
 from flap_stream.layers import BatchSizes, StreamedModel
 from flap_stream.masked_layers import Decision, masked, mending
@@ -119,6 +120,7 @@ def sweep(
         with open_checkpoint(place) as source, torch.inference_mode():
             require_model_of(directory, source)
             streamed = StreamedModel(source, options)
+            progress.header({**model_row(source, len(streamed.layers)), "run directory": str(run)})
             curve = _Curve(directory, streamed, options, restore, progress)
             warn_of_positions(source.config, curve.tokens.shape[1])
             curve.measure(plans)
@@ -229,14 +231,22 @@ class _Curve:
         if not missing:
             return
         group, placement = _group(self._model, self._options, self.tokens, len(missing), self._run.path)
-        for first in range(0, len(missing), group):
-            for plan, perplexity in self._perplexities(missing[first : first + group], placement):
-                if plan is None:
-                    self._body["dense_perplexity"] = perplexity
-                else:
-                    points = [*self._body["points"], asdict(_point(plan, perplexity))]
-                    self._body["points"] = sorted(points, key=lambda point: point["ratio"])
-            self._run.write_sweep(self._name, self._body)
+        count, length = self.tokens.shape
+        self._progress.header(engine_rows(self._model, placement, group * count, length))
+        readings = range(0, len(missing), group)
+        with self._progress.job([("sweep", 1.0)] * len(readings)):
+            for first in readings:
+                for plan, perplexity in self._perplexities(missing[first : first + group], placement):
+                    self._take(plan, perplexity)
+                self._run.write_sweep(self._name, self._body)
+
+    def _take(self, plan: PlanResult | None, perplexity: float) -> None:
+        """Bring in one perplexity; without a plan it is the dense model's."""
+        if plan is None:
+            self._body["dense_perplexity"] = perplexity
+        else:
+            points = [*self._body["points"], asdict(_point(plan, perplexity))]
+            self._body["points"] = sorted(points, key=lambda point: point["ratio"])
 
     def find_limit(self, increase: float, resolution: float) -> Limit:
         """Bisect between the largest ratio measured that stays within the limit and the next one above it."""

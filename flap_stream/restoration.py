@@ -115,7 +115,7 @@ def refit_layers(
                 for store in stores
             ]
             start = resume(model, saved, tokens[own.start : own.stop], placement.batch_size, first)
-            stage.skip(start)
+            stage.skip(start, recorded=min(first, count))
             sizes = BatchSizes(placement.batch_size, run.batch_reductions(), own)
             on = SecondPass(model, run, [hidden for _, hidden in saved], sizes, placement, samples, target)
             snapshots = Snapshots(saved, snapshot_interval, ranks)
@@ -136,6 +136,9 @@ def refit_layers(
                 model.checkpoint.require_unchanged()
                 if ranks.is_first:
                     run.write_refit(count, _file_chunks("", {model.family.head: head}))
+    else:
+        with progress.stage("refit", count) as stage:
+            stage.skip(count)
     if ranks.is_first:
         run.pruned_snapshots.drop()
         run.dense_snapshots.drop()

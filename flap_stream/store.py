@@ -103,6 +103,8 @@ class RunDirectory:
     @staticmethod
     def _make(path: Path, manifest: bytes) -> None:
         """A run directory in which nothing is complete yet, unless another process makes it at this moment."""
+        if path.is_symlink() and not path.exists():
+            raise RunMismatch(f"{path} is a link to {path.readlink()}, which is not there; make that or name another")
         is_new = not path.exists()
         if not is_new and (not path.is_dir() or any(p.name not in _UNBORN for p in path.iterdir())):
             raise RunMismatch(f"{path} exists and is no run directory; name another with --run")
@@ -143,14 +145,15 @@ class RunDirectory:
         """Delete the whole run directory.
 
         The journal goes first, run.json and the lock last: what a kill leaves is a run without anything complete,
-        which can be removed or taken up again.
+        which can be removed or taken up again. A link that leads to the directory, or the place where a disk is
+        mounted, is the user's: it stays, and so does the directory, empty.
         """
         files.remove(self.path / "journal")
         for path in self.path.iterdir():
             if path.name not in (MANIFEST_NAME, LOCK_NAME):
                 files.remove(path)
         files.remove(self.path / MANIFEST_NAME)
-        files.remove(self.path)
+        _remove_place(self.path)
 
     @classmethod
     def remove_leftover(cls, path: Path) -> None:
@@ -159,7 +162,7 @@ class RunDirectory:
             with cls(path) as run:
                 run.remove()
         elif path.is_dir() and all(file.name in _UNBORN for file in path.iterdir()):
-            files.remove(path)
+            _remove_place(path)
 
     # --- tokens ---
 
@@ -524,6 +527,14 @@ def stored_bytes(shapes: Sequence[LayerShape], tokens: int) -> int:
 
 def _blocks(nbytes: int) -> int:
     return (nbytes // _BLOCK_BYTES + 1) * _BLOCK_BYTES
+
+
+def _remove_place(path: Path) -> None:
+    if path.is_symlink() or path.is_mount():
+        for file in path.iterdir():
+            files.remove(file)
+    else:
+        files.remove(path)
 
 
 _UNBORN = {MANIFEST_NAME + files.PARTIAL_SUFFIX, LOCK_NAME}

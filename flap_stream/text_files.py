@@ -363,13 +363,13 @@ def _open_bytes(path: Path) -> BinaryIO:
 
         _require_whole_frames(path)
         return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+    files.require_plain(path, may_have_holes=False)
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     return openers.get(packing, open)(path, "rb")
 
 
 def _require_whole_frames(path: Path) -> None:
     """Raise EOFError for a .zst that is cut short, which pyarrow reads without a word (RFC 8878, section 3.1)."""
-    files.require_plain(path, may_have_holes=False)
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if not size:

@@ -442,6 +442,11 @@ def test_a_link_in_the_place_of_the_output_is_refused_before_any_work(name, exis
     refuse(capsys, PRUNE, f"{name} is a symbolic link to elsewhere")
 
 
+def test_a_run_directory_that_is_a_link_to_nowhere_is_refused_before_any_work(place: Path, capsys) -> None:
+    Path("out.run").symlink_to("elsewhere")
+    refuse(capsys, PRUNE, "out.run is a link to elsewhere, which is not there")
+
+
 def test_an_output_that_does_not_fit_is_refused_before_any_work(place: Path, capsys) -> None:
     small = place / "small"
     small.mkdir()

@@ -75,6 +75,15 @@ def test_llama_cpp_computes_what_transformers_does(case: str, structure: str, tm
     require_equal(out, tmp_path / "model.gguf", random_tokens(1, 20, seed=5)[0])
 
 
+def test_an_export_writes_a_line_now_and_then_not_one_for_each_tensor(tmp_path: Path, capsys) -> None:
+    model = save(tiny_model(tiny_config(layers=9, eos_token_id=None)), tmp_path / "model")
+    assert main(["export-gguf", str(model), str(tmp_path / "model.gguf")]) == 0
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.startswith("export: ")]
+    assert "84 tensors" in printed.out
+    assert 5 <= len(lines) <= 11 and lines[-1].startswith("export: 84/84, ")
+
+
 def test_query_and_key_norms_go_with_one_size_and_no_biases(tmp_path: Path) -> None:
     changes = {"eos_token_id": None}
     out = pruned(tmp_path, "qwen3", changes=changes, structure="ul-um", restore="none")

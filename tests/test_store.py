@@ -317,6 +317,33 @@ def test_a_removed_run_directory_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_link_to_a_run_directory_stays_and_can_be_used_again(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk")
+    for _ in range(2):
+        with RunDirectory(_filled(tmp_path / "run")) as run:
+            run.remove()
+        assert (tmp_path / "run").readlink() == Path("disk")
+        assert list((tmp_path / "disk").iterdir()) == []
+    (tmp_path / "disk" / "lock").touch()  # what a kill during the removal leaves
+    RunDirectory.remove_leftover(tmp_path / "run")
+    assert (tmp_path / "run").is_symlink() and list((tmp_path / "disk").iterdir()) == []
+
+
+def test_a_disk_that_is_mounted_as_the_run_directory_stays(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", path], check=False, capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("no permission to mount a small file system")
+    try:
+        with RunDirectory(_filled(path)) as run:
+            run.remove()
+        assert path.is_mount() and list(path.iterdir()) == []
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
 # --- the lock ---
 
 HOLDER = """

@@ -27,9 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Time both models, and print before and after."""
     config = shared.values(options, BenchInferenceConfig)
-    from flap_stream.inference_benchmark import bench_inference
+    progress = shared.progress_of(options)
+    with progress.loading():
+        from flap_stream.inference_benchmark import bench_inference
 
-    result = bench_inference(shared.model_of(options.dense, options), options.out, config, shared.progress_of(options))
+    result = bench_inference(shared.model_of(options.dense, options), options.out, config, progress)
     if options.json:
         shared.print_json({"dense": options.dense, "out": options.out, **asdict(result)})
         return

@@ -26,8 +26,9 @@ def run(options: argparse.Namespace) -> None:
     with as_file(files("flap_stream") / "demo") as bundle:
         model, text = str(bundle / "model"), (str(bundle / "evaluation.txt"),)
         config = PruneConfig(ratio=options.ratio, calibration=(str(bundle / "calibration.txt"),), dtype="float32")
-        from flap_stream.evaluation import evaluate
-        from flap_stream.pipeline import prune
+        with progress.loading():
+            from flap_stream.evaluation import evaluate
+            from flap_stream.pipeline import prune
 
         measure = EvaluateConfig(text=text, dtype="float32")
         before = evaluate(model, measure, progress)

@@ -23,9 +23,11 @@ def run(options: argparse.Namespace) -> None:
     """Evaluate, and print the perplexity."""
     config = shared.values(options, EvaluateConfig)
     shared.check_text(config)
-    from flap_stream.evaluation import evaluate
+    progress = shared.progress_of(options)
+    with progress.loading():
+        from flap_stream.evaluation import evaluate
 
-    result = evaluate(shared.model_of(options.model, options), config, shared.progress_of(options))
+    result = evaluate(shared.model_of(options.model, options), config, progress)
     if options.json:
         shared.print_json({"model": options.model, **asdict(result)})
     else:

@@ -26,12 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Export, and print what was written."""
     config = shared.values(options, ExportGgufConfig)
-    from flap_stream.export.gguf import export_gguf
+    progress = shared.progress_of(options)
+    with progress.loading():
+        from flap_stream.export.gguf import export_gguf
 
-    result = export_gguf(options.out, options.file, config, shared.progress_of(options))
+    result = export_gguf(options.out, options.file, config, progress)
     if options.json:
         shared.print_json(asdict(result) | {"file": str(result.file)})
         return
     print(f"architecture {result.architecture}, {result.type}, {result.tensors} tensors")
     print(f"size         {format_bytes(result.nbytes)}")
-    print(f"result       {result.file}")
+    shared.show(f"result       {result.file}")

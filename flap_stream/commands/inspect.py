@@ -17,6 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print what is there: progress of a run, sizes and kept shares of a checkpoint, sizes of a dense model."""
+    with shared.progress_of(options).loading():
+        import flap_stream.output
+        import flap_stream.store  # noqa: F401
+
     place = Path(options.place)
     if (place / "run.json").exists():
         _inspect_run(place, options.json, options.verify)
@@ -53,7 +57,7 @@ def _inspect_run(place: Path, as_json: bool, verifies: bool) -> None:
     if as_json:
         shared.print_json(body)
         return
-    print(f"run of {body['model']}, method {body['method']}")
+    shared.show(f"run of {body['model']}, method {body['method']}")
     print(f"statistics   {body['complete_layers']} of {total} layers")
     print(f"plan         {'there' if body['has_plan'] else 'none yet'}")
     if verifies:
@@ -75,7 +79,8 @@ def _inspect_output(place: Path, as_json: bool, verifies: bool) -> None:
         shared.print_json({"out": str(place), **record, **({"verified": True} if verifies else {})})
         return
     options = record["options"]
-    print(f"pruned from {record['base']['name']} by {options['method']}, {options['structure']}, {options['metric']}")
+    how = ", ".join(options[name] for name in ("method", "structure", "metric"))
+    shared.show(f"pruned from {record['base']['name']} by {how}")
     shared.print_sizes(record)
     print("layer   KV groups        neurons")
     for i, layer in enumerate(record["layers"]):

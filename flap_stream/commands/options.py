@@ -9,7 +9,7 @@ from typing import Any
 
 from flap_stream import config
 from flap_stream.errors import InvalidOption
-from flap_stream.progress import Progress, format_bytes
+from flap_stream.progress import Progress, format_bytes, printable
 from flap_stream.values import dtype_name
 
 
@@ -164,6 +164,11 @@ def progress_of(options: argparse.Namespace) -> Progress:
     return Progress("auto" if is_first and not options.quiet else "silent")
 
 
+def show(line: str) -> None:
+    """Print a line that may quote a name from a file or a folder: no terminal takes it for a command."""
+    print(printable(line))
+
+
 def print_json(body: dict[str, Any]) -> None:
     """The one object that --json promises."""
     print(json.dumps(body))
@@ -202,4 +207,4 @@ def print_result(result: Any) -> None:
         spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.measured.seconds.items())
         print(f"time         {spent}")
         print(f"peak memory  {format_bytes(result.measured.peak_host_bytes)}")
-    print(f"result       {result.out}")
+    show(f"result       {result.out}")

@@ -17,8 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Plan, and print what would remain, layer by layer."""
     config = shared.values(options, PlanConfig)
-    from flap_stream.pipeline import plan
-    from flap_stream.sizes import width_note
+    with shared.progress_of(options).loading():
+        from flap_stream.pipeline import plan
+        from flap_stream.sizes import width_note
 
     result = plan(options.run_directory, config)
     sizes = result.sizes.record()
@@ -39,4 +40,4 @@ def run(options: argparse.Namespace) -> None:
         print(f"{i:5d}   {len(keep.kv_groups):4d} of {groups:<6d}  {len(keep.neurons):6d} of {neurons}")
     shared.print_sizes(sizes)
     print(f"widths       {width_note(result.sizes.width_multiple)}")
-    print(f"next: flap-stream rewrite {result.run} OUT")
+    shared.show(f"next: flap-stream rewrite {result.run} OUT")

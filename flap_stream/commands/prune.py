@@ -40,9 +40,11 @@ def run(options: argparse.Namespace) -> None:
     for name in ("ranks", "nodes", "network"):
         if (value := getattr(options, name)) is not None:
             raise InvalidOption(f"--{name} {value} would have no effect: it goes with --dry-run")
-    from flap_stream.pipeline import prune
+    progress = shared.progress_of(options)
+    with progress.loading():
+        from flap_stream.pipeline import prune
 
-    model, progress = shared.model_of(options.model, options), shared.progress_of(options)
+    model = shared.model_of(options.model, options)
     result = prune(model, options.out, config, run=options.run, progress=progress)
     if options.json:
         shared.print_json(shared.totals(result))
@@ -51,7 +53,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _dry_run(options: argparse.Namespace, config: PruneConfig) -> None:
-    from flap_stream.forecast import NETWORK_RATE, forecast
+    with shared.progress_of(options).loading():
+        from flap_stream.forecast import NETWORK_RATE, forecast
 
     network = NETWORK_RATE if options.network is None else parse_size(options.network)
     ranks, nodes = (1 if given is None else given for given in (options.ranks, options.nodes))

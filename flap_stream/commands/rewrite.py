@@ -20,9 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Rewrite, and print what came out."""
     config = shared.values(options, RewriteConfig)
-    from flap_stream.pipeline import rewrite
+    progress = shared.progress_of(options)
+    with progress.loading():
+        from flap_stream.pipeline import rewrite
 
-    model, progress = shared.model_of(options.model, options), shared.progress_of(options)
+    model = shared.model_of(options.model, options)
     result = rewrite(options.run_directory, options.out, config, model=model, progress=progress)
     if options.json:
         shared.print_json(shared.totals(result))

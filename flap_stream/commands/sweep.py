@@ -39,9 +39,11 @@ def run(options: argparse.Namespace) -> None:
     """Sweep, and print a row a ratio."""
     config = shared.values(options, SweepConfig)
     shared.check_text(config)
-    from flap_stream.ratio_sweep import sweep
+    progress = shared.progress_of(options)
+    with progress.loading():
+        from flap_stream.ratio_sweep import sweep
 
-    model, progress = shared.model_of(options.model, options), shared.progress_of(options)
+    model = shared.model_of(options.model, options)
     result = sweep(options.run_directory, config, model=model, progress=progress)
     if options.json:
         shared.print_json({**asdict(result), "run": str(result.run)})

@@ -60,6 +60,7 @@ _FILE_TYPES = {
 _OWN_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _QUANTISED_BLOCK = 32
 _ROW_BLOCK_ELEMENTS = 1 << 22
+_MOST_LINES = 10  # of progress, where there is no bar
 
 
 @dataclass(frozen=True)
@@ -318,7 +319,7 @@ def _write(writer: GGUFWriter, source: Checkpoint, tensors: Sequence[_Tensor], f
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with progress.stage("export", len(tensors), unit="tensor") as stage:
+        with progress.stage("export", len(tensors), unit="tensor", most_lines=_MOST_LINES) as stage:
             for tensor in tensors:
                 raw = _raw(source, tensor)
                 writer.write_tensor_data(raw)
