@@ -33,7 +33,7 @@ _READ_WHOLE = (".jinja", ".json", ".md", ".model", ".py", ".tiktoken", ".txt")  
 _NOT_READ = ("trainer_state.json",)
 _MOST_DEPTH = 16  # of directories in one of our own
 _READ_BYTES = 1 << 22
-_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _unsynced: set[int] = set()  # devices of which it has been said
 
 
