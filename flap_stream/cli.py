@@ -1,5 +1,6 @@
 """The command `flap-stream`: finds the verb, configures logging, turns our errors into one line and an exit code."""
 
+import argparse
 import logging
 import os
 import signal
