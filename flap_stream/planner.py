@@ -256,7 +256,7 @@ def _find_workspace(job: Job, batch_size: int) -> tuple[int, int]:
     widest = max(range(len(job.layers)), key=lambda i: job.skeleton.layer_shape(i).neurons)
     largest = max(range(len(job.layers)), key=lambda i: sum(entry.nbytes for entry in job.layers[i].values()))
     skeleton, peak, small_peak = job.skeleton, 0, 0
-    skeleton.route_everywhere()  # where tokens go depends on values, of which there are none here
+    skeleton.ignore_values()  # there are none here
     # The same mode each time: what a module keeps of one call must be of use in the next.
     with torch.inference_mode(), _fake_mode():
         shape = (batch_size, job.tokens, job.hidden_size)
