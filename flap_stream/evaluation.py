@@ -51,7 +51,7 @@ def evaluate(model: str | Path, options: EvaluateConfig, progress: Progress | No
                 streamed.vocab_size,
             )
         )
-        placement = streamed.place(options, *tokens.shape, head=True)
+        placement = streamed.place(options, streamed.job(*tokens.shape, head=True))
         scores, _ = score_tokens(streamed, tokens, placement, progress)
         bytes_read = sum(ranks.gathered(checkpoint.bytes_read))
     return EvaluateResult(
