@@ -116,7 +116,12 @@ class _Pass1:
         ranks = self.model.ranks
         with _input_moments(self.model, index, weights) as merger:
             self._forward(
-                index, weights, step=2 * index, keep_output=not self._hands_on_pruned, after_batch=merger.take_batch
+                index,
+                weights,
+                step=2 * index,
+                keep_output=not self._hands_on_pruned,
+                before_batch=merger.begin_batch,
+                after_batch=merger.take_batch,
             )
         moments = merger.finish()
         entries = list(self.model.layer_entries[index].values())
@@ -200,6 +205,10 @@ class _Merger:
             self._pending[name] = (means, m2s, windows.shape[1])
 
         return see
+
+    def begin_batch(self, _start: int, _windows: int) -> None:
+        """A batch is about to run: what one that failed has left does not count."""
+        self._pending = {}
 
     def take_batch(self, _start: int, _output: torch.Tensor) -> None:
         """A batch has run."""

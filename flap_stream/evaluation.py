@@ -70,7 +70,7 @@ def evaluate(
         )
         warn_of_positions(checkpoint.config, tokens.shape[1])
         give_back_heap()
-        placement = streamed.place(options, *tokens.shape, head=True)
+        placement = streamed.place(options, streamed.job(*tokens.shape, head=True))
         progress.header(engine_rows(streamed, placement, *tokens.shape))
         scores, _ = score_tokens(streamed, tokens, placement, progress)
         bytes_read = sum(ranks.gathered(checkpoint.bytes_read))

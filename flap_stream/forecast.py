@@ -92,13 +92,15 @@ def forecast(
         limits = memory.limits(streamed.device, options.host_memory, options.device_memory, local)
         windows = (options.samples, options.sequence_length) if options.method != "magnitude-sp" else (0, 0)
         job, refits = replace(streamed.job(*windows), ranks=ranks, local_ranks=local), None
-        placement = planner.place(job, limits, options.batch_size, options.prefetch)
+        then = []
         if options.refits:
             require_refittable(streamed.family, streamed.shapes, options.refit_target, source.source)
             refits = refit_sizes(streamed, options.refit_target)
-            # Not a job of its own: what a batch takes has been found for this one.
-            second = replace(job, refit=refits, head=streamed.head_entry if refits.has_head else None)
-            placement = placement.together(planner.place(second, limits, placement.batch_size, options.prefetch))
+            then.append(streamed.refit_after(job, refits))
+        placement = planner.place(job, limits, options.batch_size, options.prefetch, then)
+        for second in then:
+            based = replace(second, base_bytes=placement.base_bytes)
+            placement = placement.together(planner.place(based, limits, placement.batch_size, options.prefetch))
         if has_headers and options.method != "magnitude-sp" and not options.calibration[0].endswith(".npy"):
             load_tokenizer(source.directory, options.trust_remote_code)
         rates = _measure_rates(streamed, placement.batch_size * job.tokens, source, has_headers, out, local, network)

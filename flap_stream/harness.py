@@ -150,7 +150,7 @@ class FlapStreamLM(TemplateLM):
         """Sum of log-probabilities of each continuation, and whether all its tokens are the likeliest."""
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         for chosen, tokens, wanted in self._groups(requests):
-            placement = self._model.place(self._options, *tokens.shape, head=True)
+            placement = self._model.place(self._options, self._model.job(*tokens.shape, head=True))
             scores, likeliest = score_tokens(self._model, tokens, placement, Progress("silent"), wanted)
             ends = np.cumsum(wanted.sum(axis=1))[:-1]
             for request, own_scores, own_likeliest in zip(

@@ -340,11 +340,10 @@ def _collect(
             output.require_space(out, max(0, written), run, max(0, kept))
         samples, length = tokens.shape
         recorded = RunDirectory.recorded_batch_size(run)
-        placement = model.place(options, samples, length, recorded=recorded)
+        job = model.job(samples, length)  # pass 2 must fit as well, whatever the plan will be
+        then = [] if target is None else [model.refit_after(job, refit_sizes(model, target))]
+        placement = model.place(options, job, then=then, recorded=recorded)
         measured.placement = placement
-        if target is not None:  # pass 2 must fit as well, whatever the plan will be
-            refit = refit_sizes(model, target)
-            model.place(options, samples, length, refit=refit, recorded=placement.batch_size)
         progress.header(engine_rows(model, placement, samples, length))
         opened = _run_directory(ranks, run, lambda: _begun_run(model, run, options, windows, placement))
         directory = stack.enter_context(opened)
@@ -576,10 +575,12 @@ def _refitted(
     require_refittable(model.family, model.shapes, options.refit_target, source.source)
     samples, length = run.manifest["tokens"]["shape"]
     refit = refit_sizes(model, options.refit_target, keeps)
-    placement = model.place(options, samples, length, refit=refit, recorded=collected["batch_size"])
-    if placement != measured.placement:
+    first = measured.placement  # of a pass 1 that came before in this process: what it left is in its slack
+    job = replace(model.job(samples, length, refit=refit), base_bytes=None if first is None else first.base_bytes)
+    placement = model.place(options, job, recorded=collected["batch_size"])
+    if placement != first:
         progress.header(engine_rows(model, placement, samples, length))
-    measured.placement = placement if measured.placement is None else measured.placement.together(placement)
+    measured.placement = placement if first is None else first.together(placement)
     with cpu_threads(run.manifest["threads"]):
         refit_layers(model, run, keeps, options.refit_target, placement, progress, snapshot_interval)
     release(model.device)

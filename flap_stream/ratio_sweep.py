@@ -336,7 +336,7 @@ def _group(
         group = -(-count // passes)
         if any(group == known for _, known, _ in candidates):
             continue
-        placement = model.place(options, group * len(tokens), tokens.shape[1], head=True)
+        placement = model.place(options, model.job(group * len(tokens), tokens.shape[1], head=True))
         window_bytes = tokens.shape[1] * model.hidden_size * model.dtype.itemsize
         layers_bytes = sum(model.layer_bytes(i) for i in range(len(model.layers)))
         moved = passes * layers_bytes

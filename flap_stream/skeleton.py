@@ -143,13 +143,20 @@ class Skeleton:
         assert first is not None, "the model's forward did not call its first layer"
         return first, [recorder.call for recorder in recorders]
 
-    def route_everywhere(self) -> None:
-        """From now on send all tokens to the largest expert of a layer and to no other, for its workspace."""
+    def ignore_values(self) -> None:
+        """From now on take no turn that depends on values, so that a forward can be run for its workspace alone.
+
+        All tokens go to the largest expert of a layer and to no other; frequencies stay what they are in any window.
+        """
         for layer in self.layers:
             experts = getattr(layer.mlp, "experts", None)
             if experts is not None:
                 largest = max(experts.each, key=lambda expert: expert.down.in_features)
                 experts.forward = lambda hidden, index, weights, run=largest: run(hidden) * weights[:, :1]
+        for module in self._model.modules():
+            kind = getattr(module, "rope_type", None)  # of all layers, or of each type of layer
+            if kind is not None:
+                setattr(module, "rope_type", "default" if isinstance(kind, str) else dict.fromkeys(kind, "default"))  # noqa: B010
 
     def run_layer(
         self,

@@ -124,7 +124,9 @@ def test_a_sweep_goes_on_where_it_was_and_only_for_the_same(tmp_path: Path, monk
         return measure(model, tokens, decisions, *rest)
 
     monkeypatch.setattr(ratio_sweep, "perplexities", counted)
-    monkeypatch.setattr(ratio_sweep, "_group", lambda model, options, tokens, *_: (1, model.place(options, 5, 20)))
+    monkeypatch.setattr(
+        ratio_sweep, "_group", lambda model, options, tokens, *_: (1, model.place(options, model.job(5, 20)))
+    )
     stop_at = 2
     with pytest.raises(KeyboardInterrupt):
         flap_stream.sweep(made.run, made.options())
