@@ -1,23 +1,58 @@
 """Structured pruning of large language models, streamed one decoder layer at a time from disk.
 
 The stages as functions, each on stored values: `prune` (the whole job), `collect`, `plan`, `rewrite`, `evaluate`,
-`sweep`.
-Their options are the dataclasses of `flap_stream.config`; what they raise is in `flap_stream.errors`.
-Importing this package loads neither torch nor transformers; the first stage that runs does.
+`sweep`; and on their results `write_report`, `export_gguf`, `export_stock`, `bench_inference`.
+Their options are the dataclasses of `flap_stream.config`, or keywords: `prune(model, out, ratio=0.2)`.
+What they raise is in `flap_stream.errors`.
+Importing this package loads none of its modules; what is used of it does, torch and transformers with the first stage.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig, SweepConfig
-from flap_stream.errors import FlapStreamError
-
 if TYPE_CHECKING:
+    from flap_stream.config import (
+        BenchInferenceConfig,
+        CollectConfig,
+        EvaluateConfig,
+        ExportGgufConfig,
+        ExportStockConfig,
+        PlanConfig,
+        PruneConfig,
+        RewriteConfig,
+        SweepConfig,
+    )
+    from flap_stream.errors import FlapStreamError
     from flap_stream.evaluation import EvaluateResult, evaluate
+    from flap_stream.export.gguf import ExportGgufResult, export_gguf
+    from flap_stream.export.stock import ExportStockResult, export_stock
+    from flap_stream.inference_benchmark import BenchResult, bench_inference
     from flap_stream.pipeline import CollectResult, PlanResult, PruneResult, collect, plan, prune, rewrite
+    from flap_stream.progress import Progress
     from flap_stream.ratio_sweep import SweepResult, sweep
+    from flap_stream.report.page import ReportResult, write_report
 
 _LAZY = {
+    "Progress": "flap_stream.progress",
+    "FlapStreamError": "flap_stream.errors",
+    **dict.fromkeys(
+        (
+            "BenchInferenceConfig",
+            "CollectConfig",
+            "EvaluateConfig",
+            "ExportGgufConfig",
+            "ExportStockConfig",
+            "PlanConfig",
+            "PruneConfig",
+            "RewriteConfig",
+            "SweepConfig",
+        ),
+        "flap_stream.config",
+    ),
+    **dict.fromkeys(("write_report", "ReportResult"), "flap_stream.report.page"),
+    **dict.fromkeys(("export_gguf", "ExportGgufResult"), "flap_stream.export.gguf"),
+    **dict.fromkeys(("export_stock", "ExportStockResult"), "flap_stream.export.stock"),
+    **dict.fromkeys(("bench_inference", "BenchResult"), "flap_stream.inference_benchmark"),
     **dict.fromkeys(("evaluate", "EvaluateResult"), "flap_stream.evaluation"),
     **dict.fromkeys(("sweep", "SweepResult"), "flap_stream.ratio_sweep"),
     **dict.fromkeys(
@@ -26,24 +61,36 @@ _LAZY = {
 }
 
 __all__ = [
+    "BenchInferenceConfig",
+    "BenchResult",
     "CollectConfig",
     "CollectResult",
     "EvaluateConfig",
     "EvaluateResult",
+    "ExportGgufConfig",
+    "ExportGgufResult",
+    "ExportStockConfig",
+    "ExportStockResult",
     "FlapStreamError",
     "PlanConfig",
     "PlanResult",
+    "Progress",
     "PruneConfig",
     "PruneResult",
+    "ReportResult",
     "RewriteConfig",
     "SweepConfig",
     "SweepResult",
+    "bench_inference",
     "collect",
     "evaluate",
+    "export_gguf",
+    "export_stock",
     "plan",
     "prune",
     "rewrite",
     "sweep",
+    "write_report",
 ]
 
 
@@ -51,3 +98,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'flap_stream' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,13 +1,13 @@
 """The decision: from scores to the KV groups and neurons that stay. Pure numpy, seconds for 80 layers of 65B."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil, gcd, lcm
 
 import numpy as np
 
 from flap_stream.architecture import LayerShape
-from flap_stream.config import PlanConfig
+from flap_stream.config import FAST_MULTIPLE, PlanConfig
 from flap_stream.errors import InvalidOption, ShapeMismatch
 
 
@@ -17,6 +17,10 @@ class LayerKeep:
 
     kv_groups: np.ndarray
     neurons: np.ndarray
+
+    def __repr__(self) -> str:
+        """How many of each stay."""
+        return f"LayerKeep({len(self.kv_groups)} KV groups, {len(self.neurons)} neurons)"
 
     def of(self, kind: str) -> np.ndarray:
         """Those of a kind of unit."""
@@ -29,21 +33,24 @@ class LayerKeep:
 
 @dataclass(frozen=True)
 class _Pool:
-    """Units that compete in one sort. All arrays are `[unit]`.
+    """Units, or blocks of them, that compete in one sort. All arrays are `[unit]`.
 
-    layer, unit: where each stands; is_group: whether it is a KV group.
+    layer, unit: where each stands; is_group: whether it is a KV group. size: units in each. module: ascending number of
+    what it belongs to, the attention or the MLP of a layer, or an expert.
     """
 
     score: np.ndarray
     cost: np.ndarray
+    size: np.ndarray
     layer: np.ndarray
     unit: np.ndarray
     is_group: np.ndarray
+    module: np.ndarray
 
     @classmethod
     def of(cls, scores: Sequence[tuple[np.ndarray, np.ndarray]], shapes: Sequence[LayerShape]) -> "_Pool":
         """All KV groups in order of layers, then all neurons, as the released code concatenates them."""
-        parts = []
+        parts, module = [], 0
         for is_group in (True, False):
             for i, (pair, shape) in enumerate(zip(scores, shapes, strict=True)):
                 score = pair[0] if is_group else pair[1]
@@ -51,14 +58,22 @@ class _Pool:
                 if len(score) != expected:
                     raise ShapeMismatch(f"layer {i} has {expected} units, but {len(score)} scores")
                 cost = shape.group_cost if is_group else shape.neuron_cost
+                modules = shape.experts if shape.experts and not is_group else (expected,)
                 size = len(score)
                 parts.append(
-                    (score, np.full(size, cost), np.full(size, i), np.arange(size), np.full(size, is_group, dtype=bool))
+                    (
+                        *(score, np.full(size, cost), np.ones(size, dtype=np.int64), np.full(size, i)),
+                        *(np.arange(size), np.full(size, is_group, dtype=bool)),
+                        np.repeat(np.arange(module, module + len(modules)), modules),
+                    )
                 )
+                module += len(modules)
         return cls(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
-    def subset(self, chosen: np.ndarray) -> "_Pool":
-        return _Pool(*(column[chosen] for column in vars(self).values()))
+    def modules(self) -> list[np.ndarray]:
+        """Indices of the units of each module that has any."""
+        starts = np.flatnonzero(np.diff(self.module)) + 1
+        return np.split(np.arange(len(self.module)), starts) if len(self.module) else []
 
 
 def allocate(
@@ -71,19 +86,8 @@ def allocate(
     """
     if any(shape.experts for shape in shapes):
         _require_experts_suit(options)
-    if options.rounds:
-        return _allocate_rounded(scores, shapes, options)
     pool = _Pool.of(scores, shapes)
-    protected = _protected(pool, shapes, options)
-    released = options.method == "flap" and options.statistics == "released"
-    if options.structure == "al-am":
-        budget = (1 - options.ratio) * pool.cost.sum()
-        keep = _released_prefix(pool, shapes, options) if released else _prefix(pool, protected, budget, options)
-        keep |= protected
-    elif options.structure == "al-mm":
-        keep = _remove_globally(pool, protected, shapes, options, released)
-    else:
-        keep = _remove_uniformly(pool, protected, shapes, options, released)
+    keep = _keep_rounded(pool, shapes, options) if options.rounds else _keep_published(pool, shapes, options)
     kept = []
     for i in range(len(shapes)):
         here = keep & (pool.layer == i)
@@ -91,10 +95,35 @@ def allocate(
     return kept
 
 
+def require_minimum(shapes: Sequence[LayerShape], options: PlanConfig) -> None:
+    """Raise InvalidOption for a minimum that no layer of the model can keep; a layer that has less keeps all."""
+    heads = max(shape.kv_groups * shape.heads_per_group for shape in shapes)
+    neurons = max(max(shape.experts, default=shape.neurons) for shape in shapes)
+    for option, least, most, name in (
+        ("--min-heads", options.min_heads, heads, "query heads"),
+        ("--min-neurons", options.min_neurons, neurons, "neurons"),
+    ):
+        if least > max(most, 1):
+            raise InvalidOption(f"{option} is {least}, but no layer has more than {most} {name}; lower it")
+
+
+def _keep_published(pool: _Pool, shapes: Sequence[LayerShape], options: PlanConfig) -> np.ndarray:
+    """The decision unit by unit, whatever the sizes; bool `[unit]`."""
+    protected = _protected(pool, shapes, options)
+    released = options.method == "flap" and options.statistics == "released"
+    if options.structure == "al-am":
+        budget = (1 - options.ratio) * pool.cost.sum()
+        keep = _released_prefix(pool, shapes, options) if released else _prefix(pool, protected, budget, options)
+        return keep | protected
+    if options.structure == "al-mm":
+        return _remove_globally(pool, protected, shapes, options, released)
+    return _remove_uniformly(pool, protected, shapes, options, released)
+
+
 def _require_experts_suit(options: PlanConfig) -> None:
     """Raise InvalidOption for what is not defined with experts, each of which sees other tokens."""
-    if options.rounds:
-        raise InvalidOption("sizes of experts are not rounded; leave out --round-*-to and --tensor-parallel")
+    if options.tensor_parallel > 1:
+        raise InvalidOption("experts are not divided among ranks here; leave out --tensor-parallel")
     if options.method == "wanda-sp" or (options.method == "flap" and options.statistics == "released"):
         raise InvalidOption(
             "the released code knows no experts; use --method flap with --statistics exact, or --method magnitude-sp"
@@ -112,16 +141,14 @@ def _protected(pool: _Pool, shapes: Sequence[LayerShape], options: PlanConfig) -
     Of experts, each keeps its minimum of neurons, one at least. What scores infinity, of which nothing is known, stays.
     """
     protected = np.isposinf(pool.score)
-    for i, shape in enumerate(shapes):
-        least_groups = ceil(options.min_heads / shape.heads_per_group)
-        for is_group, least in ((True, least_groups), (False, options.min_neurons)):
-            own = np.flatnonzero((pool.layer == i) & (pool.is_group == is_group))
-            if shape.experts and not is_group:
-                parts, least = np.split(own, np.cumsum(shape.experts)[:-1]), max(least, 1)
-            else:
-                parts = [own]
-            for part in parts:
-                protected[part[np.argsort(-pool.score[part], kind="stable")[:least]]] = True
+    for own in pool.modules():
+        shape = shapes[pool.layer[own[0]]]
+        if pool.is_group[own[0]]:
+            least = ceil(options.min_heads / shape.heads_per_group)
+        else:
+            least = max(options.min_neurons, 1) if shape.experts else options.min_neurons
+        ranked = own[np.argsort(-pool.score[own], kind="stable")]
+        protected[ranked[np.cumsum(pool.size[ranked]) - pool.size[ranked] < least]] = True
     return protected
 
 
@@ -134,10 +161,12 @@ def _prefix(pool: _Pool, protected: np.ndarray, budget: float, options: PlanConf
     spent = np.cumsum(pool.cost[order])
     length = int(np.argmin(np.abs(spent - budget))) + 1
     if length < protected.sum():
+        rounding = f"{_rounding(options)}, " if options.rounds else ""
         needed = 1 - (1 - options.ratio) * spent[protected.sum() - 1] / budget
         raise InvalidOption(
             f"--ratio {options.ratio} would take what must stay (--min-heads {options.min_heads}, --min-neurons "
-            f"{options.min_neurons}, experts that no token reached), which allows a ratio of at most {needed:.4f}"
+            f"{options.min_neurons}, {rounding}experts that no token reached), which allows a ratio of at most "
+            f"{needed:.4f}"
         )
     keep = np.zeros(len(order), dtype=bool)
     keep[order[:length]] = True
@@ -223,70 +252,91 @@ def _require_left(count: int, removable: int, is_group: bool, where: str, option
         )
 
 
-def _allocate_rounded(
-    scores: Sequence[tuple[np.ndarray, np.ndarray]], shapes: Sequence[LayerShape], options: PlanConfig
-) -> list[LayerKeep]:
-    """The decision among blocks of units, so that what stays is a multiple of a block in every layer.
+def _rounding(options: PlanConfig) -> str:
+    """The rounding in force, as messages name it."""
+    multiples = {
+        "--round-heads-to": options.round_heads_to,
+        "--round-neurons-to": options.neuron_multiple,
+        "--tensor-parallel": options.tensor_parallel,
+    }
+    return ", ".join(f"{name} {multiple}" for name, multiple in multiples.items() if multiple > 1)
 
-    In each layer and kind the units are ranked and cut into blocks; a block scores the mean of its units and costs
-    their sum. What does not fill a block, the worst, goes. The budget is that of all units.
+
+def _keep_rounded(pool: _Pool, shapes: Sequence[LayerShape], options: PlanConfig) -> np.ndarray:
+    """The decision among blocks of units, so that what stays is a multiple of a block in every module; bool `[unit]`.
+
+    A block scores the mean of its units and costs their sum. The budget is that of all units.
     """
-    steps = [_steps(i, shape, options) for i, shape in enumerate(shapes)]
-    coarse = [
-        replace(
-            shape,
-            kv_groups=shape.kv_groups // groups,
-            heads_per_group=shape.heads_per_group * groups,
-            group_cost=shape.group_cost * groups,
-            neurons=shape.neurons // neurons,
-            neuron_cost=shape.neuron_cost * neurons,
-        )
-        for shape, (groups, neurons) in zip(shapes, steps, strict=True)
-    ]
-    blocks = [
-        (_block_means(pair[0], groups), _block_means(pair[1], neurons))
-        for pair, (groups, neurons) in zip(scores, steps, strict=True)
-    ]
-    pool = _Pool.of(blocks, coarse)
-    least_neurons = max(ceil(options.min_neurons / neurons) for _, neurons in steps)
-    protected = _protected(pool, coarse, replace(options, min_neurons=least_neurons))
+    block_of, blocks = _blocks(pool, shapes, options)
+    protected = _protected(blocks, shapes, options)
     if options.structure == "al-am":
-        budget = (1 - options.ratio) * sum(shape.prunable for shape in shapes)
-        _require_enough_blocks(pool, budget, options)
-        keep = _prefix(pool, protected, budget, options)
+        budget = (1 - options.ratio) * pool.cost.sum()
+        _require_enough_blocks(blocks, budget, options)
+        keep = _prefix(blocks, protected, budget, options)
     else:
         scopes = [range(len(shapes))] if options.structure == "al-mm" else [range(i, i + 1) for i in range(len(shapes))]
         keep = protected.copy()
         for layers in scopes:
-            _keep_counts(keep, pool, layers, shapes, coarse, options)
-    return [
-        LayerKeep(
-            *(
-                np.sort(np.argsort(-score, kind="stable")[: step * int((keep & (pool.layer == i) & own).sum())])
-                for score, step, own in zip(pair, steps[i], (pool.is_group, ~pool.is_group), strict=True)
-            )
+            _keep_counts(keep, blocks, layers, shapes, options)
+    return (block_of >= 0) & keep[block_of]
+
+
+def _blocks(pool: _Pool, shapes: Sequence[LayerShape], options: PlanConfig) -> tuple[np.ndarray, _Pool]:
+    """The block of each unit, int64 `[unit]`, -1 for what goes in any case; and the blocks.
+
+    Units are ranked in each module and cut into blocks of a step. What is left over, the worst, goes before anything
+    else, and in any case if the size that was asked for forbids that all stay.
+    """
+    block_of, count = np.full(len(pool.score), -1), 0
+    left_over: list[int] = []  # blocks
+    for own in pool.modules():
+        step, asked = _steps(int(pool.layer[own[0]]), shapes, bool(pool.is_group[own[0]]), len(own), options)
+        whole = len(own) // step
+        stays = len(own) if len(own) % step % asked == 0 else whole * step
+        ranked = own[np.argsort(-pool.score[own], kind="stable")]
+        block_of[ranked[:stays]] = count + np.arange(stays) // step
+        count += -(-stays // step)
+        if whole and stays > whole * step:
+            left_over.append(count - 1)
+    own = np.flatnonzero(block_of >= 0)
+    own = own[np.argsort(block_of[own], kind="stable")]
+    size = np.bincount(block_of[own], minlength=count)
+    first = own[np.cumsum(size) - size]
+    score = np.add.reduceat(pool.score[own], np.cumsum(size) - size) / size if count else np.zeros(0)
+    score[left_over] = np.where(np.isposinf(score[left_over]), np.inf, -np.inf)
+    blocks = _Pool(
+        score=score,
+        cost=pool.cost[first] * size,
+        size=size,
+        **{name: getattr(pool, name)[first] for name in ("layer", "unit", "is_group", "module")},
+    )
+    return block_of, blocks
+
+
+def _steps(
+    layer: int, shapes: Sequence[LayerShape], is_group: bool, units: int, options: PlanConfig
+) -> tuple[int, int]:
+    """How many units of a module stay or go together, and what their number must be a multiple of in any case.
+
+    Beside what was asked for, every width (of a rank, with `tensor_parallel`) is to be a multiple of `FAST_MULTIPLE`,
+    which a module may miss only whole.
+    """
+    shape, ranks = shapes[layer], options.tensor_parallel
+    if is_group:
+        asked = lcm(options.round_heads_to // gcd(options.round_heads_to, shape.heads_per_group), ranks)
+        fast = FAST_MULTIPLE // gcd(FAST_MULTIPLE, shape.head_dim)
+        step = lcm(asked, fast * ranks) if options.neuron_multiple > 1 else asked
+    elif options.neuron_multiple == FAST_MULTIPLE:
+        asked, step = ranks, FAST_MULTIPLE * ranks
+    else:
+        asked = step = lcm(options.neuron_multiple, ranks)
+    if units < step and units % asked:
+        name = "KV groups" if is_group else "neurons"
+        raise InvalidOption(
+            f"layer {layer} has {units} {name}, but --round-heads-to, --round-neurons-to and --tensor-parallel ask for "
+            f"a multiple of {asked}; lower them"
         )
-        for i, pair in enumerate(scores)
-    ]
-
-
-def _steps(layer: int, shape: LayerShape, options: PlanConfig) -> tuple[int, int]:
-    """How many KV groups, and how many neurons, stay or go together."""
-    groups = options.round_heads_to // gcd(options.round_heads_to, shape.heads_per_group)
-    steps = lcm(groups, options.tensor_parallel), lcm(options.round_neurons_to, options.tensor_parallel)
-    for step, units, name in zip(steps, (shape.kv_groups, shape.neurons), ("KV groups", "neurons"), strict=True):
-        if 0 < units < step:
-            raise InvalidOption(
-                f"layer {layer} has {units} {name}, but --round-heads-to, --round-neurons-to and --tensor-parallel ask "
-                f"for a multiple of {step}; lower them"
-            )
-    return steps
-
-
-def _block_means(score: np.ndarray, step: int) -> np.ndarray:
-    """Mean scores `[block]` of the ranked units, those left over at the end not counted."""
-    ranked = -np.sort(-score)
-    return ranked[: len(score) // step * step].reshape(-1, step).mean(axis=1)
+    return step, asked
 
 
 def _require_enough_blocks(pool: _Pool, budget: float, options: PlanConfig) -> None:
@@ -300,36 +350,31 @@ def _require_enough_blocks(pool: _Pool, budget: float, options: PlanConfig) -> N
 
 
 def _keep_counts(
-    keep: np.ndarray,
-    pool: _Pool,
-    layers: range,
-    shapes: Sequence[LayerShape],
-    coarse: Sequence[LayerShape],
-    options: PlanConfig,
+    keep: np.ndarray, blocks: _Pool, layers: range, shapes: Sequence[LayerShape], options: PlanConfig
 ) -> None:
     """Mark the best blocks of these layers together: as many KV groups as the structure says, neurons for the rest.
 
     keep: bool `[block]`, True where a block is protected.
     """
-    here, first = (pool.layer >= layers.start) & (pool.layer < layers.stop), layers.start
-    dense = [shapes[i] for i in layers]
-    groups, head_groups = sum(shape.kv_groups for shape in dense), shapes[first].heads_per_group
-    if options.structure == "ul-um":
-        removed = options.ratio * groups
-    else:
-        removed = (options.remove_heads or 0) * len(layers) / len(shapes) / head_groups
+    here = (blocks.layer >= layers.start) & (blocks.layer < layers.stop)
+    dense, is_uniform = [shapes[i] for i in layers], options.structure == "ul-um"
+    groups = sum(shape.kv_groups for shape in dense)
+    removed = options.ratio * groups
+    if not is_uniform:
+        removed = (options.remove_heads or 0) * len(layers) // len(shapes) // dense[0].heads_per_group
+        _neurons_to_remove(dense, int(removed), options)
     budget = (1 - options.ratio) * sum(shape.prunable for shape in dense)
-    step = coarse[first].heads_per_group // head_groups
-    for is_group, cost in ((True, coarse[first].group_cost), (False, coarse[first].neuron_cost)):
-        own = np.flatnonzero(here & (pool.is_group == is_group))
-        wanted = round((groups - removed) / step) if is_group else round(budget / max(cost, 1))
-        least = int(keep[own].sum())
-        if wanted < least:
+    for is_group in (True, False):
+        own = np.flatnonzero(here & (blocks.is_group == is_group))
+        ranked = own[np.lexsort((-blocks.score[own], ~keep[own]))]
+        spent = np.concatenate([[0], np.cumsum((blocks.size if is_group else blocks.cost)[ranked])])
+        wanted, least = int(np.argmin(np.abs(spent - (groups - removed if is_group else budget)))), int(keep[own].sum())
+        if wanted < least and not (is_group and is_uniform):
             kind, option = ("KV groups", "--min-heads") if is_group else ("neurons", "--min-neurons")
             raise InvalidOption(
-                f"--ratio {options.ratio} with {options.structure} and sizes so rounded leaves fewer {kind} than "
-                f"{option} asks for; lower the ratio"
+                f"--ratio {options.ratio} with {options.structure} and sizes so rounded ({_rounding(options)}) leaves "
+                f"fewer {kind} than {option} asks for; lower the ratio"
             )
-        best = own[np.lexsort((-pool.score[own], ~keep[own]))[: max(wanted, 0)]]
+        best = ranked[: max(wanted, least)]
         keep[best] = True
-        budget -= len(best) * cost
+        budget -= blocks.cost[best].sum()

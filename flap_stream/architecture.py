@@ -7,6 +7,7 @@ that read it), in the MLP one neuron. A family is a row of `FAMILIES`; its forwa
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from flap_stream.errors import InvalidModel, UnsupportedModel
 
 ROWS, COLUMNS = 0, 1
 HOLE = -1  # in the place of an index: a row or column of zeros
+_LANGUAGE_HEADS = ("CausalLM", "ConditionalGeneration", "ImageTextToText", "VisionText2Text")
+PRUNED_TYPE = "flap_stream_"  # before the dense model's model_type in the config.json of a pruned checkpoint
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
@@ -24,6 +27,9 @@ class LayerShape:
 
     heads_per_group: query heads that read one KV head; 1 is multi-head attention.
     group_cost, neuron_cost: weights that go with one KV group, with one neuron.
+    group_biases, neuron_biases: elements of biases that go with them.
+    attention_rest, mlp_rest: elements of other tensors of the module, which go with its last unit.
+    added_biases: elements of the output biases that a restoration adds, where there are none.
     experts: neurons of each expert, one after another in `neurons`; empty for an MLP without experts.
     """
 
@@ -34,6 +40,11 @@ class LayerShape:
     group_cost: int
     neuron_cost: int
     experts: tuple[int, ...] = ()
+    group_biases: int = 0
+    neuron_biases: int = 0
+    attention_rest: int = 0
+    mlp_rest: int = 0
+    added_biases: int = 0
 
     @property
     def prunable(self) -> int:
@@ -224,6 +235,12 @@ class Family:
         """Path of the norm that serves this kind of units alone, if it is known."""
         return None if self.norms_outputs else kind.norm
 
+    def with_prefix(self, name: str) -> str:
+        """The name in the causal model of a tensor that was saved from the base model alone."""
+        base, _, layers = self.layers.rpartition(".")
+        own = (layers, *(path.removeprefix(f"{base}.").partition(".")[0] for path in (self.embedding, self.norm)))
+        return f"{base}.{name}" if name.partition(".")[0] in own else name
+
     def canonical(self, name: str) -> str:
         """The name that the pruned class has for a tensor of a checkpoint."""
         for pattern, replacement in self.renames:
@@ -279,6 +296,18 @@ _NORM_OVER_HEADS = "its query and key norms span all heads, so that removing one
 REFUSED = {"olmo2": _NORM_OVER_HEADS, "olmo3": _NORM_OVER_HEADS}
 
 
+def require_causal(config: Mapping[str, Any], where: str) -> None:
+    """Raise UnsupportedModel if config.json names a class with another head than a language model's."""
+    named = config.get("architectures")
+    for name in named if isinstance(named, list) else []:
+        head = str(name).partition("For")[2]
+        if head and head not in _LANGUAGE_HEADS:
+            raise UnsupportedModel(
+                f"{where} is a {name}; only causal language models are pruned, and the head of this one would be lost, "
+                "so name the language model that it was made from"
+            )
+
+
 def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The table row for a config.json.
 
@@ -296,7 +325,16 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
         raise UnsupportedModel(
             f"{where} has model_type {model_type!r}; supported families are {', '.join(sorted(FAMILIES))}"
         )
+    require_causal(config, where)
     return FAMILIES[model_type]
+
+
+def dense_type(config: dict[str, Any]) -> dict[str, Any]:
+    """The contents of a config.json with the dense model's model_type, also where pruning gave it one of its own."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type.startswith(PRUNED_TYPE):
+        return config
+    return {**config, "model_type": model_type.removeprefix(PRUNED_TYPE)}
 
 
 def require_sizes(config: Mapping[str, Any], where: str) -> None:
@@ -329,13 +367,20 @@ def layer_shape(family: Family, config: Mapping[str, Any], tensors: Mapping[str,
         weights = [(p, tensors.get(f"{p.name}.weight")) for p in kind.projections]
         return sum(sum(sizes[block] for block in p.blocks) * w[1 - p.axis] for p, w in weights if w is not None)
 
+    def biases_of(kind: UnitKind) -> int:
+        return sum(sizes[block] for p in kind.readers if f"{p.name}.bias" in tensors for block in p.blocks)
+
     attention, mlp = family.kinds
+    rest = [_rest(kind, tensors) for kind in family.kinds]
     experts: tuple[int, ...] = ()
     if family.experts is not None and any(name.startswith("mlp.experts.") for name in tensors):
         mlp, count = family.experts.numbered(0), 0
         while any(name.startswith(f"{family.experts.numbered(count).output.name}.") for name in tensors):
             experts += (units_of(family.experts.numbered(count)),)
             count += 1
+        rest[1] = 0  # each keeps a neuron
+    outputs = [attention.output.name, *([f.output.name for f in _experts_of(family, experts)] or [mlp.output.name])]
+    unbiased = [tensors[f"{n}.weight"] for n in outputs if f"{n}.weight" in tensors and f"{n}.bias" not in tensors]
     return LayerShape(
         kv_groups=units_of(attention),
         heads_per_group=heads_per_group,
@@ -344,4 +389,19 @@ def layer_shape(family: Family, config: Mapping[str, Any], tensors: Mapping[str,
         group_cost=cost_of(attention),
         neuron_cost=cost_of(mlp),
         experts=experts,
+        group_biases=biases_of(attention),
+        neuron_biases=biases_of(mlp),
+        attention_rest=rest[0],
+        mlp_rest=rest[1],
+        added_biases=sum(weight[ROWS] for weight in unbiased),
     )
+
+
+def _experts_of(family: Family, sizes: tuple[int, ...]) -> list[UnitKind]:
+    return [] if family.experts is None else [family.experts.numbered(i) for i in range(len(sizes))]
+
+
+def _rest(kind: UnitKind, tensors: Mapping[str, tuple[int, ...]]) -> int:
+    """Elements of a module's tensors that belong to no unit, the output's bias aside, which stays."""
+    cut = {f"{p.name}.weight" for p in kind.projections} | {f"{p.name}.bias" for p in kind.projections}
+    return sum(prod(shape) for name, shape in tensors.items() if name.startswith(f"{kind.module}.") and name not in cut)

@@ -15,7 +15,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from flap_stream import files
-from flap_stream.errors import CorruptRun
+from flap_stream.errors import CorruptRun, NotPlain
 from flap_stream.json_form import has_form, parsed
 
 Form = tuple[str, tuple[int, ...]]  # dtype (int64 or float64) and shape of an array
@@ -101,7 +101,7 @@ def _read_array(path: Path, form: Form) -> np.ndarray:
 def _metadata(path: Path) -> dict[str, Any]:
     try:
         found = parsed(files.read_plain(path / "zarr.json", METADATA_BYTES))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, NotPlain) as error:
         raise _not_ours(path) from error
     if not isinstance(found, dict):
         raise _not_ours(path)

@@ -1,27 +1,68 @@
 """Text to token windows: the released sampling for calibration, consecutive windows for evaluation."""
 
 import hashlib
-import json
+import logging
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from flap_stream.errors import InvalidText
+from flap_stream import files, text_files
+from flap_stream.config import CollectConfig, TextConfig
+from flap_stream.errors import InsufficientMemory, InvalidOption, InvalidText
+from flap_stream.text_files import DATASETS, Reading
+from flap_stream.tokenization import Tokenizer, load_tokenizer, pretrained_tokenizer, window_prefix
 
-DATASETS = ("wikitext2", "c4", "ptb")
-_TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
-# Repository, configuration, column, and the splits for calibration and evaluation: lib/data.py of the released code.
-_HUB_TEXTS = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "train", "test"),
-    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", "train", "validation"),
-}
-_C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz")
+__all__ = [
+    "DATASETS",
+    "TextWanted",
+    "Windows",
+    "calibration_text",
+    "calibration_tokens",
+    "check_text",
+    "evaluation_text",
+    "evaluation_tokens",
+    "load_tokenizer",
+    "pretrained_tokenizer",
+    "tokens_digest",
+]
 
-Tokenize = Callable[[str], Sequence[int]]
+logger = logging.getLogger(__name__)
+
+_KEPT_TOKENS = 1 << 24  # of a text that windows are drawn from; a longer one is tokenised twice
+
+Load = Callable[[], Tokenizer]
+
+
+@dataclass(frozen=True)
+class TextWanted:
+    """Which text, in windows of how many tokens.
+
+    sources: of `DATASETS`, or files and directories, or one .npy of ready tokens, whose own shape counts and of which
+    the first `samples` rows are used. samples: windows; None is all there are. evaluation: else calibration.
+    """
+
+    sources: Sequence[str]
+    samples: int | None
+    length: int
+    options: TextConfig
+    evaluation: bool = False
+
+    @property
+    def names(self) -> str:
+        """The sources in a message."""
+        return ", ".join(self.sources)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Tokens int64 `[sample, token]`, and what each window was begun with beside its text."""
+
+    tokens: np.ndarray
+    prefix: tuple[int, ...] = ()
 
 
 def tokens_digest(tokens: np.ndarray) -> str:
@@ -30,98 +71,200 @@ def tokens_digest(tokens: np.ndarray) -> str:
     return hashlib.sha256(repr(data.shape).encode() + data.tobytes()).hexdigest()
 
 
-def load_tokenizer(directory: Path, trust_remote_code: bool) -> Tokenize:
-    """A function from text to token ids, special tokens added as the model's tokenizer adds them.
+def calibration_text(options: CollectConfig) -> TextWanted:
+    """What pass 1 is to be run over."""
+    return TextWanted(options.calibration, options.samples, options.sequence_length, options)
 
-    Raises InvalidText if there is no tokenizer that loads without the model's own code.
+
+def evaluation_text(sources: Sequence[str], samples: int | None, length: int, options: TextConfig) -> TextWanted:
+    """What a perplexity is to be measured on."""
+    return TextWanted(sources, samples, length, options, evaluation=True)
+
+
+def check_text(wanted: TextWanted, model: str | Path | None = None) -> None:
+    """All that can be known of a text without a tokenizer and without reading it; needs neither torch nor a model.
+
+    model: if it is to come from the Hub, texts of the Hub, which are small beside it, are fetched before it.
+    Raises InvalidText or InvalidOption for what cannot serve.
     """
-    tokenizer = pretrained_tokenizer(directory, trust_remote_code)
-    tokenizer.model_max_length = int(1e30)  # whole texts are tokenised at once; the windows are cut afterwards
-    return lambda text: tokenizer(text)["input_ids"]
+    if _ready_tokens(wanted.sources) is not None:
+        for name, value, default in (
+            ("bos", wanted.options.bos, ("auto", "never")),
+            ("text-column", wanted.options.text_column, (None,)),
+            ("chat-template", wanted.options.chat_template, ("auto",)),
+        ):
+            if value not in default:
+                raise InvalidOption(f"--{name} {value} is about text, but {wanted.names} holds ready tokens")
+        return
+    text_files.check_sources(wanted.sources, wanted.evaluation)
+    is_path = str(model).startswith(("/", ".", "~")) or str(model).count("/") > 1 or Path(str(model)).exists()
+    if model is not None and not is_path:
+        text_files.fetch(wanted.sources, wanted.evaluation)
 
 
-def pretrained_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
-    """The tokenizer that transformers finds beside a model.
+def calibration_tokens(wanted: TextWanted, seed: int, load: Load, vocab_size: int, room: int | None = None) -> Windows:
+    """Calibration windows.
 
-    Raises InvalidText if none loads without the model's own code.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        if not trust_remote_code and "trust_remote_code" in str(error):
-            raise InvalidText(
-                f"the tokenizer of {directory} is code of its own; read it and let it run with --trust-remote-code, or "
-                "give ready tokens as a .npy file"
-            ) from error
-        reason = str(error).strip().splitlines()[0]
-        raise InvalidText(
-            f"the tokenizer of {directory} does not load ({reason}); give ready tokens as a .npy file instead"
-        ) from error
-
-
-def calibration_tokens(
-    sources: Sequence[str], samples: int, length: int, seed: int, tokenize: Callable[[], Tokenize], vocab_size: int
-) -> np.ndarray:
-    """Calibration windows, int64 `[sample, token]`.
-
-    sources: one of `DATASETS`, or files and directories, or one .npy of ready tokens, whose own shape counts and of
-    which the first `samples` rows are used.
-    tokenize: loads the tokenizer; not called for ready tokens.
+    load: gives the tokenizer; not called for ready tokens. room: bytes that reading and tokenising may take.
     Raises InvalidText for text that is missing, unreadable, too short, or not of this vocabulary.
     Source: lib/data.py of the released code (Python's `random` seeded once, `randint` with both ends included).
     """
-    ready = _ready_tokens(sources)
+    ready = _ready_tokens(wanted.sources)
     if ready is not None:
-        return _checked(ready[:samples], vocab_size, sources)
-    draw = random.Random(seed)
-    if list(sources) == ["c4"]:
-        tokens = _c4_windows(samples, length, draw, tokenize())
+        return Windows(_checked(ready[: wanted.samples], vocab_size, wanted))
+    assert wanted.samples is not None
+    _require_room_for(wanted.samples, wanted, room)
+    tokenizer, draw = load(), random.Random(seed)
+    prefix = _window_prefix(tokenizer, wanted)
+    if list(wanted.sources) == ["c4"]:
+        tokens = _c4_windows(wanted.samples, wanted.length, draw, tokenizer, prefix)
     else:
-        ids = np.asarray(tokenize()(" ".join(_documents(sources, evaluation=False))), dtype=np.int64)
-        last = len(ids) - length - 1
-        if last < 0:
-            raise InvalidText(
-                f"{_names(sources)} gives {len(ids)} tokens, but one window of {length} needs {length + 1}; "
-                "give more text or a smaller --sequence-length"
-            )
-        starts = [draw.randint(0, last) for _ in range(samples)]
-        tokens = np.stack([ids[start : start + length] for start in starts])
-    return _checked(tokens, vocab_size, sources)
+        tokens = _drawn_windows(wanted, draw, tokenizer, prefix, room)
+    return Windows(_checked(tokens, vocab_size, wanted), prefix)
 
 
-def evaluation_tokens(
-    sources: Sequence[str], samples: int | None, length: int, tokenize: Callable[[], Tokenize], vocab_size: int
-) -> np.ndarray:
-    """Consecutive full windows of a text, int64 `[sample, token]`; what is left over at the end is dropped.
+def evaluation_tokens(wanted: TextWanted, load: Load, vocab_size: int, room: int | None = None) -> Windows:
+    """Consecutive full windows of a text; what is left over at the end is dropped.
 
+    With a prefix, each window has so much less of the text. No more of the text is read than `samples` windows need.
     Raises InvalidText as `calibration_tokens` does.
     """
-    ready = _ready_tokens(sources)
+    ready = _ready_tokens(wanted.sources)
     if ready is not None:
-        return _checked(ready[:samples], vocab_size, sources)
-    text = "\n\n".join(_documents(sources, evaluation=True))
-    ids = np.asarray(tokenize()(text), dtype=np.int64)
-    count = len(ids) // length
+        return Windows(_checked(ready[: wanted.samples], vocab_size, wanted))
+    tokenizer = load()
+    prefix = _window_prefix(tokenizer, wanted)
+    width = wanted.length - len(prefix)
+    most = None if wanted.samples is None else wanted.samples * width
+    kept: list[np.ndarray] = []
+    total = 0
+    for ids in _token_stream(wanted, tokenizer, room):
+        own = ids[_length_of(prefix, ids) :] if not total else ids  # each window has its prefix anyway
+        kept.append(own.astype(np.int32))
+        total += len(own)
+        _require_room_for(total // width, wanted, room)
+        if most is not None and total >= most:
+            break
+    count = total // width if wanted.samples is None else min(total // width, wanted.samples)
     if count == 0:
         raise InvalidText(
-            f"{_names(sources)} gives {len(ids)} tokens, but one window needs {length}; "
+            f"{wanted.names} gives {total} tokens, but one window needs {width}; "
             "give more text or a smaller --sequence-length"
         )
-    return _checked(ids[: count * length].reshape(count, length)[:samples], vocab_size, sources)
+    tokens = np.empty((count, wanted.length), dtype=np.int64)
+    tokens[:, : len(prefix)] = prefix
+    tokens[:, len(prefix) :] = np.concatenate(kept)[: count * width].reshape(count, width)
+    return Windows(_checked(tokens, vocab_size, wanted), prefix)
 
 
-def _names(sources: Sequence[str]) -> str:
-    return ", ".join(sources)
+def _token_stream(wanted: TextWanted, tokenizer: Tokenizer, room: int | None) -> Iterator[np.ndarray]:
+    """Ids of the whole text, int64, piece after piece."""
+    options = wanted.options
+    is_chat = False
+
+    def render(messages: list) -> str:
+        nonlocal is_chat
+        is_chat = True
+        if tokenizer.render is None:
+            raise InvalidText("this tokenizer has no chat template for conversations")
+        return tokenizer.render(messages)
+
+    reading = Reading(options.text_column, options.chat_template, render)
+    pieces = text_files.joined(wanted.sources, wanted.evaluation, reading)
+    first = next(pieces, "")  # by then it is known whether it is a conversation
+
+    def text() -> Iterator[str]:
+        yield first
+        yield from pieces
+
+    yield from tokenizer.ids(text(), room, is_chat)
 
 
-def _checked(tokens: np.ndarray, vocab_size: int, sources: Sequence[str]) -> np.ndarray:
+def _window_prefix(tokenizer: Tokenizer, wanted: TextWanted) -> tuple[int, ...]:
+    prefix = window_prefix(tokenizer, wanted.options.bos)
+    if len(prefix) >= wanted.length:
+        raise InvalidOption(
+            f"--sequence-length is {wanted.length}, but {len(prefix)} tokens begin each window; give a larger one, or "
+            "--bos never"
+        )
+    return prefix
+
+
+def _drawn_windows(
+    wanted: TextWanted, draw: random.Random, tokenizer: Tokenizer, prefix: tuple[int, ...], room: int | None
+) -> np.ndarray:
+    """Windows from random places. The places depend on the number of tokens, so a long text is gone through twice."""
+    assert wanted.samples is not None
+    kept: list[np.ndarray] | None = []
+    total = 0
+    for ids in _token_stream(wanted, tokenizer, room):
+        total += len(ids)
+        if total > _KEPT_TOKENS:
+            if kept is not None:
+                logger.info("%s is long; it is tokenised twice, to be read in bounded memory", wanted.names)
+            kept = None
+        elif kept is not None:
+            kept.append(ids.astype(np.int32))
+    last = total - wanted.length - 1
+    if last < 0:
+        raise InvalidText(
+            f"{wanted.names} gives {total} tokens, but one window of {wanted.length} needs {wanted.length + 1}; "
+            "give more text or a smaller --sequence-length"
+        )
+    starts = np.array([draw.randint(0, last) for _ in range(wanted.samples)])
+    windows = np.zeros((wanted.samples, wanted.length), dtype=np.int64)
+    at = 0
+    for ids in _token_stream(wanted, tokenizer, room) if kept is None else kept:
+        for row in np.flatnonzero((starts < at + len(ids)) & (starts + wanted.length > at)):
+            first, stop = max(starts[row], at), min(starts[row] + wanted.length, at + len(ids))
+            windows[row, first - starts[row] : stop - starts[row]] = ids[first - at : stop - at]
+        at += len(ids)
+    if at != total:
+        raise InvalidText(f"{wanted.names} changed while it was read; run the same command again")
+    return np.stack([_begun_with(prefix, ids) for ids in windows])
+
+
+def _begun_with(prefix: tuple[int, ...], ids: np.ndarray) -> np.ndarray:
+    """As many ids, the prefix and what follows it, which is there already if the text itself begins with it."""
+    return ids if not prefix else np.concatenate([prefix, ids[_length_of(prefix, ids) :]])[: len(ids)]
+
+
+def _length_of(prefix: tuple[int, ...], ids: np.ndarray) -> int:
+    """How many ids are the prefix: all of its length, or none."""
+    return len(prefix) if tuple(ids[: len(prefix)]) == prefix else 0
+
+
+def _c4_windows(
+    samples: int, length: int, draw: random.Random, tokenizer: Tokenizer, prefix: tuple[int, ...]
+) -> np.ndarray:
+    """One window from each of `samples` random documents that are long enough (get_c4 in lib/data.py)."""
+    windows: list[np.ndarray] = []
+    with text_files.C4Documents() as documents:
+        while len(windows) < samples:
+            document = documents[draw.randint(0, len(documents) - 1)]
+            ids = np.concatenate(list(tokenizer.ids([document])))
+            if len(ids) > length:
+                start = draw.randint(0, len(ids) - length - 1)
+                windows.append(_begun_with(prefix, ids[start : start + length]))
+    return np.stack(windows)
+
+
+def _require_room_for(count: int, wanted: TextWanted, room: int | None) -> None:
+    """Raise InsufficientMemory if the tokens of so many windows alone have no room."""
+    needed = 12 * count * wanted.length  # as they are gathered, and as they go through the model
+    if room is not None and needed > max(room, 1 << 20):
+        raise InsufficientMemory(
+            f"the tokens of {count:,} windows of {wanted.names} take {needed:,} bytes, and {room:,} are left of what "
+            "may be taken; give fewer --samples, or more --host-memory"
+        )
+
+
+def _checked(tokens: np.ndarray, vocab_size: int, wanted: TextWanted) -> np.ndarray:
     lowest, highest = int(tokens.min()), int(tokens.max())
     if lowest < 0 or highest >= vocab_size:
         worst = lowest if lowest < 0 else highest
         raise InvalidText(
-            f"{_names(sources)} has token {worst}, but the model's vocabulary is 0 to {vocab_size - 1}; "
+            f"{wanted.names} has token {worst}, but the model's vocabulary is 0 to {vocab_size - 1}; "
             "tokenise the text with this model's own tokenizer"
         )
     return np.array(tokens, dtype=np.int64)  # a copy, not the file
@@ -132,104 +275,16 @@ def _ready_tokens(sources: Sequence[str]) -> np.ndarray | None:
     if not any(source.endswith(".npy") for source in sources):
         return None
     if len(sources) != 1:
-        raise InvalidText(f"{_names(sources)}: a .npy of ready tokens stands alone; name it without other texts")
+        raise InvalidText(f"{', '.join(sources)}: a .npy of ready tokens stands alone; name it without other texts")
     path = Path(sources[0])
+    if path.exists() and not path.is_file():
+        raise InvalidText(f"{path} is not a plain file; save the tokens as one with numpy.save")
     try:
         with warnings.catch_warnings(action="ignore"):
+            files.require_plain(path)
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a claim of 1 TB allocates nothing
     except Exception as error:  # numpy evaluates the header as Python, so nearly anything may come out
         raise InvalidText(f"{path} cannot be read as a .npy file: {error}") from error
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.shape[1] < 2 or len(tokens) == 0:
         raise InvalidText(f"{path} holds {tokens.dtype} {list(tokens.shape)}; expected integers [sample, token]")
     return tokens
-
-
-def _documents(sources: Sequence[str], evaluation: bool) -> list[str]:
-    documents: list[str] = []
-    for source in sources:
-        if source == "c4" and evaluation:
-            documents.extend(_load_dataset(source, _C4[0], None, "validation", {"validation": _C4[2]})[:1100]["text"])
-        elif source in _HUB_TEXTS:
-            repository, name, column, train, test = _HUB_TEXTS[source]
-            documents.extend(_load_dataset(source, repository, name, test if evaluation else train)[column])
-        elif source == "c4":
-            raise InvalidText("c4 is sampled document by document; name it alone as --calibration")
-        else:
-            for path in _text_files(Path(source)):
-                documents.extend(_read_documents(path))
-    return documents
-
-
-def _text_files(path: Path) -> list[Path]:
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix in _TEXT_SUFFIXES)
-        if not found:
-            raise InvalidText(f"directory {path} holds no {', '.join(_TEXT_SUFFIXES)} file")
-        return found
-    if not path.exists():
-        raise InvalidText(f"no such text: {path} is neither a file, a directory, nor one of {', '.join(DATASETS)}")
-    if path.suffix not in _TEXT_SUFFIXES:
-        raise InvalidText(f"{path} is none of {', '.join(_TEXT_SUFFIXES)}, .npy or a directory; convert it to one")
-    return [path]
-
-
-def _read_documents(path: Path) -> Iterator[str]:
-    """Texts of a file: the whole of a .txt, the field `text` of every row of a .jsonl or .parquet."""
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path)
-        return
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidText(f"{path} cannot be read as UTF-8 text: {error}") from error
-    if path.suffix == ".txt":
-        yield content
-        return
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InvalidText(f'{path} line {number} is no JSON object with a "text" field') from error
-        if not isinstance(text, str):
-            raise InvalidText(f'{path} line {number}: "text" is {type(text).__name__}, expected a string')
-        yield text
-
-
-def _read_parquet(path: Path) -> list[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InvalidText(f"{path} needs pyarrow: pip install 'flap-stream[datasets]'") from error
-    try:
-        return pyarrow.parquet.read_table(path, columns=["text"]).column("text").to_pylist()
-    except (OSError, KeyError, pyarrow.ArrowException) as error:
-        raise InvalidText(f'{path} cannot be read as parquet with a "text" column: {error}') from error
-
-
-def _load_dataset(
-    source: str, repository: str, name: str | None, split: str, data_files: dict[str, str] | None = None
-) -> Any:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise InvalidText(f"{source} needs the datasets library: pip install 'flap-stream[datasets]'") from error
-    try:
-        return load_dataset(repository, name, split=split, data_files=data_files)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InvalidText(f"{source} cannot be had from the Hub ({reason}); give a local text file instead") from error
-
-
-def _c4_windows(samples: int, length: int, draw: random.Random, tokenize: Tokenize) -> np.ndarray:
-    """One window from each of `samples` random documents that are long enough (get_c4 in lib/data.py)."""
-    documents = _load_dataset("c4", _C4[0], None, "train", {"train": _C4[1]})
-    windows: list[Sequence[int]] = []
-    while len(windows) < samples:
-        ids = tokenize(documents[draw.randint(0, len(documents) - 1)]["text"])
-        if len(ids) > length:
-            start = draw.randint(0, len(ids) - length - 1)
-            windows.append(ids[start : start + length])
-    return np.asarray(windows, dtype=np.int64)

@@ -6,9 +6,11 @@ nothing is mapped and nothing is held.
 
 import hashlib
 import json
+import logging
 import os
+import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,11 +23,17 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from flap_stream.architecture import FAMILIES
+from flap_stream import hub
+from flap_stream.architecture import FAMILIES, dense_type, require_causal
 from flap_stream.errors import CorruptCheckpoint, InvalidModel, StorageFailure, UnsupportedModel
+from flap_stream.files import read_plain, require_plain_folder
+from flap_stream.model_files import CONFIG_NAME, WeightFiles, has_weights, require_model, require_no_pointer
+from flap_stream.model_files import INDEX_NAME as INDEX_NAME
+from flap_stream.model_files import SINGLE_NAME as SINGLE_NAME
+from flap_stream.model_files import weight_files as weight_files_of
+from flap_stream.tying import settle_head
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+logger = logging.getLogger(__name__)
 
 DTYPE_BYTES = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
@@ -36,9 +44,9 @@ FORWARD_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _MAX_BUFFERS = 1024  # IOV_MAX on Linux
 _READ_THREADS = 2
 _READ_BYTES = 1 << 25
-_MAX_NAME_BYTES = 255
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "USE_POLICY*"]
+# A buffer of older checkpoints, which transformers makes anew and leaves unread.
+_IGNORED = re.compile(r"^model\..*rotary_emb\.inv_freq$")
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,7 @@ class Checkpoint:
     header_digests: shard file to sha256 of its header.
     stamps: shard file to its size in bytes and its time of change in nanoseconds, when it was opened.
     wrapper: the multimodal model, if there is one; `tensors` has the decoder's by a text model's names.
+    misplaced: tensors that the index names but no shard holds, to the shard that it names.
     """
 
     source: str
@@ -119,6 +128,7 @@ class Checkpoint:
     stamps: dict[str, list[int]]
     _files: "_OpenFiles" = field(repr=False, compare=False)
     wrapper: Wrapper | None = None
+    misplaced: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -306,48 +316,83 @@ def read_config(model: str) -> tuple[Path, dict[str, Any]]:
     Raises InvalidModel if there is none.
     """
     path = Path(model)
-    if not path.is_file():
-        path = _resolve(model, ["config.json"]) / "config.json"
-    return path.parent, _read_json(path, "it is what a dry run needs")
+    if not path.is_file() or path.suffix != ".json":
+        path = _resolve(model, weights=False) / CONFIG_NAME
+        names = [file.name for file in path.parent.iterdir()]
+        require_model(model, names, lambda: _read_json(path.parent / "adapter_config.json", "download it again"))
+    config = dense_type(_read_json(path, "it is what a dry run needs"))
+    _warn_of_own_code(model, config)
+    return path.parent, config
 
 
 def has_shards(directory: Path) -> bool:
     """Whether a directory holds safetensors under the names that transformers gives them."""
-    return (directory / INDEX_NAME).exists() or (directory / SINGLE_NAME).exists()
+    return has_weights([path.name for path in directory.iterdir()])
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
     """Read and check config.json, the index and all shard headers of a directory or a Hub id.
 
-    Tensors that a family's dense checkpoints name otherwise than its pruned class go by the latter's names.
+    Tensors that a family's dense checkpoints name otherwise than its pruned class go by the latter's names. A head
+    beside `tie_word_embeddings` is settled as transformers does (see tying.py); the config then says what is true.
     Raises InvalidModel if there is no such model or no safetensors in it, CorruptCheckpoint for a shard that is
     missing, truncated or whose header contradicts itself.
     """
-    directory = _resolve(str(model), _HUB_FILES)
-    config = _read_json(directory / "config.json", "a model directory needs config.json beside its safetensors shards")
-    files = _shard_files(directory)
+    directory = _resolve(str(model), weights=True)
+    require_plain_folder(directory)
+    config, weights = _config_and_weights(str(model), directory, [path.name for path in directory.iterdir()])
+    config.pop("transformers_weights", None)  # of these files, not of what is made from them
+    if weights.note:
+        logger.warning("%s", weights.note)
+    _warn_of_own_code(str(model), config)
     tensors: dict[str, TensorEntry] = {}
     header_digests, shard_bytes = {}, {}
-    for file in sorted(set(files.values())) if files else [SINGLE_NAME]:
+    for file in weights.files:
         entries, header_digests[file], shard_bytes[file] = read_header(directory / file)
-        for entry in entries:
-            if files and files.get(entry.name) != file:
-                continue  # the index decides which copy counts, as in transformers
-            tensors[entry.name] = entry
-    for name, file in files.items():
-        if name not in tensors:
-            raise CorruptCheckpoint(f"{directory / INDEX_NAME} places tensor {name} in {file}, which does not hold it")
+        tensors |= {entry.name: entry for entry in entries}
     wrapper = _wrapper(config, tensors)
+    require_causal(config, str(model))
     config = config if wrapper is None else _text_config(config)
-    family = FAMILIES.get(str(config.get("model_type")))
-    if family is not None:
-        inner = wrapper.inner if wrapper is not None else str
-        named = {family.canonical(inner(name)): entry for name, entry in tensors.items()}
-        tensors = {name: replace(entry, name=name) for name, entry in named.items()}
+    rename = _renaming(config, wrapper)
+    named = {rename(name): entry for name, entry in tensors.items()}
+    tensors = {name: replace(entry, name=name) for name, entry in named.items() if not _IGNORED.match(name)}
+    misplaced = {rename(name): file for name, file in weights.weight_map.items() if rename(name) not in named}
     stamps = {file: _stamp(directory / file) for file in shard_bytes}
-    return Checkpoint(
-        str(model), directory, config, tensors, header_digests, shard_bytes, stamps, _OpenFiles(directory), wrapper
+    files = _OpenFiles(directory)
+    found = Checkpoint(
+        str(model), directory, config, tensors, header_digests, shard_bytes, stamps, files, wrapper, misplaced
     )
+    return settle_head(found)
+
+
+def _renaming(config: Mapping[str, Any], wrapper: Wrapper | None) -> Callable[[str], str]:
+    """From a tensor's name in the files to that in the pruned class of its family, if it is of one."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        return str
+    inner = wrapper.inner if wrapper is not None else family.with_prefix
+    return lambda name: family.canonical(inner(name))
+
+
+def _config_and_weights(where: str, directory: Path, names: Sequence[str]) -> tuple[dict[str, Any], WeightFiles]:
+    """Contents of config.json and the files that hold the weights. names: of all files, also those not fetched yet."""
+    require_model(where, names, lambda: _read_json(directory / "adapter_config.json", "download it again"))
+    need = "a model directory needs config.json beside its safetensors shards"
+    config = dense_type(_read_json(directory / CONFIG_NAME, need))
+    return config, weight_files_of(where, names, config, lambda name: _read_json(directory / name, "download it again"))
+
+
+def _warn_of_own_code(model: str, config: Mapping[str, Any]) -> None:
+    """Say that a class which comes with a supported model is not the one that is used."""
+    auto_map, family = config.get("auto_map"), FAMILIES.get(str(config.get("model_type")))
+    classes = [value for key, value in auto_map.items() if key != "AutoTokenizer"] if isinstance(auto_map, dict) else []
+    if family is not None and classes and "per_layer_config" not in config:
+        logger.warning(
+            "%s has model code of its own (auto_map: %r), which is not run; transformers' %s is used instead",
+            model,
+            classes[-1],
+            family.causal_class,
+        )
 
 
 def _stamp(path: Path) -> list[int]:
@@ -377,8 +422,9 @@ def _wrapper(config: dict[str, Any], tensors: Mapping[str, TensorEntry]) -> Wrap
     text = config.get("text_config")
     if not isinstance(text, dict) or text.get("model_type") not in FAMILIES or config.get("model_type") in FAMILIES:
         return None
-    old, new = "language_model.model.", "model.language_model."
-    return Wrapper(config, old if any(name.startswith(old) for name in tensors) else new)
+    forms = ("language_model.model.", "language_model.layers.", "model.language_model.")
+    form = next((form for form in forms if any(name.startswith(form) for name in tensors)), forms[-1])
+    return Wrapper(config, form.removesuffix("layers."))
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -397,7 +443,10 @@ def read_header(path: Path) -> tuple[list[TensorEntry], str, int]:
         raise CorruptCheckpoint(f"shard {path} is missing; download the checkpoint again")
     size = path.stat().st_size
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(64)
+        require_no_pointer(path, start)
+        file.seek(8)
+        length = int.from_bytes(start[:8], "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise CorruptCheckpoint(
                 f"{path} has {size} bytes, but claims a header of {length}; it is truncated or no safetensors file"
@@ -445,8 +494,10 @@ def _entry(path: Path, name: str, item: dict[str, Any], data_start: int) -> Tens
 def _read_json(path: Path, need: str) -> dict[str, Any]:
     if not path.is_file():
         raise InvalidModel(f"{path} does not exist; {need}")
+    raw = read_plain(path)
+    require_no_pointer(path, raw)
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise InvalidModel(f"{path} is not JSON ({error}); {need}") from error
     if not isinstance(value, dict):
@@ -454,50 +505,25 @@ def _read_json(path: Path, need: str) -> dict[str, Any]:
     return value
 
 
-def _shard_files(directory: Path) -> dict[str, str]:
-    """The index's weight_map, or an empty one for a checkpoint in a single file."""
-    index = directory / INDEX_NAME
-    if index.exists():
-        weight_map = _read_json(index, "download it again").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CorruptCheckpoint(f"{index} has no weight_map; download it again")
-        for file in weight_map.values():
-            is_name = isinstance(file, str) and file.isprintable() and Path(file).name == file
-            if not is_name or len(os.fsencode(file)) > _MAX_NAME_BYTES:
-                raise CorruptCheckpoint(f"{index} names shard {file!r}, which is not a file beside it")
-        return weight_map
-    if (directory / SINGLE_NAME).exists():
-        return {}
-    if any(directory.glob("*.bin")) or any(directory.glob("*.pth")):
-        raise InvalidModel(
-            f"{directory} holds PyTorch pickles but no safetensors; convert it once with "
-            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
-        )
-    raise InvalidModel(
-        f"{directory} holds no safetensors ({SINGLE_NAME} or {INDEX_NAME}); save the model there with "
-        "save_pretrained, which writes safetensors"
-    )
+def _resolve(model: str, weights: bool) -> Path:
+    """The directory of a model; a Hub id is downloaded (or found in the Hub cache) first.
 
-
-def _resolve(model: str, patterns: list[str]) -> Path:
-    """The directory of a model; a Hub id is downloaded (or found in the Hub cache) first."""
+    weights: whether they are wanted beside config.json.
+    """
     path = Path(model)
     if path.is_dir():
         return path
+    if path.suffix == ".gguf" and path.exists():
+        require_model(str(path.parent), [path.name], dict)
     if path.exists():
         raise InvalidModel(f"{model} is a file; name the directory that holds config.json and the safetensors shards")
-    if model.count("/") > 1 or model.startswith(("/", ".", "~")):
+    if model.partition("@")[0].count("/") > 1 or model.startswith(("/", ".", "~")):
         raise InvalidModel(f"no such model: {model} is not a directory")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InvalidModel(
-            f"no such model: {model} is neither a directory nor a Hub id within reach ({reason})"
-        ) from error
+    def choose(directory: Path, names: Sequence[str]) -> tuple[str, ...]:
+        return _config_and_weights(model, directory, names)[1].files
+
+    return hub.fetched(model, choose if weights else None)
 
 
 def row_ranges(indices: np.ndarray, row_bytes: int) -> Iterator[tuple[int, int]]:

@@ -6,12 +6,17 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stderr
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 from importlib.metadata import version
+from io import TextIOWrapper
 from types import ModuleType
+from typing import Any, TextIO, cast
 
+from flap_stream import interruption
+from flap_stream.commands.parser import Parser
 from flap_stream.errors import FlapStreamError, StorageFailure
+from flap_stream.progress import printable
 
 VERBS = {
     "prune": "the main job: prune a model into a checkpoint; run it again after any interruption and it goes on",
@@ -28,13 +33,12 @@ VERBS = {
     "demo": "the main job on the bundled model and text, offline",
 }
 TOGETHER = ("prune", "collect", "rewrite", "evaluate")  # what all ranks do; rank 0 does the rest by itself
-INTERRUPTED = 130
-_LONGEST = 1000
+NO_READER = 141  # of what was printed, as shells say it of a process that SIGPIPE has ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code comes out (0 done, 1 may pass on a rerun, 2 wrong use or input, 130 interrupted)."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="flap-stream", description="Structured pruning of LLMs that do not fit, streamed from disk (FLAP)."
     )
     parser.add_argument("--version", action="version", version=f"flap-stream {version('flap-stream')}")
@@ -52,27 +56,101 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     quiet = getattr(options, "quiet", False) or not _is_first_rank()
     level = logging.ERROR if quiet else logging.INFO
-    logging.basicConfig(level=logging.WARNING, format="flap-stream: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("flap-stream: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("flap_stream").setLevel(level)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints are for users of its models, not for ours
-    return reported(lambda: _module_of(options.verb).run(options))
+    with redirect_stdout(cast(TextIO, _Output(sys.stdout))):
+        return reported(lambda: _module_of(options.verb).run(options), goes_on=_goes_on(options))
 
 
-def reported(action: Callable[[], object]) -> int:
-    """Exit code of an action; an error of ours or of the system is one sentence on stderr."""
+def _goes_on(options: argparse.Namespace) -> bool:
+    """Whether the same command goes on where it was stopped; all else starts anew."""
+    if options.verb == "prune":
+        return not options.dry_run
+    if options.verb in ("sweep", "demo"):
+        return bool(options.evaluate if options.verb == "sweep" else options.out)
+    return options.verb in ("collect", "rewrite")
+
+
+def reported(action: Callable[[], object], goes_on: bool = True) -> int:
+    """Exit code of an action; an error of ours or of the system is one sentence on stderr.
+
+    goes_on: whether the action, called again, goes on where it was stopped.
+    """
     signal.signal(signal.SIGTERM, _interrupt)
+    interruption.begun()
     try:
         action()
+        sys.stdout.flush()  # which may fail: to a full disk, or to nobody
+    except BrokenPipeError:  # whoever read it has enough
+        return NO_READER
     except FlapStreamError as error:
-        _tell(error, printable(str(error)))
-        return error.exit_code
+        return _tell_failure(error, goes_on)
     except OSError as error:
-        _tell(error, printable(str(StorageFailure.of(error))))
-        return StorageFailure.exit_code
+        return _tell_failure(_named(error), goes_on)
     except KeyboardInterrupt as error:
-        _tell(error, "interrupted; nothing is lost, run the same command again to go on", before="\n")
-        return INTERRUPTED
+        again = "nothing is lost, run the same command again to go on" if goes_on else "the same command starts anew"
+        _tell(error, f"interrupted; {again}", before="\n")
+        return interruption.EXIT_CODE
     return 0
+
+
+def _tell_failure(error: FlapStreamError, goes_on: bool) -> int:
+    _tell(error, printable(f"{error}: it goes on" if goes_on and error.goes_on else str(error)))
+    return error.exit_code
+
+
+def _named(error: OSError) -> StorageFailure:
+    """The failure in a sentence, with what is noted of the rank that it came upon."""
+    failure = StorageFailure.of(error)
+    for note in getattr(error, "__notes__", []):
+        failure.add_note(note)
+    return failure
+
+
+class _Output:
+    """Standard output, whose failures say that it is the one that failed."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Print."""
+        return self._naming(lambda: self._stream.write(text))
+
+    def flush(self) -> None:
+        """Print what is left."""
+        self._naming(self._stream.flush)
+
+    def _naming(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except OSError as error:
+            error.filename = "standard output"
+            _close_output()
+            raise
+
+
+def _close_output() -> None:
+    """Print into nothing from now on, so that the end of the process does not fail to."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _OneLine(logging.Formatter):
+    """Messages of ours, which quote names from files, in one line that commands nothing; of others, line by line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        lines = [message] if record.name.startswith("flap_stream") and not record.exc_info else message.split("\n")
+        return "\n".join(map(printable, lines))
 
 
 def _tell(error: BaseException, message: str, before: str = "") -> None:
@@ -82,17 +160,12 @@ def _tell(error: BaseException, message: str, before: str = "") -> None:
     """
     notes = getattr(error, "__notes__", [])
     if notes or _is_first_rank():
-        print(f"{before}flap-stream: {''.join(notes)}{message}", file=sys.stderr)
+        with suppress(BrokenPipeError):
+            print(f"{before}flap-stream: {''.join(notes)}{message}", file=sys.stderr)
 
 
 def _is_first_rank() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) <= 1 or int(os.environ.get("RANK", 0)) == 0
-
-
-def printable(message: str) -> str:
-    """One line of reasonable length, whatever names from a file it quotes: those may hold a terminal's commands."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
 def _module_of(verb: str) -> ModuleType:

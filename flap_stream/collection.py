@@ -48,6 +48,8 @@ def collect_statistics(
     first = run.complete_layers()
     count = len(model.layers)
     if first == count:
+        with progress.stage("collect", count) as stage:
+            stage.skip(count)
         if ranks.is_first:
             run.snapshots.drop()  # a kill may have come between the last layer and this
         return
@@ -212,6 +214,10 @@ class _Merger:
 
         return see
 
+    def begin_batch(self) -> None:
+        """A batch is about to run: what one that failed has left does not count."""
+        self._pending = {}
+
     def take_batch(self) -> None:
         """A batch has run."""
         on_host = {name: (means.cpu(), m2s.cpu(), tokens) for name, (means, m2s, tokens) in self._pending.items()}
@@ -251,7 +257,9 @@ def _input_moments(model: StreamedModel, index: int, weights: Mapping[str, torch
     names = [part.kind.output.name for part in model.family.parts(model.shapes[index])]
     present = {name: weights[f"{name}.weight"].shape[1] for name in names if f"{name}.weight" in weights}
     merger = _Merger(model.ranks, {name: present.get(name, 0) for name in names})
-    handles = [model.layers[index].get_submodule(name).register_forward_pre_hook(merger.hook(name)) for name in present]
+    layer = model.layers[index]
+    handles = [layer.get_submodule(name).register_forward_pre_hook(merger.hook(name)) for name in present]
+    handles.append(layer.register_forward_pre_hook(lambda _module, _inputs: merger.begin_batch()))
     try:
         yield merger
     finally:

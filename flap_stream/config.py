@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import dataclass, fields
-from decimal import Decimal, InvalidOperation
 from typing import Any, TypeVar
 
 from flap_stream.errors import InvalidOption
+from flap_stream.values import Dtype, GgufType, Ratios, Share, Size, converted
+from flap_stream.values import parse_ratios as parse_ratios
+from flap_stream.values import parse_size as parse_size
 
 METRICS = ("wifv", "ifv", "wifn", "fisher")
 STRUCTURES = ("al-am", "al-mm", "ul-mm", "ul-um")
@@ -17,57 +19,14 @@ REFIT_TARGETS = ("own", "dense", "aligned", "joint")
 ALIGNING_TARGETS = ("aligned", "joint")  # for which what reads hidden states is refitted, too
 SWEPT_RESTORATIONS = ("bias", "none")  # those that masked_layers.py can put into a dense layer
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+BOS = CHAT_TEMPLATE = ("auto", "always", "never")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 LOSS_WINDOWS = 256  # that the metric fisher sweeps back, unless another number is given
-
-_MOST_RATIOS = 1000
+# In fp16 and bf16 that is 16 bytes, which a GPU's matrix units need; larger multiples gave nothing on an H200.
+FAST_MULTIPLE = 8
 
 _Part = TypeVar("_Part")
-_SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """Bytes in a size such as `5GB` (10^9) or `20GiB` (2^30).
-
-    Raises InvalidOption if the text is no positive size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match and match[2].upper() in _SIZE_UNITS and float(match[1]) > 0:
-        return int(float(match[1]) * _SIZE_UNITS[match[2].upper()])
-    raise InvalidOption(f"{text!r} is not a size; write a number with a unit, such as 5GB or 20GiB")
-
-
-def parse_ratios(text: str) -> tuple[float, ...]:
-    """Ratios in `0.2,0.3,0.5` or, both ends included, `0.1:0.6:0.1` (start:stop:step); ascending, each once.
-
-    Raises InvalidOption if the text is neither.
-    """
-    try:
-        numbers = [Decimal(part) for part in re.split("[:,]", text)]
-    except InvalidOperation:
-        numbers = []
-    if numbers and ":" not in text:
-        return tuple(sorted({float(number) for number in numbers}))
-    if len(numbers) == 3 and "," not in text and all(number.is_finite() for number in numbers):
-        start, stop, step = numbers
-        if step > 0 and start <= stop and (stop - start) / step < _MOST_RATIOS:
-            return tuple(float(start + i * step) for i in range(int((stop - start) / step) + 1))
-    raise InvalidOption(
-        f"--ratios {text!r} is no list of ratios; write 0.2,0.3,0.5 or start:stop:step, such as 0.1:0.6:0.1"
-    )
-
-
-def parse_share(option: str, text: str) -> float:
-    """A share written as `5%` or `0.05`.
-
-    Raises InvalidOption if the text is neither.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
-    if match is None:
-        raise InvalidOption(f"--{option} {text!r} is no share; write it as 5% or 0.05")
-    return float(Decimal(match[1]) / (100 if match[2] else 1))
 
 
 def _require_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
@@ -82,17 +41,30 @@ def _require_at_least(option: str, value: int, least: int) -> None:
 
 def _require_ratio(ratio: float, option: str = "ratio") -> None:
     if not 0 < ratio < 1:
-        raise InvalidOption(f"--{option} is {ratio}; it must lie between 0 and 1, both excluded, such as 0.2")
+        raise InvalidOption(f"--{option} is {ratio}; it must lie between 0 and 1, both excluded, such as 0.2 or 20%")
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
 class _Options:
     """End of the chain of checks, so that every class below can call the next one's."""
 
     def __post_init__(self) -> None:
-        """Nothing left to check."""
+        """Bring every value to the type of its field; InvalidOption if it cannot be."""
+        for field in fields(self):
+            object.__setattr__(self, field.name, converted(type(self), field.name, getattr(self, field.name)))
+
+    def __repr__(self) -> str:
+        """The options that are not at their default."""
+        return f"{type(self).__name__}({', '.join(f'{n}={v!r}' for n, v in changed_options(self).items())})"
 
 
-@dataclass(frozen=True, kw_only=True)
+def changed_options(options: Any) -> dict[str, Any]:
+    """Fields of a config that are not at their default, with their values."""
+    own = {field.name: (getattr(options, field.name), field.default) for field in fields(options)}
+    return {name: value for name, (value, default) in own.items() if value != default}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class EngineConfig(_Options):
     """How decoder layers are run.
 
@@ -104,10 +76,10 @@ class EngineConfig(_Options):
     """
 
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     batch_size: int | None = None
-    device_memory: int | None = None
-    host_memory: int | None = None
+    device_memory: Size | None = None
+    host_memory: Size | None = None
     prefetch: int | None = None
     trust_remote_code: bool = False
 
@@ -119,15 +91,46 @@ class EngineConfig(_Options):
             raise InvalidOption(f"--device {self.device!r} is unknown; write auto, cpu, cuda or cuda:N")
         if self.batch_size is not None:
             _require_at_least("batch-size", self.batch_size, 1)
+        for name, nbytes in (("host-memory", self.host_memory), ("device-memory", self.device_memory)):
+            if nbytes is not None:
+                _require_at_least(name, nbytes, 1)
         if self.prefetch not in (None, 0, 1):
             raise InvalidOption(f"--prefetch is {self.prefetch}; it must be 0 or 1")
 
 
-@dataclass(frozen=True, kw_only=True)
-class CollectConfig(EngineConfig):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TextConfig(_Options):
+    """How text becomes windows of tokens.
+
+    bos: begin every window with the model's beginning-of-text token: `auto` where its tokenizer puts one before a text.
+    text_column: of files with rows; None is `text`, else `content`, else conversations, else the only one of strings.
+    chat_template: put conversations (`messages`) through the tokenizer's template: `auto` where there is no text,
+    `always` where there is, too.
+    """
+
+    bos: str = "auto"
+    text_column: str | None = None
+    chat_template: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        super().__post_init__()
+        _require_choice("bos", self.bos, BOS)
+        _require_choice("chat-template", self.chat_template, CHAT_TEMPLATE)
+
+    def _have_released_windows(self) -> None:
+        """The released code begins no window with a token of its own."""
+        if self.bos == "always":
+            raise InvalidOption("--statistics released uses the released code's windows, which --bos always alters")
+        object.__setattr__(self, "bos", "never")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CollectConfig(TextConfig, EngineConfig):
     """Pass 1: what the statistics are collected from.
 
-    calibration: `wikitext2`, `c4` or `ptb`, or files (.txt, .jsonl, .parquet, a directory of them, or one .npy).
+    calibration: `wikitext2`, `c4` or `ptb`, or files (.txt, .jsonl, .json, .parquet, packed or not, a directory of
+    them, or one .npy).
     sequence_length: tokens in a calibration window.
     loss_windows: windows of which the loss's gradient is swept back through the layers, for `metric="fisher"`.
     ratio and what follows it: concern `wanda-sp` alone, whose pruned layers feed the next.
@@ -140,17 +143,19 @@ class CollectConfig(EngineConfig):
     seed: int = 0
     loss_windows: int = 0
     method: str = "flap"
-    ratio: float = 0.2
+    ratio: Share = 0.2
     min_heads: int = 1
     min_neurons: int = 1
     round_heads_to: int = 1
-    round_neurons_to: int = 1
+    round_neurons_to: int | None = None
     tensor_parallel: int = 1
     snapshot_interval: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         super().__post_init__()
+        if self.round_neurons_to is None:
+            object.__setattr__(self, "round_neurons_to", FAST_MULTIPLE)
         _require_choice("method", self.method, METHODS)
         _require_at_least("samples", self.samples, 1)
         _require_at_least("sequence-length", self.sequence_length, 2)
@@ -162,20 +167,22 @@ class CollectConfig(EngineConfig):
             raise InvalidOption("--calibration names nothing; give wikitext2, c4, ptb or at least one file")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PlanConfig(_Options):
     """The decision: which KV groups and neurons stay.
 
     ratio: share of the decoder layers' prunable weights (q k v o gate up down) that goes.
     remove_heads: query heads to remove in all layers together, for `al-mm` and `ul-mm` alone.
     min_heads, min_neurons: that many stay in every layer.
-    round_heads_to, round_neurons_to: every layer keeps a multiple of so many query heads, of so many neurons.
+    round_heads_to, round_neurons_to: every layer keeps a multiple of so many query heads, of so many neurons. None is
+    `FAST_MULTIPLE` neurons, or 1 with `statistics="released"`. 1 is what the scores give, as published; above it, KV
+    groups times head_dim is a multiple of `FAST_MULTIPLE`, too.
     tensor_parallel: KV groups and neurons of every layer can be divided among so many ranks.
     structure: None is the method's own (`al-am` for flap, `ul-um` for the baselines).
     """
 
     method: str = "flap"
-    ratio: float = 0.2
+    ratio: Share = 0.2
     metric: str = "wifv"
     structure: str | None = None
     head_score: str = "mean-z"
@@ -184,18 +191,25 @@ class PlanConfig(_Options):
     min_heads: int = 1
     min_neurons: int = 1
     round_heads_to: int = 1
-    round_neurons_to: int = 1
+    round_neurons_to: int | None = None
     tensor_parallel: int = 1
 
     @property
     def rounds(self) -> bool:
         """Whether sizes are rounded."""
-        return max(self.round_heads_to, self.round_neurons_to, self.tensor_parallel) > 1
+        return max(self.round_heads_to, self.neuron_multiple, self.tensor_parallel) > 1
+
+    @property
+    def neuron_multiple(self) -> int:
+        """What `round_neurons_to` comes to."""
+        return self.round_neurons_to or FAST_MULTIPLE
 
     def __post_init__(self) -> None:
         """Refuse values out of range and combinations that mean nothing."""
         if self.structure is None:
             object.__setattr__(self, "structure", "al-am" if self.method == "flap" else "ul-um")
+        if self.round_neurons_to is None:
+            object.__setattr__(self, "round_neurons_to", 1 if self.statistics == "released" else FAST_MULTIPLE)
         super().__post_init__()
         _require_choice("method", self.method, METHODS)
         _require_choice("metric", self.metric, METRICS)
@@ -222,7 +236,7 @@ class PlanConfig(_Options):
             _require_at_least("remove-heads", self.remove_heads, 0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RewriteConfig(EngineConfig):
     """Pass 2: how the pruned checkpoint is written.
 
@@ -238,7 +252,7 @@ class RewriteConfig(EngineConfig):
 
     restore: str | None = None
     refit_target: str = "own"
-    max_shard_bytes: int = 5 * 10**9
+    max_shard_bytes: Size = 5 * 10**9
 
     @property
     def refits(self) -> bool:
@@ -265,11 +279,12 @@ def require_restoration(method: str, restore: str | None) -> str:
     return restore or ("bias" if method == "flap" else "none")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PruneConfig(PlanConfig, CollectConfig, RewriteConfig):
     """The whole job: all options of the three stages.
 
-    `statistics="released"` runs one window at a time unless a batch size is given, since the released code does.
+    `statistics="released"` runs one window at a time unless a batch size is given, and begins none with a token of its
+    own, since the released code does so.
     """
 
     keep_run: bool = False
@@ -280,12 +295,14 @@ class PruneConfig(PlanConfig, CollectConfig, RewriteConfig):
         require_restoration(self.method, self.restore)
         if self.metric == "fisher" and not self.loss_windows:
             object.__setattr__(self, "loss_windows", LOSS_WINDOWS)
-        if self.statistics == "released" and self.batch_size is None:
-            object.__setattr__(self, "batch_size", 1)
+        if self.statistics == "released":
+            self._have_released_windows()
+            if self.batch_size is None:
+                object.__setattr__(self, "batch_size", 1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(EngineConfig):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class EvaluateConfig(TextConfig, EngineConfig):
     """Perplexity: which text, in windows of how many tokens.
 
     text: as `calibration` of pass 1.
@@ -304,8 +321,8 @@ class EvaluateConfig(EngineConfig):
             _require_at_least("samples", self.samples, 1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepConfig(PlanConfig, EngineConfig):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SweepConfig(PlanConfig, TextConfig, EngineConfig):
     """Many ratios of one collection, and the perplexity of each; `ratio` itself is not used.
 
     evaluate: text as of `EvaluateConfig`, whose other options follow; empty only plans.
@@ -314,13 +331,13 @@ class SweepConfig(PlanConfig, EngineConfig):
     dense model's. resolution: how closely.
     """
 
-    ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    ratios: Ratios = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
     evaluate: tuple[str, ...] = ()
     sequence_length: int = 128
     samples: int | None = None
     restore: str | None = None
-    max_perplexity_increase: float | None = None
-    resolution: float = 0.005
+    max_perplexity_increase: Share | None = None
+    resolution: Share = 0.005
 
     def __post_init__(self) -> None:
         """Refuse values out of range, and a limit of what is not measured."""
@@ -335,6 +352,8 @@ class SweepConfig(PlanConfig, EngineConfig):
         if self.restore is not None:
             _require_choice("restore", self.restore, SWEPT_RESTORATIONS)
         require_restoration(self.method, self.restore)
+        if self.statistics == "released":
+            self._have_released_windows()
         if self.max_perplexity_increase is not None and not self.evaluate:
             raise InvalidOption("--max-perplexity-increase needs --evaluate TEXT, on which perplexity is measured")
         if self.max_perplexity_increase is not None and not 0 < self.max_perplexity_increase < float("inf"):
@@ -345,7 +364,7 @@ class SweepConfig(PlanConfig, EngineConfig):
             raise InvalidOption(f"--resolution is {self.resolution}; it must lie between 0.0001 and 1, such as 0.005")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class BenchInferenceConfig(_Options):
     """Two models timed side by side at every pair of a batch size and a prompt length, `generate` tokens after each.
 
@@ -357,7 +376,7 @@ class BenchInferenceConfig(_Options):
     generate: int = 64
     rounds: int = 5
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -371,7 +390,7 @@ class BenchInferenceConfig(_Options):
         _require_at_least("rounds", self.rounds, 1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ExportStockConfig(_Options):
     """A checkpoint that needs no code of its own.
 
@@ -380,7 +399,7 @@ class ExportStockConfig(_Options):
     """
 
     pad: bool = False
-    max_shard_bytes: int = 5 * 10**9
+    max_shard_bytes: Size = 5 * 10**9
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -388,7 +407,7 @@ class ExportStockConfig(_Options):
         _require_at_least("max-shard-size", self.max_shard_bytes, 1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ExportGgufConfig(_Options):
     """A GGUF file.
 
@@ -396,7 +415,7 @@ class ExportGgufConfig(_Options):
     tokenizer_pre: llama.cpp's name for what splits text before the merges; None finds it.
     """
 
-    type: str | None = None
+    type: GgufType | None = None
     tokenizer_pre: str | None = None
 
     def __post_init__(self) -> None:

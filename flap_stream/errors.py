@@ -5,6 +5,7 @@
     ├── CorruptRun                  a committed file is not what the journal says
     ├── StorageFailure              the disk or the file system failed, or is full
     ├── RankLost                    another process of the same job has ended
+    ├── HubFailure                  the Hub cannot be reached, or fails
     └── InvalidInput                exit code 2: wrong use, or an input that cannot be pruned
         ├── InvalidOption           an option's value is out of its range or contradicts another
         ├── InvalidModel            no such model, or not one that can be read
@@ -30,6 +31,7 @@ class FlapStreamError(Exception):
     """Base of all errors raised on purpose; the command line prints it as one line."""
 
     exit_code = 1
+    goes_on = False  # whether a job that saves what it has done goes on when it is run again
 
 
 class RunLocked(FlapStreamError):
@@ -43,19 +45,27 @@ class CorruptRun(FlapStreamError):
 class RankLost(FlapStreamError):
     """Another rank of the job has ended without saying why."""
 
+    goes_on = True
+
+
+class HubFailure(FlapStreamError):
+    """The Hub cannot be reached or answers with a failure of its own, and its cache does not serve."""
+
 
 class StorageFailure(FlapStreamError):
     """The operating system failed or refused an operation on a file; its OSError is the cause."""
+
+    goes_on = True
 
     @classmethod
     def of(cls, error: OSError, path: object = None) -> "StorageFailure":
         """The failure in a sentence. path: what was worked on, where the error itself does not say."""
         where, reason = error.filename or path or "a file", error.strerror or str(error) or type(error).__name__
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return cls(f"the disk of {where} is full ({reason}); make room and run the same command again: it goes on")
+            return cls(f"the disk of {where} is full ({reason}); make room and run the same command again")
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return cls(f"{where} is out of bounds ({reason}); give access to it or name another place, then run again")
-        return cls(f"{where} failed ({reason}); see to the disk, then run the same command again: it goes on")
+        return cls(f"{where} failed ({reason}); see to the disk, then run the same command again")
 
 
 class InvalidInput(FlapStreamError):

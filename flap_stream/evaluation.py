@@ -1,22 +1,27 @@
 """Streaming perplexity of a dense or pruned checkpoint."""
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from flap_stream.calibration import evaluation_tokens, load_tokenizer
+from flap_stream.calibration import check_text, evaluation_text, evaluation_tokens, load_tokenizer
 from flap_stream.checkpoint import open_checkpoint
 from flap_stream.config import EvaluateConfig
 from flap_stream.hidden_states import HiddenStates
+from flap_stream.job_header import engine_rows, model_row
 from flap_stream.layer_pass import LayerPass
 from flap_stream.layers import Logits, StreamedModel
+from flap_stream.memory import give_back_heap
 from flap_stream.planner import Placement
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.ranks import joined
+from flap_stream.stage_options import options_of, warn_of_positions
 
 
 @dataclass(frozen=True)
@@ -32,27 +37,42 @@ class EvaluateResult:
     peak_device_bytes: int
 
 
-def evaluate(model: str | Path, options: EvaluateConfig, progress: Progress | None = None) -> EvaluateResult:
+def evaluate(
+    model: str | Path,
+    options: EvaluateConfig | None = None,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
+) -> EvaluateResult:
     """Perplexity of a model (directory or Hub id), one decoder layer in memory at a time.
 
     Every window predicts its tokens but the first from those before them in the window; the perplexity is the
     exponential of the mean negative log-likelihood of all predictions (eval_ppl in lib/eval.py of the released code).
+    keywords: the fields of `EvaluateConfig`, in place of `options`. progress: True shows it on stderr.
     Raises InvalidInput for a model or text that cannot be evaluated.
     """
-    started = time.monotonic()
-    progress = progress or Progress()
-    with joined() as ranks, open_checkpoint(model) as checkpoint, torch.inference_mode():
+    options = options_of(EvaluateConfig, "evaluate", options, keywords)
+    started, progress = time.monotonic(), Progress.of(progress)
+    wanted = evaluation_text(options.text, options.samples, options.sequence_length, options)
+    with joined() as ranks, torch.inference_mode(), ExitStack() as opened:
+        ranks.from_first(lambda: check_text(wanted, model))
+        checkpoint = opened.enter_context(open_checkpoint(model))
         streamed = StreamedModel(checkpoint, options, ranks)
+        progress.header(model_row(checkpoint, len(streamed.layers)))
+        progress.say("reading the text")
         tokens = ranks.from_first(
-            lambda: evaluation_tokens(
-                options.text,
-                options.samples,
-                options.sequence_length,
-                lambda: load_tokenizer(checkpoint.directory, options.trust_remote_code),
-                streamed.vocab_size,
+            lambda: (
+                evaluation_tokens(
+                    wanted,
+                    lambda: load_tokenizer(checkpoint.directory, options.trust_remote_code),
+                    streamed.vocab_size,
+                    streamed.room(options),
+                ).tokens
             )
         )
-        placement = streamed.place(options, *tokens.shape, head=True)
+        warn_of_positions(checkpoint.config, tokens.shape[1])
+        give_back_heap()
+        placement = streamed.place(options, streamed.job(*tokens.shape, head=True))
+        progress.header(engine_rows(streamed, placement, *tokens.shape))
         scores, _ = score_tokens(streamed, tokens, placement, progress)
         bytes_read = sum(ranks.gathered(checkpoint.bytes_read))
     return EvaluateResult(

@@ -29,9 +29,11 @@ logger = logging.getLogger(__name__)
 
 PARTIAL_SUFFIX = ".partial"
 MOST_BYTES = 1 << 28  # of a file that is read whole: the largest tokenizer.json known has an eighth of it
+_READ_WHOLE = (".jinja", ".json", ".md", ".model", ".py", ".tiktoken", ".txt")  # in a model's folder, by libraries
+_NOT_READ = ("trainer_state.json",)
 _MOST_DEPTH = 16  # of directories in one of our own
 _READ_BYTES = 1 << 22
-_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _unsynced: set[int] = set()  # devices of which it has been said
 
 
@@ -206,6 +208,13 @@ def read_plain(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     require_plain(path, most_bytes)
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         return file.read(most_bytes)
+
+
+def require_plain_folder(path: Path) -> None:
+    """Raise NotPlain if a file of a model's folder that is read for its name would be no end of reading."""
+    for file in sorted(path.iterdir()):
+        if file.suffix in (*_READ_WHOLE, ".safetensors") and file.exists() and not file.is_dir():
+            require_plain(file, MOST_BYTES if file.suffix in _READ_WHOLE and file.name not in _NOT_READ else None)
 
 
 def require_plain_tree(path: Path) -> None:

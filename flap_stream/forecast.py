@@ -11,13 +11,16 @@ import torch
 
 from flap_stream import checkpoint as checkpoints
 from flap_stream import files, memory, output, planner, scaling, store
+from flap_stream.allocation import require_minimum
 from flap_stream.architecture import ROWS
+from flap_stream.calibration import calibration_text, check_text, load_tokenizer
 from flap_stream.checkpoint import Checkpoint
 from flap_stream.config import PruneConfig
 from flap_stream.errors import InvalidOption
 from flap_stream.layers import StreamedModel
 from flap_stream.restoration import refit_sizes, refit_stored_bytes, require_refittable
 from flap_stream.skeleton import Skeleton
+from flap_stream.stage_options import require_effect, warn_of_positions
 
 NETWORK_RATE = 1.25e9  # bytes per second: 10 Gbit/s
 _PRODUCT_SECONDS, _FEW_TOKENS = 0.5, 64
@@ -67,30 +70,39 @@ def forecast(
     nodes: int = 1,
     network: float = NETWORK_RATE,
 ) -> Forecast:
-    """What `prune` with these options would take; no tensor is read and nothing stays written.
+    """What `prune` with these options would take; no tensor is computed with and nothing stays written.
 
     model: a directory (config.json is enough), a config.json or a Hub id, of which config.json alone is downloaded.
     ranks, nodes: processes on so many machines, each like this one, which share the disk of `out` and of the model and
     a network of so many bytes per second in and out of each.
-    Raises InvalidInput as `prune` would, InsufficientMemory among it.
+    Raises InvalidInput as `prune` would, InsufficientMemory among it, and for a text or tokenizer that cannot serve.
     """
     if not 1 <= nodes <= ranks:
         raise InvalidOption(f"--nodes is {nodes}; {ranks} ranks can be on 1 to {ranks}")
     out = Path(out)
+    if options.method != "magnitude-sp":
+        check_text(calibration_text(options))
     source, has_headers = _open(str(model))
+    require_effect(options)
     with source:
         streamed = StreamedModel(source, options)
+        require_minimum(streamed.shapes, options)
+        warn_of_positions(source.config, options.sequence_length)
         local = -(-ranks // nodes)
         limits = memory.limits(streamed.device, options.host_memory, options.device_memory, local)
         windows = (options.samples, options.sequence_length) if options.method != "magnitude-sp" else (0, 0)
         job, refits = replace(streamed.job(*windows), ranks=ranks, local_ranks=local), None
-        placement = planner.place(job, limits, options.batch_size, options.prefetch)
+        then = []
         if options.refits:
             require_refittable(streamed.family, streamed.shapes, options.refit_target, source.source)
             refits = refit_sizes(streamed, options.refit_target)
-            # Not a job of its own: what a batch takes has been found for this one.
-            second = replace(job, refit=refits, head=streamed.head_entry if refits.has_head else None)
-            placement = placement.together(planner.place(second, limits, placement.batch_size, options.prefetch))
+            then.append(streamed.refit_after(job, refits))
+        placement = planner.place(job, limits, options.batch_size, options.prefetch, then)
+        for second in then:
+            based = replace(second, base_bytes=placement.base_bytes)
+            placement = placement.together(planner.place(based, limits, placement.batch_size, options.prefetch))
+        if has_headers and options.method != "magnitude-sp" and not options.calibration[0].endswith(".npy"):
+            load_tokenizer(source.directory, options.trust_remote_code)
         rates = _measure_rates(streamed, placement.batch_size * job.tokens, source, has_headers, out, local, network)
         hidden_traffic = len(streamed.layers) * job.hidden_bytes if placement.hidden_place == "disk" else 0
         work = work_of(streamed, options, placement.batch_size, hidden_traffic, refits)

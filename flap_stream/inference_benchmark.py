@@ -12,18 +12,17 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
-from importlib.resources import files as package_files
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from types import TracebackType
 from typing import Any
 
 from flap_stream.config import BenchInferenceConfig
-from flap_stream.errors import FlapStreamError, InsufficientMemory, InvalidModel, InvalidOption, UnsupportedModel
+from flap_stream.errors import FlapStreamError, InsufficientMemory, InvalidOption, UnsupportedModel
+from flap_stream.model_code import load_model, require_known_code
 from flap_stream.progress import Progress, peak_host_bytes
-
-MODELING_NAME = "modeling_flap_stream.py"
+from flap_stream.stage_options import options_of
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ class BenchRow:
     """A setting. Speedups are medians of the ratios within each round: above 1, the pruned model is faster."""
 
     setting: Setting
-    dense: Summary
-    pruned: Summary
+    dense: Summary = field(repr=False)
+    pruned: Summary = field(repr=False)
     prompt_speedup: float
     generation_speedup: float
 
@@ -80,17 +79,23 @@ class BenchResult:
 
 
 def bench_inference(
-    dense: str | Path, pruned: str | Path, options: BenchInferenceConfig, progress: Progress | None = None
+    dense: str | Path,
+    pruned: str | Path,
+    options: BenchInferenceConfig | None = None,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
 ) -> BenchResult:
     """Time prompts and generation of a dense and a pruned model (directories or Hub ids), in turn.
 
+    keywords: the fields of `BenchInferenceConfig`, in place of `options`. progress: True shows it on stderr.
     Raises InvalidModel, InvalidOption or InsufficientMemory for what cannot be run.
     """
+    options = options_of(BenchInferenceConfig, "bench_inference", options, keywords)
     settings = [
         Setting(batch, length, options.generate) for batch in options.batch_sizes for length in options.prompt_lengths
     ]
     models = {"dense": str(dense), "pruned": str(pruned)}
-    loaded, found = side_by_side(models, settings, options, progress or Progress())
+    loaded, found = side_by_side(models, settings, options, Progress.of(progress))
     rows = []
     for setting, rounds in zip(settings, found, strict=True):
         pairs = [(one["dense"], one["pruned"]) for one in rounds]
@@ -163,24 +168,19 @@ def _require_runs(model: str, settings: Iterable[Setting], options: BenchInferen
         if checkpoint.wrapper is not None:
             raise UnsupportedModel(f"{model} is multimodal; inference is timed of language models by themselves")
         config, directory = checkpoint.config, checkpoint.directory
-    trusts = options.trust_remote_code
-    if not trusts and "auto_map" in config:
-        own = package_files("flap_stream.modeling").joinpath(MODELING_NAME).read_bytes()
-        code = [path for path in directory.glob("*.py") if path.name != MODELING_NAME or path.read_bytes() != own]
-        if code or not (directory / MODELING_NAME).is_file():
-            names = ", ".join(path.name for path in code) or "not beside it"
-            raise InvalidModel(
-                f"{model} needs code that this version did not write ({names}); read it and let it run with "
-                "--trust-remote-code"
-            )
-        trusts = True
+    if not options.trust_remote_code:
+        require_known_code(config, directory, model)
     longest = max(setting.prompt_length + setting.generate for setting in settings)
     if longest > config.get("max_position_embeddings", longest):
         raise InvalidOption(
             f"prompt and generation together are {longest} tokens, but {model} was made for "
             f"{config['max_position_embeddings']}; shorten --prompt-lengths or --generate"
         )
-    return {"directory": str(directory), "vocabulary": config["vocab_size"], "trust_remote_code": trusts}
+    return {
+        "directory": str(directory),
+        "vocabulary": config["vocab_size"],
+        "trust_remote_code": options.trust_remote_code,
+    }
 
 
 class _Worker:
@@ -247,19 +247,14 @@ def _serve() -> None:
         answers.flush()
 
     import torch
-    from transformers import AutoModelForCausalLM
 
     from flap_stream.layers import choose_device
 
     start = json.loads(sys.stdin.readline())
     device = choose_device(start["device"])
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            start["directory"],
-            dtype="auto" if start["dtype"] == "auto" else getattr(torch, start["dtype"]),
-            trust_remote_code=start["trust_remote_code"],
-        )
-        model = model.eval().to(device)
+        dtype = "auto" if start["dtype"] == "auto" else getattr(torch, start["dtype"])
+        model = load_model(Path(start["directory"]), dtype, start["trust_remote_code"]).eval().to(device)
         weights = {tensor.data_ptr(): tensor.nbytes for tensor in model.parameters()}
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         answer({"device": str(device), "dtype": dtype, "weight_bytes": sum(weights.values())})

@@ -32,7 +32,7 @@ ENTRY_FORMS: dict[str, Any] = {
     "plan": {"digest": str},
     "sweep": {"name": hexadecimal, "digest": str},
     "hidden-sweep": {"job": str, **_SNAPSHOT},
-    "rewrite": {"place": str, "job": str},
+    "rewrite": {"place": str, "job": str, "restore": str, "mark?": str},
     "shard": {"job": str, "digest": str},
 }
 _MOST_BYTES = 1 << 26

@@ -52,20 +52,21 @@ class LayerPass:
         self.sizes = BatchSizes(self.placement.batch_size, known, self.windows)
 
     def layers(
-        self, stage: Stage, incomplete: int = 0, interval: int | None = None
+        self, stage: Stage, stored: int | None = None, interval: int | None = None
     ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Layers in the order of the pass, each with its weights, from the newest usable snapshot on.
 
-        incomplete: how many layers have their result stored; no snapshot may lie behind them. interval: layers from one
-        snapshot to the next; None saves as often as it costs little. A layer counts as done at the next step.
+        stored: how many layers have their result stored, which no snapshot may lie behind; None if none has a result.
+        interval: layers from one snapshot to the next; None saves as often as it costs little. A layer counts as done
+        at the next step.
         """
         model, order = self.model, self.order()
         saved = list(zip(self.stores, self.hidden, strict=True)) if self.stores else []
-        start = resume(saved, incomplete, model.ranks) if saved else None
+        start = resume(saved, len(order) if stored is None else stored, model.ranks) if saved else None
         if start is None:
             self.begin()
         done = start or 0
-        stage.skip(done)
+        stage.skip(done, recorded=None if stored is None else min(stored, len(order)))
         snapshots = Snapshots(saved, interval, model.ranks) if saved else None
         tokens = sum(model.ranks.gathered(self.tokens.size)) * self.copies
         for i, weights in model.stream(order[done:], self.placement.prefetch):

@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -139,16 +139,14 @@ class StreamedModel:
     def place(
         self,
         options: EngineConfig,
-        samples: int,
-        tokens: int,
+        job: Job,
         *,
-        head: bool = False,
-        refit: Refit | None = None,
-        backward: bool = False,
+        then: Sequence[Job] = (),
         recorded: int | None = None,
     ) -> Placement:
-        """How to run over so many windows within the memory allowed, to which the allocator and page cache are held.
+        """How to run a job within the memory allowed, to which the allocator and page cache are held.
 
+        then: jobs that follow at the same batch size, and must fit too.
         recorded: the batch size of a run that is taken up, in force unless the options name one.
         All ranks do as fits the one with the least memory.
         Raises InsufficientMemory if there is no way, InvalidOption for ranks on devices of different types.
@@ -159,13 +157,16 @@ class StreamedModel:
         found = memory.limits(self.device, options.host_memory, options.device_memory, self.ranks.local[1])
         limits = memory.Limits(*map(min, zip(*map(astuple, self.ranks.gathered(found)), strict=True)))
         memory.enforce(self.device, limits.device)
-        job = self.job(samples, tokens, head=head, refit=refit, backward=backward)
         placement = self.ranks.from_first(
-            lambda: planner.place(job, limits, options.batch_size or recorded, options.prefetch)
+            lambda: planner.place(job, limits, options.batch_size, options.prefetch, then, recorded)
         )
         if self.checkpoint.nbytes > limits.host - placement.host_bytes:
             self.checkpoint.drop_from_page_cache()
         return placement
+
+    def room(self, options: EngineConfig) -> int:
+        """Bytes of host memory that may be taken beside what is in use now."""
+        return memory.room(self.device, options.host_memory, options.device_memory, self.ranks.local[1])
 
     def job(
         self, samples: int, tokens: int, *, head: bool = False, refit: Refit | None = None, backward: bool = False
@@ -184,6 +185,10 @@ class StreamedModel:
             ranks=self.ranks.world,
             local_ranks=max(map(len, self.ranks.nodes)),
         )
+
+    def refit_after(self, job: Job, refit: Refit) -> Job:
+        """Refitting after a job over the same windows; what a batch of that takes is not looked for again."""
+        return replace(job, refit=refit, head=self.head_entry if refit.has_head else None)
 
     def embed(self, tokens: np.ndarray, batch_size: int, hidden: HiddenStates, copies: int = 1) -> None:
         """Fill the hidden states with what enters the first decoder layer.
@@ -321,7 +326,10 @@ class StreamedModel:
         entry = self.checkpoint.tensors.get(name)
         where = self.checkpoint.source
         if entry is None:
-            raise CorruptCheckpoint(f"tensor {name} is missing from {where}; the checkpoint is incomplete")
+            file = self.checkpoint.misplaced.get(name)
+            placed = "" if file is None else f" (its index places it in {file}, which does not hold it)"
+            what = "it is a model without its head" if name == self.family.head else "the checkpoint is incomplete"
+            raise CorruptCheckpoint(f"tensor {name} is missing from {where}{placed}; {what}")
         if entry.shape != shape:
             raise CorruptCheckpoint(
                 f"tensor {name} of {where} has shape {list(entry.shape)}, but its config.json asks for {list(shape)}"

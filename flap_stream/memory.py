@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from flap_stream import control_groups
 from flap_stream.errors import InvalidOption
 
 OWN_BLOCK_BYTES = 8 << 20  # what malloc gives a mapping of its own, and takes back at once
@@ -18,7 +19,6 @@ OWN_BLOCK_BYTES = 8 << 20  # what malloc gives a mapping of its own, and takes b
 _HOST_MARGIN = 0.1  # of what is free, left to others when nobody sets a limit
 _DEVICE_MARGIN = 0.05
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ def limits(device: torch.device, host_memory: int | None, device_memory: int | N
         free, _ = torch.cuda.mem_get_info(device)
         on_device = device_memory or torch.cuda.memory_reserved(device) + int(free * (1 - _DEVICE_MARGIN))
     return Limits(host, on_device)
+
+
+def room(device: torch.device, host_memory: int | None, device_memory: int | None, sharers: int = 1) -> int:
+    """Bytes of host memory that this process may take beside what it has now; limits as of `limits`."""
+    return max(0, limits(device, host_memory, device_memory, sharers).host - resident_bytes())
 
 
 def enforce(device: torch.device, limit: int) -> None:
@@ -88,13 +93,10 @@ def resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def free_host_bytes() -> int:
-    """Memory that this process can still take without swapping: the machine's, and its control group's."""
-    free = psutil.virtual_memory().available
-    try:
-        limit, used = (_CGROUP / "memory.max").read_text().strip(), int((_CGROUP / "memory.current").read_text())
-        pages = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        reclaimable = int(pages.get("inactive_file", 0)) + int(pages.get("active_file", 0))
-        return free if limit == "max" else min(free, int(limit) - used + reclaimable)
-    except (OSError, ValueError):
-        return free  # no control groups, or of version 1
+def free_host_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process can still take without swapping: the machine's, and its control groups'.
+
+    root: where /proc and the mounted control groups are.
+    """
+    free, allowed = psutil.virtual_memory().available, control_groups.free_bytes(root)
+    return free if allowed is None else min(free, allowed)

@@ -2,44 +2,47 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
-from flap_stream import files
+from flap_stream import carried, files, places
 from flap_stream.allocation import LayerKeep
-from flap_stream.architecture import Family, LayerShape, family_of
-from flap_stream.checkpoint import INDEX_NAME, Checkpoint
+from flap_stream.architecture import PRUNED_TYPE, Family, LayerShape, family_of
+from flap_stream.checkpoint import INDEX_NAME, Checkpoint, read_header
 from flap_stream.config import PlanConfig
-from flap_stream.errors import CorruptCheckpoint, InsufficientSpace, OutputConflict
+from flap_stream.differences import output_differences
+from flap_stream.errors import CorruptCheckpoint, InsufficientSpace, NotPlain, OutputConflict
 from flap_stream.journal import Journal
-from flap_stream.json_form import has_form
-from flap_stream.model_card import model_card
+from flap_stream.json_form import finite, has_form, natural, one_of, parsed
+from flap_stream.model_card import base_name, model_card, unusable_metadata
+from flap_stream.model_code import MODELING_NAME, modeling_file
+from flap_stream.model_files import TEMPLATES_NAME, is_carried
 from flap_stream.progress import Progress
 from flap_stream.ranks import ALONE, Ranks
 from flap_stream.shards import Restoration, ShardPlan, plan_digest, plan_shards, write_shard
+from flap_stream.sizes import pruned_sizes
 from flap_stream.store import RunDirectory
+
+logger = logging.getLogger(__name__)
 
 RECORD_NAME = "pruning.json"
 RECORD_FORMAT, RECORD_VERSION = "flap-stream-pruning", 1
-MODELING_NAME = "modeling_flap_stream.py"
 DIGESTS_NAME = "SHA256SUMS"
 
 _RECORD = {
-    "format": str,
+    "format": one_of(RECORD_FORMAT),
     "base": {"name": str},
-    "options": {"method": str, "structure": str, "metric": str, "statistics": str, "ratio": float},
+    "options": {"method": str, "structure": str, "metric": str, "statistics": str, "ratio": finite},
     "restore": str,
-    "realised_ratio": {"decoder": float, "model": float},
-    "parameters": {"before": int, "after": int},
-    "layers": [{"kv_groups": int, "neurons": int, "kept_kv_groups": [int], "kept_neurons": [int]}],
+    "realised_ratio": {"decoder": finite, "model": finite},
+    "parameters": {"before": natural, "after": natural},
+    "layers": [{"kv_groups": natural, "neurons": natural, "kept_kv_groups": [natural], "kept_neurons": [natural]}],
+    "calibration?": dict,
 }
 _MARGIN_BYTES = 16 << 20
-_CARRIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
-_CARRIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-_WRITTEN_NAMES = ("config.json", INDEX_NAME, RECORD_NAME, "README.md")
 
 
 def read_record(out: Path) -> dict[str, Any] | None:
@@ -50,10 +53,10 @@ def read_record(out: Path) -> dict[str, Any] | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        record = json.loads((out / RECORD_NAME).read_bytes())
-        if has_form(record, _RECORD) and record["format"] == RECORD_FORMAT:
+        record = parsed(files.read_plain(out / RECORD_NAME))
+        if has_form(record, _RECORD):
             return record
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, NotPlain):
         pass
     raise OutputConflict(f"{out} exists and was not made by flap-stream; name another OUT or move it away")
 
@@ -69,21 +72,38 @@ def damaged_files(out: Path) -> list[str]:
     Raises CorruptCheckpoint if SHA256SUMS, which says what was written, is missing or damaged.
     """
     path = out / DIGESTS_NAME
-    lines = path.read_bytes().decode(errors="replace").splitlines() if path.is_file() else []
+    lines = files.read_plain(path).decode(errors="replace").splitlines() if path.is_file() else []
     digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if "config.json" not in digests or any(Path(name).name != name or len(name) > 255 for name in digests):
+    if "config.json" not in digests or not all(map(_is_written_name, digests)):
         state = "is damaged" if path.is_file() else "is missing"
         raise CorruptCheckpoint(f"{path} {state}; without it nothing can be checked, so prune again into another OUT")
     wrong = []
     for name, digest in digests.items():
-        found = files.file_digest(out / name) if (out / name).is_file() else None
-        if found != digest:
-            wrong.append(f"{name} is {'missing' if found is None else 'altered'}")
+        is_there = (out / name).is_file()
+        if not is_there or not _is_credible(out / name) or files.file_digest(out / name) != digest:
+            wrong.append(f"{name} is {'altered' if is_there else 'missing'}")
     return wrong
 
 
+def _is_credible(path: Path) -> bool:
+    """Whether a file of an output is no giant: of shards, the header says how large they are."""
+    if path.suffix != ".safetensors":
+        return path.stat().st_size <= files.MOST_BYTES
+    try:
+        return bool(read_header(path))
+    except CorruptCheckpoint:
+        return False
+
+
+def _is_written_name(name: str) -> bool:
+    """Whether SHA256SUMS can have a name: of a file of the output, or of its directory of chat templates."""
+    own = name.removeprefix(f"{TEMPLATES_NAME}/")
+    return Path(own).name == own and len(own) <= 255
+
+
 def require_own_place(source: Checkpoint, out: Path, run: Path) -> None:
-    """Raise OutputConflict if `out` lies in the model's directory, or another run has begun to write it."""
+    """Raise OutputConflict if `out` cannot take the output, or another run has begun to write it."""
+    places.require_apart(out, run)
     if out.resolve().is_relative_to(source.directory.resolve()):
         raise OutputConflict(f"{out} lies in the model's own directory {source.directory}; name an OUT elsewhere")
     staging = files.partial_path(out)
@@ -93,14 +113,18 @@ def require_own_place(source: Checkpoint, out: Path, run: Path) -> None:
                 f"{path} is a symbolic link to {path.readlink()}; a finished output is renamed into its place, which "
                 "cannot be a link, so name the place itself"
             )
-    if staging.exists() and not _begun(run, staging):
+    places.require_place(out)
+    if staging.exists() and not _is_empty(staging) and not _begun(run, staging):
         raise OutputConflict(f"{staging} exists and was not made by the run in {run}; move it away or name another OUT")
 
 
 def _begun(run: Path, staging: Path) -> list[dict[str, Any]]:
     """Journal entries of the jobs that a run directory began in a staging directory, oldest first."""
-    entries = Journal(run / "journal").of_kind("rewrite")
-    return [entry for entry in entries if entry["place"] == str(staging.absolute())]
+    return places.entries_of(Journal(run / "journal").of_kind("rewrite"), staging)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def require_space(out: Path, needed_bytes: int, run: Path | None = None, run_bytes: int = 0) -> None:
@@ -147,9 +171,11 @@ def write_checkpoint(
     max_shard_bytes: int,
     progress: Progress,
     ranks: Ranks = ALONE,
+    code: Sequence[str] = (),
 ) -> tuple[dict[str, Any], int]:
     """Write the pruned checkpoint, going on with shards that an interrupted call finished.
 
+    code: names of the tokenizer's own files of code, where they are trusted, to be carried.
     ranks: those that write a part of the shards each; all else is written by the first, for which `run` is open for
     writing.
     The contents of pruning.json and the bytes that this rank has written come out.
@@ -157,12 +183,13 @@ def write_checkpoint(
     """
     shapes, family = run.layer_shapes, family_of(source.config, source.source)
     plan = plan_shards(source, family, shapes, keeps, restoration, max_shard_bytes)
-    record = _record(source, run, options, keeps, plan, restore, restoration.how)
+    record = _record(source, run, options, keeps, restore, restoration.how)
     found = ranks.from_first(lambda: read_record(out))
-    if found == record:
-        return record, 0
+    if found is not None and _nameless(found) == _nameless(record):
+        return found, 0
     if found is not None:
-        raise OutputConflict(f"{out} holds another pruned checkpoint; name another OUT or move it away")
+        differences = output_differences(found, record) or "otherwise"
+        raise OutputConflict(f"{out} was pruned {differences}; name another OUT or move it away")
     staging = files.partial_path(out)
     job, finished = ranks.from_first(lambda: _begun_job(source, run, out, plan, record, restoration.digests))
     written = 0
@@ -183,10 +210,15 @@ def write_checkpoint(
     if not ranks.is_first:
         ranks.barrier()
         return record, written
-    for name, contents in _small_files(source, plan, record, shapes, keeps, restore, family):
+    small: list[tuple[str, bytes | Iterable[bytes]]] = [
+        (name, files.read_plain(source.directory / name)) for name in code if name != MODELING_NAME
+    ]
+    for name, contents in small + _small_files(source, plan, record, shapes, keeps, restore, family):
+        files.make_directory((staging / name).parent)
         finished[name] = files.write_committed(staging / name, contents)
-        written += len(contents)
+        written += (staging / name).stat().st_size
     files.write_committed(staging / DIGESTS_NAME, digests_file(finished))
+    files.remove(staging / places.MARK)
     files.commit_rename(staging, out)
     ranks.barrier()
     return record, written
@@ -205,7 +237,8 @@ def _begun_job(
     staging = files.partial_path(out)
     job = _open_job(run, out, staging, plan, record, digests)
     finished = {e["name"]: e["digest"] for e in run.journal.of_kind("shard") if e["job"] == job}
-    finished = {name: digest for name, digest in finished.items() if _is_whole(staging / name, digest)}
+    sizes = {shard.name: shard.nbytes for shard in plan.shards}
+    finished = {n: digest for n, digest in finished.items() if _is_whole(staging / n, sizes.get(n), digest)}
     require_space(out, sum(shard.nbytes for shard in plan.shards if shard.name not in finished))
     return job, finished
 
@@ -214,18 +247,28 @@ def _open_job(
     run: RunDirectory, out: Path, staging: Path, plan: ShardPlan, record: dict[str, Any], digests: Sequence[str]
 ) -> str:
     """Make the staging directory, or take up the one that an interrupted call of this very job left."""
-    place, previous = str(staging.absolute()), _begun(run.path, staging)
-    parts = (place, plan_digest(plan), json.dumps(record, sort_keys=True), *digests)
+    previous = _begun(run.path, staging)
+    parts = (plan_digest(plan), json.dumps(_nameless(record), sort_keys=True), *digests)
     job = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    mark = previous[-1].get("mark") if previous else None
     if not previous or previous[-1]["job"] != job:
         files.remove(staging)  # of an older plan
-        run.journal.append("rewrite", out.name, place=place, job=job)
-    files.make_directory(staging)
+        mark = places.new_mark()
+        place = str(staging.absolute())
+        run.journal.append("rewrite", out.name, place=place, job=job, restore=record["restore"], mark=mark)
+    files.make_own_directory(staging)
+    if isinstance(mark, str) and not (staging / places.MARK).exists():
+        files.write_committed(staging / places.MARK, mark.encode())
     return job
 
 
-def _is_whole(path: Path, digest: str) -> bool:
-    return path.is_file() and files.file_digest(path) == digest
+def _nameless(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without what the model's directory was called, which may be found through another path."""
+    return {**record, "base": {**record["base"], "name": ""}}
+
+
+def _is_whole(path: Path, nbytes: int | None, digest: str) -> bool:
+    return path.is_file() and path.stat().st_size == nbytes and files.file_digest(path) == digest
 
 
 def _record(
@@ -233,23 +276,20 @@ def _record(
     run: RunDirectory,
     options: PlanConfig,
     keeps: Sequence[LayerKeep],
-    plan: ShardPlan,
     restore: str,
     refit: dict[str, Any] | None,
 ) -> dict[str, Any]:
     shapes = run.layer_shapes
-    total = sum(shape.prunable for shape in shapes)
-    left = sum(keep.cost(shape) for keep, shape in zip(keeps, shapes, strict=True))
+    sizes = pruned_sizes(shapes, keeps, source.parameters, restore)
     return {
         "format": RECORD_FORMAT,
         "version": RECORD_VERSION,
-        "base": {"name": Path(source.source).name, "fingerprint": fingerprint_digest(source.fingerprint)},
+        "base": {"name": base_name(source.source), "fingerprint": fingerprint_digest(source.fingerprint)},
         "options": options_record(options),
         "restore": restore,
         **({} if refit is None else {"refit": refit}),
         "calibration": run.manifest["calibration"],
-        "realised_ratio": {"decoder": 1 - left / total, "model": 1 - plan.parameters / source.parameters},
-        "parameters": {"before": source.parameters, "after": plan.parameters},
+        **sizes.record(),
         "layers": [
             {
                 "kv_groups": shape.kv_groups,
@@ -263,12 +303,27 @@ def _record(
     }
 
 
-def carried_files(directory: Path) -> Iterator[tuple[str, bytes]]:
+def carried_files(directory: Path) -> Iterator[tuple[str, Iterable[bytes]]]:
     """Names and contents of what goes with a model into anything that is made from it: tokenizer, licence."""
-    for path in sorted(directory.iterdir()):
-        carried = path.suffix in _CARRIED_SUFFIXES or path.name.startswith(_CARRIED_NAMES)
-        if path.is_file() and carried and path.name not in _WRITTEN_NAMES:
-            yield path.name, path.read_bytes()
+    for path, hindrance in _meant_to_be_carried(directory):
+        if hindrance is None:
+            yield path.relative_to(directory).as_posix(), carried.chunks(path)
+
+
+def tell_left_out(directory: Path) -> None:
+    """Warn, before any long work, of what goes with a model but cannot be carried or quoted."""
+    for path, hindrance in _meant_to_be_carried(directory):
+        if hindrance is not None:
+            logger.warning("%s is left out of the result: %s", path, hindrance)
+    for part in unusable_metadata(directory):
+        logger.warning("%s of %s is left out of the model card", part, directory / "README.md")
+
+
+def _meant_to_be_carried(directory: Path) -> Iterator[tuple[Path, str | None]]:
+    """Files that go with a model, and what keeps each from it."""
+    for path in sorted((*directory.iterdir(), *directory.glob(f"{TEMPLATES_NAME}/*"))):
+        if path.is_file() and is_carried(path.relative_to(directory).as_posix()):
+            yield path, carried.hindrance(path, directory)
 
 
 def _small_files(
@@ -279,10 +334,10 @@ def _small_files(
     keeps: Sequence[LayerKeep],
     restore: str,
     family: Family,
-) -> list[tuple[str, bytes]]:
+) -> list[tuple[str, bytes | Iterable[bytes]]]:
     """Names and contents of all files without tensors, the index and the config last."""
-    contents = list(carried_files(source.directory))
-    contents.append((MODELING_NAME, package_files("flap_stream.modeling").joinpath(MODELING_NAME).read_bytes()))
+    contents: list[tuple[str, bytes | Iterable[bytes]]] = list(carried_files(source.directory))
+    contents.append((MODELING_NAME, modeling_file()))
     contents.append((RECORD_NAME, json.dumps(record, separators=(",", ":")).encode() + b"\n"))
     card = model_card(source.source, source.directory, record, multimodal=source.wrapper is not None)
     contents.append(("README.md", card.encode()))
@@ -303,14 +358,15 @@ def _pruned_config(
 ) -> dict[str, Any]:
     """The dense config.json with every layer's own sizes, and the classes that know what to do with them.
 
-    The global sizes stay the dense ones: they pass validation everywhere, and without remote code loading then fails
-    on shapes instead of giving a wrong model.
+    The global sizes stay the dense ones, which pass validation everywhere. The model_type is one of our own, so that
+    loading without remote code asks for it.
     """
     if source.wrapper is not None:
         whole = source.wrapper.config
         sizes = _pruned_sizes(whole["text_config"], shapes, keeps, restore, family)
-        return {**whole, **_classes(wrapper_classes(whole)), "text_config": sizes}
-    return {**_pruned_sizes(source.config, shapes, keeps, restore, family), **_classes(family.pruned_classes)}
+        return {**whole, **_classes(whole, wrapper_classes(whole)), "text_config": sizes}
+    sizes = _pruned_sizes(source.config, shapes, keeps, restore, family)
+    return {**sizes, **_classes(source.config, family.pruned_classes)}
 
 
 def wrapper_classes(config: dict[str, Any]) -> dict[str, str]:
@@ -322,10 +378,18 @@ def wrapper_classes(config: dict[str, Any]) -> dict[str, str]:
     return {"AutoModelForImageTextToText": f"Pruned{name}"}
 
 
-def _classes(classes: dict[str, str]) -> dict[str, Any]:
+def _classes(config: dict[str, Any], classes: dict[str, str]) -> dict[str, Any]:
+    """What a config.json says of the classes that load it. classes: auto class to the model class in `modeling/`."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    *_, architecture = classes.values()
+    classes = {"AutoConfig": f"Pruned{CONFIG_MAPPING[config['model_type']].__name__}", **classes}
     module = MODELING_NAME.removesuffix(".py")
-    *_, causal = classes.values()
-    return {"architectures": [causal], "auto_map": {auto: f"{module}.{name}" for auto, name in classes.items()}}
+    return {
+        "model_type": PRUNED_TYPE + config["model_type"],
+        "architectures": [architecture],
+        "auto_map": {auto: f"{module}.{name}" for auto, name in classes.items()},
+    }
 
 
 def _pruned_sizes(

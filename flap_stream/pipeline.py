@@ -12,13 +12,30 @@ import numpy as np
 import torch
 
 from flap_stream import checkpoint as checkpoints
-from flap_stream import files, output, planner
-from flap_stream.allocation import LayerKeep, allocate
+from flap_stream import files, output, places, planner
+from flap_stream.allocation import LayerKeep, allocate, require_minimum
 from flap_stream.architecture import LayerShape
-from flap_stream.calibration import calibration_tokens, load_tokenizer, tokens_digest
+from flap_stream.calibration import (
+    Windows,
+    calibration_text,
+    calibration_tokens,
+    check_text,
+    load_tokenizer,
+    tokens_digest,
+)
 from flap_stream.collection import collect_statistics
-from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, RewriteConfig, part_of, require_restoration
+from flap_stream.config import (
+    CollectConfig,
+    PlanConfig,
+    PruneConfig,
+    RewriteConfig,
+    changed_options,
+    part_of,
+    require_restoration,
+)
+from flap_stream.differences import model_differences, output_differences
 from flap_stream.errors import CorruptRun, InvalidOption, OutputConflict, RunMismatch
+from flap_stream.job_header import engine_rows, model_row
 from flap_stream.layers import StreamedModel, cpu_threads, release
 from flap_stream.loss_store import LossScores, LossStore
 from flap_stream.loss_sweep import collect_loss_scores, require_inputs
@@ -36,13 +53,18 @@ from flap_stream.restoration import (
 from flap_stream.same_source import require_same_weights
 from flap_stream.scoring import baseline_input, flap_scores, magnitude_scores, wanda_scores
 from flap_stream.shards import Restoration
+from flap_stream.sizes import PrunedSizes, pruned_sizes
 from flap_stream.skeleton import Skeleton
+from flap_stream.stage_options import FED_ON, options_of, warn_of_positions
 from flap_stream.store import RunDirectory, stored_bytes
+from flap_stream.tokenization import code_files
+from flap_stream.values import option_name
 
 logger = logging.getLogger(__name__)
 
-# What decides the pruned layers that wanda-sp feeds the next.
-_FED_ON = ("ratio", "min_heads", "min_neurons", "round_heads_to", "round_neurons_to", "tensor_parallel")
+# How long pass 2 takes beside pass 1, about, for the bar of a whole job: measured on CPUs, see the README.
+_REFIT_WEIGHTS = {"own": 1.5, "dense": 2.5, "aligned": 3.5, "joint": 10.0}
+_REWRITE_WEIGHT = 0.1
 
 
 @dataclass
@@ -94,21 +116,34 @@ class CollectResult:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """A decision: what stays in every layer, and the realised ratios.
-
-    decoder_ratio: removed share of the decoder layers' prunable weights; model_ratio: of the whole model's parameters,
-    the biases that a restoration adds not counted.
-    """
+    """A decision: what stays in every layer, and what it comes to."""
 
     run: Path
     options: PlanConfig
-    layers: list[LayerKeep]
-    kv_groups: list[int]
-    neurons: list[int]
-    decoder_ratio: float
-    model_ratio: float
-    parameters_before: int
-    parameters_after: int
+    layers: list[LayerKeep] = field(repr=False)
+    kv_groups: list[int] = field(repr=False)
+    neurons: list[int] = field(repr=False)
+    sizes: PrunedSizes
+
+    @property
+    def decoder_ratio(self) -> float:
+        """Removed share of the decoder layers' prunable weights."""
+        return self.sizes.decoder_ratio
+
+    @property
+    def model_ratio(self) -> float:
+        """The share by which the whole model's parameters become fewer, biases that are added counted."""
+        return self.sizes.model_ratio
+
+    @property
+    def parameters_before(self) -> int:
+        """Of the dense model."""
+        return self.sizes.parameters_before
+
+    @property
+    def parameters_after(self) -> int:
+        """Of the pruned model, biases that are added counted."""
+        return self.sizes.parameters_after
 
 
 @dataclass(frozen=True)
@@ -119,25 +154,39 @@ class PruneResult:
     record: dict[str, Any]
     measured: Measured
 
+    def __repr__(self) -> str:
+        """Where it is and what is gone."""
+        ratios, counts = self.record["realised_ratio"], self.record["parameters"]
+        return (
+            f"PruneResult(out={str(self.out)!r}, removed={ratios['decoder']:.2%} of the prunable weights, "
+            f"parameters={counts['before']:,} -> {counts['after']:,})"
+        )
+
 
 def prune(
     model: str | Path,
     out: str | Path,
-    options: PruneConfig,
+    options: PruneConfig | None = None,
     *,
     run: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
 ) -> PruneResult:
     """Prune a model into a checkpoint at `out`; called again after any interruption, it goes on.
 
     model: a directory or a Hub id. run: the run directory; by default `<out>.run`, removed at the end unless
-    `options.keep_run`; one that is named here stays.
+    `options.keep_run`; one that is named here stays. progress: True shows it on stderr.
+    keywords: the fields of `PruneConfig`, in place of `options`.
     Raises InvalidInput (see errors.py) before any long work for what cannot be pruned.
     """
-    out, measured, progress = Path(out), Measured(), progress or Progress()
+    options = options_of(PruneConfig, "prune", options, keywords)
+    out, measured, progress = Path(out), Measured(), Progress.of(progress)
+    places.require_name(out)
     run_path = Path(run) if run is not None else out.with_name(out.name + ".run")
     removes_run = run is None and not options.keep_run
-    with joined() as ranks, _open_model(model, ranks) as source:
+    with joined() as ranks, ExitStack() as opened:
+        ranks.from_first(lambda: _check_text(options, model))
+        source = opened.enter_context(_open_model(model, ranks))
         record = ranks.from_first(lambda: output.read_record(out))
         if record is not None:
             _require_same_job(source, out, record, options)
@@ -149,7 +198,9 @@ def prune(
             return PruneResult(out, record, measured)
         if ranks.is_first:
             output.require_own_place(source, out, run_path)
+            output.tell_left_out(source.directory)
         with ExitStack() as stack:  # one lock for the whole job: no other can plan in between
+            stack.enter_context(progress.job([("collect", 1.0), *_pass2_weights(options)]))
             directory, _ = _collect(source, run_path, options, progress, measured, stack, out, ranks)
             with measured.stage("plan"):
                 ranks.from_first(lambda: _store_plan(directory, decide(directory, part_of(options, PlanConfig))))
@@ -162,23 +213,42 @@ def prune(
     return result
 
 
+def _pass2_weights(options: RewriteConfig) -> list[tuple[str, float]]:
+    """About how long the stages of pass 2 take, beside pass 1."""
+    return [
+        *([("refit", _REFIT_WEIGHTS[options.refit_target])] if options.refits else []),
+        ("rewrite", _REWRITE_WEIGHT),
+    ]
+
+
 def collect(
-    model: str | Path, run: str | Path, options: CollectConfig, *, progress: Progress | None = None
+    model: str | Path,
+    run: str | Path,
+    options: CollectConfig | None = None,
+    *,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
 ) -> CollectResult:
     """Pass 1 alone: statistics of every layer into the run directory `run`, which serves any number of plans.
 
     With `method="wanda-sp"` the collection belongs to `options.ratio`, since the pruned layers feed the next.
+    keywords: the fields of `CollectConfig`, in place of `options`. progress: as of `prune`.
     """
-    with joined() as ranks, _open_model(model, ranks) as source, ExitStack() as stack:
-        return _collect(source, Path(run), options, progress or Progress(), Measured(), stack, ranks=ranks)[1]
+    options = options_of(CollectConfig, "collect", options, keywords)
+    with joined() as ranks, ExitStack() as stack:
+        ranks.from_first(lambda: _check_text(options, model))
+        source = stack.enter_context(_open_model(model, ranks))
+        return _collect(source, Path(run), options, Progress.of(progress), Measured(), stack, ranks=ranks)[1]
 
 
-def plan(run: str | Path, options: PlanConfig) -> PlanResult:
+def plan(run: str | Path, options: PlanConfig | None = None, **keywords: Any) -> PlanResult:
     """Decide from the run directory alone what stays; the decision is stored there for `rewrite`.
 
+    keywords: the fields of `PlanConfig`, in place of `options`.
     Raises RunMismatch if the statistics do not serve the method, CorruptRun if they are incomplete or altered,
     InvalidOption if the ratio cannot be met.
     """
+    options = options_of(PlanConfig, "plan", options, keywords)
     with RunDirectory(Path(run)) as directory:
         return _store_plan(directory, decide(directory, options))
 
@@ -186,21 +256,31 @@ def plan(run: str | Path, options: PlanConfig) -> PlanResult:
 def rewrite(
     run: str | Path,
     out: str | Path,
-    options: RewriteConfig,
+    options: RewriteConfig | None = None,
     *,
     model: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
 ) -> PruneResult:
     """Pass 2 alone: write the pruned checkpoint that the run directory's plan describes.
 
-    model: where the dense model is now, if it was moved since `collect`.
+    model: where the dense model is now, if it was moved since `collect`. progress: as of `prune`.
+    keywords: the fields of `RewriteConfig`, in place of `options`.
     """
+    options = options_of(RewriteConfig, "rewrite", options, keywords)
+    places.require_name(Path(out))
     with (
         joined() as ranks,
         _run_directory(ranks, Path(run), lambda: RunDirectory(Path(run))) as directory,
         _open_model(model or directory.manifest["source"], ranks) as source,
     ):
-        return _rewrite(source, directory, Path(out), options, progress or Progress(), Measured(), ranks)
+        if ranks.is_first and output.read_record(Path(out)) is None:
+            output.require_own_place(source, Path(out), directory.path)
+            output.tell_left_out(source.directory)
+        shown = Progress.of(progress)
+        shown.header({**model_row(source, len(directory.layer_shapes)), "run directory": str(run)})
+        with shown.job(_pass2_weights(options)):
+            return _rewrite(source, directory, Path(out), options, shown, Measured(), ranks)
 
 
 @contextmanager
@@ -244,13 +324,16 @@ def _collect(
     """
     with measured.stage("collect"):
         model = StreamedModel(source, options, ranks)
-        if out is not None:
-            nothing = [(np.zeros(shape.kv_groups), np.zeros(shape.neurons)) for shape in model.shapes]
-            allocate(nothing, model.shapes, part_of(options, PlanConfig))  # whether it can be met, scores aside
+        progress.header({**model_row(source, len(model.layers)), "run directory": str(run)})
+        if isinstance(options, PruneConfig):
+            _require_possible(model, options)
         target = options.refit_target if isinstance(options, PruneConfig) and options.refits else None
-        if target is not None:
-            require_refittable(model.family, model.shapes, target, source.source)
-        tokens = ranks.from_first(lambda: _tokens_for(model, options))
+        if options.method != "magnitude-sp":
+            progress.say("reading the calibration text")
+        windows = ranks.from_first(lambda: _windows_for(model, options))
+        tokens = windows.tokens
+        give_back_heap()
+        warn_of_positions(source.config, tokens.shape[1])
         if out is not None and ranks.is_first:  # what an interrupted call has written counts
             written = output.estimated_bytes(source, model.shapes, options.ratio)
             written -= files.tree_bytes(files.partial_path(out))
@@ -259,12 +342,12 @@ def _collect(
             output.require_space(out, max(0, written), run, max(0, kept))
         samples, length = tokens.shape
         recorded = RunDirectory.recorded_batch_size(run)
-        placement = model.place(options, samples, length, recorded=recorded)
+        job = model.job(samples, length)  # pass 2 must fit as well, whatever the plan will be
+        then = [] if target is None else [model.refit_after(job, refit_sizes(model, target))]
+        placement = model.place(options, job, then=then, recorded=recorded)
         measured.placement = placement
-        if target is not None:  # pass 2 must fit as well, whatever the plan will be
-            refit = refit_sizes(model, target)
-            model.place(options, samples, length, refit=refit, recorded=placement.batch_size)
-        opened = _run_directory(ranks, run, lambda: _begun_run(model, run, options, tokens, placement))
+        progress.header(engine_rows(model, placement, samples, length))
+        opened = _run_directory(ranks, run, lambda: _begun_run(model, run, options, windows, placement))
         directory = stack.enter_context(opened)
         with cpu_threads(directory.manifest["threads"]):
             loss = LossStore(directory, min(options.loss_windows, samples)) if options.loss_windows else None
@@ -283,17 +366,28 @@ def _sweep_loss(
     ranks, length = model.ranks, loss.run.manifest["tokens"]["shape"][1]
     require_inputs(model, loss, placement, progress)
     recorded = ranks.from_first(loss.recorded_batch_size)
-    own = model.place(options, loss.windows, length, backward=True, recorded=recorded)
+    job = replace(model.job(loss.windows, length, head=True, backward=True), base_bytes=placement.base_bytes)
+    own = model.place(options, job, recorded=recorded)
     if ranks.is_first:
         loss.begin(own.batch_size)
     collect_loss_scores(model, loss, own, progress, options.snapshot_interval)
 
 
+def _require_possible(model: StreamedModel, options: PruneConfig) -> None:
+    """Raise what planning and refitting would for this model, whatever the scores turn out to be."""
+    require_minimum(model.shapes, options)
+    nothing = [(np.zeros(shape.kv_groups), np.zeros(shape.neurons)) for shape in model.shapes]
+    allocate(nothing, model.shapes, part_of(options, PlanConfig))
+    if options.refits:
+        require_refittable(model.family, model.shapes, options.refit_target, model.checkpoint.source)
+
+
 def _begun_run(
-    model: StreamedModel, run: Path, options: CollectConfig, tokens: np.ndarray, placement: planner.Placement
+    model: StreamedModel, run: Path, options: CollectConfig, windows: Windows, placement: planner.Placement
 ) -> RunDirectory:
     """The run directory with its tokens, held against the model's files."""
-    directory = RunDirectory.create(run, _manifest(model, options, tokens, placement.batch_size))
+    tokens = windows.tokens
+    directory = RunDirectory.create(run, _manifest(model, options, windows, placement.batch_size))
     try:
         if tokens.size and not directory.has_tokens():
             directory.write_tokens(tokens)
@@ -304,32 +398,41 @@ def _begun_run(
     return directory
 
 
-def _tokens_for(model: StreamedModel, options: CollectConfig) -> np.ndarray:
+def _check_text(options: CollectConfig, model: str | Path) -> None:
+    if options.method != "magnitude-sp":
+        check_text(calibration_text(options), model)
+
+
+def _windows_for(model: StreamedModel, options: CollectConfig) -> Windows:
     if options.method == "magnitude-sp":
-        return np.zeros((0, 0), dtype=np.int64)
-    return calibration_tokens(
-        options.calibration,
-        options.samples,
-        options.sequence_length,
+        return Windows(np.zeros((0, 0), dtype=np.int64))
+    found = calibration_tokens(
+        calibration_text(options),
         options.seed,
         lambda: load_tokenizer(model.checkpoint.directory, options.trust_remote_code),
         model.vocab_size,
+        model.room(options),
     )
+    there = len(found.tokens)
+    if there < options.samples and "samples" in changed_options(options):
+        logger.warning("--samples is %d, but there are only %d windows; all are taken", options.samples, there)
+    return found
 
 
-def _manifest(model: StreamedModel, options: CollectConfig, tokens: np.ndarray, batch_size: int) -> dict[str, Any]:
+def _manifest(model: StreamedModel, options: CollectConfig, windows: Windows, batch_size: int) -> dict[str, Any]:
     """What the statistics depend on (`model`, `tokens`, `options`), and what planning needs to know of the model."""
     decides: dict[str, Any] = {"method": options.method}
     if options.method != "magnitude-sp":
         decides |= {"dtype": str(model.dtype), "device": model.device.type, "batch_size": batch_size}
     if options.method == "wanda-sp":
-        decides |= {name: getattr(options, name) for name in _FED_ON}
+        decides |= {name: getattr(options, name) for name in FED_ON}
     return {
         "model": model.checkpoint.fingerprint,
-        "tokens": {"sha256": tokens_digest(tokens), "shape": list(tokens.shape)},
+        "tokens": {"sha256": tokens_digest(windows.tokens), "shape": list(windows.tokens.shape)},
         "options": decides,
         "source": _absolute(model.checkpoint.source),
         "calibration": _calibration_record(options),
+        "window_prefix": list(windows.prefix),
         "threads": torch.get_num_threads(),
         "parameters": model.checkpoint.parameters,
         "sizes": {
@@ -347,15 +450,21 @@ def _calibration_record(options: CollectConfig) -> dict[str, Any]:
     if options.method == "magnitude-sp":
         return {}
     sources = [Path(source).name for source in options.calibration]
-    return {"sources": sources, **{key: getattr(options, key) for key in ("samples", "sequence_length", "seed")}}
+    asked = ("samples", "sequence_length", "seed", "bos", "text_column", "chat_template")
+    return {"sources": sources, **{key: getattr(options, key) for key in asked}}
+
+
+def _known_to(record: Any, calibration: dict[str, Any]) -> dict[str, Any]:
+    """A calibration without what a record of an older version does not have."""
+    return {name: calibration[name] for name in calibration if not isinstance(record, dict) or name in record}
 
 
 def _absolute(source: str) -> str:
     return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
-def decide(run: RunDirectory, options: PlanConfig) -> PlanResult:
-    """What `plan` decides; nothing is stored."""
+def decide(run: RunDirectory, options: PlanConfig, restore: str | None = None) -> PlanResult:
+    """What `plan` decides; nothing is stored. restore: what biases are counted for; None is the method's own."""
     collected = run.manifest["options"]
     if options.method != collected["method"] and not (
         options.method == "magnitude-sp" and collected["method"] == "flap"
@@ -364,27 +473,27 @@ def decide(run: RunDirectory, options: PlanConfig) -> PlanResult:
             f"{run.path} was collected for {collected['method']}, which does not serve {options.method}; "
             f"collect again with --method {options.method}"
         )
-    for name in _FED_ON:
+    for name in FED_ON:
         if name in collected and getattr(options, name) != collected[name]:
             raise RunMismatch(
-                f"{run.path} was collected with wanda-sp for {name} {collected[name]} (pruned layers feed the next); "
-                f"it does not serve {name} {getattr(options, name)}, so collect again for that"
+                f"{run.path} was collected with wanda-sp for --{option_name(name)} {collected[name]} (pruned layers "
+                f"feed the next), which does not serve {getattr(options, name)}; collect again for that"
             )
+    if options.statistics == "released" and run.manifest.get("window_prefix"):
+        logger.warning(
+            "the windows of %s begin with BOS, those of the released code do not; collect with --bos never", run.path
+        )
     shapes = run.layer_shapes
+    require_minimum(shapes, options)
     keeps = allocate(unit_scores(run, options), shapes, options)
-    total = sum(shape.prunable for shape in shapes)
-    removed = total - sum(keep.cost(shape) for keep, shape in zip(keeps, shapes, strict=True))
-    before = run.manifest["parameters"]
+    restore = require_restoration(options.method, restore)
     return PlanResult(
         run=run.path,
         options=options,
         layers=keeps,
         kv_groups=[shape.kv_groups for shape in shapes],
         neurons=[shape.neurons for shape in shapes],
-        decoder_ratio=removed / total,
-        model_ratio=removed / before,
-        parameters_before=before,
-        parameters_after=before - removed,
+        sizes=pruned_sizes(shapes, keeps, run.manifest["parameters"], restore),
     )
 
 
@@ -414,7 +523,7 @@ def loss_scores(found: LossScores, shape: LayerShape) -> tuple[np.ndarray, np.nd
 
 
 def _store_plan(run: RunDirectory, decided: PlanResult) -> PlanResult:
-    if decided.parameters_after == decided.parameters_before:
+    if decided.decoder_ratio == 0:
         raise InvalidOption(f"--ratio {decided.options.ratio} removes nothing from this model; raise it")
     run.write_plan(decided.options, decided.layers)
     return decided
@@ -449,9 +558,11 @@ def _rewrite(
     elif restore == "least-squares":
         with measured.stage("refit"):
             restoration = _refitted(source, run, keeps, options, progress, measured, ranks, snapshot_interval)
+    code = [name for name in code_files(source.directory) if (source.directory / name).is_file()]
+    code = code if options.trust_remote_code else []
     with measured.stage("rewrite"):
         record, measured.bytes_written = output.write_checkpoint(
-            source, run, out, plan_options, keeps, restoration, restore, options.max_shard_bytes, progress, ranks
+            source, run, out, plan_options, keeps, restoration, restore, options.max_shard_bytes, progress, ranks, code
         )
     measured.of_all(ranks, source.bytes_read)
     return PruneResult(out, record, measured)
@@ -460,9 +571,9 @@ def _rewrite(
 def require_model_of(run: RunDirectory, source: checkpoints.Checkpoint, ranks: Ranks = ALONE) -> None:
     """Raise RunMismatch unless the statistics were collected from this very model."""
     if source.fingerprint != run.manifest["model"]:
+        now = {"model": source.fingerprint, "source": _absolute(source.source), "parameters": source.parameters}
         raise RunMismatch(
-            f"{source.source} is not the model that {run.path} was collected from (its config or headers differ); "
-            "give that model, or collect again"
+            f"{run.path} was collected {model_differences(run.manifest, now)}; give that model, or collect again"
         )
     skeleton, vocabulary = Skeleton(source.config, source.source), run.manifest["sizes"]["vocabulary"]
     shapes = [skeleton.layer_shape(i) for i in range(len(skeleton.layers))]
@@ -491,8 +602,12 @@ def _refitted(
     require_refittable(model.family, model.shapes, options.refit_target, source.source)
     samples, length = run.manifest["tokens"]["shape"]
     refit = refit_sizes(model, options.refit_target, keeps)
-    placement = model.place(options, samples, length, refit=refit, recorded=collected["batch_size"])
-    measured.placement = placement if measured.placement is None else measured.placement.together(placement)
+    first = measured.placement  # of a pass 1 that came before in this process: what it left is in its slack
+    job = replace(model.job(samples, length, refit=refit), base_bytes=None if first is None else first.base_bytes)
+    placement = model.place(options, job, recorded=collected["batch_size"])
+    if placement != first:
+        progress.header(engine_rows(model, placement, samples, length))
+    measured.placement = placement if first is None else first.together(placement)
     with cpu_threads(run.manifest["threads"]):
         refit_layers(model, run, keeps, options.refit_target, placement, progress, snapshot_interval)
     release(model.device)
@@ -513,12 +628,9 @@ def _require_same_job(source: checkpoints.Checkpoint, out: Path, record: dict[st
         **({"refit": refit_record(options.refit_target)} if options.refits else {}),
         "options": output.options_record(part_of(options, PlanConfig)),
         "restore": require_restoration(options.method, options.restore),
-        "calibration": _calibration_record(options),
+        "calibration": _known_to(record.get("calibration"), _calibration_record(options)),
         "base": {"name": Path(source.source).name, "fingerprint": output.fingerprint_digest(source.fingerprint)},
     }
-    for key, value in wanted.items():
-        if record.get(key) != value:
-            raise OutputConflict(
-                f"{out} holds a checkpoint pruned from another model or with other options ({key} was "
-                f"{str(record.get(key))[:120]}); name another OUT or move it away"
-            )
+    differences = output_differences(record, wanted)
+    if differences is not None:
+        raise OutputConflict(f"{out} was pruned {differences}; name another OUT or move it away")

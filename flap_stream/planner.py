@@ -38,6 +38,9 @@ _HOST_SLACK = {"cpu": 36 << 20, "cuda": 40 << 20}
 # there is a hole, malloc puts what could have memory of its own, too. Chosen by tools/memory_grid.py.
 _HEAP_HOLES = (0.5, 1.5)
 _HEAD_WORKSPACE = 224 << 20  # a chunk of logits, in float32 twice over; of a refitted head, a block of rows likewise
+# By how much two processes that do the same may differ when they place it.
+_BETWEEN_PROCESSES = 8 << 20
+_FEWEST_TOKENS = 16  # shorter windows are not advised
 _DEVICE_SLACK = 128 << 20  # workspaces of the matrix library, and rounding of the allocator
 
 
@@ -100,6 +103,7 @@ class Job:
     layers: a layer's tensors by relative name. dtype: of the forward. head: None if only statistics are wanted.
     refit: None if nothing is refitted. backward: whether gradients go through the layers.
     ranks: processes that share the windows; local_ranks: those of them on one machine, at most.
+    base_bytes: host memory that the process takes before the job; None is what it takes when it is placed.
     """
 
     skeleton: Skeleton
@@ -113,6 +117,7 @@ class Job:
     backward: bool = False
     ranks: int = 1
     local_ranks: int = 1
+    base_bytes: int | None = None
     _workspaces: dict[int, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     @property
@@ -170,6 +175,7 @@ class Placement:
     """How a job is run, and the most memory that it takes by prediction.
 
     batch_size: windows at once. hidden_place: one of hidden_states.PLACES. prefetch: layers read ahead.
+    base_bytes: what of the host's memory was taken before.
     """
 
     batch_size: int
@@ -177,6 +183,7 @@ class Placement:
     prefetch: int
     host_bytes: int
     device_bytes: int
+    base_bytes: int = 0
 
     def together(self, other: "Placement") -> "Placement":
         """The same, with the memory of whichever of the two takes more."""
@@ -194,16 +201,60 @@ def moment_bytes(shape: LayerShape, samples: int, batch_size: int) -> int:
     return 8 * (samples * channels + (-(-samples // batch_size) if shape.experts else samples) * shape.neurons)
 
 
-def place(job: Job, limits: Limits, batch_size: int | None = None, prefetch: int | None = None) -> Placement:
-    """The fastest placement that fits. batch_size, prefetch: wishes; None leaves them open.
+def place(
+    job: Job,
+    limits: Limits,
+    batch_size: int | None = None,
+    prefetch: int | None = None,
+    then: Sequence[Job] = (),
+    recorded: int | None = None,
+) -> Placement:
+    """The fastest placement that fits, with a batch size at which the jobs that come `then` fit as well.
 
-    Raises InsufficientMemory, naming what would fit, if none does.
+    batch_size, prefetch: wishes; None leaves them open. recorded: the batch size of a run that is taken up, in force
+    unless another is wished for.
+    Raises InsufficientMemory, naming what would fit, if there is none.
     """
-    for placement in _placements(job, batch_size, prefetch):
-        if placement.fits(limits):
-            return placement
-    smallest = min(_placements(job, batch_size, prefetch), key=lambda p: (p.device_bytes > limits.device, p.host_bytes))
-    raise InsufficientMemory(_refusal(job, limits, smallest, batch_size, prefetch))
+    jobs = _on_one_base((job, *then), batch_size or recorded, prefetch)
+    found = _fitting(jobs, limits, batch_size or recorded, prefetch)
+    if found is None:
+        raise InsufficientMemory(_refusal(jobs, limits, batch_size, prefetch, recorded))
+    return found
+
+
+def _on_one_base(jobs: Sequence[Job], batch_size: int | None, prefetch: int | None) -> list[Job]:
+    """The jobs, all of them on top of what is resident before the first."""
+    base = jobs[0].base_bytes
+    if base is None:
+        for job in jobs:
+            next(_placements(job, batch_size, prefetch))  # finding a workspace loads something, and keeps it
+        base = resident_bytes()
+    return [replace(job, base_bytes=base) for job in jobs]
+
+
+def _fitting(jobs: Sequence[Job], limits: Limits, batch_size: int | None, prefetch: int | None) -> Placement | None:
+    """The fastest placement of the first job at whose batch size all of them fit."""
+    for first in _placements(jobs[0], batch_size, prefetch):
+        if first.fits(limits) and all(
+            any(placement.fits(limits) for placement in _placements(job, first.batch_size, prefetch))
+            for job in jobs[1:]
+        ):
+            return first
+    return None
+
+
+def _smallest(jobs: Sequence[Job], limits: Limits, batch_size: int | None, prefetch: int | None) -> Placement:
+    """The placement of the first job at whose batch size all need the least beyond the limits, with that memory."""
+
+    def excess(placement: Placement) -> tuple[int, int]:
+        return max(0, placement.device_bytes - limits.device), placement.host_bytes
+
+    found = []
+    for placement in _placements(jobs[0], batch_size, prefetch):
+        for job in jobs[1:]:
+            placement = placement.together(min(_placements(job, placement.batch_size, prefetch), key=excess))
+        found.append(placement)
+    return min(found, key=excess)
 
 
 def _placements(job: Job, batch_size: int | None, prefetch: int | None) -> Iterator[Placement]:
@@ -236,8 +287,8 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
         if job.head is not None:  # as it was and refitted, and the last layer
             head = 2 * job.head.nbytes + slab + _HEAD_WORKSPACE
     slack = _HOST_SLACK[job.device]
-    # Resident now, since finding the workspace has loaded and kept something too.
-    base = resident_bytes() + job.waiting_bytes(batch_size)
+    base = resident_bytes() if job.base_bytes is None else job.base_bytes
+    host_always = base + slack + job.waiting_bytes(batch_size)
     own_hidden = job.batch_bytes(job.share(batch_size))
     hidden = {"device": 0, "host": own_hidden, "disk": 3 * batch}[hidden_place]
     if job.device == "cpu":
@@ -245,20 +296,20 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
         largest = max(prod(entry.shape) for layer in job.layers for entry in layer.values()) * job.dtype.itemsize
         small += largest if largest < OWN_BLOCK_BYTES else 0
         holes = int(_HEAP_HOLES[0] * activations + _HEAP_HOLES[1] * small)
-        host = base + hidden + max(weights + workspace + largest + holes, head) + slack
-        return Placement(batch_size, hidden_place, prefetch, host, 0)
+        host = host_always + hidden + max(weights + workspace + largest + holes, head)
+        return Placement(batch_size, hidden_place, prefetch, host, 0, base)
     on_device = {"device": own_hidden, "host": batch, "disk": batch}[hidden_place]
     device = on_device + max(weights + workspace, head) + _DEVICE_SLACK
     ring = ring_blocks(job.local_ranks) * RING_BLOCK_BYTES
-    host = base + hidden + ring + max(batch, 0 if job.head is None else job.head.nbytes) + slack
-    return Placement(batch_size, hidden_place, prefetch, host, device)
+    host = host_always + hidden + ring + max(batch, 0 if job.head is None else job.head.nbytes)
+    return Placement(batch_size, hidden_place, prefetch, host, device, base)
 
 
 def _find_workspace(job: Job, batch_size: int) -> tuple[int, int]:
     widest = max(range(len(job.layers)), key=lambda i: job.skeleton.layer_shape(i).neurons)
     largest = max(range(len(job.layers)), key=lambda i: sum(entry.nbytes for entry in job.layers[i].values()))
     skeleton, peak, small_peak = job.skeleton, 0, 0
-    skeleton.route_everywhere()  # where tokens go depends on values, of which there are none here
+    skeleton.ignore_values()  # there are none here
     # The same mode each time: what a module keeps of one call must be of use in the next.
     with torch.set_grad_enabled(job.backward), torch.inference_mode(not job.backward), _fake_mode():
         shape = (batch_size, job.tokens, job.hidden_size)
@@ -344,24 +395,56 @@ class _LiveBytes(TorchDispatchMode):
         self.peak, self.small_peak = max(self.peak, self.live), max(self.small_peak, self.small_live)
 
 
-def _refusal(job: Job, limits: Limits, smallest: Placement, batch_size: int | None, prefetch: int | None) -> str:
-    found, ways = [], []
+def _refusal(
+    jobs: Sequence[Job], limits: Limits, batch_size: int | None, prefetch: int | None, recorded: int | None
+) -> str:
+    """What is lacking, and what can be done about it: any one of the ways named is enough."""
+    smallest = _smallest(jobs, limits, batch_size or recorded, prefetch)
+    found, more = [], []
     for name, need, limit in (
         ("host", smallest.host_bytes, limits.host),
         ("device", smallest.device_bytes, limits.device),
     ):
         if need > limit:
             found.append(f"{format_bytes(need)} of {name} memory, but {format_bytes(limit)} may be used")
-            ways.append(f"--{name}-memory {-(-need >> 20)}MiB, if there is as much")
-    for batch_wish, prefetch_wish in ((None, prefetch), (batch_size, None), (None, None)):
-        freer = next((p for p in _placements(job, batch_wish, prefetch_wish) if p.fits(limits)), None)
+            more.append(f"--{name}-memory {-(-(need + _BETWEEN_PROCESSES) >> 20)}MiB")
+    ways = [" ".join(more) + ", if there is as much"]
+    other = _other_wishes(jobs, limits, batch_size, prefetch, recorded)
+    if other is None and recorded is None:  # else it would be another run
+        other = _shorter_windows(jobs, limits, batch_size, prefetch)
+    ways += [] if other is None else [other]
+    return f"this job needs at least {' and '.join(found)}; it would run with {', or '.join(ways)}"
+
+
+def _roomier(limits: Limits) -> Limits:
+    """Limits within which a job must fit to be advised, since the process that takes the advice is another."""
+    return replace(limits, host=limits.host - _BETWEEN_PROCESSES)
+
+
+def _other_wishes(
+    jobs: Sequence[Job], limits: Limits, batch_size: int | None, prefetch: int | None, recorded: int | None
+) -> str | None:
+    """Options in the place of those that were wished for, with which the jobs fit."""
+    kept = batch_size or recorded  # a run that is taken up has its batch size for good
+    for batch_wish, prefetch_wish in ((None, prefetch), (kept, None), (None, None)):
+        if batch_wish is None and recorded is not None:
+            continue
+        freer = _fitting(jobs, _roomier(limits), batch_wish, prefetch_wish)
         if freer is not None:
-            changes = [f"--batch-size {freer.batch_size}"] if freer.batch_size != batch_size else []
+            changes = [f"--batch-size {freer.batch_size}"] if freer.batch_size != kept else []
             changes += (
                 [f"--prefetch {freer.prefetch}"] if freer.prefetch != (1 if prefetch is None else prefetch) else []
             )
-            ways.append(" ".join(changes))
-            break
-    if freer is None and predict(replace(job, tokens=min(job.tokens, 128), _workspaces={}), 1, "disk", 0).fits(limits):
-        ways.append("a shorter --sequence-length")
-    return f"this job needs at least {' and '.join(found)}; it would run with {', or '.join(ways)}"
+            return " ".join(changes) or None
+    return None
+
+
+def _shorter_windows(jobs: Sequence[Job], limits: Limits, batch_size: int | None, prefetch: int | None) -> str | None:
+    """The longest windows, of those halved again and again, with which the jobs fit as they were wished for."""
+    tokens = jobs[0].tokens // 2
+    while tokens >= _FEWEST_TOKENS:
+        shorter = [replace(job, tokens=tokens, _workspaces={}) for job in jobs]
+        if _fitting(shorter, _roomier(limits), batch_size, prefetch) is not None:
+            return f"windows of {tokens} tokens (--sequence-length {tokens})"
+        tokens //= 2
+    return None

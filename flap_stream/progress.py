@@ -1,14 +1,27 @@
-"""Telling a person on stderr how far a stage is: a bar on a terminal, a line a layer elsewhere."""
+"""Telling a person on stderr how far a job is: bars on a terminal, lines elsewhere."""
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from flap_stream import interruption
+from flap_stream.errors import InvalidOption
+from flap_stream.values import shortened
+
+_LONGEST = 1000
+_LABEL_WIDTH = 15
+
+
+def printable(message: str) -> str:
+    """One line of reasonable length, whatever names from a file it quotes: those may hold a terminal's commands."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
 def peak_host_bytes() -> int:
@@ -38,15 +51,62 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} TiB"
 
 
+def _in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, whose stderr is no terminal but shows a bar."""
+    shell = sys.modules.get("IPython")
+    return shell is not None and "IPKernelApp" in getattr(shell.get_ipython(), "config", {})
+
+
+def _shows_bars() -> bool:
+    return sys.stderr.isatty() or _in_notebook()
+
+
+def _bar_class() -> type[tqdm]:
+    """The bar of a terminal, or of a notebook, where ipywidgets shows it as a widget."""
+    if not _in_notebook():
+        return tqdm
+    from tqdm.auto import tqdm as notebook_bar
+
+    return notebook_bar
+
+
+@dataclass
+class Job:
+    """Several stages that belong together. weights: about how long each takes, beside the others."""
+
+    weights: Sequence[tuple[str, float]]
+    bar: Any = None
+    finished: float = 0.0
+    share: float = 0.0
+
+    def share_of(self, stage: str) -> float:
+        """What one stage of that name is of the job."""
+        return dict(self.weights).get(stage, 0.0) / sum(weight for _, weight in self.weights)
+
+    def reach(self, share: float) -> None:
+        """So much of the job is done."""
+        self.share = share
+        if self.bar is not None:
+            self.bar.n = round(100 * share)
+            self.bar.refresh()
+
+
 @dataclass
 class Stage:
-    """One stage under way, counted in layers (or shards)."""
+    """One stage under way, counted in layers (or shards).
+
+    job: which it is a part of. line_every: so many units to a line.
+    """
 
     name: str
     total: int
+    unit: str = "layer"
     bar: Any = None
     lines: bool = False
+    job: Job | None = None
+    line_every: int = 1
     done: int = 0
+    skipped: int = 0
     tokens: int = 0
     bytes_moved: int = 0
     started: float = field(default_factory=time.monotonic)
@@ -56,21 +116,37 @@ class Stage:
         self.done += 1
         self.tokens += tokens
         self.bytes_moved += bytes_moved
+        self._tell_job()
         if self.bar is not None:
-            self.bar.set_postfix_str(self._rates())
+            self.bar.set_postfix_str(self.rates())
             self.bar.update(1)
-        elif self.lines:
-            left = (time.monotonic() - self.started) / self.done * (self.total - self.done)
-            print(f"{self.name}: {self.done}/{self.total}, {self._rates()}, {left:.0f} s left", file=sys.stderr)
+        elif self.lines and (self.done % self.line_every == 0 or self.done == self.total):
+            left = (time.monotonic() - self.started) / (self.done - self.skipped) * (self.total - self.done)
+            job = f"; {self.job.share:.0%} of the job" if self.job is not None else ""
+            _say(f"{self.name}: {self.done}/{self.total}, {self.rates()}, {left:.0f} s left{job}")
 
-    def skip(self, count: int) -> None:
-        """So many layers were done by an earlier run."""
-        self.total -= count
+    def skip(self, count: int, recorded: int | None = None) -> None:
+        """So many layers were done by an earlier run, and need not be run again.
+
+        recorded: layers whose results it has stored, if they are more: what enters them has been lost.
+        """
+        self.done = self.skipped = count
+        self.started = time.monotonic()
+        recorded = count if recorded is None else recorded
         if self.bar is not None:
-            self.bar.total = self.total
+            self.bar.n = self.bar.initial = count  # so that rates are of what this run does
             self.bar.refresh()
+        self._tell_job()
+        if recorded and (self.lines or self.bar is not None):
+            again = f"; going on from layer {count}, where the newest snapshot is" if recorded > count else ""
+            _say(f"{self.name}: {recorded} of {self.total} {self.unit}s done already{again}")
 
-    def _rates(self) -> str:
+    def _tell_job(self) -> None:
+        if self.job is not None:
+            self.job.reach(self.job.finished + self.job.share_of(self.name) * self.done / max(self.total, 1))
+
+    def rates(self) -> str:
+        """Tokens and bytes a second in this run, and peaks of memory."""
         seconds = max(time.monotonic() - self.started, 1e-9)
         parts = [f"{self.tokens / seconds:,.0f} tokens/s"] if self.tokens else []
         parts += [f"{format_bytes(self.bytes_moved / seconds)}/s"] if self.bytes_moved else []
@@ -81,18 +157,69 @@ class Stage:
 
 
 class Progress:
-    """Where stages report. `mode` is `auto` (a bar on a terminal, else lines) or `silent`."""
+    """Where stages report. `mode` is `auto` (bars on a terminal, else lines) or `silent`."""
 
     def __init__(self, mode: str = "silent") -> None:
         self._mode = mode
+        self._job: Job | None = None
+
+    def say(self, message: str) -> None:
+        """A line between stages."""
+        if self._mode != "silent":
+            _say(message)
+
+    def header(self, rows: Mapping[str, str]) -> None:
+        """What the job is, a labelled line each."""
+        for label, text in rows.items():
+            self.say(f"{label:{_LABEL_WIDTH}}{text}")
+
+    @classmethod
+    def of(cls, wanted: "Progress | bool | None") -> "Progress":
+        """What a stage was given as `progress`: True is `auto`, False and None are silent."""
+        if isinstance(wanted, Progress):
+            return wanted
+        if wanted is not None and not isinstance(wanted, bool):
+            raise InvalidOption(f"progress is {shortened(wanted)}; expected True, False or a Progress")
+        return cls("auto" if wanted else "silent")
 
     @contextmanager
-    def stage(self, name: str, total: int, unit: str = "layer") -> Iterator[Stage]:
-        """A stage of `total` layers (or other units)."""
-        if self._mode == "silent":
-            yield Stage(name, total)
-        elif sys.stderr.isatty():
-            with tqdm(total=total, desc=name, unit=unit, file=sys.stderr) as bar:
-                yield Stage(name, total, bar=bar)
-        else:
-            yield Stage(name, total, lines=True)
+    def loading(self) -> Iterator[None]:
+        """Modules are imported inside, which takes its time; an interruption leaves at once."""
+        if sys.stderr.isatty():  # in a log nobody waits for it
+            self.say("loading torch and transformers")
+        with interruption.loading():
+            yield
+
+    @contextmanager
+    def job(self, weights: Sequence[tuple[str, float]]) -> Iterator[None]:
+        """The stages inside, in this order, are one job. weights: stage and about how long it takes, in any unit."""
+        with self._bar(100, "job", bar_format="{l_bar}{bar}| {elapsed}") as bar:
+            self._job = Job(weights, bar)
+            try:
+                yield
+            finally:
+                self._job = None
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str = "layer", most_lines: int | None = None) -> Iterator[Stage]:
+        """A stage of `total` layers (or other units). most_lines: about how many lines to write of it."""
+        every = 1 if most_lines is None else max(1, total // most_lines)
+        with self._bar(total, name, unit=unit, leave=self._job is None) as bar:
+            stage = Stage(name, total, unit, bar, self._mode != "silent" and bar is None, self._job, every)
+            yield stage
+        if self._job is not None:
+            self._job.finished += self._job.share_of(name)
+            self._job.reach(self._job.finished)
+            if bar is not None and stage.done > stage.skipped:  # its bar is gone
+                self.say(f"{name}: {stage.done}/{total}, {stage.rates()}")
+
+    def _bar(self, total: int, name: str, **how: Any) -> Any:
+        """A bar on a terminal, to be closed at the end; elsewhere None."""
+        if self._mode == "silent" or not _shows_bars():
+            return nullcontext()
+        return _bar_class()(total=total, desc=name, file=sys.stderr, dynamic_ncols=True, **how)
+
+
+def _say(message: str) -> None:
+    write = tqdm.write if _shows_bars() else print  # tqdm's knows of its bars
+    write(printable(message), file=sys.stderr)

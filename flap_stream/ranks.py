@@ -352,7 +352,7 @@ def _exit_code(error: BaseException) -> int:
 def _obituary(lost: int, world: int) -> str:
     return (
         f"rank {lost} of {world} is gone without a word (killed, or its machine is unreachable); run the same command "
-        "again, with as many ranks as you like: it goes on"
+        "again, with as many ranks as you like"
     )
 
 
@@ -363,7 +363,7 @@ def _peers() -> Iterator[None]:
         yield
     except RuntimeError as error:  # the base of all that torch.distributed raises
         raise RankLost(
-            "another rank of this job is gone; run the same command again, with as many ranks as you like: it goes on"
+            "another rank of this job is gone; run the same command again, with as many ranks as you like"
         ) from error
 
 
@@ -430,7 +430,7 @@ class _Watch(threading.Thread):
         """The launcher, or the machine that it is on, is gone."""
         if self._stopped.is_set():
             return
-        message = "the launcher of this job, or its machine, is gone; run the same command again: it goes on"
+        message = "the launcher of this job, or its machine, is gone; run the same command again"
         self._end(RankLost.exit_code, message if self.speaks() else "")
 
     def speaks(self) -> bool:

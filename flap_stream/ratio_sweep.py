@@ -13,25 +13,27 @@ import numpy as np
 import torch
 
 from flap_stream import files
-from flap_stream.calibration import evaluation_tokens, load_tokenizer, tokens_digest
+from flap_stream.calibration import check_text, evaluation_text, evaluation_tokens, load_tokenizer, tokens_digest
 from flap_stream.checkpoint import open_checkpoint
 from flap_stream.config import PlanConfig, SweepConfig, part_of, require_restoration
 from flap_stream.errors import InvalidOption
 from flap_stream.evaluation import perplexity_of, score_outputs
-from flap_stream.json_form import has_form
+from flap_stream.job_header import engine_rows, model_row
+from flap_stream.json_form import finite, has_form, natural
 from flap_stream.layer_pass import LayerPass
 from flap_stream.layers import StreamedModel
 from flap_stream.masked_layers import Decision, masked, mending
 from flap_stream.pipeline import PlanResult, decide, require_model_of
 from flap_stream.planner import Placement
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
+from flap_stream.stage_options import options_of, warn_of_positions
 from flap_stream.store import RunDirectory, SnapshotStore
 
 logger = logging.getLogger(__name__)
 
-_POINT = {"ratio": float, "decoder_ratio": float, "model_ratio": float, "parameters": int, "perplexity": float}
+_POINT = {"ratio": finite, "decoder_ratio": finite, "model_ratio": finite, "parameters": natural, "perplexity": float}
 _CURVE = {
-    **{"options": dict, "restore": str, "text": {"sources": [str], "sha256": str, "shape": [int]}},
+    **{"options": dict, "restore": str, "text": {"sources": [str], "sha256": str, "shape": (natural, natural)}},
     **{"dtype": str, "device": str, "dense_perplexity": float, "points": [_POINT]},
 }
 _SAME_RATIO = 1e-9
@@ -49,6 +51,11 @@ class SweepPoint:
     model_ratio: float
     parameters: int
     perplexity: float | None
+
+    def __repr__(self) -> str:
+        """In digits that mean something."""
+        measured = "" if self.perplexity is None else f", perplexity={self.perplexity:.4f}"
+        return f"SweepPoint(ratio={self.ratio:g}, removed={self.decoder_ratio:.2%}{measured})"
 
 
 @dataclass(frozen=True)
@@ -84,27 +91,38 @@ class SweepResult:
 
 
 def sweep(
-    run: str | Path, options: SweepConfig, *, model: str | Path | None = None, progress: Progress | None = None
+    run: str | Path,
+    options: SweepConfig | None = None,
+    *,
+    model: str | Path | None = None,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
 ) -> SweepResult:
     """Plan many ratios from the run directory, and with `options.evaluate` measure the perplexity of each.
 
     The stored plan stays as it is. All perplexities come from one reading of the model, if the hidden states of all
     ratios have room, else from few. They are kept in the run directory as soon as they are known, so that a sweep which
     is called again goes on.
-    model: where the dense model is now, if it was moved since `collect`.
+    model: where the dense model is now, if it was moved since `collect`. progress: True shows it on stderr.
+    keywords: the fields of `SweepConfig`, in place of `options`.
     Raises what `plan`, `rewrite` and `evaluate` would.
     """
-    started, progress = time.monotonic(), progress or Progress()
+    options = options_of(SweepConfig, "sweep", options, keywords)
+    started, progress = time.monotonic(), Progress.of(progress)
     restore = require_restoration(options.method, options.restore)
     with RunDirectory(Path(run)) as directory:
-        plans = [decide(directory, _plan_options(options, ratio)) for ratio in options.ratios]
+        plans = [decide(directory, _plan_options(options, ratio), restore) for ratio in options.ratios]
         if not options.evaluate:
             points = [_point(plan, None) for plan in plans]
             return _result(directory, restore, points, started)
-        with open_checkpoint(model or directory.manifest["source"]) as source, torch.inference_mode():
+        place = model or directory.manifest["source"]
+        check_text(evaluation_text(options.evaluate, options.samples, options.sequence_length, options), place)
+        with open_checkpoint(place) as source, torch.inference_mode():
             require_model_of(directory, source)
             streamed = StreamedModel(source, options)
+            progress.header({**model_row(source, len(streamed.layers)), "run directory": str(run)})
             curve = _Curve(directory, streamed, options, restore, progress)
+            warn_of_positions(source.config, curve.tokens.shape[1])
             curve.measure(plans)
             increase = options.max_perplexity_increase
             limit = None if increase is None else curve.find_limit(increase, options.resolution)
@@ -165,14 +183,14 @@ class _Curve:
         self, run: RunDirectory, model: StreamedModel, options: SweepConfig, restore: str, progress: Progress
     ) -> None:
         self._run, self._model, self._options, self._progress = run, model, options, progress
+        self._restore = restore
         self._mend = mending(restore, model, run, options.statistics)
         self.tokens = evaluation_tokens(
-            options.evaluate,
-            options.samples,
-            options.sequence_length,
+            evaluation_text(options.evaluate, options.samples, options.sequence_length, options),
             lambda: load_tokenizer(model.checkpoint.directory, options.trust_remote_code),
             model.vocab_size,
-        )
+            model.room(options),
+        ).tokens
         decides = asdict(_plan_options(options, options.ratios[0]))
         del decides["ratio"]
         job: dict[str, Any] = {
@@ -213,14 +231,22 @@ class _Curve:
         if not missing:
             return
         group, placement = _group(self._model, self._options, self.tokens, len(missing), self._run.path)
-        for first in range(0, len(missing), group):
-            for plan, perplexity in self._perplexities(missing[first : first + group], placement):
-                if plan is None:
-                    self._body["dense_perplexity"] = perplexity
-                else:
-                    points = [*self._body["points"], asdict(_point(plan, perplexity))]
-                    self._body["points"] = sorted(points, key=lambda point: point["ratio"])
-            self._run.write_sweep(self._name, self._body)
+        count, length = self.tokens.shape
+        self._progress.header(engine_rows(self._model, placement, group * count, length))
+        readings = range(0, len(missing), group)
+        with self._progress.job([("sweep", 1.0)] * len(readings)):
+            for first in readings:
+                for plan, perplexity in self._perplexities(missing[first : first + group], placement):
+                    self._take(plan, perplexity)
+                self._run.write_sweep(self._name, self._body)
+
+    def _take(self, plan: PlanResult | None, perplexity: float) -> None:
+        """Bring in one perplexity; without a plan it is the dense model's."""
+        if plan is None:
+            self._body["dense_perplexity"] = perplexity
+        else:
+            points = [*self._body["points"], asdict(_point(plan, perplexity))]
+            self._body["points"] = sorted(points, key=lambda point: point["ratio"])
 
     def find_limit(self, increase: float, resolution: float) -> Limit:
         """Bisect between the largest ratio measured that stays within the limit and the next one above it."""
@@ -231,7 +257,7 @@ class _Curve:
         while high is not None and high - low > resolution + _SAME_RATIO:
             middle = round((low + high) / 2, 6)
             try:
-                plan = decide(self._run, _plan_options(self._options, middle))
+                plan = decide(self._run, _plan_options(self._options, middle), self._restore)
             except InvalidOption:  # sizes are rounded so coarsely that no ratio so small can be had
                 low = middle
                 continue
@@ -275,7 +301,7 @@ def perplexities(
         progress.stage("sweep", len(model.layers)) as stage,
     ):
         batches = LayerPass(model, placement, tokens, [hidden], stores=[store], copies=len(decisions))
-        for i, weights in batches.layers(stage, len(model.layers)):
+        for i, weights in batches.layers(stage):
             for decision, windows in zip(decisions, shares, strict=True):
                 with masked(model, i, weights, decision) as own:
                     for _ in batches.run(i, own, windows=windows):
@@ -301,7 +327,7 @@ def _group(
         group = -(-count // passes)
         if any(group == known for _, known, _ in candidates):
             continue
-        placement = model.place(options, group * len(tokens), tokens.shape[1], head=True)
+        placement = model.place(options, model.job(group * len(tokens), tokens.shape[1], head=True))
         window_bytes = tokens.shape[1] * model.hidden_size * model.dtype.itemsize
         layers_bytes = sum(model.layer_bytes(i) for i in range(len(model.layers)))
         moved = passes * layers_bytes

@@ -138,6 +138,9 @@ def refit_layers(
                 model.checkpoint.require_unchanged()
                 if ranks.is_first:
                     run.write_refit(count, _file_chunks("", {model.family.head: head}))
+    else:
+        with progress.stage("refit", count) as stage:
+            stage.skip(count)
     if ranks.is_first:
         run.pruned_snapshots.drop()
         run.dense_snapshots.drop()

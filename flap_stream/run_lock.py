@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 from flap_stream import files
-from flap_stream.errors import NotPlain, RunLocked, UnsuitableFileSystem
+from flap_stream.errors import NotPlain, RunLocked, StorageFailure, UnsuitableFileSystem
 
 LOCK_NAME = "lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK)
@@ -49,7 +49,7 @@ def _take(lock: int, path: Path) -> None:
         raise RunLocked(f"{path} is in use by {holder}; wait for it or name another directory") from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
-            raise
+            raise StorageFailure.of(error, path / LOCK_NAME) from error
         raise UnsuitableFileSystem(
             f"the file system of {path} has no file locks ({error.strerror}), without which two jobs could write one "
             "run directory; put the run directory on another disk (of prune: --run DIR)"

@@ -134,7 +134,7 @@ def parse_plan(data: bytes, shapes: Sequence[LayerShape]) -> tuple[PlanConfig, l
         if np.any(np.diff(np.searchsorted(neurons, bounds)) == 0):
             raise ValueError(f"an expert of layer {i} keeps no neuron")
         keeps.append(LayerKeep(groups, neurons))
-    return _plan_options(body["options"]), keeps
+    return plan_options(body["options"]), keeps
 
 
 def _indices(values: list[Any], units: int, what: str) -> np.ndarray:
@@ -147,7 +147,8 @@ def _indices(values: list[Any], units: int, what: str) -> np.ndarray:
     return indices
 
 
-def _plan_options(values: dict[str, Any]) -> PlanConfig:
+def plan_options(values: dict[str, Any]) -> PlanConfig:
+    """Options of a plan as a file has them. Raises ValueError for any that could not be given."""
     for name, kind in get_type_hints(PlanConfig).items():
         given = values.get(name)
         suits = finite(given) if kind is float else isinstance(given, kind) and not isinstance(given, bool)

@@ -1,6 +1,7 @@
 """Whether the dense model's files are still what the statistics in a run directory were taken from."""
 
 import logging
+from pathlib import Path
 
 import numpy as np
 
@@ -40,9 +41,11 @@ def require_same_weights(source: Checkpoint, run: RunDirectory) -> None:
 
 
 def _mismatch(source: Checkpoint, run: RunDirectory, what: str) -> RunMismatch:
+    then = run.manifest["source"]
+    where = "" if Path(source.source).resolve() == Path(then).resolve() else f" ({then} then)"
     return RunMismatch(
-        f"{what} of {source.source} has other weights than {run.path} was collected from; restore the model, or delete "
-        "the run directory and collect again"
+        f"{what} of {source.source} has other weights than {run.path} was collected from{where}; "
+        "restore the model, or delete the run directory and collect again"
     )
 
 

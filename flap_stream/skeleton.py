@@ -13,17 +13,15 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flap_stream.architecture import Family, LayerShape, family_of, layer_shape, require_sizes
 from flap_stream.errors import InvalidModel
+from flap_stream.model_code import model_class
+from flap_stream.modeling import modeling_flap_stream
 
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
-
-# Keys of a config.json that say where code is or how it runs; transformers chooses the attention implementation.
-_NOT_THE_ARCHITECTURE = {"auto_map", "architectures", "dtype", "attn_implementation", "_attn_implementation"}
 
 
 @dataclass(frozen=True)
@@ -145,13 +143,20 @@ class Skeleton:
         assert first is not None, "the model's forward did not call its first layer"
         return first, [recorder.call for recorder in recorders]
 
-    def route_everywhere(self) -> None:
-        """From now on send all tokens to the largest expert of a layer and to no other, for its workspace."""
+    def ignore_values(self) -> None:
+        """From now on take no turn that depends on values, so that a forward can be run for its workspace alone.
+
+        All tokens go to the largest expert of a layer and to no other; frequencies stay what they are in any window.
+        """
         for layer in self.layers:
             experts = getattr(layer.mlp, "experts", None)
             if experts is not None:
                 largest = max(experts.each, key=lambda expert: expert.down.in_features)
                 experts.forward = lambda hidden, index, weights, run=largest: run(hidden) * weights[:, :1]
+        for module in self._model.modules():
+            kind = getattr(module, "rope_type", None)  # of all layers, or of each type of layer
+            if kind is not None:
+                setattr(module, "rope_type", "default" if isinstance(kind, str) else dict.fromkeys(kind, "default"))  # noqa: B010
 
     def run_layer(
         self,
@@ -191,17 +196,13 @@ def _build(config: Mapping[str, Any], family: Family, where: str) -> PreTrainedM
 
     A pruned checkpoint gets the classes of `modeling/`, which give every layer its own size.
     """
-    stock = {key: value for key, value in config.items() if key not in _NOT_THE_ARCHITECTURE}
     try:
-        hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(stock)
+        kind, hf_config = model_class(config)
         with init_empty_weights(include_buffers=False):
-            from flap_stream.modeling import modeling_flap_stream
-
             if "per_layer_config" in config:
-                pruned = getattr(modeling_flap_stream, family.pruned_classes["AutoModelForCausalLM"])
-                skeleton = pruned._from_config(hf_config)
+                skeleton = kind._from_config(hf_config)
             else:
-                skeleton = AutoModelForCausalLM.from_config(hf_config)
+                skeleton = kind.from_config(hf_config)
                 if family.experts is not None:
                     modeling_flap_stream.separate_experts(skeleton.base_model)
     except Exception as error:  # whatever transformers makes of a wrong config.json

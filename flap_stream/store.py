@@ -22,6 +22,7 @@ from flap_stream.allocation import LayerKeep
 from flap_stream.architecture import LayerShape
 from flap_stream.calibration import tokens_digest
 from flap_stream.config import PlanConfig
+from flap_stream.differences import run_differences
 from flap_stream.errors import CorruptRun, RunMismatch, UnsuitableFileSystem
 from flap_stream.journal import COST, Journal
 from flap_stream.json_form import natural, parsed
@@ -102,6 +103,8 @@ class RunDirectory:
     @staticmethod
     def _make(path: Path, manifest: bytes) -> None:
         """A run directory in which nothing is complete yet, unless another process makes it at this moment."""
+        if path.is_symlink() and not path.exists():
+            raise RunMismatch(f"{path} is a link to {path.readlink()}, which is not there; make that or name another")
         is_new = not path.exists()
         if not is_new and (not path.is_dir() or any(p.name not in _UNBORN for p in path.iterdir())):
             raise RunMismatch(f"{path} exists and is no run directory; name another with --run")
@@ -142,14 +145,15 @@ class RunDirectory:
         """Delete the whole run directory.
 
         The journal goes first, run.json and the lock last: what a kill leaves is a run without anything complete,
-        which can be removed or taken up again.
+        which can be removed or taken up again. A link that leads to the directory, or the place where a disk is
+        mounted, is the user's: it stays, and so does the directory, empty.
         """
         files.remove(self.path / "journal")
         for path in self.path.iterdir():
             if path.name not in (MANIFEST_NAME, LOCK_NAME):
                 files.remove(path)
         files.remove(self.path / MANIFEST_NAME)
-        files.remove(self.path)
+        _remove_place(self.path)
 
     @classmethod
     def remove_leftover(cls, path: Path) -> None:
@@ -158,7 +162,7 @@ class RunDirectory:
             with cls(path) as run:
                 run.remove()
         elif path.is_dir() and all(file.name in _UNBORN for file in path.iterdir()):
-            files.remove(path)
+            _remove_place(path)
 
     # --- tokens ---
 
@@ -452,15 +456,11 @@ class RunDirectory:
             raise CorruptRun(f"{self.path / name} is {state} since it was written; {remedy}")
 
     def _require_same(self, manifest: dict[str, Any]) -> None:
-        for part in ("model", "tokens", "options"):
-            before, now = self.manifest[part], json.loads(json.dumps(manifest[part]))
-            for key in sorted(set(before) | set(now)):
-                if before.get(key) != now.get(key):
-                    was, is_now = (str(value.get(key))[:80] for value in (before, now))
-                    raise RunMismatch(
-                        f"{self.path} was made for another {part}: {key} was {was}, now it is {is_now}; "
-                        "name another directory with --run, or delete that one"
-                    )
+        differences = run_differences(self.manifest, json.loads(json.dumps(manifest)))
+        if differences is not None:
+            raise RunMismatch(
+                f"{self.path} was made {differences}; name another directory with --run, or delete that one"
+            )
 
 
 @dataclass(frozen=True)
@@ -556,6 +556,14 @@ def stored_bytes(shapes: Sequence[LayerShape], tokens: int) -> int:
 
 def _blocks(nbytes: int) -> int:
     return (nbytes // _BLOCK_BYTES + 1) * _BLOCK_BYTES
+
+
+def _remove_place(path: Path) -> None:
+    if path.is_symlink() or path.is_mount():
+        for file in path.iterdir():
+            files.remove(file)
+    else:
+        files.remove(path)
 
 
 _UNBORN = {MANIFEST_NAME + files.PARTIAL_SUFFIX, LOCK_NAME}

@@ -99,6 +99,18 @@ def fail_to_write(number: int, step: str) -> None:
         fail(number, step)
 
 
+def fail_to_lock(number: int, place: Path, step: str) -> None:
+    """As on a file system without locks, of what is at a place."""
+    if step.startswith(f"fcntl.flock {place}{os.sep}"):
+        fail(number, step)
+
+
+def fail_to_sync_directories(number: int, step: str) -> None:
+    """As on a file system that syncs files alone."""
+    if step.startswith("os.fsync ") and os.path.isdir(step.partition(" ")[2]):
+        fail(number, step)
+
+
 class Steps:
     """Counts what a process does to the disk below a directory, and lets a fault happen at one of these steps.
 
@@ -115,12 +127,19 @@ class Steps:
         sys.addaudithook(self._audit)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "fcntl.flock":
+            self._lock_step(arguments[0])
         if event not in CHANGES and not (event == "open" and arguments[2] & WRITING):
             return
         target = arguments[0] if isinstance(arguments[0], int) else os.fspath(arguments[0])
         in_open_directory = event in ("os.remove", "os.rmdir") and arguments[1] != -1
         if isinstance(target, int) or in_open_directory or target.startswith(self._root):
             self._step(f"{event} {target}")
+
+    def _lock_step(self, descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if name.startswith(self._root):
+            self._step(f"fcntl.flock {name}")
 
     def _torn_write(self, descriptor: int, data: memoryview) -> int:
         name = os.readlink(f"/proc/self/fd/{descriptor}")
@@ -294,6 +313,7 @@ def _child(
     fault: Fault | None,
     cuts: Callable[[Path], PowerCuts] | None,
     seconds: float | None,
+    run: Path | None = None,
 ) -> None:
     if seconds is not None:
         threading.Timer(seconds, kill, [""]).start()
@@ -303,7 +323,7 @@ def _child(
     power = cuts(out.parent) if cuts is not None else None
     steps, layers = Steps(out.parent, fault, power and power.sync), _record_layers()
     with redirect_stderr(io.StringIO()) as said:
-        code = cli.reported(lambda: flap_stream.prune(model, out, options))
+        code = cli.reported(lambda: flap_stream.prune(model, out, options, run=run))
     if power is not None:
         power.cut()
     names.write_text("\n".join(steps.names))
@@ -348,15 +368,16 @@ class Job:
         cuts: Callable[[Path], PowerCuts] | None = None,
         model: Path | None = None,
         seconds: float | None = None,
+        run: Path | None = None,
         **changes: Any,
     ) -> int | None:
         """Exit code of the job in a process of its own.
 
-        fault: a number kills it at that step. seconds: when it is killed, by the clock.
+        fault: a number kills it at that step. seconds: when it is killed, by the clock. run: the run directory.
         """
         fault = Fault(fault, kill) if isinstance(fault, int) else fault
         names, options = place.with_name(f"{place.name}.steps"), replace(self.options, **changes)
-        arguments = (model or self.model, place / "out", options, names, fault, cuts, seconds)
+        arguments = (model or self.model, place / "out", options, names, fault, cuts, seconds, run)
         child = SERVER.Process(target=_child, args=arguments)
         with self._lock:  # another thread's start would take this child's exit code
             child.start()

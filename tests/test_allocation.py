@@ -1,16 +1,20 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from flap_stream.allocation import allocate
 from flap_stream.architecture import LayerShape
-from flap_stream.config import PlanConfig
+from flap_stream.config import PlanConfig, PruneConfig
 from flap_stream.errors import InvalidOption, ShapeMismatch
+from flap_stream.sizes import pruned_sizes
 
 SHAPE = LayerShape(kv_groups=2, heads_per_group=1, head_dim=3, neurons=4, group_cost=12, neuron_cost=3)
 
 
-def kept(scores, shapes, **options):
-    return [(k.kv_groups.tolist(), k.neurons.tolist()) for k in allocate(scores, shapes, PlanConfig(**options))]
+def kept(scores, shapes, round_neurons_to=1, **options):
+    config = PlanConfig(round_neurons_to=round_neurons_to, **options)
+    return [(k.kv_groups.tolist(), k.neurons.tolist()) for k in allocate(scores, shapes, config)]
 
 
 def pair(groups, neurons):
@@ -143,3 +147,62 @@ def test_rounding_that_no_layer_can_meet_is_refused() -> None:
         PlanConfig(statistics="released", round_neurons_to=32)
     with pytest.raises(InvalidOption, match="round-heads-to is 0"):
         PlanConfig(round_heads_to=0)
+
+
+@pytest.mark.parametrize("structure", ["al-am", "al-mm", "ul-mm", "ul-um"])
+def test_widths_are_multiples_of_8_by_default_at_the_requested_ratio(structure: str) -> None:
+    odd_heads = replace(GROUPED, head_dim=20, heads_per_group=3, group_cost=38400, neurons=1397)
+    for shape in (GROUPED, odd_heads):
+        _, keeps, share = rounded(structure, shape)
+        assert all(len(keep.kv_groups) * shape.head_dim % 8 == 0 and len(keep.neurons) % 8 == 0 for keep in keeps)
+        assert pruned_sizes([shape] * len(keeps), keeps, 10**9, "none").width_multiple % 8 == 0
+        groups = 2 if shape is odd_heads else 1  # that go together
+        unit = max(8 * shape.neuron_cost, groups * shape.group_cost if structure == "al-am" else 0)
+        scopes = len(keeps) if structure.startswith("ul") else 1
+        assert abs(share - 0.7) * len(keeps) * shape.prunable <= unit * scopes
+
+
+def test_the_published_sizes_come_back_with_1() -> None:
+    _, keeps, _ = rounded("al-am", GROUPED, round_neurons_to=1)
+    assert pruned_sizes([GROUPED] * len(keeps), keeps, 10**9, "none").width_multiple == 1
+    assert PlanConfig().round_neurons_to == 8
+    for options in (
+        PlanConfig(statistics="released"),
+        PruneConfig(statistics="released"),
+        PlanConfig(round_neurons_to=1),
+    ):
+        assert options.round_neurons_to == 1 and not options.rounds
+
+
+def test_a_dense_width_that_is_no_multiple_of_8_stays_or_becomes_one() -> None:
+    shape = replace(GROUPED, kv_groups=3, head_dim=20, neurons=100)
+    for ratio, low, high in ((0.002, 3, 6), (0.3, 0, 0)):
+        _, keeps, share = rounded("al-am", shape, ratio=ratio)
+        whole = [len(keep.neurons) for keep in keeps if len(keep.neurons) % 8]
+        assert set(whole) <= {100} and {len(keep.kv_groups) for keep in keeps} <= {2, 3}
+        assert low <= len(whole) <= high and share == pytest.approx(1 - ratio, abs=0.02)
+    narrow = replace(shape, neurons=5, kv_groups=1)
+    for keep in rounded("al-am", narrow, layers=2, ratio=1e-9)[1]:
+        assert (len(keep.neurons), len(keep.kv_groups)) == (5, 1)
+    for keep in rounded("al-am", replace(shape, neurons=102), ratio=0.02)[1]:
+        assert len(keep.neurons) in (102, 96, 88)
+
+
+def test_every_rank_has_a_multiple_of_8_and_what_ranks_cannot_divide_does_not_stay() -> None:
+    for neurons, allowed in ((202, {192, 160, 128}), (204, {204, 192, 160, 128})):  # 204 can be divided by 4
+        for keep in rounded("al-am", replace(GROUPED, neurons=neurons), ratio=0.06, tensor_parallel=4)[1]:
+            assert len(keep.neurons) in allowed and len(keep.kv_groups) % 4 == 0
+
+
+def test_each_expert_keeps_a_multiple_of_8() -> None:
+    shape = LayerShape(4, 2, 16, 3 * 52, 6144, 192, experts=(52, 52, 52))
+    draw = np.random.default_rng(3)
+    scores = [(draw.normal(size=4), draw.normal(size=156)) for _ in range(3)]
+    scores[1][1][52:104] = np.inf  # an expert that no token reached
+    keeps = allocate(scores, [shape] * 3, PlanConfig(ratio=0.4))
+    sizes = [np.diff(np.searchsorted(keep.neurons, [0, 52, 104, 156])).tolist() for keep in keeps]
+    assert sizes[1][1] == 52  # whole
+    assert all(size % 8 == 0 and size for layer in sizes for size in layer if size != 52)
+    assert sum(52 in layer for layer in sizes) == 1 and len({size for layer in sizes for size in layer}) > 2
+    kept_cost = sum(keep.cost(shape) for keep in keeps)
+    assert abs(kept_cost / (3 * shape.prunable) - 0.6) * 3 * shape.prunable <= 6144

@@ -173,7 +173,10 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "shape lies": (edit_header(lambda h: first(h).update(shape=[1, 2])), ("[1, 2]", "cannot take")),
     "negative shape": (edit_header(lambda h: first(h).update(shape=[-97, -64])), ("no natural numbers",)),
     "entry is a number": (edit_header(lambda h: h.update(x=5)), ("cannot be read",)),
-    "index names a tensor that is not there": (edit_index(x="model-00001-of-00009.safetensors"), ("tensor x",)),
+    "index names a tensor that is not there": (
+        lambda m: (edit_tensor(Q, lambda t: None)(m), edit_index(**{Q: "model-00001-of-00009.safetensors"})(m)),
+        (Q, "is missing", "its index places it in model-00001-of-00009.safetensors"),
+    ),
     "index leaves the folder": (edit_index(x="../secret.safetensors"), ("../secret.safetensors", "beside it")),
     "index without a map": (lambda m: (m / INDEX_NAME).write_text("{}"), ("no weight_map",)),
     "tensor missing": (edit_tensor(Q, lambda t: None), (Q, "is missing")),
@@ -242,7 +245,7 @@ def test_hidden_states_that_overflow_stop_with_their_layer(place: Path, capsys) 
         ("--ratio 0", ("--ratio is 0.0", "between 0 and 1")),
         ("--ratio 1", ("--ratio is 1.0",)),
         ("--ratio -0.2", ("--ratio is -0.2",)),
-        ("--ratio nan", ("--ratio is nan",)),
+        ("--ratio nan", ("--ratio 'nan' is no share",)),
         ("--ratio 0.99", ("--min-heads 1", "at most 0.7")),
         ("--ratio 0.5 --structure ul-um --min-neurons 90", ("--min-neurons", "lower the ratio")),
         ("--ratio 0.2 --structure al-mm", ("needs --remove-heads",)),
@@ -304,7 +307,7 @@ def test_texts_that_cannot_serve_are_refused(case: str, verb: str, place: Path, 
 
 def test_text_shorter_than_a_window_and_a_foreign_tokenizer_are_refused(place: Path, capsys) -> None:
     Path("a.txt").write_text("In the beginning")
-    refuse(capsys, "prune model out --calibration a.txt", "tokenizer", ".npy")
+    refuse(capsys, "prune model out --calibration a.txt", "model has no tokenizer", ".npy")
     tokenizer = Path(__file__).parents[1] / "flap_stream" / "demo" / "model"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / name, place / "model" / name)
@@ -335,25 +338,36 @@ def test_an_output_inside_the_model_is_refused(out: str, place: Path, capsys) ->
 def test_another_checkpoint_at_the_output_is_left_alone(place: Path, capsys) -> None:
     assert main([*PRUNE.split(), "--quiet"]) == 0
     capsys.readouterr()
-    for options in ("--ratio 0.3", "--samples 5", "--metric ifv", "--restore none"):
-        refuse(capsys, f"{PRUNE} {options}", "out holds a checkpoint pruned from another model or with other options")
+    changes = (
+        "--ratio was 0.2, now 0.3",
+        "--samples was 1024, now 5",
+        "--metric was wifv, now ifv",
+        "--restore was bias, now none",
+    )
+    for words in changes:
+        option, now = words.split()[0], words.split()[-1]
+        refuse(capsys, f"{PRUNE} {option} {now}", f"out was pruned with other options: {words}")
     edit_config(rms_norm_eps=0.1)(place / "model")
-    refuse(capsys, PRUNE, "out holds a checkpoint pruned from another model")
+    refuse(capsys, PRUNE, "out was pruned from another model of the name model")
 
 
 @pytest.mark.parametrize(
     ("change", "options", "words"),
     [
-        (lambda: write_npy("tokens.npy", random_tokens(6, 16, seed=9)), "", ("another tokens", "sha256")),
-        (lambda: None, "--samples 4", ("another tokens",)),
-        (lambda: None, "--dtype bfloat16", ("another options", "dtype was torch.float32", "torch.bfloat16")),
-        (lambda: None, "--batch-size 2", ("another options", "batch_size was 6, now it is 2")),
-        (lambda: None, "--method magnitude-sp", ("another",)),
-        (lambda: edit_config(rms_norm_eps=0.1)(Path("model")), "", ("another model", "config")),
+        (
+            lambda: write_npy("tokens.npy", random_tokens(6, 16, seed=9)),
+            "",
+            ("tokens.npy gave other tokens then than now",),
+        ),
+        (lambda: None, "--samples 4", ("--samples was 1024, now 4",)),
+        (lambda: None, "--dtype bfloat16", ("other options", "--dtype was float32, now bfloat16")),
+        (lambda: None, "--batch-size 2", ("other options", "--batch-size was 6, now 2")),
+        (lambda: None, "--method magnitude-sp", ("--method was flap, now magnitude-sp",)),
+        (lambda: edit_config(rms_norm_eps=0.1)(Path("model")), "", ("before it was changed", "its config.json")),
         (
             lambda: edit_tensor("lm_head.weight", lambda t: t.bfloat16())(Path("model")),
             "",
-            ("another model", "headers"),
+            ("before it was changed", "its model-0000"),
         ),
     ],
 )
@@ -361,14 +375,13 @@ def test_a_run_made_for_something_else_says_what_differs(change, options, words,
     assert main(["collect", "model", "run", "--calibration", "tokens.npy", "--quiet"]) == 0
     capsys.readouterr()
     change()
-    refuse(capsys, f"{PRUNE} --run run {options}", "run was made for", *words)
+    refuse(capsys, f"{PRUNE} --run run {options}", "run was made ", *words)
 
 
 def test_a_directory_that_is_no_run_is_refused(place: Path, capsys) -> None:
     refuse(capsys, f"{PRUNE} --run model", "model exists and is no run directory")
     refuse(capsys, "plan model", "is no run directory", "flap-stream collect")
     refuse(capsys, "rewrite nowhere out", "is no run directory")
-    refuse(capsys, "inspect model", "was not made by flap-stream")
     refuse(capsys, "inspect nowhere", "neither a run directory")
 
 
@@ -393,7 +406,7 @@ def test_a_plan_that_the_collection_does_not_serve_is_refused(place: Path, capsy
         )
         == 0
     )
-    words = ("collected with wanda-sp for ratio 0.5", "ratio 0.3")
+    words = ("collected with wanda-sp for --ratio 0.5", "does not serve 0.3")
     refuse(capsys, "plan wanda --method wanda-sp --ratio 0.3", *words)
     refuse(capsys, "plan wanda --ratio 0.5", "collected for wanda-sp")
 
@@ -427,6 +440,11 @@ def test_a_link_in_the_place_of_the_output_is_refused_before_any_work(name, exis
         Path("elsewhere").mkdir()
     Path(name).symlink_to("elsewhere")
     refuse(capsys, PRUNE, f"{name} is a symbolic link to elsewhere")
+
+
+def test_a_run_directory_that_is_a_link_to_nowhere_is_refused_before_any_work(place: Path, capsys) -> None:
+    Path("out.run").symlink_to("elsewhere")
+    refuse(capsys, PRUNE, "out.run is a link to elsewhere, which is not there")
 
 
 def test_an_output_that_does_not_fit_is_refused_before_any_work(place: Path, capsys) -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
 from flap_stream.cli import VERBS, main
+from flap_stream.progress import format_bytes
 
 
 def run(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, str]:
@@ -54,6 +56,14 @@ def test_the_stages_by_themselves_give_what_prune_gives(place: Path, capsys: pyt
     assert body["parameters"]["after"] < body["parameters"]["before"]
     assert set(body["seconds"]) == {"collect", "plan", "rewrite"} and body["bytes_written"] > 0
     assert "collect: 3/3" in err and "tokens/s" in err
+    rows = dict(re.match(r"([a-z ]+?)  +(.*)", line).groups() for line in err.splitlines() if "  " in line)  # type: ignore[union-attr]
+    assert rows["model"] == f"{place / 'model'} (llama, 3 layers, {body['parameters']['before']:,} parameters)"
+    assert rows["run directory"] == f"{place / 'whole.run'}"
+    windows = f"{body['placement']['batch_size']} of 6 windows of 16 tokens at once"
+    assert rows["run as"].startswith(f"float32 on cpu, {windows}, hidden states on the host")
+    assert rows["memory"] == f"{format_bytes(body['placement']['host_bytes'])} at its peak by prediction"
+    shares = [int(found[1]) for found in re.finditer(r"; (\d+)% of the job", err)]
+    assert shares == sorted(shares) and shares[-1] == 100 and len(shares) == 4
     assert not (place / "whole.run").exists()
     for file in (place / "staged").iterdir():
         assert file.read_bytes() == (place / "whole" / file.name).read_bytes()
@@ -86,6 +96,29 @@ def test_inspect_tells_runs_from_outputs(place: Path, tmp_path: Path, capsys: py
     assert "statistics   3 of 3 layers" in run(capsys, "inspect", tmp_path / "out.run")[1]
     assert "by flap, al-am, wifv" in run(capsys, "inspect", tmp_path / "out")[1]
     assert run(capsys, "inspect", tmp_path)[0] == 2
+
+
+COMMANDS = "\x1b[2J\x9b31m\r\u202e\x07\nverified"
+ESCAPED = r"\x1b[2J\x9b31m\r\u202e\x07\nverified"
+
+
+def test_names_that_are_printed_command_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text = save_tokens(tmp_path / "tokens.npy", random_tokens(6, 16))
+    model, place = save(tiny_model(tiny_config()), tmp_path / COMMANDS), tmp_path / "of" / COMMANDS
+    for arguments in (
+        ("collect", model, f"{place}-run", "--calibration", text),
+        ("plan", f"{place}-run"),
+        ("prune", model, f"{place}-out", "--calibration", text, "--keep-run", "--structure", "ul-um"),
+        ("prune", model, f"{place}-out", "--calibration", text, "--keep-run", "--structure", "ul-um"),
+        ("inspect", f"{place}-out"),
+        ("inspect", f"{place}-out.run"),
+        ("export-stock", f"{place}-out", f"{place}-stock"),
+        ("evaluate", model, "--text", text),
+    ):
+        code, out, err = run(capsys, *arguments)
+        assert code == 0, err
+        assert ESCAPED in out + err
+        assert all(line.isprintable() for line in (out + err).split("\n"))
 
 
 def test_the_model_card_has_the_hubs_metadata(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -173,9 +173,7 @@ def test_an_expert_that_no_token_reached_stays_whole(
         )
 
 
-@pytest.mark.parametrize(
-    "options", [{"round_neurons_to": 8}, {"method": "wanda-sp"}, {"statistics": "released"}, {"tensor_parallel": 2}]
-)
+@pytest.mark.parametrize("options", [{"method": "wanda-sp"}, {"statistics": "released"}, {"tensor_parallel": 2}])
 def test_what_is_not_defined_with_experts_is_refused(options: dict, tmp_path: Path) -> None:
     path = save(tiny_model(tiny_config("mixtral")), tmp_path / "model")
     config = PruneConfig(ratio=0.4, calibration=(save_tokens(tmp_path / "tokens.npy", TOKENS),), **options)

@@ -75,6 +75,15 @@ def test_llama_cpp_computes_what_transformers_does(case: str, structure: str, tm
     require_equal(out, tmp_path / "model.gguf", random_tokens(1, 20, seed=5)[0])
 
 
+def test_an_export_writes_a_line_now_and_then_not_one_for_each_tensor(tmp_path: Path, capsys) -> None:
+    model = save(tiny_model(tiny_config(layers=9, eos_token_id=None)), tmp_path / "model")
+    assert main(["export-gguf", str(model), str(tmp_path / "model.gguf")]) == 0
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.startswith("export: ")]
+    assert "84 tensors" in printed.out
+    assert 5 <= len(lines) <= 11 and lines[-1].startswith("export: 84/84, ")
+
+
 def test_query_and_key_norms_go_with_one_size_and_no_biases(tmp_path: Path) -> None:
     changes = {"eos_token_id": None}
     out = pruned(tmp_path, "qwen3", changes=changes, structure="ul-um", restore="none")
@@ -133,14 +142,16 @@ def demo_text() -> str:
 
 
 def test_the_demo_model_generates_the_same(pruned_demo: Path, demo_files: dict[tuple[str, str], Path]) -> None:
-    ids = np.array(AutoTokenizer.from_pretrained(pruned_demo)(demo_text()[:200])["input_ids"])
+    ids = np.array(AutoTokenizer.from_pretrained(pruned_demo, trust_remote_code=True)(demo_text()[:200])["input_ids"])
     require_equal(pruned_demo, demo_files["pruned", "f32"], ids)
 
 
 def test_the_demo_tokenizer_is_the_same(pruned_demo: Path, demo_files: dict[tuple[str, str], Path]) -> None:
     text = demo_text()[:5000] + "  tabs\t and ünïcode 漢字 😶\u200d🌫️ 3.14159\r\n\n x"
     with llama_model(demo_files["pruned", "f32"]) as model:
-        assert model.tokenize(text.encode(), add_bos=False) == AutoTokenizer.from_pretrained(pruned_demo).encode(text)
+        assert model.tokenize(text.encode(), add_bos=False) == AutoTokenizer.from_pretrained(
+            pruned_demo, trust_remote_code=True
+        ).encode(text)
 
 
 def test_q8_0_errs_as_much_as_on_the_dense_model(demo_files: dict[tuple[str, str], Path]) -> None:

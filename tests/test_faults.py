@@ -3,12 +3,16 @@
 `FAULTS` and `CORRUPTIONS` are also the tables of the README.
 """
 
+import errno
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +27,8 @@ from faults import (
     Job,
     contents,
     do,
+    fail_to_lock,
+    fail_to_sync_directories,
     flip,
     interrupt,
     is_one_sentence,
@@ -307,3 +313,82 @@ def test_inspect_notices_any_altered_file_of_the_output(
         assert main(["inspect", str(tmp_path / "out"), "--verify"]) != 0, name
         said = capsys.readouterr().err
         assert is_one_sentence(said) and (name in said or name in ("SHA256SUMS", "pruning.json")), (name, said)
+
+
+# --- file systems that lack something ---
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK])
+def test_a_file_system_without_locks_is_named_and_a_run_directory_elsewhere_is_enough(number: int, job: Job) -> None:
+    place, elsewhere = job.place(f"no-locks-{number}"), job.place(f"locks-{number}")
+    fault = Fault(1, partial(fail_to_lock, number, place), lasts=True)
+    assert job.run(place, fault) == REFUSED
+    said = job.said(place)
+    assert f"the file system of {place / 'out.run'} has no file locks ({os.strerror(number)})" in said
+    assert "--run DIR" in said and is_one_sentence(said) and "goes on" not in said
+    assert list(place.iterdir()) == []
+    assert job.run(place, fault, run=elsewhere / "run") == 0
+    assert contents(place / "out") == job.expected
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_cannot_sync_directories_is_warned_of_once(number: int, job: Job) -> None:
+    place = job.place(f"no-sync-{number}")
+    assert job.run(place, Fault(1, partial(fail_to_sync_directories, number), lasts=True)) == 0
+    assert job.said(place).count("cannot sync directories") == 1
+    assert contents(place / "out") == job.expected
+
+
+# --- "it goes on" is said where it is true ---
+
+COMMANDS = {  # what takes the place of the verb, and whether the same command goes on
+    "prune MODEL OUT --calibration TOKENS": True,
+    "collect MODEL RUN --calibration TOKENS": True,
+    "demo --out OUT": True,
+    "sweep RUN --evaluate TOKENS": True,
+    "rewrite RUN OUT": True,
+    "prune MODEL OUT --calibration TOKENS --dry-run": False,
+    "sweep RUN": False,
+    "plan RUN": False,
+    "evaluate MODEL --text TOKENS": False,
+    "inspect RUN": False,
+    "report RUN --html OUT": False,
+    "export-stock MODEL OUT": False,
+    "demo": False,
+}
+STOPS: list[tuple[Exception | type[BaseException], str]] = [
+    (OSError(errno.EIO, "Input/output error", "/a/file"), "it goes on"),
+    (OSError(errno.ENOSPC, "No space left on device", "/a/file"), "it goes on"),
+    (KeyboardInterrupt, "run the same command again to go on"),
+]
+
+
+@pytest.mark.parametrize(("stop", "words"), STOPS, ids=["EIO", "ENOSPC", "SIGINT"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_going_on_is_promised_where_it_is_true(
+    command: str, stop: Exception, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(_options: object) -> None:
+        raise stop
+
+    monkeypatch.setattr(import_module(f"flap_stream.commands.{command.split()[0].replace('-', '_')}"), "run", fail)
+    assert main(command.split()) in (FAILED, INTERRUPTED)
+    said = capsys.readouterr().err
+    assert is_one_sentence(said) and (words in said) == COMMANDS[command], said
+
+
+def test_a_reader_that_has_enough_ends_a_command_without_a_word(job: Job) -> None:
+    assert job.run(job.place("read"), keep_run=True) == 0
+    command = [sys.executable, "-m", "flap_stream", "inspect", job.directory / "read" / "out", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 141)
+
+
+def test_a_full_disk_behind_standard_output_is_named(job: Job) -> None:
+    command = [sys.executable, "-m", "flap_stream", "inspect", job.directory / "reference" / "out"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == FAILED
+    assert "the disk of standard output is full" in ended.stderr and is_one_sentence(ended.stderr)
+    assert "goes on" not in ended.stderr

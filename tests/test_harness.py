@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,3 +88,54 @@ def test_the_command_line_knows_the_model(pruned_demo: Path, tasks: Path, tmp_pa
     result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
     assert result.returncode == 0, result.stderr[-3000:]
     assert "|choices|" in result.stdout and "acc_norm" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def with_bos(pruned_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pruned model with a tokenizer that puts `<s>`, which is 0, before a text."""
+    place = tmp_path_factory.mktemp("bos") / "model"
+    shutil.copytree(pruned_demo, place)
+    body = json.loads((place / "tokenizer.json").read_text())
+    sequence = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}
+    body["post_processor"] |= {"single": sequence, "special_tokens": special}
+    (place / "tokenizer.json").write_text(json.dumps(body))
+    return place
+
+
+def test_bos_begins_what_is_scored(with_bos: Path, pruned_demo: Path) -> None:
+    """Windows of a long text, and a context that is too long, no less than what begins a text."""
+    from lm_eval.api.instance import Instance
+
+    from flap_stream.harness import FlapStreamLM
+
+    words = (DEMO / "evaluation.txt").read_text().split()
+    text, context = " ".join(words[:150]), " ".join(words[:90])
+
+    def asked(model: Path, bos: str) -> tuple[list, list[list[int]]]:
+        found: list = []
+
+        class Asked(FlapStreamLM):
+            def _loglikelihood_tokens(self, requests, **kwargs):
+                found.extend(requests)
+                return [(0.0, True)] * len(requests)
+
+        harness = Asked(str(model), max_length=64, bos=bos)
+        harness.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+        rolling = list(found)
+        found.clear()
+        harness.loglikelihood([Instance("loglikelihood", {}, (context, " the end"), 0)])
+        truncated = [list(row) for _, tokens, _ in harness._groups(found) for row in tokens]
+        return rolling, truncated
+
+    for model, bos, begins in (
+        *((with_bos, "auto", True), (with_bos, "always", True), (with_bos, "never", False)),
+        *((pruned_demo, "auto", False), (pruned_demo, "always", True)),
+    ):
+        rolling, truncated = asked(model, bos)
+        assert len(rolling) > 2
+        assert all((context[0] == 0) == begins for _, context, _ in rolling[1:])
+        assert all(len(context) + len(continuation) <= 65 for _, context, continuation in rolling)
+        assert len(truncated[0]) == 65 and (truncated[0][0] == 0) == begins
+    predicted = [token for _, _, continuation in asked(pruned_demo, "always")[0] for token in continuation]
+    assert [t for t in predicted if t] == [t for _, _, c in asked(pruned_demo, "never")[0] for t in c]

@@ -11,8 +11,8 @@ import pytest
 from hostile import READERS, npy, read_shard, read_tokens
 from hypothesis import HealthCheck, given, settings
 
-from flap_stream.cli import printable
 from flap_stream.errors import CorruptCheckpoint, FlapStreamError, InvalidText
+from flap_stream.progress import printable
 
 EXAMPLES = 150
 

@@ -86,6 +86,8 @@ def test_everything_but_the_decoder_is_the_same(pruned) -> None:
     if "language_model.lm_head.weight" in before:  # the pruned class has it where transformers has it in memory
         before["lm_head.weight"] = before.pop("language_model.lm_head.weight")
     assert set(before) == set(after) and record["realised_ratio"]["decoder"] > 0.35
+    counted = {"before": before, "after": after}
+    assert all(sum(t.numel() for t in counted[key].values()) == record["parameters"][key] for key in counted)
     changed = {name for name in before if before[name].shape != after[name].shape}
     assert changed and all("language_model" in name and ".layers." in name for name in changed)
     others = [name for name in before if ".layers." not in name or "language_model" not in name]

@@ -14,7 +14,9 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 @pytest.fixture
 def ids(pruned_demo: Path) -> torch.Tensor:
     text = (DEMO / "evaluation.txt").read_text()[:1000]
-    return AutoTokenizer.from_pretrained(pruned_demo)(text, return_tensors="pt").input_ids[:, :128]
+    return AutoTokenizer.from_pretrained(pruned_demo, trust_remote_code=True)(text, return_tensors="pt").input_ids[
+        :, :128
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # asked for by PEFT

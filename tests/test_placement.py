@@ -182,6 +182,21 @@ def test_out_of_device_memory_halves_the_batch_and_a_resumed_run_repeats_it(
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
+def test_a_failed_batch_of_a_mixture_counts_no_token_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job: tuple[Path, PruneConfig]
+) -> None:
+    experts, per_token, tokens = 16, 1, np.load(job[1].calibration[0])
+    config = tiny_config("mixtral", layers=2, num_local_experts=experts, num_experts_per_tok=per_token)
+    model = save(tiny_model(config), tmp_path / "model")
+    limit_windows(monkeypatch, lambda index: 1)  # the experts that a whole batch reaches are not all those of a part
+    options = CollectConfig(calibration=job[1].calibration, samples=10, sequence_length=16, batch_size=4, device="cpu")
+    flap_stream.collect(model, tmp_path / "run", options)
+    with RunDirectory(tmp_path / "run") as run:
+        for layer in range(2):
+            counts = run.read_statistics(layer).mlp.count.reshape(experts, -1)
+            assert counts[:, 0].sum() == per_token * tokens.size
+
+
 def test_a_device_too_small_for_a_single_window_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job: tuple[Path, PruneConfig]
 ) -> None:

@@ -77,7 +77,7 @@ def test_a_cuda_job_keeps_hidden_states_on_the_device_while_they_fit(job: planne
 def test_wishes_are_kept_or_refused(job: planner.Job) -> None:
     placement = planner.place(job, memory.Limits(1 << 40, 0), batch_size=3, prefetch=0)
     assert (placement.batch_size, placement.prefetch) == (3, 0)
-    limit = planner.predict(job, 8, "disk", 1).host_bytes + 8 * MIB
+    limit = planner.predict(job, 8, "disk", 1).host_bytes + 20 * MIB
     with pytest.raises(InsufficientMemory, match=r"--host-memory \d+MiB, if there is as much, or --batch-size 8$"):
         planner.place(job, memory.Limits(limit, 0), batch_size=1024, prefetch=1)
 
@@ -101,7 +101,7 @@ def test_a_plan_narrows_what_a_refit_is_said_to_take(model: Path, target: str) -
 def test_long_windows_that_do_not_fit_are_told_to_be_shorter(model: Path) -> None:
     with open_checkpoint(model) as checkpoint:
         job = StreamedModel(checkpoint, EngineConfig(device="cpu")).job(4, 1 << 17)
-    with pytest.raises(InsufficientMemory, match="a shorter --sequence-length"):
+    with pytest.raises(InsufficientMemory, match=r"--sequence-length \d+"):
         planner.place(job, memory.Limits(memory.resident_bytes() + 100 * MIB, 0))
 
 
@@ -110,15 +110,16 @@ def prune(model: Path, out: Path, *extra: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_limit_that_a_refusal_names_works_and_is_kept(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("restore", ["bias", "least-squares"])
+def test_the_limit_that_a_refusal_names_works_and_is_kept(model: Path, tmp_path: Path, restore: str) -> None:
     tokens = save_tokens(tmp_path / "tokens.npy", np.repeat(random_tokens(8, 512), 32, axis=0))
-    text = ("--calibration", tokens, "--samples", "256", "--sequence-length", "512", "--json")
+    text = ("--calibration", tokens, "--samples", "256", "--sequence-length", "512", "--json", "--restore", restore)
     refused = prune(model, tmp_path / "out", *text, "--host-memory", "50MiB")
     assert refused.returncode == 2 and refused.stdout == ""
     assert not (tmp_path / "out.run").exists()
     named = re.search(r"--host-memory (\d+)MiB", refused.stderr)
     assert named is not None
-    limit = int(named[1]) * MIB + 4 * MIB  # two processes differ by a few pages
+    limit = int(named[1]) * MIB
     fitting = prune(model, tmp_path / "out", *text, "--host-memory", f"{limit}B")
     assert fitting.returncode == 0, fitting.stderr
     body = json.loads(fitting.stdout)

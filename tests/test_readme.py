@@ -13,6 +13,8 @@ from test_export_gguf import WRITTEN
 from test_export_stock import WITH_BIASES
 from test_faults import CORRUPTIONS, FAULTS
 from test_faults import test_a_clock_set_back_and_short_reads_and_writes_change_nothing as clock_and_short_io
+from test_faults import test_a_file_system_that_cannot_sync_directories_is_warned_of_once as no_sync
+from test_faults import test_a_file_system_without_locks_is_named_and_a_run_directory_elsewhere_is_enough as no_locks
 from test_faults import test_a_shard_changed_between_two_calls_is_noticed as changed_between
 from test_faults import test_a_shard_changed_or_removed_while_in_use_is_noticed as changed_in_use
 from test_faults import test_after_an_fsync_that_failed_nothing_more_is_written as fsync_failed
@@ -50,6 +52,8 @@ FURTHER = [
     ("NaN or infinity in weights", "2", "names the tensor", not_finite),
     ("hidden states overflow", "2", "names the layer", overflow),
     ("a second job on the run directory", "1", "names the process and host that hold it", second_writer),
+    ("no file locks (flock) where the run directory is", "2", "says so; `--run` on another disk is enough", no_locks),
+    ("directories cannot be synced", "0", "says so once; only a power cut may take the newest files", no_sync),
 ]
 
 

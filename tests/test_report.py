@@ -251,7 +251,7 @@ def test_many_layers_and_curves_are_drawn(run: Path) -> None:
     [
         ("run", "--html FILE or --png DIR"),
         ("nowhere --html r.html", "neither a run directory"),
-        ("model --html r.html", "was not made by flap-stream"),
+        ("model --html r.html", "a dense model (LlamaForCausalLM, 3 layers"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(

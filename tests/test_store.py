@@ -284,16 +284,25 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "key", "value"),
-    [("model", "config", "other"), ("tokens", "shape", [3, 6]), ("options", "batch_size", 8), ("options", "new", 1)],
+    ("part", "key", "value", "words"),
+    [
+        ("model", "config", "other", "from the model model before it was changed: its config.json differed"),
+        (
+            "tokens",
+            "shape",
+            [3, 6],
+            "gave other tokens then than now (3 windows of 5 tokens, now 3 windows of 6 tokens",
+        ),
+        ("options", "batch_size", 8, "with other options: --batch-size was 4, now 8"),
+        ("options", "new", 1, "with other options: --new was not given, now 1"),
+    ],
 )
-def test_create_names_what_differs(tmp_path: Path, part: str, key: str, value: Any) -> None:
+def test_create_names_what_differs(tmp_path: Path, part: str, key: str, value: Any, words: str) -> None:
     path = _filled(tmp_path / "run")
     other = MANIFEST | {part: MANIFEST[part] | {key: value}}
-    was = MANIFEST[part].get(key)
     with pytest.raises(RunMismatch) as caught:
         RunDirectory.create(path, other)
-    assert f"another {part}: {key} was {was}, now it is {value}" in str(caught.value)
+    assert words in str(caught.value)
     RunDirectory(path).close()  # the refused call has let go of the lock
 
 
@@ -306,6 +315,33 @@ def test_a_removed_run_directory_leaves_nothing(tmp_path: Path) -> None:
     with RunDirectory(_filled(tmp_path / "run")) as run:
         run.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_a_run_directory_stays_and_can_be_used_again(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk")
+    for _ in range(2):
+        with RunDirectory(_filled(tmp_path / "run")) as run:
+            run.remove()
+        assert (tmp_path / "run").readlink() == Path("disk")
+        assert list((tmp_path / "disk").iterdir()) == []
+    (tmp_path / "disk" / "lock").touch()  # what a kill during the removal leaves
+    RunDirectory.remove_leftover(tmp_path / "run")
+    assert (tmp_path / "run").is_symlink() and list((tmp_path / "disk").iterdir()) == []
+
+
+def test_a_disk_that_is_mounted_as_the_run_directory_stays(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", path], check=False, capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("no permission to mount a small file system")
+    try:
+        with RunDirectory(_filled(path)) as run:
+            run.remove()
+        assert path.is_mount() and list(path.iterdir()) == []
+    finally:
+        subprocess.run(["umount", path], check=True)
 
 
 # --- the lock ---

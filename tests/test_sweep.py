@@ -68,7 +68,7 @@ def test_perplexities_are_those_of_the_written_checkpoints(case: str, tmp_path: 
             flap_stream.rewrite(made.run, out, RewriteConfig(restore=restore))
             written = flap_stream.evaluate(out, measure)
             assert point.perplexity == pytest.approx(written.perplexity, rel=1e-5)
-            assert abs(point.perplexity / dense.perplexity - 1) > 1e-4  # so that equality says something
+            assert abs(point.perplexity / dense.perplexity - 1) > 3e-5  # so that equality says something
             assert (point.decoder_ratio, point.parameters) == (plan.decoder_ratio, plan.parameters_after)
 
 
@@ -85,7 +85,7 @@ def test_layers_that_lose_all_heads_and_bfloat16_are_as_written(tmp_path: Path) 
 
 
 def test_every_layer_is_read_once_for_all_ratios(collected: Collected) -> None:
-    ratios = tuple(np.linspace(0.1, 0.8, 8).round(2).tolist())
+    ratios = tuple(np.linspace(0.1, 0.7, 8).round(2).tolist())
     few, many = (
         flap_stream.sweep(collected.run, collected.options(ratios=chosen, samples=3)) for chosen in (ratios[:1], ratios)
     )
@@ -126,7 +126,9 @@ def test_a_sweep_goes_on_where_it_was_and_only_for_the_same(tmp_path: Path, monk
         return measure(model, tokens, decisions, *rest)
 
     monkeypatch.setattr(ratio_sweep, "perplexities", counted)
-    monkeypatch.setattr(ratio_sweep, "_group", lambda model, options, tokens, *_: (1, model.place(options, 5, 20)))
+    monkeypatch.setattr(
+        ratio_sweep, "_group", lambda model, options, tokens, *_: (1, model.place(options, model.job(5, 20)))
+    )
     stop_at = 2
     with pytest.raises(KeyboardInterrupt):
         flap_stream.sweep(made.run, made.options())
@@ -263,7 +265,7 @@ def test_what_is_no_list_of_ratios_is_refused(text: str) -> None:
     ("arguments", "words"),
     [
         ("--ratios 0:0.5:0.1", "--ratios is 0.0"),
-        ("--ratios 0.2,nan", "--ratios is nan"),
+        ("--ratios 0.2,nan", "no list of ratios"),
         ("--ratios 0.2,1.5", "--ratios is 1.5"),
         ("--ratios 0.999", "--ratio 0.999 would take what must stay"),
         ("--max-perplexity-increase 5%", "needs --evaluate"),

@@ -6,28 +6,32 @@ from dataclasses import asdict
 from flap_stream.commands import options as shared
 from flap_stream.config import DTYPES, BenchInferenceConfig
 from flap_stream.progress import format_bytes
+from flap_stream.values import dtype_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("dense", metavar="DENSE", help="the dense model: a directory or a Hub id")
     parser.add_argument("out", metavar="OUT", help="the pruned checkpoint")
-    parser.add_argument("--batch-sizes", type=shared.numbers, default=(1, 8), metavar="N,N", help="default: 1,8")
-    parser.add_argument("--prompt-lengths", type=shared.numbers, default=(512,), metavar="N,N", help="default: 512")
+    parser.add_argument("--batch-sizes", default=(1, 8), metavar="N,N", help="default: 1,8")
+    parser.add_argument("--prompt-lengths", default=(512,), metavar="N,N", help="default: 512")
     parser.add_argument("--generate", type=int, default=64, metavar="N", help="tokens after each prompt (default: 64)")
     parser.add_argument("--rounds", type=int, default=5, help="times that both are run, in turn (default: 5)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: the model's")
+    parser.add_argument("--dtype", type=dtype_name, default="auto", choices=DTYPES, help="default: the model's")
     parser.add_argument("--trust-remote-code", action="store_true", help="let code that comes with the models run")
+    shared.add_revision(parser)
     shared.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Time both models, and print before and after."""
     config = shared.values(options, BenchInferenceConfig)
-    from flap_stream.inference_benchmark import bench_inference
+    progress = shared.progress_of(options)
+    with progress.loading():
+        from flap_stream.inference_benchmark import bench_inference
 
-    result = bench_inference(options.dense, options.out, config, shared.progress_of(options))
+    result = bench_inference(shared.model_of(options.dense, options), options.out, config, progress)
     if options.json:
         shared.print_json({"dense": options.dense, "out": options.out, **asdict(result)})
         return

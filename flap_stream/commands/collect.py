@@ -14,18 +14,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_calibration(parser)
     shared.add_method(parser)
     shared.add_engine(parser)
+    shared.add_revision(parser)
     shared.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Collect, and say what can be done with it."""
     config = shared.values(options, CollectConfig)
-    from flap_stream.pipeline import collect
+    shared.check_text(config)
+    progress = shared.progress_of(options)
+    with progress.loading():
+        from flap_stream.pipeline import collect
 
-    result = collect(options.model, options.run_directory, config, progress=shared.progress_of(options))
+    model = shared.model_of(options.model, options)
+    result = collect(model, options.run_directory, config, progress=progress)
     if options.json:
         measured = asdict(result.measured)
         shared.print_json({**asdict(result), "run": str(result.run), "measured": measured})
     else:
-        print(f"statistics of {result.layers} layers are in {result.run}")
-        print(f"next: flap-stream plan {result.run} --ratio {options.ratio} --method {options.method}")
+        shared.show(f"statistics of {result.layers} layers are in {result.run}")
+        shared.show(f"next: flap-stream plan {result.run} --ratio {options.ratio} --method {options.method}")

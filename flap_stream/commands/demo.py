@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="OUT", help="where the pruned checkpoint goes (default: a new temporary folder)"
     )
-    parser.add_argument("--ratio", type=shared.ratio, default=0.2, help="default: 0.2")
+    parser.add_argument("--ratio", default=0.2, metavar="SHARE", help="default: 0.2")
     shared.add_output(parser)
 
 
@@ -26,8 +26,9 @@ def run(options: argparse.Namespace) -> None:
     with as_file(files("flap_stream") / "demo") as bundle:
         model, text = str(bundle / "model"), (str(bundle / "evaluation.txt"),)
         config = PruneConfig(ratio=options.ratio, calibration=(str(bundle / "calibration.txt"),), dtype="float32")
-        from flap_stream.evaluation import evaluate
-        from flap_stream.pipeline import prune
+        with progress.loading():
+            from flap_stream.evaluation import evaluate
+            from flap_stream.pipeline import prune
 
         measure = EvaluateConfig(text=text, dtype="float32")
         before = evaluate(model, measure, progress)

@@ -13,16 +13,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", nargs="+", default=["wikitext2"], metavar="TEXT", help="as --calibration of prune")
     parser.add_argument("--sequence-length", type=int, default=128, help="tokens a window (default: 128)")
     parser.add_argument("--samples", type=int, help="at most so many windows (default: all)")
+    shared.add_text(parser)
     shared.add_engine(parser)
+    shared.add_revision(parser)
     shared.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Evaluate, and print the perplexity."""
     config = shared.values(options, EvaluateConfig)
-    from flap_stream.evaluation import evaluate
+    shared.check_text(config)
+    progress = shared.progress_of(options)
+    with progress.loading():
+        from flap_stream.evaluation import evaluate
 
-    result = evaluate(options.model, config, shared.progress_of(options))
+    result = evaluate(shared.model_of(options.model, options), config, progress)
     if options.json:
         shared.print_json({"model": options.model, **asdict(result)})
     else:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from flap_stream.commands import options as shared
 from flap_stream.config import GGUF_TYPES, ExportGgufConfig
 from flap_stream.progress import format_bytes
+from flap_stream.values import gguf_type
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE.gguf", help="the file to write")
     parser.add_argument(
         "--type",
+        type=gguf_type,
         choices=GGUF_TYPES,
         help="of the matrices (default: the checkpoint's; llama-quantize makes K-quants from bf16 or f16)",
     )
@@ -24,12 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Export, and print what was written."""
     config = shared.values(options, ExportGgufConfig)
-    from flap_stream.export.gguf import export_gguf
+    progress = shared.progress_of(options)
+    with progress.loading():
+        from flap_stream.export.gguf import export_gguf
 
-    result = export_gguf(options.out, options.file, config, shared.progress_of(options))
+    result = export_gguf(options.out, options.file, config, progress)
     if options.json:
         shared.print_json(asdict(result) | {"file": str(result.file)})
         return
     print(f"architecture {result.architecture}, {result.type}, {result.tensors} tensors")
     print(f"size         {format_bytes(result.nbytes)}")
-    print(f"result       {result.file}")
+    shared.show(f"result       {result.file}")

@@ -20,9 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Export, and print what padding costs."""
     config = shared.values(options, ExportStockConfig)
-    from flap_stream.export.stock import export_stock
+    progress = shared.progress_of(options)
+    with progress.loading():
+        from flap_stream.export.stock import export_stock
 
-    result = export_stock(options.out, options.directory, config, shared.progress_of(options))
+    result = export_stock(options.out, options.directory, config, progress)
     if options.json:
         shared.print_json(asdict(result) | {"directory": str(result.directory)})
         return
@@ -32,4 +34,4 @@ def run(options: argparse.Namespace) -> None:
     )
     print(f"parameters   {result.parameters_before:,} -> {result.parameters_after:,}")
     print(f"KV cache     {format_bytes(before)} -> {format_bytes(after)} a token")
-    print(f"result       {result.directory}")
+    shared.show(f"result       {result.directory}")

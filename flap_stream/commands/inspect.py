@@ -1,25 +1,33 @@
 """`flap-stream inspect RUN|OUT`."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from flap_stream.commands import options as shared
+from flap_stream.progress import format_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("place", metavar="RUN|OUT", help="a run directory or a pruned checkpoint")
+    parser.add_argument("place", metavar="RUN|OUT", help="a run directory, a pruned checkpoint or a dense model")
     parser.add_argument("--verify", action="store_true", help="check every digest; exit code 1 if one is wrong")
     shared.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print what is there: progress of a run, sizes and kept shares of a checkpoint."""
+    """Print what is there: progress of a run, sizes and kept shares of a checkpoint, sizes of a dense model."""
+    with shared.progress_of(options).loading():
+        import flap_stream.output
+        import flap_stream.store  # noqa: F401
+
     place = Path(options.place)
     if (place / "run.json").exists():
         _inspect_run(place, options.json, options.verify)
-    else:
+    elif (place / "pruning.json").exists() or options.verify:
         _inspect_output(place, options.json, options.verify)
+    else:
+        _inspect_dense(place, options.json)
 
 
 def _inspect_run(place: Path, as_json: bool, verifies: bool) -> None:
@@ -49,7 +57,7 @@ def _inspect_run(place: Path, as_json: bool, verifies: bool) -> None:
     if as_json:
         shared.print_json(body)
         return
-    print(f"run of {body['model']}, method {body['method']}")
+    shared.show(f"run of {body['model']}, method {body['method']}")
     print(f"statistics   {body['complete_layers']} of {total} layers")
     print(f"plan         {'there' if body['has_plan'] else 'none yet'}")
     if verifies:
@@ -57,12 +65,13 @@ def _inspect_run(place: Path, as_json: bool, verifies: bool) -> None:
 
 
 def _inspect_output(place: Path, as_json: bool, verifies: bool) -> None:
-    from flap_stream.errors import CorruptCheckpoint, InvalidInput
-    from flap_stream.output import damaged_files, read_record
+    from flap_stream.dense import nothing_pruned
+    from flap_stream.errors import CorruptCheckpoint
+    from flap_stream.output import RECORD_NAME, damaged_files, read_record
 
-    record = read_record(place)
+    record = read_record(place) if (place / RECORD_NAME).exists() else None
     if record is None:
-        raise InvalidInput(f"{place} is neither a run directory (run.json) nor a pruned checkpoint (pruning.json)")
+        raise nothing_pruned(place)
     wrong = damaged_files(place) if verifies else []
     if wrong:
         raise CorruptCheckpoint(f"{place}: {'; '.join(wrong)}; move it away and prune again")
@@ -70,7 +79,8 @@ def _inspect_output(place: Path, as_json: bool, verifies: bool) -> None:
         shared.print_json({"out": str(place), **record, **({"verified": True} if verifies else {})})
         return
     options = record["options"]
-    print(f"pruned from {record['base']['name']} by {options['method']}, {options['structure']}, {options['metric']}")
+    how = ", ".join(options[name] for name in ("method", "structure", "metric"))
+    shared.show(f"pruned from {record['base']['name']} by {how}")
     shared.print_sizes(record)
     print("layer   KV groups        neurons")
     for i, layer in enumerate(record["layers"]):
@@ -78,3 +88,24 @@ def _inspect_output(place: Path, as_json: bool, verifies: bool) -> None:
         print(f"{i:5d}   {groups:4d} of {layer['kv_groups']:<6d}  {neurons:6d} of {layer['neurons']}")
     if verifies:
         print("verified: every file is what was written")
+
+
+def _inspect_dense(place: Path, as_json: bool) -> None:
+    from flap_stream.cli import printable
+    from flap_stream.dense import dense_model, nothing_pruned
+
+    model = dense_model(place)
+    if model is None:
+        raise nothing_pruned(place)
+    if as_json:
+        shared.print_json({"model": str(place), "is_dense": True, **asdict(model)})
+        return
+    groups = model.kv_heads or model.heads
+    print(printable(f"{place} is {model}: nothing was pruned"))
+    if model.heads is not None and model.neurons is not None:
+        print(f"each layer   {model.heads} heads in {groups} KV groups, {model.neurons} neurons")
+    print(f"weights      {format_bytes(model.weight_bytes)}")
+    if model.is_prunable:
+        print(printable(f"next: flap-stream prune {place} OUT --ratio 0.2"))
+    else:
+        print(printable(f"model_type {model.model_type} is none of those that flap-stream prunes"))

@@ -17,15 +17,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Plan, and print what would remain, layer by layer."""
     config = shared.values(options, PlanConfig)
-    from flap_stream.pipeline import plan
+    with shared.progress_of(options).loading():
+        from flap_stream.pipeline import plan
+        from flap_stream.sizes import width_note
 
     result = plan(options.run_directory, config)
+    sizes = result.sizes.record()
     if options.json:
         shared.print_json(
             {
                 "run": str(result.run),
-                "realised_ratio": {"decoder": result.decoder_ratio, "model": result.model_ratio},
-                "parameters": {"before": result.parameters_before, "after": result.parameters_after},
+                **sizes,
                 "layers": [
                     {"kept_kv_groups": keep.kv_groups.tolist(), "kept_neurons": keep.neurons.tolist()}
                     for keep in result.layers
@@ -36,6 +38,6 @@ def run(options: argparse.Namespace) -> None:
     print("layer   KV groups        neurons")
     for i, (keep, groups, neurons) in enumerate(zip(result.layers, result.kv_groups, result.neurons, strict=True)):
         print(f"{i:5d}   {len(keep.kv_groups):4d} of {groups:<6d}  {len(keep.neurons):6d} of {neurons}")
-    print(f"parameters   {result.parameters_before:,} -> {result.parameters_after:,}")
-    print(f"removed      {result.decoder_ratio:.2%} of the prunable weights, {result.model_ratio:.2%} of the model")
-    print(f"next: flap-stream rewrite {result.run} OUT")
+    shared.print_sizes(sizes)
+    print(f"widths       {width_note(result.sizes.width_multiple)}")
+    shared.show(f"next: flap-stream rewrite {result.run} OUT")

@@ -6,6 +6,7 @@ from math import isfinite
 
 from flap_stream.commands import options as shared
 from flap_stream.config import PruneConfig, parse_size
+from flap_stream.errors import InvalidOption
 from flap_stream.progress import format_bytes
 
 
@@ -17,26 +18,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-run", action="store_true", help="keep OUT.run at the end")
     parser.add_argument("--dry-run", action="store_true", help="say what it would take (config.json is enough)")
     ranks = parser.add_argument_group("with --dry-run")
-    ranks.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that it would be launched as")
-    ranks.add_argument("--nodes", type=int, default=1, metavar="M", help="machines, all like this one, that have them")
-    ranks.add_argument("--network", default="1.25GB", metavar="SIZE", help="a second, of each (default: 1.25GB)")
+    ranks.add_argument("--ranks", type=int, metavar="N", help="processes that it would be launched as")
+    ranks.add_argument("--nodes", type=int, metavar="M", help="machines, all like this one, that have them")
+    ranks.add_argument("--network", metavar="SIZE", help="a second, of each (default: 1.25GB)")
     shared.add_method(parser)
     shared.add_calibration(parser)
     shared.add_plan(parser)
     shared.add_rewrite(parser)
     shared.add_engine(parser)
+    shared.add_revision(parser)
     shared.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Prune, and print what came out."""
     config = shared.values(options, PruneConfig)
+    shared.check_text(config)
     if options.dry_run:
         _dry_run(options, config)
         return
-    from flap_stream.pipeline import prune
+    for name in ("ranks", "nodes", "network"):
+        if (value := getattr(options, name)) is not None:
+            raise InvalidOption(f"--{name} {value} would have no effect: it goes with --dry-run")
+    progress = shared.progress_of(options)
+    with progress.loading():
+        from flap_stream.pipeline import prune
 
-    result = prune(options.model, options.out, config, run=options.run, progress=shared.progress_of(options))
+    model = shared.model_of(options.model, options)
+    result = prune(model, options.out, config, run=options.run, progress=progress)
     if options.json:
         shared.print_json(shared.totals(result))
     else:
@@ -44,10 +53,13 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _dry_run(options: argparse.Namespace, config: PruneConfig) -> None:
-    from flap_stream.forecast import forecast
+    with shared.progress_of(options).loading():
+        from flap_stream.forecast import NETWORK_RATE, forecast
 
-    network = parse_size(options.network)
-    found = forecast(options.model, options.out, config, options.ranks, options.nodes, network)
+    network = NETWORK_RATE if options.network is None else parse_size(options.network)
+    ranks, nodes = (1 if given is None else given for given in (options.ranks, options.nodes))
+    model = shared.model_of(options.model, options)
+    found = forecast(model, options.out, config, ranks, nodes, network)
     if options.json:
         known = {name: rate for name, rate in asdict(found.rates).items() if isfinite(rate)}
         shared.print_json({**asdict(found), "rates": known})

@@ -16,11 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Draw, and say what was written and what is missing."""
-    from flap_stream.errors import InvalidOption
-
-    if options.html is None and options.png is None:
-        raise InvalidOption("report writes nothing without --html FILE or --png DIR; give one of them")
-    from flap_stream.report.page import write_report
+    with shared.progress_of(options).loading():
+        from flap_stream.report.page import write_report
 
     result = write_report(options.place, options.html, options.png)
     if options.json:
@@ -28,6 +25,6 @@ def run(options: argparse.Namespace) -> None:
         shared.print_json({**asdict(result), **files})
         return
     for path in ([result.html] if result.html else []) + result.pngs:
-        print(f"written      {path}")
+        shared.show(f"written      {path}")
     for sentence in result.missing:
-        print(f"not shown    {sentence}")
+        shared.show(f"not shown    {sentence}")

@@ -13,17 +13,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", help="where the dense model is now (default: where it was)")
     shared.add_rewrite(parser)
     shared.add_engine(parser)
+    shared.add_revision(parser)
     shared.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Rewrite, and print what came out."""
     config = shared.values(options, RewriteConfig)
-    from flap_stream.pipeline import rewrite
+    progress = shared.progress_of(options)
+    with progress.loading():
+        from flap_stream.pipeline import rewrite
 
-    result = rewrite(
-        options.run_directory, options.out, config, model=options.model, progress=shared.progress_of(options)
-    )
+    model = shared.model_of(options.model, options)
+    result = rewrite(options.run_directory, options.out, config, model=model, progress=progress)
     if options.json:
         shared.print_json(shared.totals(result))
     else:

@@ -22,23 +22,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--evaluate", nargs="+", default=[], metavar="TEXT", help="as --calibration of prune")
     group.add_argument("--sequence-length", type=int, default=128, help="tokens a window (default: 128)")
     group.add_argument("--samples", type=int, help="at most so many windows (default: all)")
+    shared.add_text(group)
     group.add_argument("--restore", choices=SWEPT_RESTORATIONS, help="default: bias (flap), none (the baselines)")
     group.add_argument(
         "--max-perplexity-increase", metavar="SHARE", help="find the largest ratio that stays within, such as 5%%"
     )
-    group.add_argument("--resolution", type=shared.ratio, default=0.005, help="how closely to find it (default: 0.005)")
+    group.add_argument("--resolution", default=0.005, metavar="SHARE", help="how closely to find it (default: 0.005)")
     shared.add_method(parser, one_ratio=False)
     shared.add_plan(parser)
     shared.add_engine(parser)
+    shared.add_revision(parser)
     shared.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Sweep, and print a row a ratio."""
     config = shared.values(options, SweepConfig)
-    from flap_stream.ratio_sweep import sweep
+    shared.check_text(config)
+    progress = shared.progress_of(options)
+    with progress.loading():
+        from flap_stream.ratio_sweep import sweep
 
-    result = sweep(options.run_directory, config, model=options.model, progress=shared.progress_of(options))
+    model = shared.model_of(options.model, options)
+    result = sweep(options.run_directory, config, model=model, progress=progress)
     if options.json:
         shared.print_json({**asdict(result), "run": str(result.run)})
         return

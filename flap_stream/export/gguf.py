@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from flap_stream import files, output
+from flap_stream import files, output, places
 from flap_stream.architecture import ROWS, LayerShape
 from flap_stream.checkpoint import FORWARD_DTYPES, Checkpoint, TensorEntry, open_checkpoint
 from flap_stream.config import EngineConfig, ExportGgufConfig
 from flap_stream.errors import InvalidInput, OutputConflict, UnsupportedModel
 from flap_stream.layers import StreamedModel
+from flap_stream.model_card import base_name
 from flap_stream.progress import Progress
+from flap_stream.stage_options import options_of
 
 try:
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
@@ -58,6 +60,7 @@ _FILE_TYPES = {
 _OWN_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _QUANTISED_BLOCK = 32
 _ROW_BLOCK_ELEMENTS = 1 << 22
+_MOST_LINES = 10  # of progress, where there is no bar
 
 
 @dataclass(frozen=True)
@@ -91,16 +94,24 @@ class _Tensor:
 
 
 def export_gguf(
-    model: str | Path, file: str | Path, options: ExportGgufConfig, progress: Progress | None = None
+    model: str | Path,
+    file: str | Path,
+    options: ExportGgufConfig | None = None,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
 ) -> ExportGgufResult:
     """Write a pruned (or dense) checkpoint into a GGUF file.
 
+    keywords: the fields of `ExportGgufConfig`, in place of `options`. progress: True shows it on stderr.
     Raises UnsupportedModel, naming the reason and the way out, for what llama.cpp cannot represent, OutputConflict if
     something is at `file`, InsufficientSpace if there is no room.
     """
-    file, progress = Path(file), progress or Progress()
+    options = options_of(ExportGgufConfig, "export_gguf", options, keywords)
+    file, progress = Path(file), Progress.of(progress)
+    places.require_name(file)
     if file.exists():
         raise OutputConflict(f"{file} exists already; name another FILE or move it away")
+    places.require_place(file)
     with open_checkpoint(model) as source:
         if source.wrapper is not None:
             raise UnsupportedModel(f"{model} is a multimodal model; only language models by themselves are exported")
@@ -114,7 +125,7 @@ def export_gguf(
         output.require_space(file, nbytes)
         writer = GGUFWriter(None, architecture)
         _add_sizes(writer, streamed, architecture)
-        writer.add_name(Path(source.source).name)
+        writer.add_name(base_name(source.source))
         writer.add_file_type(LlamaFileType[file_type])
         writer.add_quantization_version(2)
         add_vocabulary(writer, source.directory, streamed.vocab_size, options.tokenizer_pre)
@@ -304,10 +315,11 @@ def _write(writer: GGUFWriter, source: Checkpoint, tensors: Sequence[_Tensor], f
     temporary = files.partial_path(file)
     files.make_directory(file.absolute().parent)
     try:
+        files.open_new(temporary).close()  # else a link that stands there would be followed
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with progress.stage("export", len(tensors), unit="tensor") as stage:
+        with progress.stage("export", len(tensors), unit="tensor", most_lines=_MOST_LINES) as stage:
             for tensor in tensors:
                 raw = _raw(source, tensor)
                 writer.write_tensor_data(raw)

@@ -5,7 +5,8 @@ checkpoint holds, what they have beyond it being biases, which are then zero.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from flap_stream import files, output
+from flap_stream import files, output, places
 from flap_stream.architecture import FAMILIES, ROWS, Family, LayerShape
 from flap_stream.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, open_checkpoint
 from flap_stream.config import EngineConfig, ExportStockConfig
@@ -24,6 +25,9 @@ from flap_stream.model_card import model_card
 from flap_stream.progress import Progress
 from flap_stream.shards import OutputTensor, ShardPlan, group_shards, write_shard
 from flap_stream.skeleton import Skeleton
+from flap_stream.stage_options import options_of
+
+logger = logging.getLogger(__name__)
 
 # Families whose layers compute what Llama's do, so that Llama's class, or SeedOss's with any number of heads, serves.
 _LLAMA_LIKE = ("llama", "ministral", "mistral", "qwen2", "seed_oss")
@@ -55,26 +59,37 @@ class ExportStockResult:
 
 
 def export_stock(
-    out: str | Path, directory: str | Path, options: ExportStockConfig, progress: Progress | None = None
+    out: str | Path,
+    directory: str | Path,
+    options: ExportStockConfig | None = None,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
 ) -> ExportStockResult:
     """Write the pruned checkpoint `out` into `directory` as one that loads without remote code.
 
+    keywords: the fields of `ExportStockConfig`, in place of `options`. progress: True shows it on stderr.
     Raises UnsupportedModel, naming the reason and the way out, if no class of transformers can hold it, OutputConflict
     if something is at `directory`, InsufficientSpace if there is no room.
     """
-    directory, progress = Path(directory), progress or Progress()
+    options = options_of(ExportStockConfig, "export_stock", options, keywords)
+    directory, progress = Path(directory), Progress.of(progress)
+    _require_free(directory)
     with open_checkpoint(out) as source:
         if "per_layer_config" not in source.config:
             raise InvalidInput(f"{out} is no checkpoint that flap-stream has pruned; it is in stock form already")
         if source.wrapper is not None:
             raise UnsupportedModel(f"{out} is a multimodal model; only language models by themselves are exported")
-        shapes = StreamedModel(source, EngineConfig(device="cpu")).shapes
+        record = _record(source)
+        output.tell_left_out(source.directory)
+        model = StreamedModel(source, EngineConfig(device="cpu"))
+        shapes, source = model.shapes, _without_ignored(source, model.skeleton)
         if any(shape.experts for shape in shapes):
             raise UnsupportedModel(f"{out} has experts, which transformers' own classes hold in another form")
         widest = _common_shape(shapes, options.pad, str(out))
         skeleton, widest = _choose_class(source, widest, options.pad)
         plan = group_shards(_padded(source, skeleton, shapes, widest), options.max_shard_bytes)
-        _write(source, skeleton, plan, directory, progress)
+        card = model_card(record["base"]["name"], source.directory, record, stock_class=skeleton.family.causal_class)
+        _write(source, skeleton, plan, directory, card, progress)
     token_bytes = 2 * widest.head_dim * next(iter(source.tensors.values())).item_bytes
     return ExportStockResult(
         directory=directory,
@@ -86,6 +101,20 @@ def export_stock(
         kv_cache_bytes_before=token_bytes * sum(shape.kv_groups for shape in shapes),
         kv_cache_bytes_after=token_bytes * widest.kv_groups * len(shapes),
     )
+
+
+def _without_ignored(source: Checkpoint, skeleton: Skeleton) -> Checkpoint:
+    """The checkpoint without tensors that its own class has no place for, which transformers leaves unread."""
+    held = skeleton.tensors()
+    ignored = [name for name in source.tensors if name not in held]
+    if ignored:
+        logger.warning(
+            "%d tensors that the class of %s has no place for are left out, %r among them",
+            len(ignored),
+            source.source,
+            ignored[0],
+        )
+    return replace(source, tensors={name: entry for name, entry in source.tensors.items() if name in held})
 
 
 def _common_shape(shapes: Sequence[LayerShape], pad: bool, where: str) -> LayerShape:
@@ -210,29 +239,47 @@ def _resized(entry: TensorEntry, shape: tuple[int, ...], axis: int, keep: Any) -
     return OutputTensor(entry.name, entry.dtype, shape, prod(shape) * entry.item_bytes, entry, axis, keep)
 
 
-def _write(source: Checkpoint, skeleton: Skeleton, plan: ShardPlan, directory: Path, progress: Progress) -> None:
-    staging = files.partial_path(directory)
+def _require_free(directory: Path) -> None:
+    places.require_name(directory)
     if directory.exists():
         raise OutputConflict(f"{directory} exists already; name another DIR or move it away")
+    places.require_place(directory)
+    staging = files.partial_path(directory)
     if staging.exists() and not (staging / _MARK).exists():
         raise OutputConflict(f"{staging} exists and was not made by an export; move it away or name another DIR")
+
+
+def _record(source: Checkpoint) -> dict[str, Any]:
+    """The contents of pruning.json, which the model card quotes."""
+    try:
+        record = output.read_record(source.directory)
+    except OutputConflict as error:
+        raise InvalidModel(f"{source.directory / output.RECORD_NAME} is missing or damaged; prune again") from error
+    assert record is not None, "a directory with a config.json is not empty"
+    return record
+
+
+def _write(
+    source: Checkpoint, skeleton: Skeleton, plan: ShardPlan, directory: Path, card: str, progress: Progress
+) -> None:
+    staging = files.partial_path(directory)
     files.remove(staging)
     output.require_space(directory, plan.nbytes)
-    files.make_directory(staging)
+    files.make_own_directory(staging)
     files.write_committed(staging / _MARK, b"")
     digests = {}
     with progress.stage("export", len(plan.shards), unit="shard") as stage:
         for shard in plan.shards:
             digests[shard.name] = write_shard(source, shard, staging)
             stage.advance(bytes_moved=shard.nbytes)
-    record = json.loads((source.directory / output.RECORD_NAME).read_bytes())
-    card = model_card(record["base"]["name"], source.directory, record, stock_class=skeleton.family.causal_class)
-    small = dict(output.carried_files(source.directory)) | {"README.md": card.encode()}
+    small: dict[str, bytes | Iterable[bytes]] = {**dict(output.carried_files(source.directory))}
+    small["README.md"] = card.encode()
     index = plan.index()
     if index is not None:
         small[INDEX_NAME] = index
     small["config.json"] = json.dumps(dict(skeleton.config), indent=2).encode() + b"\n"
     for name, contents in small.items():
+        files.make_directory((staging / name).parent)
         digests[name] = files.write_committed(staging / name, contents)
     files.write_committed(staging / output.DIGESTS_NAME, output.digests_file(digests))
     files.remove(staging / _MARK)

@@ -9,11 +9,51 @@ This file travels with the checkpoint (`auto_map` in config.json) and needs torc
 
 A layer may have lost its attention or its MLP altogether; the bias of the output projection is then all that is left.
 No class here is named after attention: transformers looks for such names when it switches implementations.
+
+In config.json `model_type` is the dense model's with `flap_stream_` in front, which transformers does not know: so
+loading without `trust_remote_code=True` asks for it. A config that has been loaded has the dense model's.
 """
 
 import torch
 import transformers
 from torch import nn
+
+OWN_TYPE = "flap_stream_"  # what model_type begins with in config.json
+_LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+class PrunedConfig:
+    """A dense model's config in all but its file, where it has a `model_type` of its own."""
+
+    _auto_class = "AutoConfig"
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        """The contents of config.json with the dense model's type, and the keywords that are left."""
+        config, left = super().get_config_dict(*args, **kwargs)
+        return cls._dense(config), left
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """The config that the contents of config.json make."""
+        return super().from_dict(cls._dense(config_dict), **kwargs)
+
+    @classmethod
+    def _dense(cls, config):
+        is_own = config.get("model_type") == OWN_TYPE + cls.model_type
+        return {**config, "model_type": cls.model_type} if is_own else config
+
+    def to_diff_dict(self):
+        """What config.json will hold."""
+        return {**super().to_diff_dict(), "model_type": OWN_TYPE + self.model_type}
+
+    def __getattribute__(self, name):
+        """A size of the dense model, without transformers' warning: the classes here know that layers have others."""
+        if name in _LAYER_SIZES:
+            read = getattr(super(), "_getattr_without_heterogeneous_validation", None)
+            if read is not None:
+                return read(name)
+        return super().__getattribute__(name)
 
 
 def layer_size(config, layer_idx, name):
@@ -179,11 +219,11 @@ class _Multimodal(PrunedMixin):
     _auto_class = "AutoModelForImageTextToText"
 
 
-_MIXINS = {"ForCausalLM": _CausalLM, "ForConditionalGeneration": _Multimodal}
+_MIXINS = {"Config": PrunedConfig, "ForCausalLM": _CausalLM, "ForConditionalGeneration": _Multimodal}
 
 
 def __getattr__(name):
-    """`Pruned<Class>` for a model class of transformers, made when it is asked for.
+    """`Pruned<Class>` for a model's or a config's class of transformers, made when it is asked for.
 
     So this file loads in every release of transformers, whichever families that has.
     """
@@ -191,5 +231,12 @@ def __getattr__(name):
     if not name.startswith("Pruned") or dense is None:
         raise AttributeError(f"module {__name__} has no {name}; transformers {transformers.__version__} may be too old")
     mixin = next((mixin for suffix, mixin in _MIXINS.items() if name.endswith(suffix)), _Base)
-    globals()[name] = type(name, (mixin, dense), {"__module__": __name__, "__doc__": f"{dense.__name__}, pruned."})
+    members = {"__module__": __name__, "__doc__": f"{dense.__name__}, pruned."}
+    if mixin is not PrunedConfig:
+        members["config_class"] = _made(f"Pruned{dense.config_class.__name__}")
+    globals()[name] = type(name, (mixin, dense), members)
     return globals()[name]
+
+
+def _made(name):
+    return globals()[name] if name in globals() else __getattr__(name)

@@ -9,12 +9,15 @@ import numpy as np
 
 from flap_stream.allocation import LayerKeep
 from flap_stream.architecture import LayerShape
-from flap_stream.config import PlanConfig
-from flap_stream.errors import InvalidInput, RunMismatch
-from flap_stream.output import read_record
+from flap_stream.config import PlanConfig, require_restoration
+from flap_stream.dense import nothing_pruned
+from flap_stream.errors import CorruptCheckpoint, RunMismatch
+from flap_stream.output import RECORD_NAME, read_record
 from flap_stream.pipeline import unit_scores
 from flap_stream.ratio_sweep import read_curves
+from flap_stream.run_manifest import plan_options
 from flap_stream.scoring import channel_metric, fluctuation
+from flap_stream.sizes import PrunedSizes, pruned_sizes
 from flap_stream.store import LayerCost, RunDirectory
 
 
@@ -85,9 +88,9 @@ def read_facts(place: Path) -> Facts:
     if (place / "run.json").exists():
         with RunDirectory(place, is_writer=False) as run:  # a running job may be looked at
             return _of_run(run)
-    record = read_record(place)
+    record = read_record(place) if (place / RECORD_NAME).exists() else None
     if record is None:
-        raise InvalidInput(f"{place} is neither a run directory (run.json) nor a pruned checkpoint (pruning.json)")
+        raise nothing_pruned(place)
     return _of_record(place, record)
 
 
@@ -119,10 +122,9 @@ def _of_run(run: RunDirectory) -> Facts:
         missing.append("Time and memory by layer were not recorded.")
     if not curves:
         missing.append(f"No sweep yet: flap-stream sweep {run.path.name} --ratios 0.1:0.6:0.1 --evaluate TEXT.")
-    removed = 0
-    if keeps is not None:
-        removed = sum(shape.prunable - keep.cost(shape) for shape, keep in zip(shapes, keeps, strict=True))
-    parameters = run.manifest["parameters"]
+    pruned = None
+    if options is not None and keeps is not None:
+        pruned = pruned_sizes(shapes, keeps, run.manifest["parameters"], _restoration(run, options))
     return Facts(
         model=_short(run.manifest["source"]),
         place=run.path.name,
@@ -131,14 +133,20 @@ def _of_run(run: RunDirectory) -> Facts:
         versions=run.manifest["versions"],
         heads_per_group=shapes[0].heads_per_group if shapes else 1,
         layers=layers,
-        decoder_ratio=None if keeps is None else removed / sum(shape.prunable for shape in shapes),
-        model_ratio=None if keeps is None else removed / parameters,
-        sizes=[] if keeps is None else _sizes(run.manifest, shapes, keeps, removed),
+        decoder_ratio=None if pruned is None else pruned.decoder_ratio,
+        model_ratio=None if pruned is None else pruned.model_ratio,
+        sizes=[] if pruned is None or keeps is None else _sizes(run.manifest, shapes, keeps, pruned),
         metric=metric.metric,
         costs=costs,
         curves=curves,
         missing=missing,
     )
+
+
+def _restoration(run: RunDirectory, options: PlanConfig) -> str:
+    """Of the checkpoint that was last written from the run; without one, the method's own."""
+    written = [entry["restore"] for entry in run.journal.of_kind("rewrite")]
+    return written[-1] if written else require_restoration(options.method, None)
 
 
 def _of_record(place: Path, record: dict[str, Any]) -> Facts:
@@ -153,10 +161,14 @@ def _of_record(place: Path, record: dict[str, Any]) -> Facts:
     ]
     known = {name: value for name, value in record["options"].items() if name in PlanConfig.__dataclass_fields__}
     parameters = record["parameters"]
+    try:
+        options = plan_options(known)
+    except ValueError as error:
+        raise CorruptCheckpoint(f"{place / RECORD_NAME} is no record of a pruning: {error}") from error
     return Facts(
         model=record["base"]["name"],
         place=place.name,
-        options=PlanConfig(**known),
+        options=options,
         calibration=record.get("calibration", {}),
         versions={},
         heads_per_group=1,
@@ -195,11 +207,11 @@ def _fluctuations(run: RunDirectory, index: int, shape: LayerShape, options: Pla
 
 
 def _sizes(
-    manifest: dict[str, Any], shapes: Sequence[LayerShape], keeps: Sequence[LayerKeep], removed: int
+    manifest: dict[str, Any], shapes: Sequence[LayerShape], keeps: Sequence[LayerKeep], pruned: PrunedSizes
 ) -> list[Size]:
-    """Whole-model quantities, dense and as planned; biases that a restoration adds are not counted."""
-    sizes, parameters = manifest["sizes"], manifest["parameters"]
-    item_bytes = sizes["weight_bytes"] / parameters
+    """Whole-model quantities, dense and as planned."""
+    sizes, before, after = manifest["sizes"], pruned.parameters_before, pruned.parameters_after
+    item_bytes = sizes["weight_bytes"] / before
 
     def cached(groups: Sequence[int]) -> float:
         return sum(2 * shape.head_dim * count for shape, count in zip(shapes, groups, strict=True)) * item_bytes
@@ -214,8 +226,8 @@ def _sizes(
     dense = [(shape.kv_groups, shape.neurons) for shape in shapes]
     kept = [(len(keep.kv_groups), len(keep.neurons)) for keep in keeps]
     return [
-        Size("parameters", "", parameters, parameters - removed),
-        Size("weights", "B", sizes["weight_bytes"], sizes["weight_bytes"] - removed * item_bytes),
+        Size("parameters", "", before, after),
+        Size("weights", "B", sizes["weight_bytes"], after * item_bytes),
         Size("KV cache per token", "B", cached([g for g, _ in dense]), cached([g for g, _ in kept])),
         Size("FLOPs per token", "FLOP", operations(dense), operations(kept)),
     ]

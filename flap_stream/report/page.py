@@ -7,7 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flap_stream import files
+from flap_stream import files, places
+from flap_stream.errors import InvalidOption
 from flap_stream.report import figures
 from flap_stream.report.facts import Facts, read_facts
 from flap_stream.report.figures import Drawing, Palette, change, quantity
@@ -59,12 +60,16 @@ class ReportResult:
     missing: list[str]
 
 
-def write_report(place: str | Path, html: str | Path | None, png: str | Path | None = None) -> ReportResult:
+def write_report(place: str | Path, html: str | Path | None = None, png: str | Path | None = None) -> ReportResult:
     """Draw what a run directory or a pruned checkpoint holds.
 
     html: the page; png: a directory for the same figures as PNG files and `overview.png`, all of them together.
-    Raises InvalidInput if there is nothing to draw, or no matplotlib.
+    Raises InvalidInput if there is nothing to draw, no place to draw it to, or no matplotlib.
     """
+    if html is None and png is None:
+        raise InvalidOption("a report is written nowhere without --html FILE or --png DIR; give one of them")
+    if html is not None:
+        places.require_name(Path(html))
     facts = read_facts(Path(place))
     drawn = figures.drawings(facts)
     pngs = []

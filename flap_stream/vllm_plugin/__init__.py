@@ -3,12 +3,19 @@
 vLLM calls `register` through the entry point group `vllm.general_plugins`; nothing here is imported before.
 """
 
-_FAMILIES = ("Llama", "Ministral", "Mistral", "Qwen2", "Qwen3", "SeedOss")
+_TYPES = ("llama", "ministral", "mistral", "qwen2", "qwen3", "seed_oss")
 
 
 def register() -> None:
-    """Tell vLLM which class runs the architectures that pruned checkpoints name."""
+    """Tell vLLM which class runs the architectures that pruned checkpoints name, and what their config is."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from vllm import ModelRegistry
 
-    for family in _FAMILIES:
-        ModelRegistry.register_model(f"Pruned{family}ForCausalLM", "flap_stream.vllm_plugin.model:PrunedForCausalLM")
+    from flap_stream.architecture import FAMILIES, PRUNED_TYPE
+    from flap_stream.modeling import modeling_flap_stream
+
+    for name in _TYPES:
+        config = getattr(modeling_flap_stream, f"Pruned{CONFIG_MAPPING[name].__name__}")
+        CONFIG_MAPPING.register(PRUNED_TYPE + name, config, exist_ok=True)
+        architecture = FAMILIES[name].pruned_classes["AutoModelForCausalLM"]
+        ModelRegistry.register_model(architecture, "flap_stream.vllm_plugin.model:PrunedForCausalLM")

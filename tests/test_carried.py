@@ -1,0 +1,132 @@
+"""What a model's folder holds beside its weights is carried, or left out with a warning before any work."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+
+import flap_stream
+from flap_stream import collection
+from flap_stream.cli import main
+from flap_stream.config import PruneConfig
+from flap_stream.output import damaged_files
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("carried")
+    save(tiny_model(tiny_config()), place / "model")
+    save_tokens(place / "tokens.npy", random_tokens(4, 16))
+    return place
+
+
+@pytest.fixture
+def place(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(original, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+def prune(model: str | Path, out: str | Path) -> Path:
+    flap_stream.prune(model, out, PruneConfig(ratio=0.4, calibration=("tokens.npy",)))
+    assert damaged_files(Path(out)) == []
+    return Path(out)
+
+
+FRONT_MATTER = {
+    "a tab": b"license: mit\n\tlanguage: en",
+    "an open bracket": b"license: [mit",
+    "a tag": b"license: !!python/object/apply:os.system {a: b}",
+    "not a dictionary": b"- license",
+    "a scalar": b"license",
+    "two colons": b"license: a: b",
+    "not UTF-8": b"license: \xff\xfe",
+    "nested deeply": b"license: " + b"[" * 5000,
+    "a date that is none": b"license: 2024-99-99\nx: 1: 2",
+    "an anchor in itself": b"license: &a [*a]",
+}
+
+
+@pytest.mark.parametrize("kind", FRONT_MATTER)
+def test_front_matter_that_cannot_be_read_is_left_out_with_a_warning(
+    kind: str, place: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "model" / "README.md").write_bytes(b"---\n" + FRONT_MATTER[kind] + b"\n---\n# A model\n")
+    told: list[bool] = []
+    collect = collection.collect_statistics
+    monkeypatch.setattr(
+        "flap_stream.pipeline.collect_statistics",
+        lambda *a: (told.append("model card" in caplog.text), collect(*a))[1],
+    )
+    card = ModelCard.load(prune("model", "out") / "README.md")
+    assert told == [True]  # before the first layer
+    assert card.data.get("license") is None and card.data.library_name == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "kept"),
+    [
+        ("license: mit\nlanguage:\n- no\n- en", {"license": "mit", "language": ["no", "en"]}),
+        ("license: other\nlicense_name: a  'b' \"c\" #d", {"license_name": "a  'b' \"c\""}),
+        ("license: {a: b}\nlanguage: en", {"language": "en", "license": None}),
+        ('license: "a\\nb"\nlanguage: en', {"language": "en", "license": None}),
+        ("license: 2024-01-01", {"license": "2024-01-01"}),
+        (f"license: {'x' * 5000}", {"license": None}),
+        ("1: 2\nlicense: mit", {"license": "mit"}),
+    ],
+)
+def test_metadata_is_carried_where_it_is_plain_text(metadata: str, kept: dict[str, object], place: Path) -> None:
+    (place / "model" / "README.md").write_text(f"---\n{metadata}\n---\n# A model\n")
+    data = ModelCard.load(prune("model", "out") / "README.md").data
+    assert {key: data.get(key) for key in kept} == kept
+
+
+NAMES = [b"tok\xff.json", b"a\nb.json", b"x" * 246 + b".json", b"LICENSE\xfe", b"a\x1b[2J.txt", "é.json".encode()]
+
+
+def test_files_whose_names_cannot_be_carried_are_left_out_with_a_warning(place: Path, caplog) -> None:
+    for name in NAMES:
+        Path(os.fsdecode(os.fsencode(place / "model") + b"/" + name)).write_text("{}")
+    with caplog.at_level(logging.WARNING, "flap_stream"):
+        out = prune("model", "out")
+    assert caplog.text.count("is left out of the result") == len(NAMES) - 1
+    assert (out / "é.json").read_text() == "{}" and len(list(out.glob("*.json"))) >= 3
+    checked = subprocess.run(["sha256sum", "--quiet", "--strict", "--check", "SHA256SUMS"], cwd=out, check=False)
+    assert checked.returncode == 0
+
+
+@pytest.mark.parametrize("name", [b"my\nmodel", b"model\xff", b"`m` #1", b"m" * 255, "mödel".encode()])
+def test_a_model_of_any_name_is_pruned_quoted_and_exported(name: bytes, place: Path) -> None:
+    model = os.fsdecode(name)
+    Path("model").rename(model)
+    out = prune(model, "out")
+    heading = next(line for line in (out / "README.md").read_text().splitlines() if line.startswith("# "))
+    assert heading.endswith("pruned by 40% with flap")
+    assert main(["export-stock", "out", "stock", "--pad", "--quiet"]) == 0
+    assert main(["export-gguf", model, "dense.gguf", "--quiet"]) == 0
+    assert json.loads((out / "pruning.json").read_text())["base"]["name"].isprintable()
+
+
+def test_an_output_of_any_name_is_printed(place: Path) -> None:
+    command = [sys.executable, "-m", "flap_stream", "prune", "model", b"out\xff", "--calibration", "tokens.npy"]
+    done = subprocess.run(
+        [*command, "--quiet"], check=False, capture_output=True, env={**os.environ, "LC_ALL": "C.UTF-8"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"\\udcff" in done.stdout
+
+
+@pytest.mark.parametrize("contents", [None, "{", "[]", '{"format": "flap-stream-pruning"}'])
+def test_a_record_that_the_card_cannot_quote_is_told_of_before_an_export(contents, place: Path, capsys) -> None:
+    record = prune("model", "out") / "pruning.json"
+    record.unlink() if contents is None else record.write_text(contents)
+    assert main(["export-stock", "out", "stock", "--pad", "--quiet"]) == 2
+    assert "pruning.json is missing or damaged" in capsys.readouterr().err
+    assert not Path("stock.partial").exists()

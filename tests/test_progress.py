@@ -1,0 +1,100 @@
+"""What a person sees while a job runs: on a real terminal, and in a log."""
+
+import fcntl
+import os
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+
+import flap_stream
+from flap_stream.config import CollectConfig, PruneConfig
+from flap_stream.progress import Progress
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("progress")
+    save(tiny_model(tiny_config(layers=5)), place / "model", shard_size="1GB")
+    save_tokens(place / "tokens.npy", random_tokens(6, 16))
+    return place
+
+
+def _on_a_terminal(*arguments: object) -> str:
+    """What a command prints on a terminal of 120 columns, its stdout aside."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "flap_stream", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        printed = b""
+        try:
+            while block := os.read(ours, 1 << 16):
+                printed += block
+        except OSError:  # the other end is closed
+            pass
+    os.close(ours)
+    assert process.returncode == 0, printed.decode()
+    return printed.decode()
+
+
+def test_a_terminal_shows_a_word_a_header_and_a_bar_for_the_whole_job(place: Path, tmp_path: Path) -> None:
+    options = ("--calibration", place / "tokens.npy", "--max-shard-size", "100KB")
+    printed = _on_a_terminal("prune", place / "model", tmp_path / "out", *options)
+    assert printed.index("loading torch") < printed.index("run directory  ") < printed.index("collect: ")
+    jobs = [int(found[1]) for found in re.finditer(r"job: +(\d+)%", printed)]
+    assert jobs == sorted(jobs) and jobs[0] == 0 and jobs[-1] == 100 and len(set(jobs)) >= 7
+    assert re.search(r"collect: +\d+%.*[1-4]/5", printed) and "collect: 5/5, " in printed
+
+
+def test_a_bar_that_goes_on_begins_where_it_was(place: Path, tmp_path: Path) -> None:
+    text = (str(place / "tokens.npy"),)
+    flap_stream.collect(place / "model", tmp_path / "out.run", CollectConfig(calibration=text, ratio=0.3))
+    printed = _on_a_terminal("prune", place / "model", tmp_path / "out", "--calibration", *text, "--ratio", 0.3)
+    assert "collect: 5 of 5 layers done already" in printed
+    shares = [int(found[1]) for found in re.finditer(r"job: +(\d+)%", printed)]
+    assert min(share for share in shares if share) > 50
+
+
+def test_shards_and_refits_that_are_there_are_told_of(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    text, out = (str(place / "tokens.npy"),), tmp_path / "out"
+    options = PruneConfig(calibration=text, restore="least-squares", max_shard_bytes=100_000, keep_run=True)
+    flap_stream.prune(place / "model", out, options)
+    count = len(list(out.glob("*.safetensors")))
+    (out / f"model-{count:05d}-of-{count:05d}.safetensors").unlink()
+    out.rename(tmp_path / "out.partial")  # as a job that was interrupted in its last shard leaves it
+    flap_stream.prune(place / "model", out, options, progress=Progress("auto"))
+    said = capsys.readouterr().err
+    assert "collect: 5 of 5 layers done already" in said
+    assert "refit: 5 of 5 layers done already" in said
+    assert f"rewrite: {count - 1} of {count} shards done already" in said
+    assert re.findall(r"rewrite: (\d+)/", said) == [str(count)]
+
+
+def test_a_sweep_that_reads_the_model_twice_is_one_job(capsys: pytest.CaptureFixture) -> None:
+    progress = Progress("auto")
+    with progress.job([("sweep", 1.0)] * 2):
+        for _ in range(2):
+            with progress.stage("sweep", 4) as stage:
+                for _ in range(4):
+                    stage.advance(tokens=1)
+    shares = [int(found[1]) for found in re.finditer(r"; (\d+)% of the job", capsys.readouterr().err)]
+    assert shares == [12, 25, 38, 50, 62, 75, 88, 100]
+
+
+def test_rates_and_times_are_of_what_this_run_does(capsys: pytest.CaptureFixture) -> None:
+    with Progress("auto").stage("collect", 1000) as stage:
+        stage.skip(998, recorded=999)
+        stage.started -= 10
+        stage.advance(tokens=500)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "collect: 999 of 1000 layers done already; going on from layer 998, where the newest snapshot is"
+    assert said[1].startswith("collect: 999/1000, 50 tokens/s") and said[1].endswith(", 10 s left")
