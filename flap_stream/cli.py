@@ -55,7 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="flap-stream: %(message)s", stream=sys.stderr)
     logging.getLogger("flap_stream").setLevel(level)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints are for users of its models, not for ours
+    if options.verb != "bench-inference":  # which times models as their users run them
+        _sleep_while_waiting()
     return reported(lambda: _module_of(options.verb).run(options))
+
+
+def _sleep_while_waiting() -> None:
+    """Have OpenMP's threads sleep while one waits for another, unless the environment says how they wait.
+
+    Otherwise they spin, and on a busy machine they spin away the time of the one that they wait for. Libgomp, which
+    torch brings along, reads this when it is loaded, so torch must not be yet.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def reported(action: Callable[[], object]) -> int:
