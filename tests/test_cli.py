@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -40,6 +41,28 @@ def test_importing_the_package_and_its_help_load_no_torch() -> None:
     result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert result.returncode == 0
     assert all(verb in result.stdout for verb in VERBS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch brings libgomp along on Linux alone")
+@pytest.mark.parametrize(
+    ("given", "policy", "spins"),
+    [
+        ({}, "PASSIVE", "0"),
+        ({"OMP_WAIT_POLICY": "active"}, "ACTIVE", None),
+        ({"GOMP_SPINCOUNT": "123"}, "PASSIVE", "123"),
+    ],
+)
+def test_threads_sleep_while_they_wait_unless_told_otherwise(
+    tmp_path: Path, given: dict[str, str], policy: str, spins: str | None
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    environment |= {"OMP_DISPLAY_ENV": "verbose", "OMP_NUM_THREADS": "2", **given}
+    command = [sys.executable, "-m", "flap_stream", "plan", str(tmp_path / "none")]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    shown = dict(line.split(" = ") for line in result.stderr.splitlines() if " = '" in line)  # by libgomp, as it loads
+    found = {name.split()[-1]: value.strip("'") for name, value in shown.items()}
+    assert result.returncode == 2 and found["OMP_WAIT_POLICY"] == policy
+    assert spins is None or found["GOMP_SPINCOUNT"] == spins
 
 
 def test_the_stages_by_themselves_give_what_prune_gives(place: Path, capsys: pytest.CaptureFixture) -> None:
