@@ -50,7 +50,8 @@ _REWRITE_WEIGHT = 0.1
 class Measured:
     """What a call took: seconds a stage, bytes read from the model and written to the output, peak memory.
 
-    placement: how layers were run, and the peaks that were predicted; None if they were not. Of a job of several ranks,
+    device: that ran the layers; empty if they were not run.
+    placement: how they were run, and the peaks that were predicted; None if they were not. Of a job of several ranks,
     peaks are one rank's, the largest, and bytes those of all; node_bytes_read: of those on each machine.
     """
 
@@ -60,6 +61,7 @@ class Measured:
     bytes_written: int = 0
     peak_host_bytes: int = 0
     peak_device_bytes: int = 0
+    device: str = ""
     placement: planner.Placement | None = None
 
     @contextmanager
@@ -70,7 +72,7 @@ class Measured:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-            self.peak_host_bytes, self.peak_device_bytes = peak_host_bytes(), peak_device_bytes()
+            self.peak_host_bytes, self.peak_device_bytes = peak_host_bytes(), peak_device_bytes(self.device)
             give_back_heap()
 
     def of_all(self, ranks: Ranks, bytes_read: int) -> None:
@@ -249,6 +251,7 @@ def _collect(
     """Pass 1. out: where the output will go, if this is part of a whole job; its place and room are checked first."""
     with measured.stage("collect"):
         model = StreamedModel(source, options, ranks)
+        measured.device = str(model.device)
         progress.header({**model_row(source, len(model.layers)), "run directory": str(run)})
         if out is not None:
             nothing = [(np.zeros(shape.kv_groups), np.zeros(shape.neurons)) for shape in model.shapes]
@@ -470,6 +473,7 @@ def _refitted(
     if options.dtype not in ("auto", dtype):
         raise RunMismatch(f"{run.path} was collected in {dtype}, not {options.dtype}; leave out --dtype")
     model = StreamedModel(source, replace(options, dtype=dtype), ranks)
+    measured.device = str(model.device)
     require_refittable(model.family, model.shapes, options.refit_target, source.source)
     samples, length = run.manifest["tokens"]["shape"]
     refit = refit_sizes(model, options.refit_target, keeps)
