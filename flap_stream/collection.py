@@ -46,10 +46,10 @@ def collect_statistics(
         if ranks.is_first:
             run.snapshots.drop()  # a kill may have come between the last layer and this
         return
-    with progress.stage("collect", count) as stage, torch.inference_mode(), ExitStack() as stack:
+    with progress.stage("collect", count, device=model.device) as stage, torch.inference_mode(), ExitStack() as stack:
         if options.method == "magnitude-sp":
             stage.skip(first)
-            costs = _Costs(tokens=0)
+            costs = _Costs(0, model.device)
             for i, weights in model.stream(first, placement.prefetch):
                 if ranks.is_first:
                     _store(model, run, i, _layer_statistics(model, i, weights, {}), costs)
@@ -61,7 +61,7 @@ def collect_statistics(
         kept = [(run.snapshots, hidden)]
         start = resume(model, kept, tokens[own.start : own.stop], placement.batch_size, first)
         stage.skip(start, recorded=first)
-        sizes, costs = BatchSizes(placement.batch_size, run.batch_reductions(), own), _Costs(tokens.size)
+        sizes, costs = BatchSizes(placement.batch_size, run.batch_reductions(), own), _Costs(tokens.size, model.device)
         layers = _Pass1(model, run, hidden, sizes, options, costs)
         snapshots = Snapshots(kept, options.snapshot_interval, ranks)
         for i, weights in model.stream(start, placement.prefetch):
@@ -78,15 +78,15 @@ def collect_statistics(
 
 
 class _Costs:
-    """Tells what each layer took. tokens: that run through every one."""
+    """Tells what each layer took. tokens: that run through every one, on `device`."""
 
-    def __init__(self, tokens: int) -> None:
-        self._tokens, self._since = tokens, time.monotonic()
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self._tokens, self._device, self._since = tokens, device, time.monotonic()
 
     def of_layer(self) -> LayerCost:
         """What was taken since the last call."""
         before, self._since = self._since, time.monotonic()
-        return LayerCost(self._since - before, self._tokens, peak_host_bytes(), peak_device_bytes())
+        return LayerCost(self._since - before, self._tokens, peak_host_bytes(), peak_device_bytes(self._device))
 
 
 def _store(model: StreamedModel, run: RunDirectory, index: int, statistics: LayerStatistics, costs: _Costs) -> None:

@@ -133,6 +133,7 @@ def sweep(
                 windows=len(curve.tokens),
                 sequence_length=curve.tokens.shape[1],
                 bytes_read=source.bytes_read,
+                peak_device_bytes=peak_device_bytes(streamed.device),
             )
 
 
@@ -172,7 +173,7 @@ def _result(run: RunDirectory, restore: str, points: list[SweepPoint], started: 
         seconds=time.monotonic() - started,
         bytes_read=0,
         peak_host_bytes=peak_host_bytes(),
-        peak_device_bytes=peak_device_bytes(),
+        peak_device_bytes=0,
     )
 
 
@@ -299,7 +300,7 @@ def perplexities(
         model.hidden_states(
             placement.hidden_place, len(decisions) * count, tokens.shape[1], store.directory.parent
         ) as hidden,
-        progress.stage("sweep", len(model.layers)) as stage,
+        progress.stage("sweep", len(model.layers), device=model.device) as stage,
     ):
         saved = [(store, hidden)]
         start = resume(model, saved, tokens, batch, len(model.layers), copies=len(decisions))
