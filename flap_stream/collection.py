@@ -53,10 +53,10 @@ def collect_statistics(
         if ranks.is_first:
             run.snapshots.drop()  # a kill may have come between the last layer and this
         return
-    with progress.stage("collect", count) as stage, torch.inference_mode(), ExitStack() as stack:
+    with progress.stage("collect", count, device=model.device) as stage, torch.inference_mode(), ExitStack() as stack:
         if options.method == "magnitude-sp":
             stage.skip(first)
-            costs = _Costs(tokens=0)
+            costs = _Costs(0, model.device)
             for i, weights in model.stream(range(first, count), placement.prefetch):
                 if ranks.is_first:
                     _store(model, run, i, _layer_statistics(model, i, weights, {}), costs)
@@ -74,7 +74,7 @@ def collect_statistics(
             reductions=run.batch_reductions("collect"),
             windows=own,
         )
-        collection, costs = _Collection(batches, run, options), _Costs(tokens.size)
+        collection, costs = _Collection(batches, run, options), _Costs(tokens.size, model.device)
         for i, weights in batches.layers(stage, first, options.snapshot_interval):
             if loss is not None:
                 keep_inputs(batches, loss, i)
@@ -94,15 +94,15 @@ def collect_statistics(
 
 
 class _Costs:
-    """Tells what each layer took. tokens: that run through every one."""
+    """Tells what each layer took. tokens: that run through every one, on `device`."""
 
-    def __init__(self, tokens: int) -> None:
-        self._tokens, self._since = tokens, time.monotonic()
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self._tokens, self._device, self._since = tokens, device, time.monotonic()
 
     def of_layer(self) -> LayerCost:
         """What was taken since the last call."""
         before, self._since = self._since, time.monotonic()
-        return LayerCost(self._since - before, self._tokens, peak_host_bytes(), peak_device_bytes())
+        return LayerCost(self._since - before, self._tokens, peak_host_bytes(), peak_device_bytes(self._device))
 
 
 def _store(model: StreamedModel, run: RunDirectory, index: int, statistics: LayerStatistics, costs: _Costs) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,11 @@ from flap_stream.stage_options import options_of, warn_of_positions
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """Perplexity over `windows` windows of `sequence_length` tokens, and what it took."""
+    """Perplexity over `windows` windows of `sequence_length` tokens, and what it took.
+
+    standard_error: of the perplexity, from how the windows differ; None of one window. window_nll: each window's mean
+    negative log-likelihood, in nats; two models are best compared by the differences of theirs.
+    """
 
     perplexity: float
     windows: int
@@ -35,6 +39,8 @@ class EvaluateResult:
     bytes_read: int
     peak_host_bytes: int
     peak_device_bytes: int
+    standard_error: float | None = None
+    window_nll: tuple[float, ...] = field(default=(), repr=False)
 
 
 def evaluate(
@@ -75,14 +81,17 @@ def evaluate(
         progress.header(engine_rows(streamed, placement, *tokens.shape))
         scores, _ = score_tokens(streamed, tokens, placement, progress)
         bytes_read = sum(ranks.gathered(checkpoint.bytes_read))
+    window_nll = -scores.reshape(len(tokens), -1).mean(axis=1, dtype=np.float64)
     return EvaluateResult(
         perplexity=perplexity_of(scores),
+        standard_error=standard_error_of(window_nll),
+        window_nll=tuple(window_nll.tolist()),
         windows=len(tokens),
         sequence_length=tokens.shape[1],
         seconds=time.monotonic() - started,
         bytes_read=bytes_read,
         peak_host_bytes=peak_host_bytes(),
-        peak_device_bytes=peak_device_bytes(),
+        peak_device_bytes=peak_device_bytes(streamed.device),
     )
 
 
@@ -103,7 +112,7 @@ def score_tokens(
     own = model.ranks.share(len(tokens), batch)
     own_tokens, own_wanted = tokens[own.start : own.stop], None if wanted is None else wanted[own.start : own.stop]
     with model.hidden_states(placement.hidden_place, *own_tokens.shape) as hidden:
-        with progress.stage("evaluate", len(model.layers)) as stage:
+        with progress.stage("evaluate", len(model.layers), device=model.device) as stage:
             batches = LayerPass(model, placement, own_tokens, [hidden])
             for i, weights in batches.layers(stage):
                 batches.run_all(i, weights)
@@ -141,3 +150,14 @@ def score_outputs(
 def perplexity_of(scores: np.ndarray) -> float:
     """Exponential of the mean negative log-likelihood. scores: float32 log-probabilities in nats."""
     return float(np.exp(-scores.mean(dtype=np.float64)))
+
+
+def standard_error_of(window_nll: np.ndarray) -> float | None:
+    """Standard error of the perplexity, windows being drawn independently; None if there is one alone.
+
+    window_nll: float64 `[sample]`, mean negative log-likelihoods of windows of one length. The error of their mean is
+    carried through the exponential to first order.
+    """
+    if len(window_nll) < 2:
+        return None
+    return float(np.exp(window_nll.mean()) * window_nll.std(ddof=1) / np.sqrt(len(window_nll)))

@@ -88,10 +88,12 @@ class StreamedModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, options: EngineConfig, ranks: Ranks = ALONE) -> None:
-        memory.keep_malloc_steady()
         self.checkpoint, self.ranks = checkpoint, ranks
         self.device = choose_device(own_device(options.device, ranks))
         self.family = family_of(checkpoint.config, checkpoint.source)
+        is_mixture = self.family.experts is not None
+        memory.keep_malloc_steady(memory.OWN_BLOCK_BYTES_OF_MIXTURES if is_mixture else memory.OWN_BLOCK_BYTES)
+        memory.keep_few_kernels()
         self._require_plausible_config()
         self.skeleton = Skeleton(checkpoint.config, checkpoint.source)
         self.skeleton.move_buffers(self.device)

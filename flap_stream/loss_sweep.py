@@ -124,7 +124,7 @@ def require_inputs(model: StreamedModel, store: LossStore, placement: Placement,
     tokens = run.read_tokens()[: -(-store.windows // batch) * batch]
     own = ranks.share(len(tokens), batch)
     with (
-        progress.stage("loss inputs", count) as stage,
+        progress.stage("loss inputs", count, device=model.device) as stage,
         torch.inference_mode(),
         model.hidden_states(placement.hidden_place, len(own), tokens.shape[1], run.path) as hidden,
     ):
@@ -152,7 +152,7 @@ def collect_loss_scores(
         own, length = ranks.share(len(tokens), placement.batch_size), tokens.shape[1]
         place = partial(model.hidden_states, placement.hidden_place, len(own), length, run.path)
         with (
-            progress.stage("loss", len(model.layers)) as stage,
+            progress.stage("loss", len(model.layers), device=model.device) as stage,
             place() as inputs,
             place(dtype=torch.float32) as hidden,
         ):

@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,8 +17,12 @@ from flap_stream.errors import InvalidOption
 
 OWN_BLOCK_BYTES = 8 << 20  # what malloc gives a mapping of its own, and takes back at once
 
+# The same for mixtures of experts, whose blocks have other sizes for every expert, and leave many more holes.
+OWN_BLOCK_BYTES_OF_MIXTURES = 128 << 10
+
 _HOST_MARGIN = 0.1  # of what is free, left to others when nobody sets a limit
 _DEVICE_MARGIN = 0.05
+_KERNELS = 16  # more than a layer has shapes of products
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -56,14 +61,25 @@ def enforce(device: torch.device, limit: int) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
 
 
-def keep_malloc_steady() -> None:
-    """Have glibc give blocks of 8 MiB and more back at once, and keep the rest for reuse.
+def keep_malloc_steady(own_block_bytes: int = OWN_BLOCK_BYTES) -> None:
+    """Have glibc give blocks of so many bytes and more back at once, and keep the rest for reuse.
 
     By itself it moves that border up to 32 MiB as a program runs; then activations come from a heap in which they leave
     holes, and the peak is up to a third higher, by chance. Keeping up to 64 MiB was 4 % faster, and not predictable.
     """
-    _call_malloc("mallopt", _M_MMAP_THRESHOLD, OWN_BLOCK_BYTES)
+    _call_malloc("mallopt", _M_MMAP_THRESHOLD, own_block_bytes)
     _call_malloc("mallopt", _M_TRIM_THRESHOLD, 512 << 20)
+
+
+def keep_few_kernels() -> None:
+    """Have oneDNN keep the few kernels that a dense layer needs, unless the user has said how many.
+
+    It compiles one for every shape of a product, which takes up to 1 MB, and by itself keeps 1024 of them in each of
+    two caches. A batch gives every expert another number of tokens, and a pruned model has shapes of its own in every
+    layer: that came to 450 MiB. It reads these when it is first used; compiling anew costs a layer at most a few ms.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(_KERNELS))
 
 
 def give_back_heap() -> None:

@@ -71,7 +71,8 @@ _REWRITE_WEIGHT = 0.1
 class Measured:
     """What a call took: seconds a stage, bytes read from the model and written to the output, peak memory.
 
-    placement: how layers were run, and the peaks that were predicted; None if they were not. Of a job of several ranks,
+    device: that ran the layers; empty if they were not run.
+    placement: how they were run, and the peaks that were predicted; None if they were not. Of a job of several ranks,
     peaks are one rank's, the largest, and bytes those of all; node_bytes_read: of those on each machine.
     """
 
@@ -81,6 +82,7 @@ class Measured:
     bytes_written: int = 0
     peak_host_bytes: int = 0
     peak_device_bytes: int = 0
+    device: str = ""
     placement: planner.Placement | None = None
 
     @contextmanager
@@ -91,7 +93,7 @@ class Measured:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-            self.peak_host_bytes, self.peak_device_bytes = peak_host_bytes(), peak_device_bytes()
+            self.peak_host_bytes, self.peak_device_bytes = peak_host_bytes(), peak_device_bytes(self.device)
             give_back_heap()
 
     def of_all(self, ranks: Ranks, bytes_read: int) -> None:
@@ -324,6 +326,7 @@ def _collect(
     """
     with measured.stage("collect"):
         model = StreamedModel(source, options, ranks)
+        measured.device = str(model.device)
         progress.header({**model_row(source, len(model.layers)), "run directory": str(run)})
         if isinstance(options, PruneConfig):
             _require_possible(model, options)
@@ -599,6 +602,7 @@ def _refitted(
     if options.dtype not in ("auto", dtype):
         raise RunMismatch(f"{run.path} was collected in {dtype}, not {options.dtype}; leave out --dtype")
     model = StreamedModel(source, replace(options, dtype=dtype), ranks)
+    measured.device = str(model.device)
     require_refittable(model.family, model.shapes, options.refit_target, source.source)
     samples, length = run.manifest["tokens"]["shape"]
     refit = refit_sizes(model, options.refit_target, keeps)

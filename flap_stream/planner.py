@@ -40,6 +40,7 @@ _HEAP_HOLES = (0.5, 1.5)
 _HEAD_WORKSPACE = 224 << 20  # a chunk of logits, in float32 twice over; of a refitted head, a block of rows likewise
 # By how much two processes that do the same may differ when they place it.
 _BETWEEN_PROCESSES = 8 << 20
+_STATISTIC_BYTES = 19 * 8  # of a channel: seven figures, those of moments once and all of them twice more at times
 _FEWEST_TOKENS = 16  # shorter windows are not advised
 _DEVICE_SLACK = 128 << 20  # workspaces of the matrix library, and rounding of the allocator
 
@@ -141,6 +142,12 @@ class Job:
             return 0
         shapes = map(self.skeleton.layer_shape, range(len(self.layers)))
         return max(3 * moment_bytes(shape, self.share(batch_size), batch_size) for shape in shapes)
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Bytes of a layer's statistics on the host, with the copies that are made until they are stored."""
+        shapes = map(self.skeleton.layer_shape, range(len(self.layers)))
+        return _STATISTIC_BYTES * max(s.kv_groups * s.heads_per_group * s.head_dim + s.neurons for s in shapes)
 
     def batch_bytes(self, windows: int) -> int:
         """Bytes of the hidden states of so many windows; in a refit, of the dense ones and the kept inputs too."""
@@ -288,7 +295,7 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
             head = 2 * job.head.nbytes + slab + _HEAD_WORKSPACE
     slack = _HOST_SLACK[job.device]
     base = resident_bytes() if job.base_bytes is None else job.base_bytes
-    host_always = base + slack + job.waiting_bytes(batch_size)
+    host_always = base + slack + job.waiting_bytes(batch_size) + job.statistics_bytes
     own_hidden = job.batch_bytes(job.share(batch_size))
     hidden = {"device": 0, "host": own_hidden, "disk": 3 * batch}[hidden_place]
     if job.device == "cpu":

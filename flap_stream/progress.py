@@ -36,10 +36,12 @@ def peak_host_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def peak_device_bytes() -> int:
-    """Most memory that torch had reserved on the current CUDA device; 0 without one."""
+def peak_device_bytes(device: Any) -> int:
+    """Most memory that torch had reserved on a device (or its name); 0 if it is not a CUDA device, or None."""
     torch = sys.modules.get("torch")  # not imported for a progress line's sake
-    return torch.cuda.max_memory_reserved() if torch and torch.cuda.is_initialized() else 0
+    if torch is None or not str(device).startswith("cuda") or not torch.cuda.is_initialized():
+        return 0
+    return torch.cuda.max_memory_reserved(device)
 
 
 def format_bytes(count: float) -> str:
@@ -95,7 +97,7 @@ class Job:
 class Stage:
     """One stage under way, counted in layers (or shards).
 
-    job: which it is a part of. line_every: so many units to a line.
+    job: which it is a part of. line_every: so many units to a line. device: which runs it, if it has memory of its own.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Stage:
     lines: bool = False
     job: Job | None = None
     line_every: int = 1
+    device: Any = None
     done: int = 0
     skipped: int = 0
     tokens: int = 0
@@ -151,7 +154,7 @@ class Stage:
         parts = [f"{self.tokens / seconds:,.0f} tokens/s"] if self.tokens else []
         parts += [f"{format_bytes(self.bytes_moved / seconds)}/s"] if self.bytes_moved else []
         parts.append(f"peak {format_bytes(peak_host_bytes())}")
-        if device := peak_device_bytes():
+        if device := peak_device_bytes(self.device):
             parts.append(f"device {format_bytes(device)}")
         return ", ".join(parts)
 
@@ -201,11 +204,16 @@ class Progress:
                 self._job = None
 
     @contextmanager
-    def stage(self, name: str, total: int, unit: str = "layer", most_lines: int | None = None) -> Iterator[Stage]:
-        """A stage of `total` layers (or other units). most_lines: about how many lines to write of it."""
+    def stage(
+        self, name: str, total: int, unit: str = "layer", most_lines: int | None = None, device: Any = None
+    ) -> Iterator[Stage]:
+        """A stage of `total` layers (or other units).
+
+        most_lines: about how many lines to write of it. device: which runs it.
+        """
         every = 1 if most_lines is None else max(1, total // most_lines)
         with self._bar(total, name, unit=unit, leave=self._job is None) as bar:
-            stage = Stage(name, total, unit, bar, self._mode != "silent" and bar is None, self._job, every)
+            stage = Stage(name, total, unit, bar, self._mode != "silent" and bar is None, self._job, every, device)
             yield stage
         if self._job is not None:
             self._job.finished += self._job.share_of(name)

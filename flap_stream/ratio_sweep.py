@@ -133,6 +133,7 @@ def sweep(
                 windows=len(curve.tokens),
                 sequence_length=curve.tokens.shape[1],
                 bytes_read=source.bytes_read,
+                peak_device_bytes=peak_device_bytes(streamed.device),
             )
 
 
@@ -172,7 +173,7 @@ def _result(run: RunDirectory, restore: str, points: list[SweepPoint], started: 
         seconds=time.monotonic() - started,
         bytes_read=0,
         peak_host_bytes=peak_host_bytes(),
-        peak_device_bytes=peak_device_bytes(),
+        peak_device_bytes=0,
     )
 
 
@@ -298,7 +299,7 @@ def perplexities(
         model.hidden_states(
             placement.hidden_place, len(decisions) * count, tokens.shape[1], store.directory.parent
         ) as hidden,
-        progress.stage("sweep", len(model.layers)) as stage,
+        progress.stage("sweep", len(model.layers), device=model.device) as stage,
     ):
         batches = LayerPass(model, placement, tokens, [hidden], stores=[store], copies=len(decisions))
         for i, weights in batches.layers(stage):

@@ -105,7 +105,7 @@ def refit_layers(
         run.begin_refit({**conditions, **refit_record(target)})
     first, count = ranks.from_first(run.complete_refits), len(model.layers)
     if first < count + refits_head(model, target):
-        with progress.stage("refit", count) as stage, torch.inference_mode(), ExitStack() as stack:
+        with progress.stage("refit", count, device=model.device) as stage, torch.inference_mode(), ExitStack() as stack:
             tokens = run.read_tokens()
             samples, length = tokens.shape
             own = ranks.share(samples, product_windows(placement.batch_size, length))

@@ -7,6 +7,7 @@ its layers replaced by recorders, so no family's forward is written again here.
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -152,7 +153,7 @@ class Skeleton:
             experts = getattr(layer.mlp, "experts", None)
             if experts is not None:
                 largest = max(experts.each, key=lambda expert: expert.down.in_features)
-                experts.forward = lambda hidden, index, weights, run=largest: run(hidden) * weights[:, :1]
+                experts.forward = partial(_all_to_one, largest)
         for module in self._model.modules():
             kind = getattr(module, "rope_type", None)  # of all layers, or of each type of layer
             if kind is not None:
@@ -209,6 +210,13 @@ def _build(config: Mapping[str, Any], family: Family, where: str) -> PreTrainedM
         reason = " ".join(str(error).split())
         raise InvalidModel(f"transformers cannot build a model from {where}/config.json: {reason}") from error
     return skeleton.eval().requires_grad_(False)
+
+
+def _all_to_one(expert: nn.Module, hidden: torch.Tensor, _index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What `SeparateExperts` does with one expert, if that is every token's first choice."""
+    token = torch.arange(len(hidden))
+    output = expert(hidden[token]) * weights[token, torch.zeros_like(token), None]
+    return torch.zeros_like(hidden).index_add_(0, token, output.to(hidden.dtype))
 
 
 @contextmanager

@@ -148,6 +148,8 @@ class _CudaLoader:
         self._filled = [torch.cuda.Event() for _ in range(slots)]
         self._free = [torch.cuda.Event() for _ in range(slots)]
         self._turns = count()
+        # torch may give memory that kernels launched before still use: only its own stream would come after them.
+        self._copies.wait_stream(torch.cuda.current_stream(device))
 
     @torch.inference_mode()  # a thread's own: without it, what was made under one cannot be written to
     def fill(self, index: int, entries: Mapping[str, TensorEntry]) -> None:

@@ -6,12 +6,24 @@ from pathlib import Path
 import pytest
 import torch
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from safetensors.torch import load_file
 
 import flap_stream
 from flap_stream import pipeline, planner
-from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig, SweepConfig
+from flap_stream.checkpoint import open_checkpoint
+from flap_stream.config import (
+    CollectConfig,
+    EngineConfig,
+    EvaluateConfig,
+    PlanConfig,
+    PruneConfig,
+    RewriteConfig,
+    SweepConfig,
+)
 from flap_stream.errors import InsufficientMemory
 from flap_stream.hidden_states import PLACES
+from flap_stream.layers import StreamedModel
+from flap_stream.weight_stream import slab_bytes
 
 pytestmark = pytest.mark.gpu
 
@@ -48,6 +60,31 @@ def test_on_cuda_neither_reading_ahead_nor_the_place_of_hidden_states_matters(
     for out in outs[1:]:
         for file in outs[0].iterdir():
             assert (out / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_on_a_second_cuda_device_peaks_are_that_devices(tmp_path: Path) -> None:
+    path = save(tiny_model(tiny_config()), tmp_path / "model")
+    text = save_tokens(tmp_path / "tokens.npy", random_tokens(9, 24))
+    options = PruneConfig(ratio=0.3, calibration=(text,), device="cuda:1")
+    assert flap_stream.prune(path, tmp_path / "out", options).measured.peak_device_bytes > 0
+    assert flap_stream.evaluate(path, EvaluateConfig(text=(text,), device="cuda:1")).peak_device_bytes > 0
+
+
+def test_on_cuda_weights_wait_for_kernels_that_still_use_their_memory(tmp_path: Path) -> None:
+    path = save(tiny_model(tiny_config()), tmp_path / "model", "1GB")
+    expected = load_file(path / "model.safetensors")
+    with open_checkpoint(path) as checkpoint, torch.inference_mode():
+        model = StreamedModel(checkpoint, EngineConfig(device="cuda"))
+        size = slab_bytes([entry.nbytes for entry in model.layer_entries[0].values()])
+        freed = [torch.empty(size, dtype=torch.uint8, device=model.device) for _ in range(2)]
+        torch.cuda._sleep(1 << 31)  # a second or so
+        for memory in freed:
+            memory.fill_(1)
+        del freed, memory
+        for i, weights in model.stream(prefetch=1):
+            for name, tensor in weights.items():
+                assert torch.equal(tensor.cpu(), expected[f"model.layers.{i}.{name}"])
 
 
 def test_on_cuda_a_sweep_gives_what_the_written_checkpoints_give(tmp_path: Path) -> None:

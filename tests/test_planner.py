@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
@@ -179,3 +180,16 @@ def test_a_dry_run_says_what_the_run_then_takes(model: Path, tmp_path: Path, ref
 def test_a_dry_run_needs_a_config(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["prune", str(tmp_path), str(tmp_path / "out"), "--dry-run"]) == 2
     assert f"{tmp_path}/config.json does not exist" in capsys.readouterr().err
+
+
+def test_what_a_mixture_takes_is_predicted(tmp_path: Path) -> None:
+    config = tiny_config(
+        "mixtral", layers=2, hidden_size=128, num_local_experts=64, num_experts_per_tok=8, intermediate_size=64
+    )
+    path = save(tiny_model(config), tmp_path / "model", dtype=torch.bfloat16)  # of which oneDNN compiles the products
+    tokens = save_tokens(tmp_path / "tokens.npy", random_tokens(64, 64))
+    text = ("--calibration", tokens, "--samples", "64", "--sequence-length", "64", "--json")
+    result = prune(path, tmp_path / "out", *text)
+    assert result.returncode == 0, result.stderr
+    body = json.loads(result.stdout)
+    assert body["peak_host_bytes"] <= body["placement"]["host_bytes"]

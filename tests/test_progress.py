@@ -10,11 +10,13 @@ import termios
 from pathlib import Path
 
 import pytest
+import torch
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
 from flap_stream.config import CollectConfig, PruneConfig
-from flap_stream.progress import Progress
+from flap_stream.pipeline import Measured
+from flap_stream.progress import Progress, peak_device_bytes
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,19 @@ def test_a_sweep_that_reads_the_model_twice_is_one_job(capsys: pytest.CaptureFix
                     stage.advance(tokens=1)
     shares = [int(found[1]) for found in re.finditer(r"; (\d+)% of the job", capsys.readouterr().err)]
     assert shares == [12, 25, 38, 50, 62, 75, 88, 100]
+
+
+def test_peaks_are_of_the_device_in_use(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Two devices, which this machine need not have: torch alone is asked, and what it is asked is what counts."""
+    reserved = {torch.device("cuda:0"): 0, torch.device("cuda:1"): 7 << 20}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda name="cuda:0": reserved[torch.device(name)])
+    assert [peak_device_bytes(name) for name in ("cuda:0", "cuda:1", "cpu", None)] == [0, 7 << 20, 0, 0]
+    measured = Measured(device="cuda:1")
+    with measured.stage("collect"), Progress("auto").stage("collect", 1, device=torch.device("cuda:1")) as stage:
+        stage.advance()
+    assert measured.peak_device_bytes == 7 << 20
+    assert "device 7.0 MiB" in capsys.readouterr().err
 
 
 def test_rates_and_times_are_of_what_this_run_does(capsys: pytest.CaptureFixture) -> None:

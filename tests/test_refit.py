@@ -1,7 +1,11 @@
 """Arithmetic of refits: sums that do not depend on who adds what first."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from flap_stream.gauss_newton import ConjugateGradients
 from flap_stream.refit import BLOCK_CHANNELS, DAMPING, PRODUCT_TOKENS, MomentSums, product_windows
@@ -80,3 +84,10 @@ def test_nothing_to_fit_is_no_step() -> None:
     search = ConjugateGradients(torch.zeros(4, 4), torch.zeros(3, 4), torch.zeros(3), 50)
     search.advance(search.direction())
     assert not search.step().any()
+
+
+def test_no_torch_is_allowed_that_cannot_multiply_into_float32() -> None:
+    """The argument out_dtype of torch.mm came with 2.8."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    needs = next(found for found in map(Requirement, project["dependencies"]) if found.name == "torch")
+    assert "2.8.0" in needs.specifier and "2.7.1" not in needs.specifier

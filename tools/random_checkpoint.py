@@ -1,4 +1,4 @@
-"""Make a LLaMA-shaped checkpoint of random weights, of any size, one layer in memory at a time.
+"""Make a LLaMA- or Mixtral-shaped checkpoint of random weights, of any size, one layer in memory at a time.
 
 For measurements only: nothing about it is a language model but its shapes.
 """
@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 
-def make(path: Path, config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> None:
+def make(path: Path, config: LlamaConfig | MixtralConfig, dtype: torch.dtype, seed: int = 0) -> None:
     """Write config.json, an index and one shard a layer (and one for embedding, norm and head) into `path`."""
     path.mkdir(parents=True, exist_ok=True)
     config.dtype = dtype
-    config.architectures = ["LlamaForCausalLM"]
+    config.architectures = [type(config).__name__.removesuffix("Config") + "ForCausalLM"]
     config.save_pretrained(path)
     generator = torch.Generator().manual_seed(seed)
-    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    hidden, head_dim = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
@@ -35,11 +35,7 @@ def make(path: Path, config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> 
         if i < config.num_hidden_layers:
             shapes = {"self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden)}
             shapes |= {"self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries)}
-            shapes |= {
-                "mlp.gate_proj": (inner, hidden),
-                "mlp.up_proj": (inner, hidden),
-                "mlp.down_proj": (hidden, inner),
-            }
+            shapes |= _mlp_shapes(config)
             tensors = {f"model.layers.{i}.{name}.weight": matrix(*shape) for name, shape in shapes.items()}
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 tensors[f"model.layers.{i}.{norm}.weight"] = torch.ones(hidden, dtype=dtype)
@@ -50,25 +46,43 @@ def make(path: Path, config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> 
     (path / "model.safetensors.index.json").write_text(json.dumps({**index, "weight_map": weight_map}))
 
 
+def _mlp_shapes(config: LlamaConfig | MixtralConfig) -> dict[str, tuple[int, int]]:
+    """Names of a layer's MLP or experts, and shapes of their weights."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    if isinstance(config, LlamaConfig):
+        return {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    shapes = {"block_sparse_moe.gate": (config.num_local_experts, hidden)}
+    for expert in range(config.num_local_experts):
+        prefix = f"block_sparse_moe.experts.{expert}"
+        shapes |= {f"{prefix}.w1": (inner, hidden), f"{prefix}.w3": (inner, hidden), f"{prefix}.w2": (hidden, inner)}
+    return shapes
+
+
 def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
     """Sizes of the model, by default those of TinyLlama 1.1B without grouped heads."""
     for name, default in (("layers", 22), ("hidden", 2048), ("intermediate", 5632), ("heads", 32), ("kv-heads", 32)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--experts", type=int, default=0, help="in every layer; 0 is one MLP")
+    parser.add_argument("--experts-per-token", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
 
 
-def config_of(options: argparse.Namespace, layers: int) -> LlamaConfig:
-    """The LLaMA config of the sizes asked for, with so many layers."""
-    return LlamaConfig(
-        hidden_size=options.hidden,
-        intermediate_size=options.intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads,
-        head_dim=options.hidden // options.heads,
-        vocab_size=options.vocabulary,
-    )
+def config_of(options: argparse.Namespace, layers: int) -> LlamaConfig | MixtralConfig:
+    """The config of the sizes asked for, with so many layers."""
+    sizes = {
+        "hidden_size": options.hidden,
+        "intermediate_size": options.intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": options.heads,
+        "num_key_value_heads": options.kv_heads,
+        "head_dim": options.hidden // options.heads,
+        "vocab_size": options.vocabulary,
+    }
+    if not options.experts:
+        return LlamaConfig(**sizes)
+    experts = {"num_local_experts": options.experts, "num_experts_per_tok": options.experts_per_token}
+    return MixtralConfig(**sizes, **experts)
 
 
 def main() -> None:

@@ -31,4 +31,6 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         shared.print_json({"model": options.model, **asdict(result)})
     else:
-        print(f"perplexity {result.perplexity:.4f} over {result.windows} windows of {result.sequence_length} tokens")
+        error = "" if result.standard_error is None else f" ± {result.standard_error:.4f} (standard error)"
+        over = f"{result.windows} windows of {result.sequence_length} tokens"
+        print(f"perplexity {result.perplexity:.4f}{error} over {over}")
