@@ -9,7 +9,7 @@ import pytest
 
 from flap_stream.calibration import TextWanted, calibration_tokens, evaluation_tokens, tokens_digest
 from flap_stream.config import TextConfig
-from flap_stream.errors import InvalidText
+from flap_stream.errors import InsufficientMemory, InvalidText
 from flap_stream.tokenization import Tokenizer
 
 WORDS = " ".join(str(i) for i in range(200))
@@ -99,3 +99,9 @@ def test_the_digest_knows_contents_and_shape() -> None:
 def test_hub_texts_say_what_to_do_when_they_cannot_be_had(name: str) -> None:
     with pytest.raises(InvalidText, match="local text file"):
         windows([name])
+
+
+def test_windows_that_have_no_room_are_refused_before_the_text_is_read(text: Path) -> None:
+    wanted = TextWanted([str(text)], 10**7, 128, TextConfig())
+    with pytest.raises(InsufficientMemory, match=r"10,000,000 windows .* fewer --samples, or more --host-memory"):
+        calibration_tokens(wanted, 0, numbers, 1000, room=1 << 30)
