@@ -60,7 +60,7 @@ class Bench:
 
 def swept(bench: Bench, options: dict[str, Any], ratios: Sequence[float]) -> list[float]:
     """All ratios from the common collection and one reading of the model. options: of `SweepConfig`."""
-    config = SweepConfig(ratios=tuple(ratios), evaluate=bench.text, **bench.engine, **options)
+    config = SweepConfig(ratios=tuple(ratios), evaluate=bench.text, round_neurons_to=1, **bench.engine, **options)
     points = {
         point.ratio: point for point in flap_stream.sweep(bench.collected(), config, progress=bench.progress).points
     }
@@ -71,7 +71,7 @@ def pruned(bench: Bench, options: dict[str, Any], ratios: Sequence[float]) -> li
     """Each ratio by the whole job, its checkpoint evaluated and removed. options: of `PruneConfig`."""
     found = []
     for ratio in ratios:
-        config = PruneConfig(ratio=ratio, **bench.calibration, **bench.engine, **options)
+        config = PruneConfig(ratio=ratio, round_neurons_to=1, **bench.calibration, **bench.engine, **options)
         out = bench.place / "out"
         flap_stream.prune(bench.model, out, config, progress=bench.progress)
         found.append(bench.perplexity(out))
@@ -84,7 +84,7 @@ def rewritten(bench: Bench, options: dict[str, Any], ratios: Sequence[float]) ->
     found = []
     for ratio in ratios:
         out = bench.place / "out"
-        flap_stream.plan(bench.collected(), PlanConfig(ratio=ratio))
+        flap_stream.plan(bench.collected(), PlanConfig(ratio=ratio, round_neurons_to=1))
         flap_stream.rewrite(bench.collected(), out, RewriteConfig(**bench.engine, **options), progress=bench.progress)
         found.append(bench.perplexity(out))
         shutil.rmtree(out)
@@ -103,7 +103,7 @@ def published(bench: Bench, options: dict[str, Any], ratios: Sequence[float]) ->
         statistics = [directory.read_statistics(i) for i in range(len(directory.layer_shapes))]
         shapes = directory.layer_shapes
     for ratio in ratios:
-        keeps = flap_stream.plan(run, PlanConfig(ratio=ratio)).layers
+        keeps = flap_stream.plan(run, PlanConfig(ratio=ratio, round_neurons_to=1)).layers
         model = AutoModelForCausalLM.from_pretrained(bench.model, dtype=torch.float32).eval()
         hidden = model.get_input_embeddings()(windows)
         for layer, keep, shape, own in zip(model.model.layers, keeps, shapes, statistics, strict=True):
