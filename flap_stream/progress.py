@@ -37,8 +37,9 @@ def peak_host_bytes() -> int:
 def peak_device_bytes(device: Any) -> int:
     """Most memory that torch had reserved on a device (or its name); 0 if it is not a CUDA device, or None."""
     torch = sys.modules.get("torch")  # not imported for a progress line's sake
-    is_used = str(device).startswith("cuda") and torch is not None and torch.cuda.is_initialized()
-    return torch.cuda.max_memory_reserved(device) if is_used else 0
+    if torch is None or not str(device).startswith("cuda") or not torch.cuda.is_initialized():
+        return 0
+    return torch.cuda.max_memory_reserved(device)
 
 
 def format_bytes(count: float) -> str:
