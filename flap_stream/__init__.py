@@ -23,14 +23,14 @@ if TYPE_CHECKING:
         SweepConfig,
     )
     from flap_stream.errors import FlapStreamError
-    from flap_stream.evaluation import EvaluateResult, evaluate
     from flap_stream.export.gguf import ExportGgufResult, export_gguf
     from flap_stream.export.stock import ExportStockResult, export_stock
-    from flap_stream.inference_benchmark import BenchResult, bench_inference
-    from flap_stream.pipeline import CollectResult, PlanResult, PruneResult, collect, plan, prune, rewrite
     from flap_stream.progress import Progress
-    from flap_stream.ratio_sweep import SweepResult, sweep
     from flap_stream.report.page import ReportResult, write_report
+    from flap_stream.stages.evaluation import EvaluateResult, evaluate
+    from flap_stream.stages.inference_benchmark import BenchResult, bench_inference
+    from flap_stream.stages.pipeline import CollectResult, PlanResult, PruneResult, collect, plan, prune, rewrite
+    from flap_stream.stages.ratio_sweep import SweepResult, sweep
 
 _LAZY = {
     "Progress": "flap_stream.progress",
@@ -52,11 +52,12 @@ _LAZY = {
     **dict.fromkeys(("write_report", "ReportResult"), "flap_stream.report.page"),
     **dict.fromkeys(("export_gguf", "ExportGgufResult"), "flap_stream.export.gguf"),
     **dict.fromkeys(("export_stock", "ExportStockResult"), "flap_stream.export.stock"),
-    **dict.fromkeys(("bench_inference", "BenchResult"), "flap_stream.inference_benchmark"),
-    **dict.fromkeys(("evaluate", "EvaluateResult"), "flap_stream.evaluation"),
-    **dict.fromkeys(("sweep", "SweepResult"), "flap_stream.ratio_sweep"),
+    **dict.fromkeys(("bench_inference", "BenchResult"), "flap_stream.stages.inference_benchmark"),
+    **dict.fromkeys(("evaluate", "EvaluateResult"), "flap_stream.stages.evaluation"),
+    **dict.fromkeys(("sweep", "SweepResult"), "flap_stream.stages.ratio_sweep"),
     **dict.fromkeys(
-        ("prune", "collect", "plan", "rewrite", "PruneResult", "CollectResult", "PlanResult"), "flap_stream.pipeline"
+        ("prune", "collect", "plan", "rewrite", "PruneResult", "CollectResult", "PlanResult"),
+        "flap_stream.stages.pipeline",
     ),
 }
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from flap_stream import interruption
+from flap_stream.commands import interruption
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from io import TextIOWrapper
 from types import ModuleType
 from typing import Any, TextIO, cast
 
-from flap_stream import interruption
+from flap_stream.commands import interruption
 from flap_stream.commands.parser import Parser
 from flap_stream.errors import FlapStreamError, StorageFailure
 from flap_stream.progress import printable

@@ -10,9 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flap_stream import interruption
+from flap_stream.commands import interruption
+from flap_stream.config.values import shortened
 from flap_stream.errors import InvalidOption
-from flap_stream.values import shortened
 
 _LONGEST = 1000
 _LABEL_WIDTH = 15

@@ -34,7 +34,7 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
 from flap_stream import PruneConfig, cli
-from flap_stream.layer_pass import Batch, LayerPass
+from flap_stream.engine.layer_pass import Batch, LayerPass
 
 LAYERS = 3
 # Names of Python's audit events for what changes a directory; a file that is opened for writing comes on top.

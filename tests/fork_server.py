@@ -5,6 +5,11 @@ import signal
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["pytest", "flap_stream.pipeline", "flap_stream.modeling.modeling_flap_stream", "tests.warm"]  # torch by these
+    [
+        "pytest",
+        "flap_stream.stages.pipeline",
+        "flap_stream.modeling.modeling_flap_stream",
+        "tests.warm",
+    ]  # torch by these
 )
 KILLED = -signal.SIGKILL

@@ -15,14 +15,14 @@ import numpy as np
 from hypothesis import strategies as st
 from models import save, tiny_config, tiny_model
 
-from flap_stream import run_manifest
-from flap_stream.calibration import calibration_tokens
-from flap_stream.checkpoint import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, open_checkpoint, read_header
 from flap_stream.config import CollectConfig
-from flap_stream.journal import ENTRY_FORMS, Journal
-from flap_stream.layers import StreamedModel
-from flap_stream.output import DIGESTS_NAME, RECORD_NAME, damaged_files, read_record
-from flap_stream.store import RunDirectory
+from flap_stream.engine.layers import StreamedModel
+from flap_stream.model.checkpoint import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, open_checkpoint, read_header
+from flap_stream.output.output import DIGESTS_NAME, RECORD_NAME, damaged_files, read_record
+from flap_stream.storage import run_manifest
+from flap_stream.storage.journal import ENTRY_FORMS, Journal
+from flap_stream.storage.store import RunDirectory
+from flap_stream.text.calibration import calibration_tokens
 
 PLACE = Path(tempfile.mkdtemp(prefix="flap-stream-hostile-"))
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import flap_stream
-from flap_stream.architecture import FAMILIES
+from flap_stream.model.architecture import FAMILIES
 
 _MIXED = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 FAMILY_EXTRAS: dict[str, dict[str, Any]] = {

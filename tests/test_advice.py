@@ -10,14 +10,14 @@ from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from models import tiny_config
 
-from flap_stream import planner
-from flap_stream.checkpoint import describe
 from flap_stream.config import REFIT_TARGETS, EngineConfig
+from flap_stream.engine import planner
+from flap_stream.engine.layers import StreamedModel
+from flap_stream.engine.memory import Limits
 from flap_stream.errors import InsufficientMemory
-from flap_stream.layers import StreamedModel
-from flap_stream.memory import Limits
-from flap_stream.restoration import refit_sizes
-from flap_stream.skeleton import Skeleton
+from flap_stream.model.checkpoint import describe
+from flap_stream.model.skeleton import Skeleton
+from flap_stream.restore.restoration import refit_sizes
 
 MIB = 1 << 20
 BASE = 400 * MIB

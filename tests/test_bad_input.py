@@ -13,8 +13,8 @@ import torch
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
-from flap_stream.checkpoint import INDEX_NAME
 from flap_stream.cli import main
+from flap_stream.model.checkpoint import INDEX_NAME
 
 
 @pytest.fixture(scope="module")

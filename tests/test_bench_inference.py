@@ -12,8 +12,8 @@ import flap_stream
 from flap_stream.cli import main
 from flap_stream.config import BenchInferenceConfig, PruneConfig
 from flap_stream.errors import FlapStreamError
-from flap_stream.inference_benchmark import Measurement, Setting, side_by_side, summary
 from flap_stream.progress import Progress
+from flap_stream.stages.inference_benchmark import Measurement, Setting, side_by_side, summary
 
 
 @pytest.fixture(scope="module")

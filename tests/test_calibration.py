@@ -7,10 +7,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from flap_stream.calibration import TextWanted, calibration_tokens, evaluation_tokens, tokens_digest
 from flap_stream.config import TextConfig
 from flap_stream.errors import InsufficientMemory, InvalidText
-from flap_stream.tokenization import Tokenizer
+from flap_stream.text.calibration import TextWanted, calibration_tokens, evaluation_tokens, tokens_digest
+from flap_stream.text.tokenization import Tokenizer
 
 WORDS = " ".join(str(i) for i in range(200))
 

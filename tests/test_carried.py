@@ -13,10 +13,10 @@ from huggingface_hub import ModelCard
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
-from flap_stream import collection
 from flap_stream.cli import main
 from flap_stream.config import PruneConfig
-from flap_stream.output import damaged_files
+from flap_stream.output.output import damaged_files
+from flap_stream.stages import collection
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_front_matter_that_cannot_be_read_is_left_out_with_a_warning(
     told: list[bool] = []
     collect = collection.collect_statistics
     monkeypatch.setattr(
-        "flap_stream.pipeline.collect_statistics",
+        "flap_stream.stages.pipeline.collect_statistics",
         lambda *a: (told.append("model card" in caplog.text), collect(*a))[1],
     )
     card = ModelCard.load(prune("model", "out") / "README.md")

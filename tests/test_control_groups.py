@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flap_stream import control_groups, memory
+from flap_stream.engine import control_groups, memory
 
 MIB = 1 << 20
 V1, V2 = "cgroup", "cgroup2"

@@ -12,12 +12,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer
 
 import flap_stream
-from flap_stream.architecture import FAMILIES
 from flap_stream.cli import main
 from flap_stream.config import ExportGgufConfig, PruneConfig
 from flap_stream.errors import OutputConflict, UnsupportedModel
 from flap_stream.export.gguf import export_gguf
 from flap_stream.export.gguf_vocabulary import _PRE_TOKENIZERS, _TEKKEN
+from flap_stream.model.architecture import FAMILIES
 
 CASES = {
     "llama-grouped": ("llama", 2, False, {}),

@@ -9,11 +9,11 @@ from models import DENSE, load, random_tokens, save, save_tokens, tiny_config, t
 from safetensors.torch import load_file
 
 import flap_stream
-from flap_stream.architecture import FAMILIES
 from flap_stream.cli import main
 from flap_stream.config import ExportStockConfig, PruneConfig
 from flap_stream.errors import OutputConflict, UnsupportedModel
 from flap_stream.export.stock import export_stock
+from flap_stream.model.architecture import FAMILIES
 
 # Families whose own class in transformers has biases on o_proj and down_proj, or whose layers compute what Llama's do.
 WITH_BIASES = {

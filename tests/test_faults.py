@@ -39,11 +39,12 @@ from faults import (
 )
 
 import flap_stream
-from flap_stream import files, output
-from flap_stream.checkpoint import open_checkpoint
 from flap_stream.cli import main
 from flap_stream.errors import InsufficientSpace
-from flap_stream.forecast import forecast
+from flap_stream.model.checkpoint import open_checkpoint
+from flap_stream.output import output
+from flap_stream.stages.forecast import forecast
+from flap_stream.storage import files
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from flap_stream import files
 from flap_stream.errors import StorageFailure
+from flap_stream.storage import files
 
 
 def test_write_committed_returns_the_digest_of_what_it_wrote(tmp_path: Path) -> None:

@@ -9,8 +9,6 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 from safetensors.torch import load_file
 
 import flap_stream
-from flap_stream import pipeline, planner
-from flap_stream.checkpoint import open_checkpoint
 from flap_stream.config import (
     CollectConfig,
     EngineConfig,
@@ -20,10 +18,13 @@ from flap_stream.config import (
     RewriteConfig,
     SweepConfig,
 )
+from flap_stream.engine import planner
+from flap_stream.engine.hidden_states import PLACES
+from flap_stream.engine.layers import StreamedModel
+from flap_stream.engine.weight_stream import slab_bytes
 from flap_stream.errors import InsufficientMemory
-from flap_stream.hidden_states import PLACES
-from flap_stream.layers import StreamedModel
-from flap_stream.weight_stream import slab_bytes
+from flap_stream.model.checkpoint import open_checkpoint
+from flap_stream.stages import pipeline
 
 pytestmark = pytest.mark.gpu
 

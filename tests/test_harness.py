@@ -44,7 +44,7 @@ def evaluate(model: str, options: str, tasks: Path) -> dict:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    import flap_stream.harness  # noqa: F401 (it registers the model)
+    import flap_stream.integrations.harness  # noqa: F401 (it registers the model)
 
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     results = lm_eval.simple_evaluate(
@@ -75,14 +75,23 @@ def test_both_ways_score_alike(pruned_demo: Path, tasks: Path) -> None:
 
 def test_generation_is_refused(pruned_demo: Path) -> None:
     from flap_stream.errors import InvalidInput
-    from flap_stream.harness import FlapStreamLM
+    from flap_stream.integrations.harness import FlapStreamLM
 
     with pytest.raises(InvalidInput, match="--model hf"):
         FlapStreamLM(str(pruned_demo)).generate_until([])
 
 
 def test_the_command_line_knows_the_model(pruned_demo: Path, tasks: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "flap_stream.harness", "run", "--model", "flap_stream", "--tasks", "choices"]
+    command = [
+        sys.executable,
+        "-m",
+        "flap_stream.integrations.harness",
+        "run",
+        "--model",
+        "flap_stream",
+        "--tasks",
+        "choices",
+    ]
     command += ["--model_args", f"pretrained={pruned_demo},host_memory=4GiB", "--include_path", str(tasks)]
     command += ["--output_path", str(tmp_path / "results.json"), "--device", "cpu"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
@@ -107,7 +116,7 @@ def test_bos_begins_what_is_scored(with_bos: Path, pruned_demo: Path) -> None:
     """Windows of a long text, and a context that is too long, no less than what begins a text."""
     from lm_eval.api.instance import Instance
 
-    from flap_stream.harness import FlapStreamLM
+    from flap_stream.integrations.harness import FlapStreamLM
 
     words = (DEMO / "evaluation.txt").read_text().split()
     text, context = " ".join(words[:150]), " ".join(words[:90])

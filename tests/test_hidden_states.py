@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from flap_stream.engine.hidden_states import HiddenStates, make_hidden_states
 from flap_stream.errors import CorruptRun, InsufficientSpace
-from flap_stream.hidden_states import HiddenStates, make_hidden_states
 
 SHAPE = (7, 3, 4)
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import flap_stream
-from flap_stream.architecture import FAMILIES, PRUNED_TYPE
 from flap_stream.config import EvaluateConfig, PruneConfig
+from flap_stream.model.architecture import FAMILIES, PRUNED_TYPE
 from flap_stream.modeling import modeling_flap_stream
 
 LOAD = """

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from flap_stream import moments
+from flap_stream.arithmetic import moments
+from flap_stream.arithmetic.moments import Moments, column_norms, merge, window_moments
 from flap_stream.errors import ShapeMismatch
-from flap_stream.moments import Moments, column_norms, merge, window_moments
 
 
 @pytest.fixture

@@ -13,11 +13,13 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 from torch._subclasses.fake_tensor import FakeTensor
 
 import flap_stream
-from flap_stream import checkpoint, pipeline, planner
 from flap_stream.config import CollectConfig, PruneConfig
+from flap_stream.engine import planner
 from flap_stream.errors import InsufficientMemory
-from flap_stream.skeleton import Skeleton
-from flap_stream.store import RunDirectory
+from flap_stream.model import checkpoint
+from flap_stream.model.skeleton import Skeleton
+from flap_stream.stages import pipeline
+from flap_stream.storage.store import RunDirectory
 
 LAYERS = 4
 

@@ -12,10 +12,11 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 from test_bad_input import contents, refuse
 
 import flap_stream
-from flap_stream import files, output
 from flap_stream.cli import main
 from flap_stream.config import CollectConfig, PruneConfig, RewriteConfig
 from flap_stream.errors import OutputConflict
+from flap_stream.output import output
+from flap_stream.storage import files
 
 PRUNE = "prune model {} --calibration tokens.npy"
 

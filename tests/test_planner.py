@@ -13,15 +13,15 @@ import torch
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
-from flap_stream import memory, planner
-from flap_stream.allocation import LayerKeep
-from flap_stream.checkpoint import open_checkpoint
+from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.cli import main
 from flap_stream.config import REFIT_TARGETS, EngineConfig, PruneConfig
+from flap_stream.engine import memory, planner
+from flap_stream.engine.layers import StreamedModel
 from flap_stream.errors import InsufficientMemory, InvalidOption
-from flap_stream.forecast import forecast
-from flap_stream.layers import StreamedModel
-from flap_stream.restoration import refit_sizes
+from flap_stream.model.checkpoint import open_checkpoint
+from flap_stream.restore.restoration import refit_sizes
+from flap_stream.stages.forecast import forecast
 
 LLAMA_65B = {
     "model_type": "llama",

@@ -18,15 +18,15 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 from rank_jobs import KILLED, LENGTH, WINDOWS, RankJob, contents, launch
 
 import flap_stream
-from flap_stream.checkpoint import open_checkpoint
+from flap_stream.arithmetic.moments import Moments, joined_channels
 from flap_stream.config import EvaluateConfig
+from flap_stream.engine.layers import BatchSizes
+from flap_stream.engine.ranks import ALONE as ONE
+from flap_stream.engine.ranks import Ranks, own_device, window_shares
 from flap_stream.errors import InvalidOption, RankLost
-from flap_stream.layers import BatchSizes
-from flap_stream.moments import Moments, joined_channels
-from flap_stream.ranks import ALONE as ONE
-from flap_stream.ranks import Ranks, own_device, window_shares
-from flap_stream.skeleton import Skeleton
-from flap_stream.store import BatchReduction
+from flap_stream.model.checkpoint import open_checkpoint
+from flap_stream.model.skeleton import Skeleton
+from flap_stream.storage.store import BatchReduction
 
 KILLS, REFIT_KILLS = 12, 5
 REFIT_LENGTH = 512  # so that each rank has products of its own
@@ -160,7 +160,7 @@ class OnDisk:
         self.action = action
 
     def __call__(self) -> None:
-        from flap_stream import layers
+        from flap_stream.engine import layers
 
         made = layers.make_hidden_states
         layers.make_hidden_states = lambda place, *sizes: made("disk", *sizes)
@@ -240,7 +240,7 @@ class StopAt:
         self.action, self.layer = action, layer
 
     def __call__(self) -> None:
-        from flap_stream.store import RunDirectory
+        from flap_stream.storage.store import RunDirectory
 
         write = RunDirectory.write_statistics
 
@@ -281,7 +281,7 @@ class KilledOnLeaving:
         self.action, self.rank, self.is_said = action, rank, is_said
 
     def __call__(self) -> None:
-        from flap_stream import ranks
+        from flap_stream.engine import ranks
 
         leave = ranks._Job.leave
 
@@ -363,7 +363,7 @@ class OnDevices:
         self.action, self.types, self.memory = action, types, memory
 
     def __call__(self) -> None:
-        from flap_stream import layers, memory
+        from flap_stream.engine import layers, memory
 
         rank = int(os.environ["RANK"])
         if self.types[rank] != "cpu":

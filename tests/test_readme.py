@@ -23,8 +23,8 @@ from test_placement import test_a_device_too_small_for_a_single_window_is_refuse
 from test_placement import test_out_of_device_memory_halves_the_batch_and_a_resumed_run_repeats_it as out_of_memory
 from test_store import test_a_second_writer_is_refused_until_the_first_is_dead as second_writer
 
-from flap_stream.architecture import FAMILIES
 from flap_stream.export.gguf import _THROUGH_STOCK, _WITH_NORMS
+from flap_stream.model.architecture import FAMILIES
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -16,16 +16,16 @@ from transformers import AutoTokenizer
 
 import flap_stream
 from flap_stream import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
-from flap_stream.allocation import LayerKeep
-from flap_stream.checkpoint import open_checkpoint, read_header
+from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.gauss_newton import DIRECTIONS
+from flap_stream.arithmetic.refit import DAMPING
 from flap_stream.config import ALIGNING_TARGETS, REFIT_TARGETS
+from flap_stream.engine.layer_pass import LayerPass
+from flap_stream.engine.layers import StreamedModel
 from flap_stream.errors import InvalidOption, RunMismatch, UnsupportedModel
-from flap_stream.gauss_newton import DIRECTIONS
-from flap_stream.layer_pass import LayerPass
-from flap_stream.layers import StreamedModel
+from flap_stream.model.checkpoint import open_checkpoint, read_header
 from flap_stream.progress import Stage
-from flap_stream.refit import DAMPING
-from flap_stream.stand_ins import Supplies
+from flap_stream.restore.stand_ins import Supplies
 
 SAMPLES, LENGTH = 24, 32
 

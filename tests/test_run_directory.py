@@ -17,10 +17,10 @@ from models import DEMO, random_tokens, save, save_tokens, tiny_config, tiny_mod
 from rank_jobs import RankJob, launch
 
 import flap_stream
-from flap_stream import files, run_manifest
 from flap_stream.cli import main
 from flap_stream.config import PlanConfig
 from flap_stream.errors import CorruptRun, RunLocked, StorageFailure
+from flap_stream.storage import files, run_manifest
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ class IntrudedUpon:
         self.action, self.run = action, run
 
     def __call__(self) -> None:
-        from flap_stream.store import RunDirectory
+        from flap_stream.storage.store import RunDirectory
 
         close, intruder = RunDirectory.close, Intruder(self.run)
 
@@ -264,7 +264,10 @@ def test_arrays_that_flap_stream_does_not_write_are_not_decoded(
     group, entry = ("tokens.zarr", "tokens") if of_tokens else ("statistics.zarr/layers/0001", "0001")
     reseal(run, "tokens" if of_tokens else "statistics", entry, files.tree_digest(run / group))
     if of_tokens:
-        with flap_stream.store.RunDirectory(run) as directory, pytest.raises(CorruptRun, match="is not what flap-str"):
+        with (
+            flap_stream.storage.store.RunDirectory(run) as directory,
+            pytest.raises(CorruptRun, match="is not what flap-str"),
+        ):
             directory.read_tokens()
     else:
         assert "is not what flap-stream writes" in refused(capsys, "plan", "run")

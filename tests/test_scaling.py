@@ -8,7 +8,7 @@ import pytest
 from models import tiny_config
 
 from flap_stream.cli import main
-from flap_stream.scaling import Rates, Work, scale
+from flap_stream.stages.scaling import Rates, Work, scale
 
 WORK = Work(
     layers=10,

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from flap_stream.errors import NonFinite
-from flap_stream.scoring import (
+from flap_stream.arithmetic.scoring import (
     ChannelStatistics,
     LayerStatistics,
     baseline_input,
@@ -12,6 +11,7 @@ from flap_stream.scoring import (
     standardise,
     wanda_scores,
 )
+from flap_stream.errors import NonFinite
 
 
 def statistics(variance, mean, norms, absolute, count: int = 11) -> ChannelStatistics:

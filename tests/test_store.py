@@ -16,15 +16,15 @@ import zarr
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
-from flap_stream import files, run_manifest, store
-from flap_stream.allocation import LayerKeep
-from flap_stream.calibration import tokens_digest
+from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.scoring import ChannelStatistics, LayerStatistics
 from flap_stream.config import PlanConfig, PruneConfig
+from flap_stream.engine.hidden_states import HiddenStates, make_hidden_states
 from flap_stream.errors import CorruptRun, RunLocked, RunMismatch
-from flap_stream.hidden_states import HiddenStates, make_hidden_states
-from flap_stream.journal import Journal
-from flap_stream.scoring import ChannelStatistics, LayerStatistics
-from flap_stream.store import RunDirectory, SnapshotStore
+from flap_stream.storage import files, run_manifest, store
+from flap_stream.storage.journal import Journal
+from flap_stream.storage.store import RunDirectory, SnapshotStore
+from flap_stream.text.calibration import tokens_digest
 
 SHAPE = {"kv_groups": 4, "heads_per_group": 1, "head_dim": 2, "neurons": 7, "group_cost": 32, "neuron_cost": 12}
 LAYERS = [{**SHAPE, "experts": []}, {**SHAPE, "experts": []}]
@@ -349,7 +349,7 @@ def test_a_disk_that_is_mounted_as_the_run_directory_stays(tmp_path: Path) -> No
 HOLDER = """
 import sys
 from pathlib import Path
-from flap_stream.store import RunDirectory
+from flap_stream.storage.store import RunDirectory
 with RunDirectory(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

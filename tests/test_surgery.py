@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from flap_stream.surgery import baseline_shift, removed_indices, select_columns
+from flap_stream.arithmetic.surgery import baseline_shift, removed_indices, select_columns
 
 
 def test_removed_is_the_complement_of_kept() -> None:

@@ -14,13 +14,14 @@ from test_cli import run as command
 from test_interruption import identities
 
 import flap_stream
-from flap_stream import planner, ratio_sweep, snapshots
 from flap_stream.cli import main
 from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, RewriteConfig, SweepConfig, parse_ratios
+from flap_stream.engine import planner, snapshots
+from flap_stream.engine.layer_pass import Batch, LayerPass
+from flap_stream.engine.layers import StreamedModel
 from flap_stream.errors import InvalidOption, RunMismatch
-from flap_stream.layer_pass import Batch, LayerPass
-from flap_stream.layers import StreamedModel
-from flap_stream.store import RunDirectory
+from flap_stream.stages import ratio_sweep
+from flap_stream.storage.store import RunDirectory
 
 RATIOS = (0.2, 0.5)
 

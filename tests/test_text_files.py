@@ -13,10 +13,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from flap_stream import text_files
 from flap_stream.errors import InvalidText
-from flap_stream.text_files import Reading, joined
-from flap_stream.text_files import text_files as files_of
+from flap_stream.text import text_files
+from flap_stream.text.text_files import Reading, joined
+from flap_stream.text.text_files import text_files as files_of
 
 
 def read(*paths: Path, **reading) -> str:

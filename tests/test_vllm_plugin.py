@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from flap_stream.architecture import FAMILIES
+from flap_stream.model.architecture import FAMILIES
 
 
 def test_vllm_finds_the_plugin(pruned_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,6 +29,6 @@ def test_vllm_finds_the_plugin(pruned_demo: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_importing_the_plugin_loads_nothing_heavy() -> None:
-    code = "import sys, json, flap_stream.vllm_plugin; print(json.dumps(sorted(sys.modules)))"
+    code = "import sys, json, flap_stream.integrations.vllm_plugin; print(json.dumps(sorted(sys.modules)))"
     modules = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert not {"torch", "transformers", "vllm", "zarr", "numpy"} & set(modules)

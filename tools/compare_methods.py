@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM
 
 import flap_stream
 from flap_stream import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig, SweepConfig
-from flap_stream.architecture import FAMILIES
-from flap_stream.calibration import evaluation_tokens, load_tokenizer
 from flap_stream.config import parse_ratios
+from flap_stream.model.architecture import FAMILIES
 from flap_stream.progress import Progress
-from flap_stream.store import RunDirectory
+from flap_stream.storage.store import RunDirectory
+from flap_stream.text.calibration import evaluation_tokens, load_tokenizer
 
 
 @dataclass

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from flap_stream.config import parse_size
+from flap_stream.engine.ranks import Ranks, joined
 from flap_stream.progress import format_bytes
-from flap_stream.ranks import Ranks, joined
 
 BLOCK_BYTES = 1 << 25
 

@@ -22,10 +22,12 @@ import torch
 from random_checkpoint import make
 from transformers import LlamaConfig
 
-from flap_stream import PruneConfig, checkpoint, forecast
-from flap_stream.layers import StreamedModel
-from flap_stream.scaling import Rates, Work, scale
-from flap_stream.skeleton import Skeleton
+from flap_stream import PruneConfig
+from flap_stream.engine.layers import StreamedModel
+from flap_stream.model import checkpoint
+from flap_stream.model.skeleton import Skeleton
+from flap_stream.stages import forecast
+from flap_stream.stages.scaling import Rates, Work, scale
 
 # Eight GPUs of the H100 kind at 40 % of their peak, NVMe or its like, 200 Gbit/s; the last two were seen here.
 MACHINE = Rates(

@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 from flap_stream.commands import options as shared
 from flap_stream.config import DTYPES, BenchInferenceConfig
+from flap_stream.config.values import dtype_name
 from flap_stream.progress import format_bytes
-from flap_stream.values import dtype_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     config = shared.values(options, BenchInferenceConfig)
     progress = shared.progress_of(options)
     with progress.loading():
-        from flap_stream.inference_benchmark import bench_inference
+        from flap_stream.stages.inference_benchmark import bench_inference
 
     result = bench_inference(shared.model_of(options.dense, options), options.out, config, progress)
     if options.json:

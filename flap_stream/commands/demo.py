@@ -27,8 +27,8 @@ def run(options: argparse.Namespace) -> None:
         model, text = str(bundle / "model"), (str(bundle / "evaluation.txt"),)
         config = PruneConfig(ratio=options.ratio, calibration=(str(bundle / "calibration.txt"),), dtype="float32")
         with progress.loading():
-            from flap_stream.evaluation import evaluate
-            from flap_stream.pipeline import prune
+            from flap_stream.stages.evaluation import evaluate
+            from flap_stream.stages.pipeline import prune
 
         measure = EvaluateConfig(text=text, dtype="float32")
         before = evaluate(model, measure, progress)

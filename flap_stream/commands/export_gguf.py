@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 from flap_stream.commands import options as shared
 from flap_stream.config import GGUF_TYPES, ExportGgufConfig
+from flap_stream.config.values import gguf_type
 from flap_stream.progress import format_bytes
-from flap_stream.values import gguf_type
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from flap_stream import config
+from flap_stream.config.values import dtype_name
 from flap_stream.errors import InvalidOption
 from flap_stream.progress import Progress, format_bytes, printable
-from flap_stream.values import dtype_name
 
 
 def batch_size(text: str) -> str | None:
@@ -156,7 +156,7 @@ def check_text(options: Any) -> None:
     """Refuse texts that cannot serve, before torch is imported; ranks, which start together, do it once they know."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return
-    from flap_stream.calibration import calibration_text, check_text, evaluation_text
+    from flap_stream.text.calibration import calibration_text, check_text, evaluation_text
 
     if isinstance(options, config.CollectConfig):
         if options.method != "magnitude-sp":

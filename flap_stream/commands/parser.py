@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from flap_stream.config.values import parse_count
 from flap_stream.errors import InvalidOption
-from flap_stream.values import parse_count
 
 _SEVERAL = ("+", "*")
 

@@ -18,8 +18,8 @@ def run(options: argparse.Namespace) -> None:
     """Plan, and print what would remain, layer by layer."""
     config = shared.values(options, PlanConfig)
     with shared.progress_of(options).loading():
-        from flap_stream.pipeline import plan
-        from flap_stream.sizes import width_note
+        from flap_stream.arithmetic.sizes import width_note
+        from flap_stream.stages.pipeline import plan
 
     result = plan(options.run_directory, config)
     sizes = result.sizes.record()

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
             raise InvalidOption(f"--{name} {value} would have no effect: it goes with --dry-run")
     progress = shared.progress_of(options)
     with progress.loading():
-        from flap_stream.pipeline import prune
+        from flap_stream.stages.pipeline import prune
 
     model = shared.model_of(options.model, options)
     result = prune(model, options.out, config, run=options.run, progress=progress)
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _dry_run(options: argparse.Namespace, config: PruneConfig) -> None:
     with shared.progress_of(options).loading():
-        from flap_stream.forecast import NETWORK_RATE, forecast
+        from flap_stream.stages.forecast import NETWORK_RATE, forecast
 
     network = NETWORK_RATE if options.network is None else parse_size(options.network)
     ranks, nodes = (1 if given is None else given for given in (options.ranks, options.nodes))

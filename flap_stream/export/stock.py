@@ -15,17 +15,18 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from flap_stream import files, output, places
-from flap_stream.architecture import FAMILIES, ROWS, Family, LayerShape
-from flap_stream.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, open_checkpoint
 from flap_stream.config import EngineConfig, ExportStockConfig
+from flap_stream.config.stage_options import options_of
+from flap_stream.engine.layers import StreamedModel
 from flap_stream.errors import InvalidInput, InvalidModel, OutputConflict, UnsupportedModel
-from flap_stream.layers import StreamedModel
-from flap_stream.model_card import model_card
+from flap_stream.model.architecture import FAMILIES, ROWS, Family, LayerShape
+from flap_stream.model.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, open_checkpoint
+from flap_stream.model.skeleton import Skeleton
+from flap_stream.output import output
+from flap_stream.output.model_card import model_card
+from flap_stream.output.shards import OutputTensor, ShardPlan, group_shards, write_shard
 from flap_stream.progress import Progress
-from flap_stream.shards import OutputTensor, ShardPlan, group_shards, write_shard
-from flap_stream.skeleton import Skeleton
-from flap_stream.stage_options import options_of
+from flap_stream.storage import files, places
 
 logger = logging.getLogger(__name__)
 

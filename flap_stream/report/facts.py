@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from flap_stream.allocation import LayerKeep
-from flap_stream.architecture import LayerShape
+from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.scoring import channel_metric, fluctuation
+from flap_stream.arithmetic.sizes import PrunedSizes, pruned_sizes
 from flap_stream.config import PlanConfig, require_restoration
-from flap_stream.dense import nothing_pruned
 from flap_stream.errors import CorruptCheckpoint, RunMismatch
-from flap_stream.output import RECORD_NAME, read_record
-from flap_stream.pipeline import unit_scores
-from flap_stream.ratio_sweep import read_curves
-from flap_stream.run_manifest import plan_options
-from flap_stream.scoring import channel_metric, fluctuation
-from flap_stream.sizes import PrunedSizes, pruned_sizes
-from flap_stream.store import LayerCost, RunDirectory
+from flap_stream.model.architecture import LayerShape
+from flap_stream.model.dense import nothing_pruned
+from flap_stream.output.output import RECORD_NAME, read_record
+from flap_stream.stages.pipeline import unit_scores
+from flap_stream.stages.ratio_sweep import read_curves
+from flap_stream.storage.run_manifest import plan_options
+from flap_stream.storage.store import LayerCost, RunDirectory
 
 
 @dataclass(frozen=True)

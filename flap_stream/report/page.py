@@ -7,11 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flap_stream import files, places
 from flap_stream.errors import InvalidOption
 from flap_stream.report import figures
 from flap_stream.report.facts import Facts, read_facts
 from flap_stream.report.figures import Drawing, Palette, change, quantity
+from flap_stream.storage import files, places
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', 'DejaVu Sans', sans-serif"
 

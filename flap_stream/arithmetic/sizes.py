@@ -1,0 +1,89 @@
+"""What a decision comes to: parameters, removed shares, widths. Whatever is printed or stored of them is from here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import numpy as np
+
+from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.config import FAST_MULTIPLE
+from flap_stream.model.architecture import LayerShape
+
+# Measured in bf16 with a hidden size of 8192, for 512 and 16384 tokens; 21016 are as fast as the dense model's 22016.
+_SLOW_WIDTH = "on an H200, 21015 neurons take 7 times as long as 21016"
+
+
+@dataclass(frozen=True)
+class PrunedSizes:
+    """Sizes of a pruned model.
+
+    decoder_ratio: removed share of the decoder layers' prunable weights. parameters_before, parameters_after: elements
+    of all tensors in the files, added_biases among them, which a restoration adds; model_ratio: the share by which they
+    become fewer. width_multiple: the largest number of which every width is a multiple (KV groups times head_dim,
+    neurons, each expert's); 0 if nothing stays.
+    """
+
+    decoder_ratio: float
+    model_ratio: float
+    parameters_before: int
+    parameters_after: int
+    added_biases: int
+    width_multiple: int
+
+    def record(self) -> dict[str, Any]:
+        """As pruning.json and `plan --json` hold them."""
+        return {
+            "realised_ratio": {"decoder": self.decoder_ratio, "model": self.model_ratio},
+            "parameters": {
+                "before": self.parameters_before,
+                "after": self.parameters_after,
+                "added_biases": self.added_biases,
+            },
+            "width_multiple": self.width_multiple,
+        }
+
+
+def pruned_sizes(
+    shapes: Sequence[LayerShape], keeps: Sequence[LayerKeep], parameters: int, restore: str
+) -> PrunedSizes:
+    """Sizes of a model of so many parameters after a decision, with a restoration (`none` adds no biases)."""
+    pairs = list(zip(shapes, keeps, strict=True))
+    prunable = sum(shape.prunable for shape in shapes)
+    removed = prunable - sum(keep.cost(shape) for shape, keep in pairs)
+    added = 0 if restore == "none" else sum(shape.added_biases for shape in shapes)
+    after = parameters + added - removed - sum(_beside_weights(shape, keep) for shape, keep in pairs)
+    return PrunedSizes(
+        decoder_ratio=removed / prunable,
+        model_ratio=(parameters - after) / parameters,
+        parameters_before=parameters,
+        parameters_after=after,
+        added_biases=added,
+        width_multiple=_width_multiple(pairs),
+    )
+
+
+def _beside_weights(shape: LayerShape, keep: LayerKeep) -> int:
+    """Elements that go beside the pruned weights: biases of units, and norms of a module that loses all of them."""
+    groups, neurons = len(keep.kv_groups), len(keep.neurons)
+    biases = (shape.kv_groups - groups) * shape.group_biases + (shape.neurons - neurons) * shape.neuron_biases
+    return biases + (0 if groups else shape.attention_rest) + (0 if neurons else shape.mlp_rest)
+
+
+def _width_multiple(pairs: Sequence[tuple[LayerShape, LayerKeep]]) -> int:
+    widths: list[int] = []
+    for shape, keep in pairs:
+        bounds = np.cumsum([0, *(shape.experts or (shape.neurons,))])
+        widths += [len(keep.kv_groups) * shape.head_dim, *np.diff(np.searchsorted(keep.neurons, bounds)).tolist()]
+    return gcd(*widths)
+
+
+def width_note(width_multiple: int) -> str:
+    """What the widths mean for speed, for people."""
+    if width_multiple % FAST_MULTIPLE == 0:
+        return f"every width is a multiple of {FAST_MULTIPLE}, which GPUs need in bf16 and fp16: {_SLOW_WIDTH}"
+    return (
+        f"not every width is a multiple of {FAST_MULTIPLE}, so GPUs are slow in bf16 and fp16: {_SLOW_WIDTH}; "
+        f"--round-neurons-to {FAST_MULTIPLE}, the default, makes all of them so that the dense model allows"
+    )

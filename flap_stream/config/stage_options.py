@@ -1,0 +1,152 @@
+"""The options that a stage is called with: as a config or as keywords, each with an effect."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from flap_stream.config import (
+    CollectConfig,
+    EngineConfig,
+    EvaluateConfig,
+    PlanConfig,
+    PruneConfig,
+    RewriteConfig,
+    SweepConfig,
+    changed_options,
+)
+from flap_stream.config.values import option_name, shortened, written
+from flap_stream.errors import InvalidOption
+
+logger = logging.getLogger(__name__)
+
+_Config = TypeVar("_Config")
+
+_ENGINE = tuple(field.name for field in fields(EngineConfig))
+FED_ON = (  # what decides the pruned layers that wanda-sp feeds the next
+    "ratio",
+    "min_heads",
+    "min_neurons",
+    "round_heads_to",
+    "round_neurons_to",
+    "tensor_parallel",
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Options of some configs that have an effect only together with something else.
+
+    needs: what that is, for a message. holds: whether it is there. is_refused: refused where it is not, since the
+    result would not be what was asked for; else a warning is enough.
+    """
+
+    kinds: tuple[type, ...]
+    names: tuple[str, ...]
+    needs: str
+    holds: Callable[[Any], bool]
+    is_refused: bool = True
+
+
+def _has_ready_tokens(options: Any) -> bool:
+    texts = {CollectConfig: "calibration", EvaluateConfig: "text", SweepConfig: "evaluate"}
+    name = next(name for kind, name in texts.items() if isinstance(options, kind))
+    return any(source.endswith(".npy") for source in getattr(options, name))
+
+
+RULES = (
+    Rule((RewriteConfig,), ("refit_target",), "--restore least-squares", lambda o: o.refits),
+    Rule((PlanConfig,), ("metric", "head_score", "statistics"), "--method flap", lambda o: o.method == "flap"),
+    Rule((SweepConfig,), ("ratio",), "plan and prune; a sweep has --ratios", lambda o: False),
+    Rule((SweepConfig,), ("sequence_length", "samples", "restore"), "--evaluate TEXT", lambda o: bool(o.evaluate)),
+    Rule(
+        (SweepConfig,),
+        ("resolution",),
+        "--max-perplexity-increase SHARE",
+        lambda o: o.max_perplexity_increase is not None,
+    ),
+    Rule(
+        (CollectConfig,),
+        ("calibration", "samples", "sequence_length", "seed", "batch_size", "dtype"),
+        "a method that reads text, flap or wanda-sp",
+        lambda o: o.method != "magnitude-sp",
+        is_refused=False,
+    ),
+    Rule(
+        (CollectConfig, EvaluateConfig, SweepConfig),
+        ("sequence_length", "seed"),
+        "a text; a .npy has windows of its own",
+        lambda o: not _has_ready_tokens(o),
+        is_refused=False,
+    ),
+    Rule(
+        (CollectConfig,),
+        FED_ON,
+        "--method wanda-sp when statistics are collected; give it to plan",
+        lambda o: o.method == "wanda-sp" or isinstance(o, PruneConfig),
+        is_refused=False,
+    ),
+    Rule((SweepConfig,), _ENGINE, "--evaluate TEXT", lambda o: bool(o.evaluate), is_refused=False),
+    Rule(
+        (RewriteConfig,),
+        _ENGINE,
+        "--restore least-squares, which alone runs layers here",
+        lambda o: o.refits or isinstance(o, PruneConfig),
+        is_refused=False,
+    ),
+)
+
+
+def options_of(kind: type[_Config], stage: str, options: Any, keywords: Mapping[str, Any]) -> _Config:
+    """The options of a stage, given as a config or as keywords; those that would have no effect are not passed over.
+
+    kind: the config that the stage takes. stage: the function's name.
+    Raises InvalidOption for anything else, and by `RULES`; TypeError for a keyword that is no option.
+    """
+    if options is not None and keywords:
+        raise InvalidOption(f"{stage} got a config and {', '.join(keywords)} besides; put all options into one of them")
+    if options is not None and not isinstance(options, kind):
+        raise InvalidOption(
+            f"{stage} takes its options as a {kind.__name__} or by name, such as {_example(kind)}; "
+            f"it got {shortened(options)}"
+        )
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    for name in keywords:
+        if name not in names:
+            close = get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; {kind.__name__} lists them"
+            raise TypeError(f"{stage}() has no option {name!r}{hint}")
+    chosen: Any = kind(**keywords) if options is None else options
+    require_effect(chosen)
+    return chosen
+
+
+def require_effect(options: Any) -> None:
+    """Raise InvalidOption, or warn, if an option was changed that means nothing with the others."""
+    for rule in RULES:
+        if not isinstance(options, rule.kinds) or rule.holds(options):
+            continue
+        for name, value in changed_options(options).items():
+            if name in rule.names:
+                given = f"--{option_name(name)} {written(value)}"
+                if rule.is_refused:
+                    raise InvalidOption(f"{given} would have no effect: it goes with {rule.needs}")
+                logger.warning("%s has no effect: it goes with %s", given, rule.needs)
+
+
+def warn_of_positions(config: Mapping[str, Any], length: int) -> None:
+    """Warn of windows that are longer than the model was made for. config: of the language model."""
+    most = config.get("max_position_embeddings")
+    if isinstance(most, int) and length > most:
+        logger.warning(
+            "windows of %d tokens are longer than the %d positions that the model was made for; what it computes "
+            "beyond them may be worthless, so lower --sequence-length",
+            length,
+            most,
+        )
+
+
+def _example(kind: type) -> str:
+    name = next((name for name in ("ratio", "text", "restore") if name in kind.__dataclass_fields__), "")  # type: ignore[attr-defined]
+    return {"ratio": "ratio=0.2", "text": 'text="test.txt"', "restore": 'restore="bias"'}.get(name, "device='cpu'")

@@ -1,0 +1,304 @@
+"""Where the hidden states between two decoder layers live (device, host or disk), and their snapshots."""
+
+import errno
+import hashlib
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from flap_stream.engine.memory import host_buffer
+from flap_stream.engine.ranks import ALONE, Ranks
+from flap_stream.errors import CorruptRun, InsufficientSpace
+from flap_stream.storage import files
+
+PLACES = ("device", "host", "disk")
+
+_BLOCK_BYTES = 1 << 22
+
+
+def batches(windows: range, batch_size: int) -> Iterator[tuple[int, int]]:
+    """Ranges `(start, stop)` of consecutive windows, each of `batch_size` but for the last."""
+    for start in range(windows.start, windows.stop, batch_size):
+        yield start, min(start + batch_size, windows.stop)
+
+
+@dataclass(eq=False)
+class HiddenStates(ABC):
+    """Hidden states of all windows, `[sample, token, hidden]`: the inputs of the next decoder layer.
+
+    A layer takes its inputs from `stream`, gives its outputs to `put`, and `advance` makes the outputs the inputs.
+    """
+
+    samples: int
+    tokens: int
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Windows, tokens of each, width."""
+        return self.samples, self.tokens, self.hidden_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all hidden states."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    @abstractmethod
+    def stream(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """First window and inputs `[sample, token, hidden]` on the device, batch by batch; valid until the next.
+
+        windows: consecutive ones; None is all.
+        """
+
+    @abstractmethod
+    def put(self, start: int, values: torch.Tensor) -> None:
+        """Outputs of the windows from `start` on, whose inputs have been used."""
+
+    @abstractmethod
+    def advance(self) -> None:
+        """All outputs have been put: they are the next layer's inputs."""
+
+    def save(self, path: Path, ranks: Ranks = ALONE, samples: int | None = None) -> str:
+        """Write the inputs' raw bytes, of all ranks in their order, to a file, durably; returns their sha256.
+
+        samples: of this rank, that many windows alone. Rank 0 writes; what the others return means nothing.
+        """
+        nbytes = self.nbytes if samples is None else self.nbytes // max(self.samples, 1) * samples
+        blocks = ranks.in_order(self._blocks(nbytes), _BLOCK_BYTES)
+        if ranks.is_first:
+            return files.write_committed(path, blocks)
+        for _ in blocks:
+            raise AssertionError("only rank 0 gets blocks")
+        return ""
+
+    def load(self, path: Path, digest: str, ranks: Ranks = ALONE) -> None:
+        """Take the inputs from a file, of which every rank has a part, in their order.
+
+        Raises CorruptRun on all ranks if its size or sha256 is not what was recorded.
+        """
+        sizes = ranks.gathered(self.nbytes)
+        size = path.stat().st_size if path.is_file() else None
+        is_whole = size == sum(sizes) and self._load(path, sum(sizes[: ranks.rank]), ranks.is_first) in (digest, None)
+        if not all(ranks.gathered(is_whole)):
+            raise CorruptRun(f"snapshot {path} is missing or altered; delete it to go on from an earlier one")
+
+    def _load(self, path: Path, offset: int, reads_all: bool) -> str | None:
+        """Read the inputs from byte `offset` of a file on.
+
+        reads_all: read on to the end of the file; the sha256 of what was read comes out then.
+        """
+        digest, at = hashlib.sha256(), 0
+        buffer = memoryview(bytearray(_BLOCK_BYTES))
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            while (reads_all or at < self.nbytes) and (count := file.readinto(buffer)):
+                if reads_all:
+                    digest.update(buffer[:count])
+                if at < self.nbytes:
+                    self._store(at, buffer[: min(count, self.nbytes - at)])
+                at += count
+        return digest.hexdigest() if reads_all else None
+
+    @abstractmethod
+    def _blocks(self, nbytes: int) -> Iterator[memoryview]:
+        """The first raw bytes of the inputs."""
+
+    @abstractmethod
+    def _store(self, offset: int, block: memoryview) -> None:
+        """Overwrite the inputs' raw bytes from `offset` on."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of memory and files."""
+
+    def __enter__(self) -> "HiddenStates":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def make_hidden_states(
+    place: str,
+    samples: int,
+    tokens: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    directory: Path | None = None,
+) -> HiddenStates:
+    """Hidden states in one of PLACES, without values yet. directory: of the files on disk.
+
+    Raises InsufficientSpace if they do not fit on the disk.
+    """
+    if place == "disk" and samples:
+        return DiskHiddenStates(samples, tokens, hidden_size, dtype, device, directory)
+    memory = device if place == "device" else torch.device("cpu")
+    return ResidentHiddenStates(samples, tokens, hidden_size, dtype, device, memory)
+
+
+@dataclass(eq=False)
+class ResidentHiddenStates(HiddenStates):
+    """Hidden states in one buffer in device or host memory, overwritten in place."""
+
+    memory: torch.device
+
+    def __post_init__(self) -> None:
+        """Take the memory."""
+        if self.memory.type == "cpu":
+            self.values = host_buffer(self.shape, self.dtype)
+        else:
+            self.values = torch.empty(self.shape, dtype=self.dtype, device=self.memory)
+
+    def stream(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """Batches of the buffer."""
+        for start, stop in batches(windows or range(self.samples), batch_size):
+            yield start, self.values[start:stop].to(self.device)
+
+    def put(self, start: int, values: torch.Tensor) -> None:
+        """Overwrite windows from `start` on."""
+        self.values[start : start + len(values)].copy_(values)
+
+    def advance(self) -> None:
+        """Nothing to do: the outputs are in place already."""
+
+    def _bytes(self) -> torch.Tensor:
+        return self.values.view(torch.uint8).view(-1)
+
+    def _blocks(self, nbytes: int) -> Iterator[memoryview]:
+        for start in range(0, nbytes, _BLOCK_BYTES):
+            yield memoryview(self._bytes()[start : min(start + _BLOCK_BYTES, nbytes)].cpu().numpy())
+
+    def _store(self, offset: int, block: memoryview) -> None:
+        self._bytes()[offset : offset + len(block)].copy_(torch.frombuffer(block, dtype=torch.uint8))
+
+    def close(self) -> None:
+        """Free the buffer."""
+        del self.values
+
+
+@dataclass(eq=False)
+class DiskHiddenStates(HiddenStates):
+    """Hidden states in two nameless files, inputs and outputs, which change places after every layer.
+
+    The next batch is read while one is in use, and written while the next is computed. The kernel frees the files when
+    the process ends, however it ends.
+    """
+
+    directory: Path | None
+
+    def __post_init__(self) -> None:
+        """Make the files and their room."""
+        self._window_bytes = self.nbytes // self.samples
+        place = Path(self.directory or tempfile.gettempdir())
+        if 2 * self.nbytes > files.free_bytes(place):  # asked for it, ext4 would fill the disk before it refuses
+            raise self._no_room(place)
+        self._files = [tempfile.TemporaryFile(buffering=0, dir=self.directory) for _ in range(2)]  # noqa: SIM115
+        self._inputs, self._outputs = (file.fileno() for file in self._files)
+        self._buffers: list[torch.Tensor] = []
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="hidden-read")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="hidden-write")
+        self._written: Future[None] | None = None
+        try:
+            for file in self._files:
+                os.posix_fallocate(file.fileno(), 0, self.nbytes)
+        except OSError as error:
+            self.close()
+            if error.errno != errno.ENOSPC:
+                raise
+            raise self._no_room(place) from error
+
+    def _no_room(self, place: Path) -> InsufficientSpace:
+        return InsufficientSpace(
+            f"hidden states on disk need {2 * self.nbytes:,} bytes in {place}, which has less free; make room, or let "
+            "more memory be used with --host-memory"
+        )
+
+    def stream(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """Batches of the input file, one being read ahead."""
+        if not self._buffers or len(self._buffers[0]) < min(batch_size, self.samples):
+            shape = (min(batch_size, self.samples), *self.shape[1:])
+            self._buffers = [host_buffer(shape, self.dtype) for _ in range(2)]
+        ranges = list(batches(windows or range(self.samples), batch_size))
+        reads = [self._reader.submit(self._read, *ranges[0], self._buffers[0])]
+        for i, (start, _) in enumerate(ranges):
+            values = reads.pop().result()
+            if i + 1 < len(ranges):
+                reads.append(self._reader.submit(self._read, *ranges[i + 1], self._buffers[(i + 1) % 2]))
+            yield start, values.to(self.device)
+
+    def _read(self, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+        values = buffer[: stop - start]
+        left, at = _raw(values), start * self._window_bytes
+        while left:
+            count = os.preadv(self._inputs, [left], at)
+            left, at = left[count:], at + count
+        return values
+
+    def put(self, start: int, values: torch.Tensor) -> None:
+        """Hand windows from `start` on to the writer, once it is done with those before."""
+        host = values.contiguous().cpu()
+        self._wait()
+        self._written = self._writer.submit(self._write, self._outputs, start * self._window_bytes, _raw(host))
+
+    @staticmethod
+    def _write(descriptor: int, offset: int, left: memoryview) -> None:
+        while left:
+            count = os.pwrite(descriptor, left, offset)
+            left, offset = left[count:], offset + count
+
+    def _wait(self) -> None:
+        if self._written is not None:
+            self._written.result()
+            self._written = None
+
+    def advance(self) -> None:
+        """Swap the files."""
+        self._wait()
+        self._inputs, self._outputs = self._outputs, self._inputs
+
+    def _blocks(self, nbytes: int) -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(min(_BLOCK_BYTES, nbytes)))
+        for start in range(0, nbytes, _BLOCK_BYTES):
+            yield buffer[: os.preadv(self._inputs, [buffer[: nbytes - start]], start)]
+
+    def _store(self, offset: int, block: memoryview) -> None:
+        self._write(self._inputs, offset, block)
+
+    def close(self) -> None:
+        """Stop the threads and free the files."""
+        self._reader.shutdown(cancel_futures=True)
+        self._writer.shutdown()
+        for file in self._files:
+            file.close()
+
+
+class Feed:
+    """Hidden states beside others that are run through a layer: the same windows, in order."""
+
+    def __init__(self, hidden: HiddenStates, batch_size: int, windows: range | None = None) -> None:
+        self._batches = hidden.stream(batch_size, windows)
+        self._first, self._values = next(self._batches, (0, torch.empty(0)))  # a rank may have no windows
+
+    def take(self, start: int, count: int) -> torch.Tensor:
+        """Windows from `start` on, within one batch; no earlier ones are asked for again."""
+        while start >= self._first + len(self._values):
+            self._first, self._values = next(self._batches)
+        return self._values[start - self._first : start - self._first + count]
+
+
+def _raw(values: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in host memory."""
+    return memoryview(values.view(torch.uint8).view(-1).numpy())

@@ -1,0 +1,21 @@
+"""vLLM runs pruned checkpoints without the trust flag once this package is installed beside it.
+
+vLLM calls `register` through the entry point group `vllm.general_plugins`; nothing here is imported before.
+"""
+
+_TYPES = ("llama", "ministral", "mistral", "qwen2", "qwen3", "seed_oss")
+
+
+def register() -> None:
+    """Tell vLLM which class runs the architectures that pruned checkpoints name, and what their config is."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from vllm import ModelRegistry
+
+    from flap_stream.model.architecture import FAMILIES, PRUNED_TYPE
+    from flap_stream.modeling import modeling_flap_stream
+
+    for name in _TYPES:
+        config = getattr(modeling_flap_stream, f"Pruned{CONFIG_MAPPING[name].__name__}")
+        CONFIG_MAPPING.register(PRUNED_TYPE + name, config, exist_ok=True)
+        architecture = FAMILIES[name].pruned_classes["AutoModelForCausalLM"]
+        ModelRegistry.register_model(architecture, "flap_stream.integrations.vllm_plugin.model:PrunedForCausalLM")

@@ -1,0 +1,4 @@
+"""What a model is: its files and where they come from, families as data, and transformers' own layers without weights.
+
+Imports `modeling`, `storage` and below.
+"""

@@ -1,0 +1,230 @@
+"""The model without weights: what its layers are called with, and how one of them is run by transformers' own code.
+
+What decoder layers are called with (masks, rotary embeddings) is recorded by running the real model's `forward` with
+its layers replaced by recorders, so no family's forward is written again here.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from torch.func import functional_call
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from flap_stream.errors import InvalidModel
+from flap_stream.model.architecture import Family, LayerShape, family_of, layer_shape, require_sizes
+from flap_stream.model.model_code import model_class
+from flap_stream.modeling import modeling_flap_stream
+
+LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """A model's rotary embedding.
+
+    kind: rope_type. inverse_frequencies: float32 `[rotated pair]`, of base ** -(2 i / rotated) if it is `default`.
+    scale: what cosines and sines are multiplied with.
+    """
+
+    kind: str
+    base: float
+    inverse_frequencies: torch.Tensor
+    scale: float
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: keeps what it is called with, gives its input back."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        if hasattr(layer, "attention_type"):
+            self.attention_type = layer.attention_type
+        self.hidden_states: torch.Tensor | None = None
+        self.call: LayerCall = ((), {})
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.hidden_states, self.call = hidden_states, (args, kwargs)
+        return hidden_states
+
+
+class _Returns(nn.Module):
+    """Stands in for the base model when only the head is wanted."""
+
+    def __init__(self, last_hidden_state: torch.Tensor) -> None:
+        super().__init__()
+        self._output = MoeModelOutputWithPast(last_hidden_state=last_hidden_state)  # others ask for less
+
+    def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
+        return self._output
+
+
+class Skeleton:
+    """The causal language model of a config.json, its parameters on the meta device, its buffers real.
+
+    layers: the decoder layer modules. tied: whether the head is the embedding.
+    Raises UnsupportedModel or InvalidModel if the config is none that can be pruned.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self.config, self.where = config, where
+        self.family = family_of(config, where)
+        require_sizes(config, where)
+        self._model = _build(config, self.family, where)
+        self._base_name = self.family.layers.rpartition(".")[0]
+        self._base = self._model.get_submodule(self._base_name)
+        self._embedding = self._model.get_submodule(self.family.embedding.rpartition(".")[0])
+        setattr(self._embedding, "padding_idx", None)  # noqa: B010 (it may lie outside the rows that are loaded)
+        self.layers = list(self._model.get_submodule(self.family.layers).children())
+        self.tied: bool = self._model.config.tie_word_embeddings
+
+    def move_buffers(self, device: torch.device) -> None:
+        """Bring the buffers (rotary frequencies) to a device."""
+        for module in self._model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Full name to shape of all tensors of a checkpoint."""
+        tensors = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
+        if self.tied:
+            del tensors[self.family.head]
+        return tensors
+
+    def layer_tensors(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Relative name to shape of one decoder layer's tensors."""
+        return {name: tuple(tensor.shape) for name, tensor in self.layers[index].state_dict().items()}
+
+    def norm_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Relative name to shape of the final norm's tensors."""
+        norm = self._model.get_submodule(self.family.norm)
+        return {name: tuple(tensor.shape) for name, tensor in norm.state_dict().items()}
+
+    def head_shape(self) -> tuple[int, ...]:
+        """Shape of the head, `[vocabulary, hidden]`."""
+        return tuple(self._model.get_parameter(self.family.head).shape)
+
+    def layer_shape(self, index: int) -> LayerShape:
+        """Sizes of one decoder layer."""
+        return layer_shape(self.family, self.config, self.layer_tensors(index))
+
+    @property
+    def hf_config(self) -> PreTrainedConfig:
+        """The config as transformers reads it, defaults filled in."""
+        return self._model.config
+
+    def rotary(self) -> Rotary:
+        """The rotary embedding, of a model in which all layers have the same."""
+        module, parameters = self._base.get_submodule("rotary_emb"), self._model.config.rope_parameters
+        frequencies = module.get_buffer("inv_freq").float().cpu()
+        scale = float(getattr(module, "attention_scaling", 1.0))
+        return Rotary(parameters.get("rope_type", "default"), parameters["rope_theta"], frequencies, scale)
+
+    def embed(self, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings `[sample, token, hidden]`. rows: a part of the table; ids: int64 `[sample, token]` into it."""
+        return functional_call(self._embedding, {"weight": rows}, (ids,))
+
+    def record(self, embeds: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
+        """What enters the first layer for these embeddings `[sample, token, hidden]`, and what each is called with."""
+        recorders = [_Recorder(layer) for layer in self.layers]
+        layers_name = self.family.layers.rpartition(".")[2]
+        norm_name = self.family.norm.rpartition(".")[2]
+        with (
+            _replaced(self._base, layers_name, nn.ModuleList(recorders)),
+            _replaced(self._base, norm_name, nn.Identity()),
+        ):
+            self._base(inputs_embeds=embeds, use_cache=False)
+        first = recorders[0].hidden_states
+        assert first is not None, "the model's forward did not call its first layer"
+        return first, [recorder.call for recorder in recorders]
+
+    def ignore_values(self) -> None:
+        """From now on take no turn that depends on values, so that a forward can be run for its workspace alone.
+
+        All tokens go to the largest expert of a layer and to no other; frequencies stay what they are in any window.
+        """
+        for layer in self.layers:
+            experts = getattr(layer.mlp, "experts", None)
+            if experts is not None:
+                largest = max(experts.each, key=lambda expert: expert.down.in_features)
+                experts.forward = partial(_all_to_one, largest)
+        for module in self._model.modules():
+            kind = getattr(module, "rope_type", None)  # of all layers, or of each type of layer
+            if kind is not None:
+                setattr(module, "rope_type", "default" if isinstance(kind, str) else dict.fromkeys(kind, "default"))  # noqa: B010
+
+    def run_layer(
+        self,
+        index: int,
+        weights: Mapping[str, torch.Tensor],
+        hidden: torch.Tensor,
+        call: LayerCall,
+        stand_ins: Mapping[str, nn.Module] | None = None,
+    ) -> torch.Tensor:
+        """One decoder layer's forward over one batch, `[sample, token, hidden]`, by transformers' own code.
+
+        stand_ins: modules in the place of some of the layer's, by path.
+        """
+        args, keywords = call
+        stand_ins, layer = stand_ins or {}, self.layers[index]
+        used = {name: w for name, w in weights.items() if not name.startswith(tuple(f"{path}." for path in stand_ins))}
+        with ExitStack() as stack:
+            for path, module in stand_ins.items():
+                parent, _, name = path.rpartition(".")
+                stack.enter_context(_replaced(layer.get_submodule(parent), name, module))
+            output = functional_call(layer, used, (hidden, *args), keywords)
+        return output[0] if isinstance(output, tuple) else output
+
+    def norm(self, norm_weights: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        """What the head reads of hidden states that left the last layer, in their shape."""
+        return functional_call(self._model.get_submodule(self.family.norm), norm_weights, (hidden,))
+
+    def logits(self, head_weight: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        """Logits `[token, vocabulary]` of what the final norm gave, `[token, hidden]`."""
+        with _replaced(self._model, self._base_name, _Returns(normed[None])):
+            output = functional_call(self._model, {self.family.head: head_weight}, kwargs={"use_cache": False})
+        return output.logits[0]
+
+
+def _build(config: Mapping[str, Any], family: Family, where: str) -> PreTrainedModel:
+    """The causal language model of a config.json, its parameters on the meta device, its buffers real.
+
+    A pruned checkpoint gets the classes of `modeling/`, which give every layer its own size.
+    """
+    try:
+        kind, hf_config = model_class(config)
+        with init_empty_weights(include_buffers=False):
+            if "per_layer_config" in config:
+                skeleton = kind._from_config(hf_config)
+            else:
+                skeleton = kind.from_config(hf_config)
+                if family.experts is not None:
+                    modeling_flap_stream.separate_experts(skeleton.base_model)
+    except Exception as error:  # whatever transformers makes of a wrong config.json
+        reason = " ".join(str(error).split())
+        raise InvalidModel(f"transformers cannot build a model from {where}/config.json: {reason}") from error
+    return skeleton.eval().requires_grad_(False)
+
+
+def _all_to_one(expert: nn.Module, hidden: torch.Tensor, _index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What `SeparateExperts` does with one expert, if that is every token's first choice."""
+    token = torch.arange(len(hidden))
+    output = expert(hidden[token]) * weights[token, torch.zeros_like(token), None]
+    return torch.zeros_like(hidden).index_add_(0, token, output.to(hidden.dtype))
+
+
+@contextmanager
+def _replaced(parent: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
+    """Another submodule under a name, for a while."""
+    original = getattr(parent, name)
+    setattr(parent, name, module)
+    try:
+        yield
+    finally:
+        setattr(parent, name, original)

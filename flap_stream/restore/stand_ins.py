@@ -1,0 +1,117 @@
+"""Modules that stand in for a decoder layer's own while pass 2 refits it."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from flap_stream.engine.layer_pass import StandIn
+from flap_stream.model.architecture import UnitKind
+
+
+class Captures(nn.Module):
+    """Stands in for an output projection: keeps its inputs, gives zeros."""
+
+    inputs: torch.Tensor
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self._hidden_size = hidden_size
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """`[sample, token, channel]` to zeros `[sample, token, hidden]`."""
+        self.inputs = inputs
+        return inputs.new_zeros(1).expand(*inputs.shape[:-1], self._hidden_size)
+
+
+class Supplies(StandIn):
+    """Stands in for attention or an MLP: gives what the refitted projection makes of inputs taken before.
+
+    weight: `[hidden, kept]`, or None for zeros. bias: `[hidden]` or None. inputs: gives those of so many windows from
+    the first of a batch on. read: what the module was last given.
+    """
+
+    read: torch.Tensor
+
+    def __init__(
+        self,
+        kind: str,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        inputs: Callable[[int, int], torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self._is_attention, self._weight, self._bias, self._inputs = kind == "attention", weight, bias, inputs
+
+    def forward(self, *args: torch.Tensor, **kwargs: Any) -> Any:
+        """In the form that the module has."""
+        self.read = hidden = args[0] if args else kwargs["hidden_states"]
+        if self._weight is not None:
+            assert self._inputs is not None
+            output = functional.linear(self._inputs(self.start, len(hidden)), self._weight, self._bias)
+        else:
+            output = (hidden.new_zeros(1) if self._bias is None else self._bias).expand_as(hidden)
+        return (output, None) if self._is_attention else output
+
+
+class _Gives(nn.Module):
+    """Stands in for a linear: gives values that were set before."""
+
+    values: torch.Tensor
+
+    def forward(self, _inputs: torch.Tensor) -> torch.Tensor:
+        return self.values
+
+
+class LinearisedMlp(nn.Module):
+    """Stands in for an MLP of which some neurons are left: what a step needs of it is kept, zeros come out.
+
+    mlp: the module of transformers. kind: its units.
+
+    Of the last call: inputs `[token, hidden]`, outputs `[token, neuron]` (of the neurons) and slopes `[token, row]`, by
+    how much a neuron's output rises with what each of its rows gives. Rows stand in blocks of one a neuron each.
+    """
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    slopes: torch.Tensor
+
+    def __init__(self, mlp: nn.Module, kind: UnitKind, hidden_size: int) -> None:
+        super().__init__()
+        self._mlp, self._captures = copy.deepcopy(mlp), Captures(hidden_size)
+        self._gives = {projection.name: _Gives() for projection in kind.readers}
+        self._tensors: Mapping[str, torch.Tensor] = {}
+        for path, module in (*self._gives.items(), (kind.output.name, self._captures)):
+            setattr(self._mlp, path.removeprefix(f"{kind.module}."), module)
+
+    def use(self, readers: Mapping[str, torch.Tensor]) -> None:
+        """Weights, and biases if there are any, of what reads hidden states, by name: rows of the neurons left."""
+        self._tensors = readers
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[sample, token, hidden]` to zeros of that shape."""
+        self.inputs = hidden_states.flatten(0, -2)
+        with torch.inference_mode(False), torch.enable_grad():
+            for path, gives in self._gives.items():
+                weight, bias = self._tensors[f"{path}.weight"], self._tensors.get(f"{path}.bias")
+                gives.values = functional.linear(self.inputs, weight, bias).requires_grad_()
+            self._mlp(self.inputs)
+            outputs = self._captures.inputs
+            slopes = torch.autograd.grad(outputs.sum(), [gives.values for gives in self._gives.values()])
+        for gives in self._gives.values():
+            del gives.values
+        self.outputs, self.slopes = outputs.detach(), torch.cat(slopes, dim=-1)
+        return torch.zeros_like(hidden_states)
+
+    def pushed(self, weights: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        """J weights: what the MLP's output changes by with the rows, `[token, hidden]`. weights: `[row, hidden]`."""
+        changes = self.slopes * functional.linear(self.inputs, weights)
+        return functional.linear(changes.unflatten(-1, (-1, down.shape[1])).sum(dim=-2), down)
+
+    def pulled(self, errors: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        """What, times the inputs and summed over tokens, is J^T errors: `[token, row]`. errors: `[token, hidden]`."""
+        back = (errors @ down).unsqueeze(-2)
+        return (self.slopes.unflatten(-1, (-1, down.shape[1])) * back).flatten(-2)

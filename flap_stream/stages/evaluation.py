@@ -1,0 +1,163 @@
+"""Streaming perplexity of a dense or pruned checkpoint."""
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from flap_stream.config import EvaluateConfig
+from flap_stream.config.stage_options import options_of, warn_of_positions
+from flap_stream.engine.hidden_states import HiddenStates
+from flap_stream.engine.layer_pass import LayerPass
+from flap_stream.engine.layers import Logits, StreamedModel
+from flap_stream.engine.memory import give_back_heap
+from flap_stream.engine.planner import Placement
+from flap_stream.engine.ranks import joined
+from flap_stream.model.checkpoint import open_checkpoint
+from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
+from flap_stream.stages.job_header import engine_rows, model_row
+from flap_stream.text.calibration import check_text, evaluation_text, evaluation_tokens, load_tokenizer
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """Perplexity over `windows` windows of `sequence_length` tokens, and what it took.
+
+    standard_error: of the perplexity, from how the windows differ; None of one window. window_nll: each window's mean
+    negative log-likelihood, in nats; two models are best compared by the differences of theirs.
+    """
+
+    perplexity: float
+    windows: int
+    sequence_length: int
+    seconds: float
+    bytes_read: int
+    peak_host_bytes: int
+    peak_device_bytes: int
+    standard_error: float | None = None
+    window_nll: tuple[float, ...] = field(default=(), repr=False)
+
+
+def evaluate(
+    model: str | Path,
+    options: EvaluateConfig | None = None,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
+) -> EvaluateResult:
+    """Perplexity of a model (directory or Hub id), one decoder layer in memory at a time.
+
+    Every window predicts its tokens but the first from those before them in the window; the perplexity is the
+    exponential of the mean negative log-likelihood of all predictions (eval_ppl in lib/eval.py of the released code).
+    keywords: the fields of `EvaluateConfig`, in place of `options`. progress: True shows it on stderr.
+    Raises InvalidInput for a model or text that cannot be evaluated.
+    """
+    options = options_of(EvaluateConfig, "evaluate", options, keywords)
+    started, progress = time.monotonic(), Progress.of(progress)
+    wanted = evaluation_text(options.text, options.samples, options.sequence_length, options)
+    with joined() as ranks, torch.inference_mode(), ExitStack() as opened:
+        ranks.from_first(lambda: check_text(wanted, model))
+        checkpoint = opened.enter_context(open_checkpoint(model))
+        streamed = StreamedModel(checkpoint, options, ranks)
+        progress.header(model_row(checkpoint, len(streamed.layers)))
+        progress.say("reading the text")
+        tokens = ranks.from_first(
+            lambda: (
+                evaluation_tokens(
+                    wanted,
+                    lambda: load_tokenizer(checkpoint.directory, options.trust_remote_code),
+                    streamed.vocab_size,
+                    streamed.room(options),
+                ).tokens
+            )
+        )
+        warn_of_positions(checkpoint.config, tokens.shape[1])
+        give_back_heap()
+        placement = streamed.place(options, streamed.job(*tokens.shape, head=True))
+        progress.header(engine_rows(streamed, placement, *tokens.shape))
+        scores, _ = score_tokens(streamed, tokens, placement, progress)
+        bytes_read = sum(ranks.gathered(checkpoint.bytes_read))
+    window_nll = -scores.reshape(len(tokens), -1).mean(axis=1, dtype=np.float64)
+    return EvaluateResult(
+        perplexity=perplexity_of(scores),
+        standard_error=standard_error_of(window_nll),
+        window_nll=tuple(window_nll.tolist()),
+        windows=len(tokens),
+        sequence_length=tokens.shape[1],
+        seconds=time.monotonic() - started,
+        bytes_read=bytes_read,
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=peak_device_bytes(streamed.device),
+    )
+
+
+def score_tokens(
+    model: StreamedModel,
+    tokens: np.ndarray,
+    placement: Placement,
+    progress: Progress,
+    wanted: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """How likely the model finds each token after those before it in its window.
+
+    tokens: int64 `[sample, token]`. wanted: bool `[sample, token - 1]`, the predictions to make; None makes all.
+    Both results are `[wanted prediction]`, in order of windows: log-probabilities, float32 in nats, and whether the
+    token is the likeliest of all. Every rank of the model runs its share of the windows, and gets the results of all.
+    """
+    batch = placement.batch_size
+    own = model.ranks.share(len(tokens), batch)
+    own_tokens, own_wanted = tokens[own.start : own.stop], None if wanted is None else wanted[own.start : own.stop]
+    with model.hidden_states(placement.hidden_place, *own_tokens.shape) as hidden:
+        with progress.stage("evaluate", len(model.layers), device=model.device) as stage:
+            batches = LayerPass(model, placement, own_tokens, [hidden])
+            for i, weights in batches.layers(stage):
+                batches.run_all(i, weights)
+        found = model.ranks.gathered(score_outputs(model, model.head(), hidden, own_tokens, batch, own_wanted))
+    return np.concatenate([scores for scores, _ in found]), np.concatenate([likeliest for _, likeliest in found])
+
+
+def score_outputs(
+    model: StreamedModel,
+    logits_of: Logits,
+    hidden: HiddenStates,
+    tokens: np.ndarray,
+    batch_size: int,
+    wanted: np.ndarray | None = None,
+    first_window: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same of hidden states that have left the last layer.
+
+    logits_of: of `StreamedModel.head`. first_window: where the hidden states of these tokens begin.
+    """
+    wanted = np.ones((len(tokens), tokens.shape[1] - 1), dtype=bool) if wanted is None else wanted
+    scores, likeliest = [np.zeros(0, dtype=np.float32)], [np.zeros(0, dtype=bool)]
+    for at, values in hidden.stream(batch_size, range(first_window, first_window + len(tokens))):
+        start = at - first_window
+        here = wanted[start : start + len(values)]
+        inputs = values[:, :-1][torch.from_numpy(here).to(model.device)]  # [prediction, hidden]
+        targets = torch.from_numpy(tokens[start : start + len(values), 1:][here]).to(model.device)
+        for first, logits in logits_of(inputs):
+            chunk = targets[first : first + len(logits)]
+            scores.append(-functional.cross_entropy(logits, chunk, reduction="none").cpu().numpy())
+            likeliest.append((logits.argmax(dim=1) == chunk).cpu().numpy())
+    return np.concatenate(scores), np.concatenate(likeliest)
+
+
+def perplexity_of(scores: np.ndarray) -> float:
+    """Exponential of the mean negative log-likelihood. scores: float32 log-probabilities in nats."""
+    return float(np.exp(-scores.mean(dtype=np.float64)))
+
+
+def standard_error_of(window_nll: np.ndarray) -> float | None:
+    """Standard error of the perplexity, windows being drawn independently; None if there is one alone.
+
+    window_nll: float64 `[sample]`, mean negative log-likelihoods of windows of one length. The error of their mean is
+    carried through the exponential to first order.
+    """
+    if len(window_nll) < 2:
+        return None
+    return float(np.exp(window_nll.mean()) * window_nll.std(ddof=1) / np.sqrt(len(window_nll)))

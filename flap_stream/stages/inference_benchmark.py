@@ -1,0 +1,310 @@
+"""What pruning is worth at inference: models side by side through transformers, each in a process of its own.
+
+All processes stay, each with its model loaded, and measure in turn, one at a time: so what else the machine does falls
+on all alike, and each process's memory is its model's. Run as a program, this module is such a process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any
+
+from flap_stream.config import BenchInferenceConfig
+from flap_stream.config.stage_options import options_of
+from flap_stream.errors import FlapStreamError, InsufficientMemory, InvalidOption, UnsupportedModel
+from flap_stream.model.model_code import load_model, require_known_code
+from flap_stream.progress import Progress, peak_host_bytes
+
+
+@dataclass(frozen=True)
+class Setting:
+    """So many prompts at once, tokens of each, and tokens generated after each."""
+
+    batch_size: int
+    prompt_length: int
+    generate: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One run of a setting. Peaks are of this run; kv_cache_bytes: of the whole batch at the end."""
+
+    prompt_seconds: float
+    generation_seconds: float
+    peak_host_bytes: int
+    peak_device_bytes: int
+    kv_cache_bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Medians of a model at a setting: tokens of all prompts together per second, and memory."""
+
+    prompt_tokens_per_second: float
+    generation_tokens_per_second: float
+    peak_host_bytes: int
+    peak_device_bytes: int
+    kv_cache_bytes: int
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """A setting. Speedups are medians of the ratios within each round: above 1, the pruned model is faster."""
+
+    setting: Setting
+    dense: Summary = field(repr=False)
+    pruned: Summary = field(repr=False)
+    prompt_speedup: float
+    generation_speedup: float
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Rows in order of the options, and bytes of the weights; `device` and `dtype` are those that the models ran in."""
+
+    device: str
+    dtype: str
+    rounds: int
+    weight_bytes: dict[str, int]
+    rows: list[BenchRow]
+
+
+def bench_inference(
+    dense: str | Path,
+    pruned: str | Path,
+    options: BenchInferenceConfig | None = None,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
+) -> BenchResult:
+    """Time prompts and generation of a dense and a pruned model (directories or Hub ids), in turn.
+
+    keywords: the fields of `BenchInferenceConfig`, in place of `options`. progress: True shows it on stderr.
+    Raises InvalidModel, InvalidOption or InsufficientMemory for what cannot be run.
+    """
+    options = options_of(BenchInferenceConfig, "bench_inference", options, keywords)
+    settings = [
+        Setting(batch, length, options.generate) for batch in options.batch_sizes for length in options.prompt_lengths
+    ]
+    models = {"dense": str(dense), "pruned": str(pruned)}
+    loaded, found = side_by_side(models, settings, options, Progress.of(progress))
+    rows = []
+    for setting, rounds in zip(settings, found, strict=True):
+        pairs = [(one["dense"], one["pruned"]) for one in rounds]
+        rows.append(
+            BenchRow(
+                setting=setting,
+                dense=summary(setting, [before for before, _ in pairs]),
+                pruned=summary(setting, [after for _, after in pairs]),
+                prompt_speedup=median(before.prompt_seconds / after.prompt_seconds for before, after in pairs),
+                generation_speedup=median(
+                    before.generation_seconds / after.generation_seconds for before, after in pairs
+                ),
+            )
+        )
+    return BenchResult(
+        device=loaded["dense"]["device"],
+        dtype=loaded["dense"]["dtype"],
+        rounds=options.rounds,
+        weight_bytes={name: body["weight_bytes"] for name, body in loaded.items()},
+        rows=rows,
+    )
+
+
+def summary(setting: Setting, measured: Sequence[Measurement]) -> Summary:
+    """Medians over rounds, and the largest peaks."""
+    tokens, generated = setting.batch_size * setting.prompt_length, setting.batch_size * setting.generate
+    return Summary(
+        prompt_tokens_per_second=tokens / median(m.prompt_seconds for m in measured),
+        generation_tokens_per_second=generated / median(m.generation_seconds for m in measured),
+        peak_host_bytes=max(m.peak_host_bytes for m in measured),
+        peak_device_bytes=max(m.peak_device_bytes for m in measured),
+        kv_cache_bytes=measured[0].kv_cache_bytes,
+    )
+
+
+def side_by_side(
+    models: Mapping[str, str], settings: Sequence[Setting], options: BenchInferenceConfig, progress: Progress
+) -> tuple[dict[str, dict[str, Any]], list[list[dict[str, Measurement]]]]:
+    """Measure every setting with every model, the models in turn, their order reversed from round to round.
+
+    models: name to directory or Hub id. What comes out: of each model `device`, `dtype` and `weight_bytes`; and of each
+    setting its rounds. One round before them is not counted.
+    """
+    places = {name: _require_runs(model, settings, options) for name, model in models.items()}
+    vocabulary = min(place["vocabulary"] for place in places.values())
+    with ExitStack() as stack:
+        workers = {}
+        for name, place in places.items():
+            workers[name] = stack.enter_context(_Worker(models[name], place, options))
+        loaded = {name: worker.ask() for name, worker in workers.items()}
+        with progress.stage("bench-inference", len(settings) * (options.rounds + 1), unit="round") as stage:
+            found = []
+            for setting in settings:
+                rounds = []
+                for number in range(options.rounds + 1):
+                    names = list(workers) if number % 2 else list(reversed(workers))
+                    asked = {**asdict(setting), "vocabulary": vocabulary}
+                    measured = {name: Measurement(**workers[name].ask(asked)) for name in names}
+                    rounds.append({name: measured[name] for name in workers})
+                    stage.advance(tokens=len(workers) * setting.batch_size * setting.prompt_length)
+                found.append(rounds[1:])
+    return loaded, found
+
+
+def _require_runs(model: str, settings: Iterable[Setting], options: BenchInferenceConfig) -> dict[str, Any]:
+    """Directory and vocabulary of a model that transformers can run at these settings."""
+    from flap_stream.model.checkpoint import open_checkpoint
+
+    with open_checkpoint(model) as checkpoint:
+        if checkpoint.wrapper is not None:
+            raise UnsupportedModel(f"{model} is multimodal; inference is timed of language models by themselves")
+        config, directory = checkpoint.config, checkpoint.directory
+    if not options.trust_remote_code:
+        require_known_code(config, directory, model)
+    longest = max(setting.prompt_length + setting.generate for setting in settings)
+    if longest > config.get("max_position_embeddings", longest):
+        raise InvalidOption(
+            f"prompt and generation together are {longest} tokens, but {model} was made for "
+            f"{config['max_position_embeddings']}; shorten --prompt-lengths or --generate"
+        )
+    return {
+        "directory": str(directory),
+        "vocabulary": config["vocab_size"],
+        "trust_remote_code": options.trust_remote_code,
+    }
+
+
+class _Worker:
+    """A process that has one model and measures when asked."""
+
+    def __init__(self, name: str, place: dict[str, Any], options: BenchInferenceConfig) -> None:
+        self._name = name
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "flap_stream.stages.inference_benchmark"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+        )
+        self._send({**place, "device": options.device, "dtype": options.dtype})
+
+    def __enter__(self) -> "_Worker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        for stream in (self._process.stdin, self._process.stdout, self._said):
+            assert stream is not None
+            with suppress(BrokenPipeError):  # it died before it had read everything
+                stream.close()
+        self._process.wait()
+
+    def ask(self, question: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The answer to a question, or to what it was started with."""
+        if question is not None:
+            self._send(question)
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._said.seek(0)
+            lines = self._said.read().decode(errors="replace").strip().splitlines()
+            reason = lines[-1] if lines else f"exit code {self._process.wait()}"
+            raise FlapStreamError(f"the process that runs {self._name} failed ({reason})")
+        answer = json.loads(line)
+        if "out_of_memory" in answer:
+            raise InsufficientMemory(
+                f"{self._name} has no room on {answer['out_of_memory']} beside the other model; both are loaded, so "
+                "give smaller --batch-sizes or --prompt-lengths, or --device cpu"
+            )
+        return answer
+
+    def _send(self, body: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it died; reading its answer says why
+            self._process.stdin.write(json.dumps(body) + "\n")
+            self._process.stdin.flush()
+
+
+def _serve() -> None:
+    """Load the model that the first line of stdin names, then measure what each further line asks; a line an answer."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints goes to stderr
+
+    def answer(body: dict[str, Any]) -> None:
+        answers.write(json.dumps(body) + "\n")
+        answers.flush()
+
+    import torch
+
+    from flap_stream.engine.layers import choose_device
+
+    start = json.loads(sys.stdin.readline())
+    device = choose_device(start["device"])
+    try:
+        dtype = "auto" if start["dtype"] == "auto" else getattr(torch, start["dtype"])
+        model = load_model(Path(start["directory"]), dtype, start["trust_remote_code"]).eval().to(device)
+        weights = {tensor.data_ptr(): tensor.nbytes for tensor in model.parameters()}
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        answer({"device": str(device), "dtype": dtype, "weight_bytes": sum(weights.values())})
+        for line in sys.stdin:
+            asked = json.loads(line)
+            vocabulary = asked.pop("vocabulary")
+            answer(asdict(_measure(model, Setting(**asked), vocabulary, device)))
+    except torch.OutOfMemoryError:
+        answer({"out_of_memory": str(device)})
+
+
+def _measure(model: Any, setting: Setting, vocabulary: int, device: Any) -> Measurement:
+    """One prompt of random tokens, then greedy tokens one at a time with its cache."""
+    import torch
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (setting.batch_size, setting.prompt_length), generator=generator).to(device)
+    _reset_peaks(device)
+    with torch.inference_mode():
+        started = clock()
+        output = model(ids, use_cache=True, logits_to_keep=1)
+        cache, token = output.past_key_values, output.logits[:, -1:].argmax(dim=-1)
+        prompted = clock()
+        for _ in range(setting.generate):
+            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(dim=-1)
+        ended = clock()
+    kept = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    return Measurement(
+        prompt_seconds=prompted - started,
+        generation_seconds=ended - prompted,
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        kv_cache_bytes=sum(tensor.nbytes for tensor in kept),
+    )
+
+
+def _reset_peaks(device: Any) -> None:
+    """Count peaks from here on, where the system allows it."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # then the peak is that of the process so far
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,285 @@
+"""How much the loss feels each unit: a backward sweep over the layers, one layer's graph in memory at a time.
+
+With x the input of an output projection, `mean` its baseline and g the gradient of a window's loss with respect to x,
+removing unit u with its bias changes the loss of window w by s_wu = -sum (x - mean) g over the unit's channels and the
+window's tokens, to first order; F_u = mean_w s_wu^2 (Kwon et al. 2022, for masks; the centring is ours).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from flap_stream.engine.hidden_states import Feed, HiddenStates
+from flap_stream.engine.layer_pass import LayerPass, StandIns
+from flap_stream.engine.layers import StreamedModel
+from flap_stream.engine.planner import Placement
+from flap_stream.errors import NonFinite
+from flap_stream.model.architecture import Part
+from flap_stream.progress import Progress
+from flap_stream.storage import files
+from flap_stream.storage.loss_store import KINDS, LossScores, LossStore
+from flap_stream.storage.store import RunDirectory
+
+_LOGIT_BYTES = 1 << 26  # of a chunk of float32 logits
+
+Scores = dict[str, torch.Tensor]  # kind of unit to what removing each changes the loss by, float64 [window, unit]
+
+
+@dataclass(kw_only=True)
+class BackwardPass(LayerPass):
+    """Gradients of the windows' losses on their way from the last layer to the first.
+
+    hidden: one, the gradient with respect to what left the layer at hand, float32 `[sample, token, hidden]`.
+    inputs: for the hidden states that enter the layer at hand. store: where these are.
+    """
+
+    inputs: HiddenStates
+    store: LossStore
+    _feed: Feed = field(init=False)
+    _means: dict[str, torch.Tensor] = field(init=False)
+    _scores: dict[int, Scores] = field(init=False)
+
+    def order(self) -> range:
+        """From the last layer to the first."""
+        return range(len(self.model.layers))[::-1]
+
+    def begin(self) -> None:
+        """The gradient of the loss with respect to what left the last layer."""
+        self._load_inputs(len(self.model.layers))
+        gradient_of = loss_gradient(self.model)
+        for start, hidden in self.inputs.stream(self.placement.batch_size):
+            tokens = torch.from_numpy(self.tokens[start : start + len(hidden)]).to(self.model.device)
+            gradients = [gradient_of(*pair) for pair in zip(hidden, tokens, strict=True)]  # whatever the batch size
+            self.hidden[0].put(start, torch.stack(gradients))
+        self.hidden[0].advance()
+
+    def scores(self, index: int, weights: Mapping[str, torch.Tensor]) -> Scores:
+        """Hand the gradient down through a layer; what removing each unit changes the loss of each window by."""
+        self._load_inputs(index)
+        self._feed, self._scores = Feed(self.inputs, self.placement.batch_size), {}
+        means = self.model.ranks.from_first(lambda: _baselines(self.model, self.store.run, index))
+        self._means = {name: torch.from_numpy(mean).float().to(self.model.device) for name, mean in means.items()}
+        self.run_all(index, weights)
+        parts = [_zeros(self.model, index, 0)] + [self._scores[start] for start in sorted(self._scores)]
+        return {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
+
+    def _load_inputs(self, layer: int) -> None:
+        digest = self.model.ranks.from_first(lambda: self.store.inputs_digest(layer))
+        assert digest is not None, "the inputs of all layers are stored before the sweep"
+        self.inputs.load(self.store.inputs_path(layer), digest, self.model.ranks)
+
+    def run_batch(
+        self, index: int, weights: Mapping[str, torch.Tensor], start: int, values: torch.Tensor, modules: StandIns
+    ) -> torch.Tensor:
+        """The gradient with respect to a batch's input of the layer, from that with respect to its output."""
+        shift = torch.frexp(values.flatten(1).abs().amax(dim=1)).exponent[:, None, None]
+        gradient = torch.ldexp(values, -shift).to(self.model.dtype)  # half precision neither overflows nor vanishes
+        hidden = self._feed.take(start, len(values)).detach().requires_grad_()
+        with torch.enable_grad(), _captured(self.model, index) as reads:
+            output = self.model.run_batch(index, weights, hidden, modules)
+            below, *gradients = torch.autograd.grad(output, [hidden, *(read.inputs for read in reads)], gradient)
+        if not torch.isfinite(below).all():
+            raise NonFinite(
+                f"the gradient of the loss with respect to the input of layer {index} holds NaN or infinity; try "
+                f"--dtype float32 (it ran in {self.model.dtype})"
+            )
+        scores = _zeros(self.model, index, len(values))
+        for read, found in zip(reads, gradients, strict=True):
+            own = slice(read.part.first, read.part.first + read.part.units)
+            changes = read.changes(self._means[read.part.kind.output.name], found)
+            scores[read.part.kind.name][:, own] = -torch.ldexp(changes, shift[:, 0]).cpu()
+        self._scores[start] = scores
+        return torch.ldexp(below.float(), shift)
+
+
+def keep_inputs(batches: LayerPass, store: LossStore, layer: int) -> None:
+    """Store the hidden states of the sweep's windows as they enter a layer (its number behind the last: leave it)."""
+    ranks = batches.model.ranks
+    if ranks.from_first(lambda: store.inputs_digest(layer)) is None:
+        if ranks.is_first:
+            files.make_directory(store.inputs_path(layer).parent)
+        first = 0 if batches.windows is None else batches.windows.start
+        own = min(max(store.windows - first, 0), len(batches.tokens))
+        digest = batches.hidden[0].save(store.inputs_path(layer), ranks, own)
+        if ranks.is_first:
+            store.record_inputs(layer, digest)
+
+
+def require_inputs(model: StreamedModel, store: LossStore, placement: Placement, progress: Progress) -> None:
+    """Run the sweep's windows once more if inputs of layers are missing: the statistics were complete before.
+
+    placement: of the collection, whose batches are repeated, so that the inputs have the same bytes.
+    """
+    ranks, run, count = model.ranks, store.run, len(model.layers)
+    missing = ranks.from_first(lambda: [i for i in range(count + 1) if store.inputs_digest(i) is None])
+    if not missing or ranks.from_first(store.complete) == count:
+        return
+    batch = placement.batch_size
+    tokens = run.read_tokens()[: -(-store.windows // batch) * batch]
+    own = ranks.share(len(tokens), batch)
+    with (
+        progress.stage("loss inputs", count, device=model.device) as stage,
+        torch.inference_mode(),
+        model.hidden_states(placement.hidden_place, len(own), tokens.shape[1], run.path) as hidden,
+    ):
+        batches = LayerPass(model, placement, tokens[own.start : own.stop], [hidden], windows=own)
+        for i, weights in batches.layers(stage):
+            keep_inputs(batches, store, i)
+            batches.run_all(i, weights)
+        keep_inputs(batches, store, count)
+
+
+def collect_loss_scores(
+    model: StreamedModel, store: LossStore, placement: Placement, progress: Progress, interval: int | None = None
+) -> None:
+    """Bring the scores of all layers into the run directory, going on where an earlier call stopped.
+
+    The inputs of all layers are stored. interval: layers between two snapshots of the gradient.
+    All ranks of the model do this together; the run directory is open for writing on the first.
+    Raises NonFinite, naming the layer, if a gradient holds NaN or infinity.
+    """
+    ranks, run = model.ranks, store.run
+    done = ranks.from_first(store.complete)
+    if done < len(model.layers):
+        model.forget_calls()
+        tokens = run.read_tokens()[: store.windows]
+        own, length = ranks.share(len(tokens), placement.batch_size), tokens.shape[1]
+        place = partial(model.hidden_states, placement.hidden_place, len(own), length, run.path)
+        with (
+            progress.stage("loss", len(model.layers), device=model.device) as stage,
+            place() as inputs,
+            place(dtype=torch.float32) as hidden,
+        ):
+            backward = BackwardPass(
+                model,
+                placement,
+                tokens[own.start : own.stop],
+                [hidden],
+                stores=[store.snapshots],
+                reductions=run.batch_reductions(f"loss {store.job}"),
+                windows=own,
+                inputs=inputs,
+                store=store,
+            )
+            for i, weights in backward.layers(stage, done, interval):
+                scores = backward.scores(i, weights)
+                if i < len(model.layers) - done:  # else an earlier call has stored them
+                    found = ranks.gathered(scores)
+                    model.checkpoint.require_unchanged()
+                    if ranks.is_first:
+                        store.write(i, _mean_squares(found))
+    if ranks.is_first:
+        store.snapshots.drop()
+        store.drop_inputs()
+
+
+def _mean_squares(found: Sequence[Scores]) -> LossScores:
+    """F of each unit. found: the changes of the windows of every rank."""
+    return LossScores(
+        **{kind: torch.cat([part[kind] for part in found]).square().mean(dim=0).numpy() for kind in KINDS}
+    )
+
+
+def _baselines(model: StreamedModel, run: RunDirectory, index: int) -> dict[str, np.ndarray]:
+    """Output projection to the mean of its inputs, float64 `[channel]`."""
+    statistics, shape = run.read_statistics(index), model.shapes[index]
+    parts = model.family.parts(shape)
+    return {part.kind.output.name: statistics.of(part.kind.name).mean[part.channels(shape)] for part in parts}
+
+
+def loss_gradient(model: StreamedModel) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The head, loaded: a function to the gradient of a window's loss with respect to what left the last layer.
+
+    It takes `[token, hidden]` and the window's tokens, int64 `[token]`, and returns float32 `[token, hidden]`. The loss
+    is the sum of the negative log-likelihoods of all tokens but the first.
+    """
+    norm, head_weight = model.final_norm(), model.head_weight()
+    chunk = max(1, _LOGIT_BYTES // (4 * model.vocab_size))
+
+    def gradient_of(hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            normed = norm(leaf)
+            gradient = torch.zeros_like(normed)
+            for start in range(0, len(tokens) - 1, chunk):
+                stop = min(start + chunk, len(tokens) - 1)
+                part = normed[start:stop].detach().requires_grad_()
+                logits = model.skeleton.logits(head_weight, part).float()
+                loss = functional.cross_entropy(logits, tokens[start + 1 : stop + 1], reduction="sum")
+                (gradient[start:stop],) = torch.autograd.grad(loss, part)
+            (found,) = torch.autograd.grad(normed, leaf, gradient)
+        return found.float()
+
+    return gradient_of
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What an output projection read.
+
+    inputs: `[window, token, channel]`; of an expert `[routed token, channel]`, `counts` of them for each window.
+    """
+
+    part: Part
+    inputs: torch.Tensor
+    counts: list[int]
+
+    def changes(self, mean: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Sums of (x - mean) g over a window's tokens and a unit's channels, float64 `[window, unit]`."""
+        terms = (self.inputs.detach().float() - mean) * gradient.float()
+        windows = terms if terms.ndim == 3 else terms.split(self.counts)
+        sums = torch.stack([tokens.sum(dim=0, dtype=torch.float64) for tokens in windows])
+        return sums.unflatten(-1, (self.part.units, -1)).sum(dim=-1)
+
+
+@contextmanager
+def _captured(model: StreamedModel, index: int) -> Iterator[list[_Read]]:
+    """What the output projections of a layer read while it runs."""
+    layer, parts = model.layers[index], model.family.parts(model.shapes[index])
+    reads: list[_Read] = []
+    counts: list[list[list[int]]] = []  # of each expert, its rows in each window
+
+    def see(part: Part, expert: int) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+        def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            reads.append(_Read(part, inputs[0], counts[0][expert] if inputs[0].ndim == 2 else []))
+
+        return hook
+
+    handles, number = [], 0
+    for part in parts:
+        name, is_expert = part.kind.output.name, ".experts." in part.kind.output.name
+        if f"{name}.weight" in model.layer_entries[index]:
+            handles.append(layer.get_submodule(name).register_forward_pre_hook(see(part, number)))
+        number += is_expert
+    if number:
+        router = layer.get_submodule("mlp.experts")
+        windows = [0]
+        handles.append(layer.register_forward_pre_hook(lambda _module, inputs: windows.append(len(inputs[0]))))
+        handles.append(
+            router.register_forward_pre_hook(
+                lambda _module, inputs: counts.append(_rows(inputs[1], number, windows[-1]))
+            )
+        )
+    try:
+        yield reads
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows(routed: torch.Tensor, experts: int, windows: int) -> list[list[int]]:
+    """How many tokens of each window go to each expert. routed: int64 `[token, choice]`."""
+    ids = torch.arange(experts, device=routed.device)
+    chosen = (routed[..., None] == ids).sum(dim=1)  # [token, expert]
+    return chosen.unflatten(0, (windows, -1)).sum(dim=1).T.tolist()
+
+
+def _zeros(model: StreamedModel, index: int, windows: int) -> Scores:
+    shape = model.shapes[index]
+    return {kind.name: torch.zeros(windows, shape.units(kind.name), dtype=torch.float64) for kind in model.family.kinds}

@@ -1,0 +1,117 @@
+"""A pruned decoder layer without cutting it: the dense layer, of which removed channels give nothing, and its mending.
+
+So one reading of a layer serves any number of decisions; outputs are those of the written checkpoint, up to rounding.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.scoring import baseline_input
+from flap_stream.arithmetic.surgery import baseline_shift, removed_indices
+from flap_stream.engine.layers import StreamedModel
+from flap_stream.model.architecture import Part
+from flap_stream.model.checkpoint import FORWARD_DTYPES
+from flap_stream.storage.store import RunDirectory
+
+_BLOCK_BYTES = 1 << 23
+
+# Layer, its dense tensors on the device and what stays in it -> tensors that stand in for the layer's own, by name.
+Mending = Callable[[int, Mapping[str, torch.Tensor], LayerKeep], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What stays in every layer, and how what goes is made up for."""
+
+    keeps: list[LayerKeep]
+    mend: Mending
+
+
+@contextmanager
+def masked(
+    model: StreamedModel, index: int, weights: Mapping[str, torch.Tensor], decision: Decision | None
+) -> Iterator[Mapping[str, torch.Tensor]]:
+    """The tensors to run a layer with, while inputs of its output projections that would be gone are set to zero.
+
+    decision: None runs the dense layer.
+    """
+    if decision is None:
+        yield weights
+        return
+    handles, keep = [], decision.keeps[index]
+    for part, removed in _removed(model, index, keep):
+        if len(removed) and f"{part.kind.output.name}.weight" in weights:
+            channels = torch.from_numpy(removed).to(model.device)
+            module = model.layers[index].get_submodule(part.kind.output.name)
+            handles.append(module.register_forward_pre_hook(_zeroing(channels)))
+    try:
+        yield {**weights, **decision.mend(index, weights, keep)}
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def mending(restore: str, model: StreamedModel, run: RunDirectory, form: str) -> Mending:
+    """How one of `config.RESTORATIONS` mends a layer. form: of the statistics, `exact` or `released`.
+
+    A restoration that refits weights belongs here, beside the two: it gives `<output projection>.weight` too, of the
+    dense size, since the inputs that are gone are zero.
+    """
+    if restore == "none":
+        return lambda index, weights, keep: {}
+    assert restore == "bias"
+
+    def mend(index: int, weights: Mapping[str, torch.Tensor], keep: LayerKeep) -> dict[str, torch.Tensor]:
+        statistics, found = run.read_statistics(index), {}
+        for part, removed in _removed(model, index, keep):
+            name = part.kind.output.name
+            if f"{name}.weight" in weights:
+                mean = baseline_input(statistics.of(part.kind.name), form)[part.channels(model.shapes[index])]
+                found[f"{name}.bias"] = _shifted_bias(model, index, weights, name, removed, mean)
+        return found
+
+    return mend
+
+
+def _removed(model: StreamedModel, index: int, keep: LayerKeep) -> Iterator[tuple[Part, np.ndarray]]:
+    """The parts of a layer, and the input channels of their output projections that go."""
+    shape = model.shapes[index]
+    for part in model.family.parts(shape):
+        output = part.kind.output
+        kept = output.kept_indices(part.own(keep.of(part.kind.name)), part.units, shape)
+        yield part, removed_indices(kept, output.size(part.units, shape))
+
+
+def _zeroing(channels: torch.Tensor) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+    def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        inputs[0].index_fill_(-1, channels, 0)  # in place: nothing else reads it
+
+    return hook
+
+
+def _shifted_bias(
+    model: StreamedModel,
+    index: int,
+    weights: Mapping[str, torch.Tensor],
+    name: str,
+    removed: np.ndarray,
+    mean: np.ndarray,
+) -> torch.Tensor:
+    """The bias that pass 2 writes, rounded to the dtype in which it is stored; `[row]` in the forward's dtype.
+
+    mean: float64 `[channel]`.
+    """
+    weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+    channels, means = (torch.from_numpy(array).to(model.device) for array in (removed, mean))
+    rows = max(1, _BLOCK_BYTES // (8 * max(len(removed), 1)))
+    total = torch.cat([baseline_shift(block, channels, means) for block in weight.split(rows)])
+    if bias is not None:
+        total += bias
+    entry = model.layer_entries[index][f"{name}.weight" if bias is None else f"{name}.bias"]
+    return total.to(getattr(torch, FORWARD_DTYPES[entry.dtype])).to(model.dtype)

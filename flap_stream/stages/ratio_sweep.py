@@ -1,0 +1,346 @@
+"""One collection, many ratios: what would remain at each, and the perplexity, the model being read once for all."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flap_stream.config import PlanConfig, SweepConfig, part_of, require_restoration
+from flap_stream.config.stage_options import options_of, warn_of_positions
+from flap_stream.engine.layer_pass import LayerPass
+from flap_stream.engine.layers import StreamedModel
+from flap_stream.engine.planner import Placement
+from flap_stream.errors import InvalidOption
+from flap_stream.model.checkpoint import open_checkpoint
+from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
+from flap_stream.stages.evaluation import perplexity_of, score_outputs
+from flap_stream.stages.job_header import engine_rows, model_row
+from flap_stream.stages.masked_layers import Decision, masked, mending
+from flap_stream.stages.pipeline import PlanResult, decide, require_model_of
+from flap_stream.storage import files
+from flap_stream.storage.json_form import finite, has_form, natural
+from flap_stream.storage.store import RunDirectory, SnapshotStore
+from flap_stream.text.calibration import check_text, evaluation_text, evaluation_tokens, load_tokenizer, tokens_digest
+
+logger = logging.getLogger(__name__)
+
+_POINT = {"ratio": finite, "decoder_ratio": finite, "model_ratio": finite, "parameters": natural, "perplexity": float}
+_CURVE = {
+    **{"options": dict, "restore": str, "text": {"sources": [str], "sha256": str, "shape": (natural, natural)}},
+    **{"dtype": str, "device": str, "dense_perplexity": float, "points": [_POINT]},
+}
+_SAME_RATIO = 1e-9
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """What one ratio gives.
+
+    decoder_ratio, model_ratio: as of `PlanResult`. parameters: that stay. perplexity: None if it was not measured.
+    """
+
+    ratio: float
+    decoder_ratio: float
+    model_ratio: float
+    parameters: int
+    perplexity: float | None
+
+    def __repr__(self) -> str:
+        """In digits that mean something."""
+        measured = "" if self.perplexity is None else f", perplexity={self.perplexity:.4f}"
+        return f"SweepPoint(ratio={self.ratio:g}, removed={self.decoder_ratio:.2%}{measured})"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The largest ratio that was found to keep the perplexity within a share of the dense model's.
+
+    ratio: None if there is none down to the resolution. is_last: whether no larger ratio was tried.
+    """
+
+    increase: float
+    perplexity: float
+    resolution: float
+    ratio: float | None
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """Points in order of ratio, those included that the search for the limit came by, and what this call took."""
+
+    run: Path
+    restore: str
+    parameters: int
+    dense_perplexity: float | None
+    points: list[SweepPoint]
+    limit: Limit | None
+    windows: int
+    sequence_length: int
+    seconds: float
+    bytes_read: int
+    peak_host_bytes: int
+    peak_device_bytes: int
+
+
+def sweep(
+    run: str | Path,
+    options: SweepConfig | None = None,
+    *,
+    model: str | Path | None = None,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
+) -> SweepResult:
+    """Plan many ratios from the run directory, and with `options.evaluate` measure the perplexity of each.
+
+    The stored plan stays as it is. All perplexities come from one reading of the model, if the hidden states of all
+    ratios have room, else from few. They are kept in the run directory as soon as they are known, so that a sweep which
+    is called again goes on.
+    model: where the dense model is now, if it was moved since `collect`. progress: True shows it on stderr.
+    keywords: the fields of `SweepConfig`, in place of `options`.
+    Raises what `plan`, `rewrite` and `evaluate` would.
+    """
+    options = options_of(SweepConfig, "sweep", options, keywords)
+    started, progress = time.monotonic(), Progress.of(progress)
+    restore = require_restoration(options.method, options.restore)
+    with RunDirectory(Path(run)) as directory:
+        plans = [decide(directory, _plan_options(options, ratio), restore) for ratio in options.ratios]
+        if not options.evaluate:
+            points = [_point(plan, None) for plan in plans]
+            return _result(directory, restore, points, started)
+        place = model or directory.manifest["source"]
+        check_text(evaluation_text(options.evaluate, options.samples, options.sequence_length, options), place)
+        with open_checkpoint(place) as source, torch.inference_mode():
+            require_model_of(directory, source)
+            streamed = StreamedModel(source, options)
+            progress.header({**model_row(source, len(streamed.layers)), "run directory": str(run)})
+            curve = _Curve(directory, streamed, options, restore, progress)
+            warn_of_positions(source.config, curve.tokens.shape[1])
+            curve.measure(plans)
+            increase = options.max_perplexity_increase
+            limit = None if increase is None else curve.find_limit(increase, options.resolution)
+            return replace(
+                _result(directory, restore, curve.seen(), started),
+                dense_perplexity=curve.dense,
+                limit=limit,
+                windows=len(curve.tokens),
+                sequence_length=curve.tokens.shape[1],
+                bytes_read=source.bytes_read,
+                peak_device_bytes=peak_device_bytes(streamed.device),
+            )
+
+
+def read_curves(run: RunDirectory) -> list[dict[str, Any]]:
+    """The sweeps that a run directory holds, the oldest first.
+
+    Each has `options` (all of a plan's but the ratio), `restore`, `text` (sources, sha256 and shape of its windows),
+    `dtype`, `device`, `dense_perplexity` and `points` in order of ratio, with the fields of `SweepPoint`.
+    """
+    found = [run.read_sweep(name) for name in run.sweep_names()]
+    return [curve for curve in found if curve is not None and has_form(curve, _CURVE)]
+
+
+def _plan_options(options: SweepConfig, ratio: float) -> PlanConfig:
+    return part_of(options, PlanConfig, ratio=ratio)
+
+
+def _point(plan: PlanResult, perplexity: float | None) -> SweepPoint:
+    return SweepPoint(plan.options.ratio, plan.decoder_ratio, plan.model_ratio, plan.parameters_after, perplexity)
+
+
+def _within(point: SweepPoint, most: float) -> bool:
+    assert point.perplexity is not None
+    return point.perplexity <= most
+
+
+def _result(run: RunDirectory, restore: str, points: list[SweepPoint], started: float) -> SweepResult:
+    return SweepResult(
+        run=run.path,
+        restore=restore,
+        parameters=run.manifest["parameters"],
+        dense_perplexity=None,
+        points=points,
+        limit=None,
+        windows=0,
+        sequence_length=0,
+        seconds=time.monotonic() - started,
+        bytes_read=0,
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=0,
+    )
+
+
+class _Curve:
+    """Perplexities by ratio of one model, text and way of deciding, kept in the run directory."""
+
+    def __init__(
+        self, run: RunDirectory, model: StreamedModel, options: SweepConfig, restore: str, progress: Progress
+    ) -> None:
+        self._run, self._model, self._options, self._progress = run, model, options, progress
+        self._restore = restore
+        self._mend = mending(restore, model, run, options.statistics)
+        self.tokens = evaluation_tokens(
+            evaluation_text(options.evaluate, options.samples, options.sequence_length, options),
+            lambda: load_tokenizer(model.checkpoint.directory, options.trust_remote_code),
+            model.vocab_size,
+            model.room(options),
+        ).tokens
+        decides = asdict(_plan_options(options, options.ratios[0]))
+        del decides["ratio"]
+        job: dict[str, Any] = {
+            "options": decides,
+            "restore": restore,
+            "text": {"sha256": tokens_digest(self.tokens), "shape": list(self.tokens.shape)},
+            "dtype": str(model.dtype),
+            "device": model.device.type,
+        }
+        self._name = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
+        job["text"]["sources"] = [Path(source).name for source in options.evaluate]
+        fresh: dict[str, Any] = {**job, "dense_perplexity": None, "points": []}
+        stored = run.read_sweep(self._name)
+        self._body = stored if stored is not None and has_form(stored, _CURVE) else fresh
+        if self._body is fresh:
+            same = ("text", "dtype", "device")
+            alike = [curve for curve in read_curves(run) if all(curve[key] == job[key] for key in same)]
+            fresh["dense_perplexity"] = alike[-1]["dense_perplexity"] if alike else None
+        self._seen: set[float] = set()
+
+    @property
+    def dense(self) -> float:
+        """Of the dense model, once measured."""
+        return self._body["dense_perplexity"]
+
+    def seen(self) -> list[SweepPoint]:
+        """The points that were asked for, in order of ratio."""
+        known = [SweepPoint(**{name: point[name] for name in _POINT}) for point in self._body["points"]]
+        return [point for point in known if point.ratio in self._seen]
+
+    def measure(self, plans: Sequence[PlanResult]) -> None:
+        """Bring in the dense model's perplexity and those of plans, where they are not known."""
+        self._seen |= {plan.options.ratio for plan in plans}
+        known = {point["ratio"] for point in self._body["points"]}
+        missing: list[PlanResult | None] = [plan for plan in plans if plan.options.ratio not in known]
+        if self._body["dense_perplexity"] is None:
+            missing.insert(0, None)
+        if not missing:
+            return
+        group, placement = _group(self._model, self._options, self.tokens, len(missing), self._run.path)
+        count, length = self.tokens.shape
+        self._progress.header(engine_rows(self._model, placement, group * count, length))
+        readings = range(0, len(missing), group)
+        with self._progress.job([("sweep", 1.0)] * len(readings)):
+            for first in readings:
+                for plan, perplexity in self._perplexities(missing[first : first + group], placement):
+                    self._take(plan, perplexity)
+                self._run.write_sweep(self._name, self._body)
+
+    def _take(self, plan: PlanResult | None, perplexity: float) -> None:
+        """Bring in one perplexity; without a plan it is the dense model's."""
+        if plan is None:
+            self._body["dense_perplexity"] = perplexity
+        else:
+            points = [*self._body["points"], asdict(_point(plan, perplexity))]
+            self._body["points"] = sorted(points, key=lambda point: point["ratio"])
+
+    def find_limit(self, increase: float, resolution: float) -> Limit:
+        """Bisect between the largest ratio measured that stays within the limit and the next one above it."""
+        most, measured = self.dense * (1 + increase), self.seen()
+        found = low = max((point.ratio for point in measured if _within(point, most)), default=0.0)
+        high = min((point.ratio for point in measured if point.ratio > low), default=None)
+        is_last = high is None
+        while high is not None and high - low > resolution + _SAME_RATIO:
+            middle = round((low + high) / 2, 6)
+            try:
+                plan = decide(self._run, _plan_options(self._options, middle), self._restore)
+            except InvalidOption:  # sizes are rounded so coarsely that no ratio so small can be had
+                low = middle
+                continue
+            self.measure([plan])
+            if next(_within(point, most) for point in self.seen() if point.ratio == middle):
+                found = low = middle
+            else:
+                high = middle
+        return Limit(increase, most, resolution, found or None, is_last)
+
+    def _perplexities(
+        self, plans: Sequence[PlanResult | None], placement: Placement
+    ) -> list[tuple[PlanResult | None, float]]:
+        decisions = [None if plan is None else Decision(plan.layers, self._mend) for plan in plans]
+        ratios = [0.0 if plan is None else plan.options.ratio for plan in plans]
+        store = self._run.sweep_snapshots(f"{self._name} {ratios} {placement.batch_size}")
+        found = perplexities(self._model, self.tokens, decisions, placement, store, self._progress)
+        self._model.checkpoint.require_unchanged()
+        return list(zip(plans, found, strict=True))
+
+
+def perplexities(
+    model: StreamedModel,
+    tokens: np.ndarray,
+    decisions: Sequence[Decision | None],
+    placement: Placement,
+    store: SnapshotStore,
+    progress: Progress,
+) -> list[float]:
+    """Perplexity at each decision, None being the dense model, each layer being read once.
+
+    tokens: int64 `[sample, token]`. placement: for as many times these windows. store: of the hidden states of all, as
+    they go through the layers; a call that is interrupted goes on from there.
+    """
+    count, batch = len(tokens), placement.batch_size
+    shares = [range(i * count, (i + 1) * count) for i in range(len(decisions))]  # windows of each decision
+    with (
+        model.hidden_states(
+            placement.hidden_place, len(decisions) * count, tokens.shape[1], store.directory.parent
+        ) as hidden,
+        progress.stage("sweep", len(model.layers), device=model.device) as stage,
+    ):
+        batches = LayerPass(model, placement, tokens, [hidden], stores=[store], copies=len(decisions))
+        for i, weights in batches.layers(stage):
+            for decision, windows in zip(decisions, shares, strict=True):
+                with masked(model, i, weights, decision) as own:
+                    for _ in batches.run(i, own, windows=windows):
+                        pass
+            hidden.advance()
+        logits_of = model.head()
+        scores = (score_outputs(model, logits_of, hidden, tokens, batch, first_window=w.start)[0] for w in shares)
+        found = [perplexity_of(score) for score in scores]
+    store.drop()
+    return found
+
+
+def _group(
+    model: StreamedModel, options: SweepConfig, tokens: np.ndarray, count: int, directory: Path
+) -> tuple[int, Placement]:
+    """How many of `count` decisions to measure in one reading of the model, and how to run them.
+
+    All together if their hidden states fit into memory; else what moves the fewest bytes: another reading of the model,
+    or hidden states that go to disk and back at every layer.
+    """
+    candidates: list[tuple[int, int, Placement]] = []
+    for passes in range(1, count + 1):
+        group = -(-count // passes)
+        if any(group == known for _, known, _ in candidates):
+            continue
+        placement = model.place(options, model.job(group * len(tokens), tokens.shape[1], head=True))
+        window_bytes = tokens.shape[1] * model.hidden_size * model.dtype.itemsize
+        layers_bytes = sum(model.layer_bytes(i) for i in range(len(model.layers)))
+        moved = passes * layers_bytes
+        if placement.hidden_place == "disk":
+            hidden_bytes = len(tokens) * window_bytes
+            moved += 2 * len(model.layers) * count * hidden_bytes
+            if group > 1 and files.free_bytes(directory) < 2 * group * hidden_bytes:
+                continue
+        candidates.append((moved, group, placement))
+        if placement.hidden_place != "disk":
+            break
+    _, group, placement = min(candidates, key=lambda candidate: candidate[0])
+    if group < count:
+        logger.info("no memory for the hidden states of %d ratios; %d go through the model at a time", count, group)
+    return group, placement

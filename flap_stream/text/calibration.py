@@ -1,0 +1,291 @@
+"""Text to token windows: the released sampling for calibration, consecutive windows for evaluation."""
+
+import hashlib
+import logging
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flap_stream.config import CollectConfig, TextConfig
+from flap_stream.errors import InsufficientMemory, InvalidOption, InvalidText
+from flap_stream.storage import files
+from flap_stream.text import text_files
+from flap_stream.text.text_files import DATASETS, Reading
+from flap_stream.text.tokenization import Tokenizer, load_tokenizer, pretrained_tokenizer, window_prefix
+
+__all__ = [
+    "DATASETS",
+    "TextWanted",
+    "Windows",
+    "calibration_text",
+    "calibration_tokens",
+    "check_text",
+    "evaluation_text",
+    "evaluation_tokens",
+    "load_tokenizer",
+    "pretrained_tokenizer",
+    "tokens_digest",
+]
+
+logger = logging.getLogger(__name__)
+
+_KEPT_TOKENS = 1 << 24  # of a text that windows are drawn from; a longer one is tokenised twice
+
+Load = Callable[[], Tokenizer]
+
+
+@dataclass(frozen=True)
+class TextWanted:
+    """Which text, in windows of how many tokens.
+
+    sources: of `DATASETS`, or files and directories, or one .npy of ready tokens, whose own shape counts and of which
+    the first `samples` rows are used. samples: windows; None is all there are. evaluation: else calibration.
+    """
+
+    sources: Sequence[str]
+    samples: int | None
+    length: int
+    options: TextConfig
+    evaluation: bool = False
+
+    @property
+    def names(self) -> str:
+        """The sources in a message."""
+        return ", ".join(self.sources)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Tokens int64 `[sample, token]`, and what each window was begun with beside its text."""
+
+    tokens: np.ndarray
+    prefix: tuple[int, ...] = ()
+
+
+def tokens_digest(tokens: np.ndarray) -> str:
+    """Sha256 of int64 tokens and their shape."""
+    data = np.ascontiguousarray(tokens, dtype="<i8")
+    return hashlib.sha256(repr(data.shape).encode() + data.tobytes()).hexdigest()
+
+
+def calibration_text(options: CollectConfig) -> TextWanted:
+    """What pass 1 is to be run over."""
+    return TextWanted(options.calibration, options.samples, options.sequence_length, options)
+
+
+def evaluation_text(sources: Sequence[str], samples: int | None, length: int, options: TextConfig) -> TextWanted:
+    """What a perplexity is to be measured on."""
+    return TextWanted(sources, samples, length, options, evaluation=True)
+
+
+def check_text(wanted: TextWanted, model: str | Path | None = None) -> None:
+    """All that can be known of a text without a tokenizer and without reading it; needs neither torch nor a model.
+
+    model: if it is to come from the Hub, texts of the Hub, which are small beside it, are fetched before it.
+    Raises InvalidText or InvalidOption for what cannot serve.
+    """
+    if _ready_tokens(wanted.sources) is not None:
+        for name, value, default in (
+            ("bos", wanted.options.bos, ("auto", "never")),
+            ("text-column", wanted.options.text_column, (None,)),
+            ("chat-template", wanted.options.chat_template, ("auto",)),
+        ):
+            if value not in default:
+                raise InvalidOption(f"--{name} {value} is about text, but {wanted.names} holds ready tokens")
+        return
+    text_files.check_sources(wanted.sources, wanted.evaluation)
+    is_path = str(model).startswith(("/", ".", "~")) or str(model).count("/") > 1 or Path(str(model)).exists()
+    if model is not None and not is_path:
+        text_files.fetch(wanted.sources, wanted.evaluation)
+
+
+def calibration_tokens(wanted: TextWanted, seed: int, load: Load, vocab_size: int, room: int | None = None) -> Windows:
+    """Calibration windows.
+
+    load: gives the tokenizer; not called for ready tokens. room: bytes that reading and tokenising may take.
+    Raises InvalidText for text that is missing, unreadable, too short, or not of this vocabulary.
+    Source: lib/data.py of the released code (Python's `random` seeded once, `randint` with both ends included).
+    """
+    ready = _ready_tokens(wanted.sources)
+    if ready is not None:
+        return Windows(_checked(ready[: wanted.samples], vocab_size, wanted))
+    assert wanted.samples is not None
+    _require_room_for(wanted.samples, wanted, room)
+    tokenizer, draw = load(), random.Random(seed)
+    prefix = _window_prefix(tokenizer, wanted)
+    if list(wanted.sources) == ["c4"]:
+        tokens = _c4_windows(wanted.samples, wanted.length, draw, tokenizer, prefix)
+    else:
+        tokens = _drawn_windows(wanted, draw, tokenizer, prefix, room)
+    return Windows(_checked(tokens, vocab_size, wanted), prefix)
+
+
+def evaluation_tokens(wanted: TextWanted, load: Load, vocab_size: int, room: int | None = None) -> Windows:
+    """Consecutive full windows of a text; what is left over at the end is dropped.
+
+    With a prefix, each window has so much less of the text. No more of the text is read than `samples` windows need.
+    Raises InvalidText as `calibration_tokens` does.
+    """
+    ready = _ready_tokens(wanted.sources)
+    if ready is not None:
+        return Windows(_checked(ready[: wanted.samples], vocab_size, wanted))
+    tokenizer = load()
+    prefix = _window_prefix(tokenizer, wanted)
+    width = wanted.length - len(prefix)
+    most = None if wanted.samples is None else wanted.samples * width
+    kept: list[np.ndarray] = []
+    total = 0
+    for ids in _token_stream(wanted, tokenizer, room):
+        own = ids[_length_of(prefix, ids) :] if not total else ids  # each window has its prefix anyway
+        kept.append(own.astype(np.int32))
+        total += len(own)
+        _require_room_for(total // width, wanted, room)
+        if most is not None and total >= most:
+            break
+    count = total // width if wanted.samples is None else min(total // width, wanted.samples)
+    if count == 0:
+        raise InvalidText(
+            f"{wanted.names} gives {total} tokens, but one window needs {width}; "
+            "give more text or a smaller --sequence-length"
+        )
+    tokens = np.empty((count, wanted.length), dtype=np.int64)
+    tokens[:, : len(prefix)] = prefix
+    tokens[:, len(prefix) :] = np.concatenate(kept)[: count * width].reshape(count, width)
+    return Windows(_checked(tokens, vocab_size, wanted), prefix)
+
+
+def _token_stream(wanted: TextWanted, tokenizer: Tokenizer, room: int | None) -> Iterator[np.ndarray]:
+    """Ids of the whole text, int64, piece after piece."""
+    options = wanted.options
+    is_chat = False
+
+    def render(messages: list) -> str:
+        nonlocal is_chat
+        is_chat = True
+        if tokenizer.render is None:
+            raise InvalidText("this tokenizer has no chat template for conversations")
+        return tokenizer.render(messages)
+
+    reading = Reading(options.text_column, options.chat_template, render)
+    pieces = text_files.joined(wanted.sources, wanted.evaluation, reading)
+    first = next(pieces, "")  # by then it is known whether it is a conversation
+
+    def text() -> Iterator[str]:
+        yield first
+        yield from pieces
+
+    yield from tokenizer.ids(text(), room, is_chat)
+
+
+def _window_prefix(tokenizer: Tokenizer, wanted: TextWanted) -> tuple[int, ...]:
+    prefix = window_prefix(tokenizer, wanted.options.bos)
+    if len(prefix) >= wanted.length:
+        raise InvalidOption(
+            f"--sequence-length is {wanted.length}, but {len(prefix)} tokens begin each window; give a larger one, or "
+            "--bos never"
+        )
+    return prefix
+
+
+def _drawn_windows(
+    wanted: TextWanted, draw: random.Random, tokenizer: Tokenizer, prefix: tuple[int, ...], room: int | None
+) -> np.ndarray:
+    """Windows from random places. The places depend on the number of tokens, so a long text is gone through twice."""
+    assert wanted.samples is not None
+    kept: list[np.ndarray] | None = []
+    total = 0
+    for ids in _token_stream(wanted, tokenizer, room):
+        total += len(ids)
+        if total > _KEPT_TOKENS:
+            if kept is not None:
+                logger.info("%s is long; it is tokenised twice, to be read in bounded memory", wanted.names)
+            kept = None
+        elif kept is not None:
+            kept.append(ids.astype(np.int32))
+    last = total - wanted.length - 1
+    if last < 0:
+        raise InvalidText(
+            f"{wanted.names} gives {total} tokens, but one window of {wanted.length} needs {wanted.length + 1}; "
+            "give more text or a smaller --sequence-length"
+        )
+    starts = np.array([draw.randint(0, last) for _ in range(wanted.samples)])
+    windows = np.zeros((wanted.samples, wanted.length), dtype=np.int64)
+    at = 0
+    for ids in _token_stream(wanted, tokenizer, room) if kept is None else kept:
+        for row in np.flatnonzero((starts < at + len(ids)) & (starts + wanted.length > at)):
+            first, stop = max(starts[row], at), min(starts[row] + wanted.length, at + len(ids))
+            windows[row, first - starts[row] : stop - starts[row]] = ids[first - at : stop - at]
+        at += len(ids)
+    if at != total:
+        raise InvalidText(f"{wanted.names} changed while it was read; run the same command again")
+    return np.stack([_begun_with(prefix, ids) for ids in windows])
+
+
+def _begun_with(prefix: tuple[int, ...], ids: np.ndarray) -> np.ndarray:
+    """As many ids, the prefix and what follows it, which is there already if the text itself begins with it."""
+    return ids if not prefix else np.concatenate([prefix, ids[_length_of(prefix, ids) :]])[: len(ids)]
+
+
+def _length_of(prefix: tuple[int, ...], ids: np.ndarray) -> int:
+    """How many ids are the prefix: all of its length, or none."""
+    return len(prefix) if tuple(ids[: len(prefix)]) == prefix else 0
+
+
+def _c4_windows(
+    samples: int, length: int, draw: random.Random, tokenizer: Tokenizer, prefix: tuple[int, ...]
+) -> np.ndarray:
+    """One window from each of `samples` random documents that are long enough (get_c4 in lib/data.py)."""
+    windows: list[np.ndarray] = []
+    with text_files.C4Documents() as documents:
+        while len(windows) < samples:
+            document = documents[draw.randint(0, len(documents) - 1)]
+            ids = np.concatenate(list(tokenizer.ids([document])))
+            if len(ids) > length:
+                start = draw.randint(0, len(ids) - length - 1)
+                windows.append(_begun_with(prefix, ids[start : start + length]))
+    return np.stack(windows)
+
+
+def _require_room_for(count: int, wanted: TextWanted, room: int | None) -> None:
+    """Raise InsufficientMemory if the tokens of so many windows alone have no room."""
+    needed = 12 * count * wanted.length  # as they are gathered, and as they go through the model
+    if room is not None and needed > max(room, 1 << 20):
+        raise InsufficientMemory(
+            f"the tokens of {count:,} windows of {wanted.names} take {needed:,} bytes, and {room:,} are left of what "
+            "may be taken; give fewer --samples, or more --host-memory"
+        )
+
+
+def _checked(tokens: np.ndarray, vocab_size: int, wanted: TextWanted) -> np.ndarray:
+    lowest, highest = int(tokens.min()), int(tokens.max())
+    if lowest < 0 or highest >= vocab_size:
+        worst = lowest if lowest < 0 else highest
+        raise InvalidText(
+            f"{wanted.names} has token {worst}, but the model's vocabulary is 0 to {vocab_size - 1}; "
+            "tokenise the text with this model's own tokenizer"
+        )
+    return np.array(tokens, dtype=np.int64)  # a copy, not the file
+
+
+def _ready_tokens(sources: Sequence[str]) -> np.ndarray | None:
+    """The tokens of a .npy file, if that is what is named."""
+    if not any(source.endswith(".npy") for source in sources):
+        return None
+    if len(sources) != 1:
+        raise InvalidText(f"{', '.join(sources)}: a .npy of ready tokens stands alone; name it without other texts")
+    path = Path(sources[0])
+    if path.exists() and not path.is_file():
+        raise InvalidText(f"{path} is not a plain file; save the tokens as one with numpy.save")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            files.require_plain(path)
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a claim of 1 TB allocates nothing
+    except Exception as error:  # numpy evaluates the header as Python, so nearly anything may come out
+        raise InvalidText(f"{path} cannot be read as a .npy file: {error}") from error
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.shape[1] < 2 or len(tokens) == 0:
+        raise InvalidText(f"{path} holds {tokens.dtype} {list(tokens.shape)}; expected integers [sample, token]")
+    return tokens

@@ -1,0 +1,379 @@
+"""Text to token ids: whole, or in pieces that give the same ids in bounded memory.
+
+A tokenizer takes about 155 bytes for each byte of text while it works. So a long text goes through it in pieces. Where
+two of them may meet is not assumed but tried: a piece is tokenised with context on both sides, and a place is a seam
+only if the ids on either side of it are the same in all contexts that it is seen in. Where there is no such place, the
+piece grows.
+"""
+
+import importlib.util
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flap_stream.errors import InvalidOption, InvalidText
+from flap_stream.model.model_code import tokenizer_config
+
+logger = logging.getLogger(__name__)
+
+BYTES_PER_CHARACTER = 200  # that a tokenizer takes at most while it works, as measured, with a margin
+
+_PIECE_CHARS = 1 << 16
+_CONTEXT_CHARS = 1 << 10
+_SEAMS_TRIED = 12  # of each sort
+_SAMPLES = ("a", "In the beginning")
+_SENTENCE_MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
+_SENTENCE_PACKAGES = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+_TIKTOKEN_PACKAGES = {"tiktoken": "tiktoken"}
+
+Encode = Callable[[str], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What makes ids of a text.
+
+    encode: ids of a text, no special tokens added. prefix, suffix: those that a text gets around it.
+    bos: the token that begins a text, if there is one. render: a conversation as text.
+    in_pieces: whether ids depend on what is near alone, so that a text can be tokenised in pieces.
+    """
+
+    encode: Encode
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+    bos: int | None = None
+    render: Callable[[list[dict[str, Any]]], str] | None = None
+    in_pieces: bool = True
+
+    def ids(self, pieces: Iterable[str], room: int | None = None, is_chat: bool = False) -> Iterator[np.ndarray]:
+        """Ids of a text, int64, piece after piece: together those of the whole text at once.
+
+        pieces: the text, cut anywhere. room: bytes that tokenising may take; None does not limit it.
+        is_chat: the text may begin with the prefix written out, which is not added to it then.
+        Raises InvalidText if the text cannot be cut into pieces that are small enough.
+        """
+        most = None if room is None else max(_PIECE_CHARS + 2 * _CONTEXT_CHARS, room // BYTES_PER_CHARACTER)
+        prefix = np.asarray(self.prefix, dtype=np.int64)
+        found = _Cutter(self.encode, pieces, most).ids() if self.in_pieces else self._at_once(pieces, most)
+        for number, ids in enumerate(found):
+            written_out = is_chat and len(ids) >= len(prefix) and (ids[: len(prefix)] == prefix).all()
+            yield ids if number or written_out else np.concatenate([prefix, ids])
+        yield np.asarray(self.suffix, dtype=np.int64)
+
+    def _at_once(self, pieces: Iterable[str], most: int | None) -> Iterator[np.ndarray]:
+        found, size = [], 0
+        for piece in pieces:
+            size += len(piece)
+            if most is not None and size > most:
+                raise InvalidText(_too_large(most))
+            found.append(piece)
+        yield np.asarray(self.encode("".join(found)), dtype=np.int64)
+
+
+def _too_large(most: int) -> str:
+    return (
+        f"the text cannot be tokenised in pieces of {most:,} characters, for which there is memory; give less text, "
+        "more --host-memory, or ready tokens as a .npy file"
+    )
+
+
+class _Cutter:
+    """One text on its way through a tokenizer.
+
+    `_text` is what lies before the reader: `_before` characters of context, whose ids are `_known`, then what has no
+    ids yet.
+    """
+
+    def __init__(self, encode: Encode, pieces: Iterable[str], most: int | None) -> None:
+        self._encode, self._pieces, self._most = encode, iter(pieces), most
+        self._text, self._before, self._known = "", 0, np.zeros(0, dtype=np.int64)
+        self._context_of_next = 0  # what of the text a piece that waits has, too
+        self._ended = False
+
+    def ids(self) -> Iterator[np.ndarray]:
+        """Ids of piece after piece. A piece is given out when the next one has confirmed the seam between them."""
+        last: tuple[str, int, np.ndarray] | None = None  # the state before the piece that waits
+        waiting: np.ndarray | None = None
+        size = _PIECE_CHARS
+        while True:
+            self._read(size + _CONTEXT_CHARS)
+            found = self._encoded(self._text)
+            if not _starts_with(found, self._known):  # what follows has changed what was before: take it back
+                if last is None:
+                    raise InvalidText("the tokenizer reads a text otherwise by parts; give ready tokens as a .npy file")
+                text, self._before, self._known = last
+                self._text = text + self._text[self._context_of_next :]
+                last, waiting, size = None, None, 2 * max(size, len(text))
+                self._require_room(size)
+                continue
+            if waiting is not None:
+                yield waiting
+            waiting, last = None, None
+            if self._ended:
+                yield found[len(self._known) :]
+                return
+            cut = self._seam(found)
+            if cut is None:
+                size *= 2
+                self._require_room(size)
+                continue
+            place, known, rest = cut
+            waiting = found[len(self._known) : len(found) - rest]
+            last = self._text[:place], self._before, self._known
+            start = max(0, place - _CONTEXT_CHARS)
+            self._context_of_next = place - start
+            self._text, self._before, self._known, size = self._text[start:], place - start, known, _PIECE_CHARS
+
+    def _read(self, size: int) -> None:
+        """Have so many characters after the context, or all that are left."""
+        parts, have = [self._text], len(self._text) - self._before
+        while have < size and not self._ended:
+            piece = next(self._pieces, None)
+            self._ended = piece is None
+            if piece:
+                parts.append(piece)
+                have += len(piece)
+        self._text = "".join(parts)
+
+    def _encoded(self, text: str) -> np.ndarray:
+        return np.asarray(self._encode(text), dtype=np.int64)
+
+    def _require_room(self, size: int) -> None:
+        if self._most is not None and size > self._most:
+            raise InvalidText(_too_large(self._most))
+
+    def _seam(self, found: np.ndarray) -> tuple[int, np.ndarray, int] | None:
+        """A place to cut: where it is, ids of the context before it, how many ids come after it; None if there is none.
+
+        found: ids of the whole text. In the context's own ids, in those of the context on both sides and in the whole
+        text's, the same ids must come before the place and after it.
+        """
+        end = len(self._text) - _CONTEXT_CHARS
+        for place in _places(self._text, max(self._before + 1, end - _PIECE_CHARS // 2), end):
+            start = max(0, place - _CONTEXT_CHARS)
+            left = self._encoded(self._text[start:place])
+            both = self._encoded(self._text[start:])
+            right = both[len(left) :]
+            if not len(left) or not len(right) or not _starts_with(both, left) or not _ends_with(found, right):
+                continue
+            before = found[: len(found) - len(right)]
+            if _ends_with(before, left if start == 0 else left[len(left) // 2 :]):
+                return place, left, len(right)
+        return None
+
+
+def _places(text: str, first: int, end: int) -> Iterator[int]:
+    """Where to try a cut, the likeliest and latest first: after a line, before a word, after a sign, anywhere."""
+    sorts: tuple[Callable[[str, str], bool], ...] = (
+        lambda a, b: a == "\n" and b.isalpha(),
+        lambda a, b: b == " " and a.isalpha(),
+        lambda a, b: a.isspace() != b.isspace(),
+        lambda a, b: not a.isalnum() and b.isalnum(),
+        lambda a, b: True,
+    )
+    for is_place in sorts:
+        found = (i for i in range(end, first - 1, -1) if is_place(text[i - 1], text[i]))
+        yield from islice(found, _SEAMS_TRIED)
+
+
+def _starts_with(ids: np.ndarray, part: np.ndarray) -> bool:
+    return len(ids) >= len(part) and bool((ids[: len(part)] == part).all())
+
+
+def _ends_with(ids: np.ndarray, part: np.ndarray) -> bool:
+    return len(ids) >= len(part) and bool((ids[len(ids) - len(part) :] == part).all())
+
+
+def load_tokenizer(directory: Path, trust_remote_code: bool) -> Tokenizer:
+    """The tokenizer beside a model.
+
+    Raises InvalidText if there is none that loads, or only with code of its own that is not trusted.
+    """
+    found = pretrained_tokenizer(directory, trust_remote_code)
+    found.model_max_length = int(1e30)  # windows are cut afterwards
+    return described(found, directory)
+
+
+def described(found: Any, directory: Path) -> Tokenizer:
+    """What a tokenizer of transformers does to a text."""
+
+    def whole(text: str) -> list[int]:
+        return found(text)["input_ids"]
+
+    def bare(text: str) -> list[int]:
+        return found(text, add_special_tokens=False)["input_ids"]
+
+    render, bos = _renderer(found, directory), found.bos_token_id
+    around = _around(whole(_SAMPLES[0]), bare(_SAMPLES[0]))
+    if around is None or any(whole(text) != [*around[0], *bare(text), *around[1]] for text in _SAMPLES):
+        return Tokenizer(whole, bos=bos, render=render, in_pieces=False)
+    return Tokenizer(bare, *around, bos, render, in_pieces=not _reads_as_a_whole(found))
+
+
+def window_prefix(tokenizer: Tokenizer, bos: str) -> tuple[int, ...]:
+    """What every window begins with: with `auto` what the tokenizer puts before a text, if it does.
+
+    Raises InvalidOption for `always` where the tokenizer has no token for it.
+    """
+    prefix = tokenizer.prefix if bos != "never" else ()
+    if bos == "always" and not prefix:
+        if tokenizer.bos is None:
+            raise InvalidOption("--bos always needs a beginning-of-text token, and this model's tokenizer has none")
+        prefix = (tokenizer.bos,)
+    return prefix
+
+
+def _around(whole: list[int], inner: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """What is before and after one list in the other."""
+    for start in range(len(whole) - len(inner) + 1):
+        if whole[start : start + len(inner)] == inner:
+            return tuple(whole[:start]), tuple(whole[start + len(inner) :])
+    return None
+
+
+def _reads_as_a_whole(tokenizer: Any) -> bool:
+    """Whether ids anywhere may depend on the whole text: sums of scores along all of it, rounded."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or type(backend.model).__name__ != "Unigram":
+        return False
+    splits = backend.pre_tokenizer
+    return splits is None or len(splits.pre_tokenize_str("a b c")) < 3
+
+
+def _renderer(tokenizer: Any, directory: Path) -> Callable[[list[dict[str, Any]]], str]:
+    def render(messages: list[dict[str, Any]]) -> str:
+        if not getattr(tokenizer, "chat_template", None):
+            raise InvalidText(f"the tokenizer of {directory} has no chat template for conversations")
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # a template is a program, which may do anything but get out
+            raise InvalidText(f"the chat template does not take this conversation ({_first_line(error)})") from error
+
+    return render
+
+
+def pretrained_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer that transformers finds beside a model.
+
+    Raises InvalidText if there is none that loads, or only with code of its own that is not trusted.
+    """
+    from transformers import AutoTokenizer
+
+    _require_packages(directory)
+    if trust_remote_code:
+        _fetch_code(directory)
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, config=tokenizer_config(directory), trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # the tokenizers library raises nothing more special
+        if not trust_remote_code and code_files(directory):
+            raise InvalidText(
+                f"the tokenizer of {directory} is code of its own; read it and let it run with --trust-remote-code, or "
+                "give ready tokens as a .npy file"
+            ) from error
+        _require_known_form(directory / "tokenizer.json")
+        raise InvalidText(
+            f"the tokenizer of {directory} does not load ({_first_line(error)}); give ready tokens as a .npy file "
+            "instead"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _require_known_form(path: Path) -> None:
+    """Raise InvalidText, saying which, if a tokenizer.json is missing, damaged or not known to the library."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import __version__ as installed
+
+    if not path.is_file():
+        if not any(path.parent.glob("*token*")) and not any(path.parent.glob("*.model")):
+            raise InvalidText(
+                f"{path.parent} has no tokenizer; copy {path.name} and what belongs to it there from where the model "
+                "is from, or give ready tokens as a .npy file"
+            )
+        return
+    try:
+        json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InvalidText(f"{path} is cut short or damaged ({error}); download it again") from error
+    try:
+        Backend.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        raise InvalidText(
+            f"{path} is not known to tokenizers {installed} ({_first_line(error)}); a newer one may know it: pip "
+            "install -U tokenizers transformers; or give ready tokens as a .npy file"
+        ) from error
+
+
+def _require_packages(directory: Path) -> None:
+    """Raise InvalidText if a tokenizer needs packages that are not installed; transformers might guess."""
+    found = [name for name in _SENTENCE_MODELS if (directory / name).is_file()]
+    if not found or (directory / "tokenizer.json").is_file() or code_files(directory):
+        return
+    with open(directory / found[0], "rb") as file:
+        is_sentencepiece = file.read(1) == b"\n"  # the first field of its message; tiktoken's is text
+    packages = _SENTENCE_PACKAGES if is_sentencepiece else _TIKTOKEN_PACKAGES
+    missing = [name for module, name in packages.items() if not _is_installed(module)]
+    if missing:
+        raise InvalidText(
+            f"{directory} has its tokenizer as {found[0]} alone, which needs {', '.join(missing)}: pip install "
+            "'flap-stream[sentencepiece]'"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def code_files(directory: Path) -> list[str]:
+    """Names of the Python files that a tokenizer is made of, as tokenizer_config.json says, and of what they import."""
+    try:
+        config = json.loads((directory / "tokenizer_config.json").read_bytes())
+        named = config.get("auto_map", {})
+        classes = named.get("AutoTokenizer") if isinstance(named, dict) else named
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return []
+    classes = [classes] if isinstance(classes, str) else classes if isinstance(classes, list) else []
+    modules = [name.rpartition(".")[0] for name in classes if isinstance(name, str)]
+    found: set[str] = set()
+    while modules:
+        module = modules.pop()
+        name = f"{module}.py"
+        if module.isidentifier() and name not in found:
+            found.add(name)
+            path = directory / name
+            text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+            modules += re.findall(r"^\s*(?:from|import)\s+\.(\w+)", text, re.MULTILINE)
+    return sorted(found)
+
+
+def _fetch_code(directory: Path) -> None:
+    """Bring the tokenizer's code into the Hub cache that a model's other files are in; elsewhere it is there or not."""
+    cached = directory.parent.parent.name
+    if directory.parent.name != "snapshots" or not cached.startswith("models--"):
+        return
+    from huggingface_hub import hf_hub_download
+
+    repository, tried = cached.removeprefix("models--").replace("--", "/"), set[str]()
+    while missing := [n for n in code_files(directory) if n not in tried and not (directory / n).is_file()]:
+        tried.update(missing)
+        for name in missing:
+            try:
+                hf_hub_download(repository, name, revision=directory.name)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise InvalidText(
+                    f"{name} of the tokenizer of {repository} cannot be had from the Hub ({_first_line(error)})"
+                ) from error
