@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from flap_stream.arithmetic.allocation import allocate
+from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.sizes import pruned_sizes
 from flap_stream.config import PlanConfig, PruneConfig
 from flap_stream.errors import InvalidOption, ShapeMismatch
-from flap_stream.model.architecture import LayerShape
 
 SHAPE = LayerShape(kv_groups=2, heads_per_group=1, head_dim=3, neurons=4, group_cost=12, neuron_cost=3)
 

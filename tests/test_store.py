@@ -23,8 +23,8 @@ from flap_stream.engine.hidden_states import HiddenStates, make_hidden_states
 from flap_stream.errors import CorruptRun, RunLocked, RunMismatch
 from flap_stream.storage import files, run_manifest, store
 from flap_stream.storage.journal import Journal
+from flap_stream.storage.run_manifest import tokens_digest
 from flap_stream.storage.store import RunDirectory, SnapshotStore
-from flap_stream.text.calibration import tokens_digest
 
 SHAPE = {"kv_groups": 4, "heads_per_group": 1, "head_dim": 2, "neurons": 7, "group_cost": 32, "neuron_cost": 12}
 LAYERS = [{**SHAPE, "experts": []}, {**SHAPE, "experts": []}]

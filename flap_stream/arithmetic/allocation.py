@@ -6,9 +6,9 @@ from math import ceil, gcd, lcm
 
 import numpy as np
 
+from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.config import FAST_MULTIPLE, PlanConfig
 from flap_stream.errors import InvalidOption, ShapeMismatch
-from flap_stream.model.architecture import LayerShape
 
 
 @dataclass(frozen=True)

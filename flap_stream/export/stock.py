@@ -15,11 +15,12 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.config import EngineConfig, ExportStockConfig
 from flap_stream.config.stage_options import options_of
 from flap_stream.engine.layers import StreamedModel
 from flap_stream.errors import InvalidInput, InvalidModel, OutputConflict, UnsupportedModel
-from flap_stream.model.architecture import FAMILIES, ROWS, Family, LayerShape
+from flap_stream.model.architecture import FAMILIES, ROWS, Family
 from flap_stream.model.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, open_checkpoint
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.output import output

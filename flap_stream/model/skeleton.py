@@ -17,8 +17,9 @@ from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.errors import InvalidModel
-from flap_stream.model.architecture import Family, LayerShape, family_of, layer_shape, require_sizes
+from flap_stream.model.architecture import Family, family_of, layer_shape, require_sizes
 from flap_stream.model.model_code import model_class
 from flap_stream.modeling import modeling_flap_stream
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.sizes import pruned_sizes
 from flap_stream.config import PlanConfig
 from flap_stream.engine.ranks import ALONE, Ranks
 from flap_stream.errors import CorruptCheckpoint, InsufficientSpace, NotPlain, OutputConflict
-from flap_stream.model.architecture import PRUNED_TYPE, Family, LayerShape, family_of
+from flap_stream.model.architecture import PRUNED_TYPE, Family, family_of
 from flap_stream.model.checkpoint import INDEX_NAME, Checkpoint, read_header
 from flap_stream.model.model_code import MODELING_NAME, modeling_file
 from flap_stream.model.model_files import TEMPLATES_NAME, is_carried

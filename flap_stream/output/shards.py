@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.surgery import baseline_shift, removed_indices, select_columns
-from flap_stream.model.architecture import COLUMNS, HOLE, ROWS, Family, LayerShape, Part, Projection
+from flap_stream.model.architecture import COLUMNS, HOLE, ROWS, Family, Part, Projection
 from flap_stream.model.checkpoint import FORWARD_DTYPES, SINGLE_NAME, Checkpoint, TensorEntry, row_ranges
 from flap_stream.storage import files
 

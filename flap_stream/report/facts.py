@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.scoring import channel_metric, fluctuation
 from flap_stream.arithmetic.sizes import PrunedSizes, pruned_sizes
 from flap_stream.config import PlanConfig, require_restoration
 from flap_stream.errors import CorruptCheckpoint, RunMismatch
-from flap_stream.model.architecture import LayerShape
 from flap_stream.model.dense import nothing_pruned
 from flap_stream.output.output import RECORD_NAME, read_record
 from flap_stream.stages.pipeline import unit_scores

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.refit import KeptMoments, MomentSums, product_with_mean, refit_to_own, refit_to_target
 from flap_stream.arithmetic.surgery import removed_indices
 from flap_stream.engine.hidden_states import Feed, HiddenStates
 from flap_stream.engine.layer_pass import Batch
 from flap_stream.errors import NonFinite
-from flap_stream.model.architecture import LayerShape, Part
+from flap_stream.model.architecture import Part
 from flap_stream.restore.mlp_step import STEP_RUNS, MlpStep
 from flap_stream.restore.second_pass import SecondPass, aligned_rows, stored_dtype
 from flap_stream.restore.stand_ins import Captures, Supplies

@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.gauss_newton import DIRECTIONS
+from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.refit import DAMPING, product_windows
 from flap_stream.config import ALIGNING_TARGETS
 from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.engine.layers import StreamedModel
 from flap_stream.engine.planner import Placement, Refit
 from flap_stream.errors import CorruptRun, UnsupportedModel
-from flap_stream.model.architecture import ROWS, Family, LayerShape
+from flap_stream.model.architecture import ROWS, Family
 from flap_stream.model.checkpoint import FORWARD_DTYPES, TensorEntry, read_header
 from flap_stream.output.shards import OutputTensor, safetensors_header
 from flap_stream.progress import Progress

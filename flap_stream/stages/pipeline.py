@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from flap_stream.arithmetic.allocation import LayerKeep, allocate, require_minimum
+from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.scoring import baseline_input, flap_scores, magnitude_scores, wanda_scores
 from flap_stream.arithmetic.sizes import PrunedSizes, pruned_sizes
 from flap_stream.config import (
@@ -31,7 +32,6 @@ from flap_stream.engine.memory import give_back_heap
 from flap_stream.engine.ranks import ALONE, Ranks, joined
 from flap_stream.errors import CorruptRun, InvalidOption, OutputConflict, RunMismatch
 from flap_stream.model import checkpoint as checkpoints
-from flap_stream.model.architecture import LayerShape
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.output import output
 from flap_stream.output.shards import Restoration
@@ -51,15 +51,9 @@ from flap_stream.stages.same_source import require_same_weights
 from flap_stream.storage import files, places
 from flap_stream.storage.differences import model_differences, output_differences
 from flap_stream.storage.loss_store import LossScores, LossStore
+from flap_stream.storage.run_manifest import tokens_digest
 from flap_stream.storage.store import RunDirectory, stored_bytes
-from flap_stream.text.calibration import (
-    Windows,
-    calibration_text,
-    calibration_tokens,
-    check_text,
-    load_tokenizer,
-    tokens_digest,
-)
+from flap_stream.text.calibration import Windows, calibration_text, calibration_tokens, check_text, load_tokenizer
 from flap_stream.text.tokenization import code_files
 
 logger = logging.getLogger(__name__)

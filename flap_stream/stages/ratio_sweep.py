@@ -26,8 +26,9 @@ from flap_stream.stages.masked_layers import Decision, masked, mending
 from flap_stream.stages.pipeline import PlanResult, decide, require_model_of
 from flap_stream.storage import files
 from flap_stream.storage.json_form import finite, has_form, natural
+from flap_stream.storage.run_manifest import tokens_digest
 from flap_stream.storage.store import RunDirectory, SnapshotStore
-from flap_stream.text.calibration import check_text, evaluation_text, evaluation_tokens, load_tokenizer, tokens_digest
+from flap_stream.text.calibration import check_text, evaluation_text, evaluation_tokens, load_tokenizer
 
 logger = logging.getLogger(__name__)
 

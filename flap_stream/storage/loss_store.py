@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.errors import RunMismatch
-from flap_stream.model.architecture import LayerShape
 from flap_stream.storage import arrays, files
 from flap_stream.storage.store import RunDirectory, SnapshotStore, layer_name
 

@@ -12,9 +12,9 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.config import DTYPES, METHODS, PlanConfig
 from flap_stream.errors import CorruptRun, InvalidOption, RunMismatch
-from flap_stream.model.architecture import LayerShape
 from flap_stream.storage import files
 from flap_stream.storage.json_form import finite, has_form, natural, one_of, parsed, within
 
@@ -38,6 +38,12 @@ _MANIFEST = {
     **{"source": str, "versions": {str: str}, "threads": within(1, _MOST_THREADS), "parameters": within(1, 1 << 60)},
     **{"sizes": _SIZES, "layers": [SHAPE], "sha256": str},
 }
+
+
+def tokens_digest(tokens: np.ndarray) -> str:
+    """Sha256 of int64 tokens and their shape."""
+    data = np.ascontiguousarray(tokens, dtype="<i8")
+    return hashlib.sha256(repr(data.shape).encode() + data.tobytes()).hexdigest()
 
 
 def new_manifest(contents: dict[str, Any]) -> bytes:

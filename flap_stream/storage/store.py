@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.scoring import ChannelStatistics, LayerStatistics
 from flap_stream.config import PlanConfig
 from flap_stream.errors import CorruptRun, RunMismatch, UnsuitableFileSystem
-from flap_stream.model.architecture import LayerShape
 from flap_stream.storage import arrays, files
 from flap_stream.storage.differences import run_differences
 from flap_stream.storage.journal import COST, Journal
@@ -35,8 +35,8 @@ from flap_stream.storage.run_manifest import (
     parse_plan,
     plan_contents,
     read_manifest,
+    tokens_digest,
 )
-from flap_stream.text.calibration import tokens_digest
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,5 @@
 """Text to token windows: the released sampling for calibration, consecutive windows for evaluation."""
 
-import hashlib
 import logging
 import random
 import warnings
@@ -28,7 +27,6 @@ __all__ = [
     "evaluation_tokens",
     "load_tokenizer",
     "pretrained_tokenizer",
-    "tokens_digest",
 ]
 
 logger = logging.getLogger(__name__)
@@ -64,12 +62,6 @@ class Windows:
 
     tokens: np.ndarray
     prefix: tuple[int, ...] = ()
-
-
-def tokens_digest(tokens: np.ndarray) -> str:
-    """Sha256 of int64 tokens and their shape."""
-    data = np.ascontiguousarray(tokens, dtype="<i8")
-    return hashlib.sha256(repr(data.shape).encode() + data.tobytes()).hexdigest()
 
 
 def calibration_text(options: CollectConfig) -> TextWanted:
