@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from flap_stream.export.stock import ExportStockResult, export_stock
     from flap_stream.progress import Progress
     from flap_stream.report.page import ReportResult, write_report
-    from flap_stream.stages.evaluation import EvaluateResult, evaluate
-    from flap_stream.stages.inference_benchmark import BenchResult, bench_inference
+    from flap_stream.stages.bench_inference import BenchResult, bench_inference
+    from flap_stream.stages.evaluate import EvaluateResult, evaluate
     from flap_stream.stages.pipeline import CollectResult, PlanResult, PruneResult, collect, plan, prune, rewrite
-    from flap_stream.stages.ratio_sweep import SweepResult, sweep
+    from flap_stream.stages.sweep import SweepResult, sweep
 
 _LAZY = {
     "Progress": "flap_stream.progress",
@@ -52,9 +52,9 @@ _LAZY = {
     **dict.fromkeys(("write_report", "ReportResult"), "flap_stream.report.page"),
     **dict.fromkeys(("export_gguf", "ExportGgufResult"), "flap_stream.export.gguf"),
     **dict.fromkeys(("export_stock", "ExportStockResult"), "flap_stream.export.stock"),
-    **dict.fromkeys(("bench_inference", "BenchResult"), "flap_stream.stages.inference_benchmark"),
-    **dict.fromkeys(("evaluate", "EvaluateResult"), "flap_stream.stages.evaluation"),
-    **dict.fromkeys(("sweep", "SweepResult"), "flap_stream.stages.ratio_sweep"),
+    **dict.fromkeys(("bench_inference", "BenchResult"), "flap_stream.stages.bench_inference"),
+    **dict.fromkeys(("evaluate", "EvaluateResult"), "flap_stream.stages.evaluate"),
+    **dict.fromkeys(("sweep", "SweepResult"), "flap_stream.stages.sweep"),
     **dict.fromkeys(
         ("prune", "collect", "plan", "rewrite", "PruneResult", "CollectResult", "PlanResult"),
         "flap_stream.stages.pipeline",

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from models import save, tiny_config, tiny_model
 
 from flap_stream.config import CollectConfig
-from flap_stream.engine.layers import StreamedModel
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.model.checkpoint import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, open_checkpoint, read_header
-from flap_stream.output.output import DIGESTS_NAME, RECORD_NAME, damaged_files, read_record
+from flap_stream.output.pruned_checkpoint import DIGESTS_NAME, RECORD_NAME, damaged_files, read_record
 from flap_stream.storage import run_manifest
 from flap_stream.storage.journal import ENTRY_FORMS, Journal
-from flap_stream.storage.store import RunDirectory
-from flap_stream.text.calibration import calibration_tokens
+from flap_stream.storage.run_directory import RunDirectory
+from flap_stream.text.windows import calibration_tokens
 
 PLACE = Path(tempfile.mkdtemp(prefix="flap-stream-hostile-"))
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from models import tiny_config
 
 from flap_stream.config import REFIT_TARGETS, EngineConfig
-from flap_stream.engine import planner
-from flap_stream.engine.layers import StreamedModel
+from flap_stream.engine import placement as planner
 from flap_stream.engine.memory import Limits
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InsufficientMemory
 from flap_stream.model.checkpoint import describe
 from flap_stream.model.skeleton import Skeleton

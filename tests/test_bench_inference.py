@@ -13,7 +13,7 @@ from flap_stream.cli import main
 from flap_stream.config import BenchInferenceConfig, PruneConfig
 from flap_stream.errors import FlapStreamError
 from flap_stream.progress import Progress
-from flap_stream.stages.inference_benchmark import Measurement, Setting, side_by_side, summary
+from flap_stream.stages.bench_inference import Measurement, Setting, side_by_side, summary
 
 
 @pytest.fixture(scope="module")

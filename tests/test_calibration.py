@@ -10,8 +10,8 @@ import pytest
 from flap_stream.config import TextConfig
 from flap_stream.errors import InsufficientMemory, InvalidText
 from flap_stream.storage.run_manifest import tokens_digest
-from flap_stream.text.calibration import TextWanted, calibration_tokens, evaluation_tokens
 from flap_stream.text.tokenization import Tokenizer
+from flap_stream.text.windows import TextWanted, calibration_tokens, evaluation_tokens
 
 WORDS = " ".join(str(i) for i in range(200))
 

@@ -14,7 +14,7 @@ from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
 from flap_stream.errors import UnsupportedModel
 from flap_stream.model.architecture import COLUMNS, FAMILIES, ROWS, Family, Projection, UnitKind
-from flap_stream.storage.store import RunDirectory
+from flap_stream.storage.run_directory import RunDirectory
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -42,7 +42,7 @@ import flap_stream
 from flap_stream.cli import main
 from flap_stream.errors import InsufficientSpace
 from flap_stream.model.checkpoint import open_checkpoint
-from flap_stream.output import output
+from flap_stream.output import pruned_checkpoint as output
 from flap_stream.stages.forecast import forecast
 from flap_stream.storage import files
 

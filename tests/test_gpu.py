@@ -18,9 +18,9 @@ from flap_stream.config import (
     RewriteConfig,
     SweepConfig,
 )
-from flap_stream.engine import planner
+from flap_stream.engine import placement as planner
 from flap_stream.engine.hidden_states import PLACES
-from flap_stream.engine.layers import StreamedModel
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.engine.weight_stream import slab_bytes
 from flap_stream.errors import InsufficientMemory
 from flap_stream.model.checkpoint import open_checkpoint

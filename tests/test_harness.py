@@ -44,7 +44,7 @@ def evaluate(model: str, options: str, tasks: Path) -> dict:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    import flap_stream.integrations.harness  # noqa: F401 (it registers the model)
+    import flap_stream.integrations.lm_eval  # noqa: F401 (it registers the model)
 
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     results = lm_eval.simple_evaluate(
@@ -75,7 +75,7 @@ def test_both_ways_score_alike(pruned_demo: Path, tasks: Path) -> None:
 
 def test_generation_is_refused(pruned_demo: Path) -> None:
     from flap_stream.errors import InvalidInput
-    from flap_stream.integrations.harness import FlapStreamLM
+    from flap_stream.integrations.lm_eval import FlapStreamLM
 
     with pytest.raises(InvalidInput, match="--model hf"):
         FlapStreamLM(str(pruned_demo)).generate_until([])
@@ -85,7 +85,7 @@ def test_the_command_line_knows_the_model(pruned_demo: Path, tasks: Path, tmp_pa
     command = [
         sys.executable,
         "-m",
-        "flap_stream.integrations.harness",
+        "flap_stream.integrations.lm_eval",
         "run",
         "--model",
         "flap_stream",
@@ -116,7 +116,7 @@ def test_bos_begins_what_is_scored(with_bos: Path, pruned_demo: Path) -> None:
     """Windows of a long text, and a context that is too long, no less than what begins a text."""
     from lm_eval.api.instance import Instance
 
-    from flap_stream.integrations.harness import FlapStreamLM
+    from flap_stream.integrations.lm_eval import FlapStreamLM
 
     words = (DEMO / "evaluation.txt").read_text().split()
     text, context = " ".join(words[:150]), " ".join(words[:90])

@@ -16,8 +16,8 @@ from flap_stream.cli import main
 from flap_stream.config import BenchInferenceConfig, PruneConfig
 from flap_stream.model.model_code import MODELING_NAME, model_class
 from flap_stream.progress import Progress
-from flap_stream.stages.inference_benchmark import Setting, side_by_side
-from flap_stream.text.calibration import pretrained_tokenizer
+from flap_stream.stages.bench_inference import Setting, side_by_side
+from flap_stream.text.windows import pretrained_tokenizer
 
 TEXT = "In the beginning God created the heaven and the earth. " * 40
 
@@ -177,7 +177,7 @@ def test_what_is_trusted_runs(place: Path) -> None:
 def test_the_harness_runs_nothing_that_comes_with_a_model(place: Path) -> None:
     for name in ("custom_generate", "our file and a line more", "a tokenizer"):
         PAYLOADS[name](place / "out")
-    code = "from flap_stream.integrations.harness import FlapStreamLM; FlapStreamLM('out')"
+    code = "from flap_stream.integrations.lm_eval import FlapStreamLM; FlapStreamLM('out')"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert "run with --trust-remote-code" in done.stderr and not Path("ran").exists()
     (place / "out" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')

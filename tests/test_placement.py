@@ -14,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import flap_stream
 from flap_stream.config import CollectConfig, PruneConfig
-from flap_stream.engine import planner
+from flap_stream.engine import placement as planner
 from flap_stream.errors import InsufficientMemory
 from flap_stream.model import checkpoint
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.stages import pipeline
-from flap_stream.storage.store import RunDirectory
+from flap_stream.storage.run_directory import RunDirectory
 
 LAYERS = 4
 

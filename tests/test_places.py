@@ -15,7 +15,7 @@ import flap_stream
 from flap_stream.cli import main
 from flap_stream.config import CollectConfig, PruneConfig, RewriteConfig
 from flap_stream.errors import OutputConflict
-from flap_stream.output import output
+from flap_stream.output import pruned_checkpoint as output
 from flap_stream.storage import files
 
 PRUNE = "prune model {} --calibration tokens.npy"

@@ -16,8 +16,9 @@ import flap_stream
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.cli import main
 from flap_stream.config import REFIT_TARGETS, EngineConfig, PruneConfig
-from flap_stream.engine import memory, planner
-from flap_stream.engine.layers import StreamedModel
+from flap_stream.engine import memory
+from flap_stream.engine import placement as planner
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InsufficientMemory, InvalidOption
 from flap_stream.model.checkpoint import open_checkpoint
 from flap_stream.restore.restoration import refit_sizes

@@ -20,13 +20,13 @@ from rank_jobs import KILLED, LENGTH, WINDOWS, RankJob, contents, launch
 import flap_stream
 from flap_stream.arithmetic.moments import Moments, joined_channels
 from flap_stream.config import EvaluateConfig
-from flap_stream.engine.layers import BatchSizes
 from flap_stream.engine.ranks import ALONE as ONE
 from flap_stream.engine.ranks import Ranks, own_device, window_shares
+from flap_stream.engine.streamed_model import BatchSizes
 from flap_stream.errors import InvalidOption, RankLost
 from flap_stream.model.checkpoint import open_checkpoint
 from flap_stream.model.skeleton import Skeleton
-from flap_stream.storage.store import BatchReduction
+from flap_stream.storage.run_directory import BatchReduction
 
 KILLS, REFIT_KILLS = 12, 5
 REFIT_LENGTH = 512  # so that each rank has products of its own
@@ -160,7 +160,7 @@ class OnDisk:
         self.action = action
 
     def __call__(self) -> None:
-        from flap_stream.engine import layers
+        from flap_stream.engine import streamed_model as layers
 
         made = layers.make_hidden_states
         layers.make_hidden_states = lambda place, *sizes: made("disk", *sizes)
@@ -240,7 +240,7 @@ class StopAt:
         self.action, self.layer = action, layer
 
     def __call__(self) -> None:
-        from flap_stream.storage.store import RunDirectory
+        from flap_stream.storage.run_directory import RunDirectory
 
         write = RunDirectory.write_statistics
 
@@ -363,7 +363,8 @@ class OnDevices:
         self.action, self.types, self.memory = action, types, memory
 
     def __call__(self) -> None:
-        from flap_stream.engine import layers, memory
+        from flap_stream.engine import memory
+        from flap_stream.engine import streamed_model as layers
 
         rank = int(os.environ["RANK"])
         if self.types[rank] != "cpu":

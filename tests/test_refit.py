@@ -8,7 +8,7 @@ import torch
 from packaging.requirements import Requirement
 
 from flap_stream.arithmetic.gauss_newton import ConjugateGradients
-from flap_stream.arithmetic.refit import BLOCK_CHANNELS, DAMPING, PRODUCT_TOKENS, MomentSums, product_windows
+from flap_stream.arithmetic.least_squares import BLOCK_CHANNELS, DAMPING, PRODUCT_TOKENS, MomentSums, product_windows
 
 KEPT, BESIDE, BLOCK = BLOCK_CHANNELS + 30, 20, PRODUCT_TOKENS + 100
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flap_stream
 from flap_stream.config import PlanConfig, PruneConfig
-from flap_stream.storage.store import RunDirectory
+from flap_stream.storage.run_directory import RunDirectory
 
 SAMPLES, LENGTH = 12, 16
 

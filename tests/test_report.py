@@ -19,7 +19,7 @@ import flap_stream
 from flap_stream.cli import main
 from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, SweepConfig
 from flap_stream.errors import CorruptRun
-from flap_stream.storage.store import RunDirectory
+from flap_stream.storage.run_directory import RunDirectory
 
 pytest.importorskip("matplotlib")
 from flap_stream.report import figures

@@ -18,10 +18,10 @@ import flap_stream
 from flap_stream import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.gauss_newton import DIRECTIONS
-from flap_stream.arithmetic.refit import DAMPING
+from flap_stream.arithmetic.least_squares import DAMPING
 from flap_stream.config import ALIGNING_TARGETS, REFIT_TARGETS
 from flap_stream.engine.layer_pass import LayerPass
-from flap_stream.engine.layers import StreamedModel
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidOption, RunMismatch, UnsupportedModel
 from flap_stream.model.checkpoint import open_checkpoint, read_header
 from flap_stream.progress import Stage

@@ -176,7 +176,7 @@ class IntrudedUpon:
         self.action, self.run = action, run
 
     def __call__(self) -> None:
-        from flap_stream.storage.store import RunDirectory
+        from flap_stream.storage.run_directory import RunDirectory
 
         close, intruder = RunDirectory.close, Intruder(self.run)
 
@@ -265,7 +265,7 @@ def test_arrays_that_flap_stream_does_not_write_are_not_decoded(
     reseal(run, "tokens" if of_tokens else "statistics", entry, files.tree_digest(run / group))
     if of_tokens:
         with (
-            flap_stream.storage.store.RunDirectory(run) as directory,
+            flap_stream.storage.run_directory.RunDirectory(run) as directory,
             pytest.raises(CorruptRun, match="is not what flap-str"),
         ):
             directory.read_tokens()

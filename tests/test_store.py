@@ -21,10 +21,11 @@ from flap_stream.arithmetic.scoring import ChannelStatistics, LayerStatistics
 from flap_stream.config import PlanConfig, PruneConfig
 from flap_stream.engine.hidden_states import HiddenStates, make_hidden_states
 from flap_stream.errors import CorruptRun, RunLocked, RunMismatch
-from flap_stream.storage import files, run_manifest, store
+from flap_stream.storage import files, run_manifest
+from flap_stream.storage import run_directory as store
 from flap_stream.storage.journal import Journal
+from flap_stream.storage.run_directory import RunDirectory, SnapshotStore
 from flap_stream.storage.run_manifest import tokens_digest
-from flap_stream.storage.store import RunDirectory, SnapshotStore
 
 SHAPE = {"kv_groups": 4, "heads_per_group": 1, "head_dim": 2, "neurons": 7, "group_cost": 32, "neuron_cost": 12}
 LAYERS = [{**SHAPE, "experts": []}, {**SHAPE, "experts": []}]
@@ -349,7 +350,7 @@ def test_a_disk_that_is_mounted_as_the_run_directory_stays(tmp_path: Path) -> No
 HOLDER = """
 import sys
 from pathlib import Path
-from flap_stream.storage.store import RunDirectory
+from flap_stream.storage.run_directory import RunDirectory
 with RunDirectory(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -16,12 +16,13 @@ from test_interruption import identities
 import flap_stream
 from flap_stream.cli import main
 from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, RewriteConfig, SweepConfig, parse_ratios
-from flap_stream.engine import planner, snapshots
+from flap_stream.engine import placement as planner
+from flap_stream.engine import snapshots
 from flap_stream.engine.layer_pass import Batch, LayerPass
-from flap_stream.engine.layers import StreamedModel
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidOption, RunMismatch
-from flap_stream.stages import ratio_sweep
-from flap_stream.storage.store import RunDirectory
+from flap_stream.stages import sweep as ratio_sweep
+from flap_stream.storage.run_directory import RunDirectory
 
 RATIOS = (0.2, 0.5)
 

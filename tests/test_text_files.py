@@ -14,9 +14,9 @@ import pyarrow.parquet
 import pytest
 
 from flap_stream.errors import InvalidText
-from flap_stream.text import text_files
-from flap_stream.text.text_files import Reading, joined
-from flap_stream.text.text_files import text_files as files_of
+from flap_stream.text import reading as text_files
+from flap_stream.text.reading import Reading, joined
+from flap_stream.text.reading import text_files as files_of
 
 
 def read(*paths: Path, **reading) -> str:

@@ -17,12 +17,12 @@ from huggingface_hub import constants
 from models import DEMO
 
 import flap_stream
-import flap_stream.storage.store
+import flap_stream.storage.run_directory
 from flap_stream.cli import main
 from flap_stream.config import CollectConfig, EvaluateConfig, PruneConfig, SweepConfig, TextConfig
 from flap_stream.errors import InvalidOption
-from flap_stream.text.calibration import TextWanted, calibration_tokens, evaluation_tokens
 from flap_stream.text.tokenization import Tokenizer
+from flap_stream.text.windows import TextWanted, calibration_tokens, evaluation_tokens
 
 TEXT = str(DEMO / "evaluation.txt")
 
@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def collected(model: Path, run: Path, **options) -> tuple[dict, np.ndarray]:
     flap_stream.collect(model, run, CollectConfig(calibration=(TEXT,), samples=8, sequence_length=16, **options))
-    with flap_stream.storage.store.RunDirectory(run) as directory:
+    with flap_stream.storage.run_directory.RunDirectory(run) as directory:
         return json.loads((run / "run.json").read_text()), directory.read_tokens()
 
 

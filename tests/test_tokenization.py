@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from flap_stream.config import TextConfig
 from flap_stream.errors import InvalidOption, InvalidText
 from flap_stream.text import tokenization
-from flap_stream.text.calibration import TextWanted, calibration_tokens, evaluation_tokens
 from flap_stream.text.tokenization import Tokenizer, code_files, load_tokenizer
+from flap_stream.text.windows import TextWanted, calibration_tokens, evaluation_tokens
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 LETTERS = [chr(i) for i in range(32, 127)] + list("\néßжя的了我🙂\u0301\u2028\u0085")
@@ -172,7 +172,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     text = (DEMO / "calibration.txt").read_text()
     (tmp_path / "long.txt").write_text(text * (4_000_000 // len(text)))
     program = (
-        "import resource, sys\nfrom pathlib import Path\nfrom flap_stream.text.calibration import *\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom flap_stream.text.windows import *\n"
         "from flap_stream.config import *\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
         f"load = lambda: load_tokenizer(Path({str(DEMO / 'model')!r}), False)\n"
@@ -190,7 +190,7 @@ def test_a_text_that_is_gone_through_twice_gives_the_same_windows(tmp_path: Path
     (tmp_path / "text.txt").write_text((DEMO / "evaluation.txt").read_text())
     wanted = TextWanted([str(tmp_path / "text.txt")], 40, 32, TextConfig())
     expected = calibration_tokens(wanted, 5, lambda: load_tokenizer(DEMO / "model", False), 4096)
-    monkeypatch.setattr("flap_stream.text.calibration._KEPT_TOKENS", 1000)
+    monkeypatch.setattr("flap_stream.text.windows._KEPT_TOKENS", 1000)
     monkeypatch.setattr(tokenization, "_PIECE_CHARS", 5000)
     found = calibration_tokens(wanted, 5, lambda: load_tokenizer(DEMO / "model", False), 4096)
     np.testing.assert_array_equal(found.tokens, expected.tokens)

@@ -26,8 +26,8 @@ from flap_stream import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, 
 from flap_stream.config import parse_ratios
 from flap_stream.model.architecture import FAMILIES
 from flap_stream.progress import Progress
-from flap_stream.storage.store import RunDirectory
-from flap_stream.text.calibration import evaluation_tokens, load_tokenizer
+from flap_stream.storage.run_directory import RunDirectory
+from flap_stream.text.windows import evaluation_tokens, load_tokenizer
 
 
 @dataclass

@@ -17,7 +17,7 @@ import flap_stream
 from flap_stream import CollectConfig, PlanConfig, RewriteConfig
 from flap_stream.config import BenchInferenceConfig
 from flap_stream.progress import Progress
-from flap_stream.stages.inference_benchmark import Setting, side_by_side
+from flap_stream.stages.bench_inference import Setting, side_by_side
 
 
 def variants(model: Path, place: Path, multiples: list[int], ratio: float) -> dict[int, Path]:

@@ -23,7 +23,7 @@ from random_checkpoint import make
 from transformers import LlamaConfig
 
 from flap_stream import PruneConfig
-from flap_stream.engine.layers import StreamedModel
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.model import checkpoint
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.stages import forecast

@@ -13,7 +13,7 @@ moments of x. Stopping early keeps out of directions that calibration says littl
 
 import torch
 
-from flap_stream.arithmetic.refit import DAMPING, cholesky_factor, workspace_bytes
+from flap_stream.arithmetic.least_squares import DAMPING, cholesky_factor, workspace_bytes
 
 DIRECTIONS = 6
 

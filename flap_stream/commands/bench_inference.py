@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     config = shared.values(options, BenchInferenceConfig)
     progress = shared.progress_of(options)
     with progress.loading():
-        from flap_stream.stages.inference_benchmark import bench_inference
+        from flap_stream.stages.bench_inference import bench_inference
 
     result = bench_inference(shared.model_of(options.dense, options), options.out, config, progress)
     if options.json:

@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
         model, text = str(bundle / "model"), (str(bundle / "evaluation.txt"),)
         config = PruneConfig(ratio=options.ratio, calibration=(str(bundle / "calibration.txt"),), dtype="float32")
         with progress.loading():
-            from flap_stream.stages.evaluation import evaluate
+            from flap_stream.stages.evaluate import evaluate
             from flap_stream.stages.pipeline import prune
 
         measure = EvaluateConfig(text=text, dtype="float32")

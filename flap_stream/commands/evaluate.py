@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> None:
     shared.check_text(config)
     progress = shared.progress_of(options)
     with progress.loading():
-        from flap_stream.stages.evaluation import evaluate
+        from flap_stream.stages.evaluate import evaluate
 
     result = evaluate(shared.model_of(options.model, options), config, progress)
     if options.json:

@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print what is there: progress of a run, sizes and kept shares of a checkpoint, sizes of a dense model."""
     with shared.progress_of(options).loading():
-        import flap_stream.output.output
-        import flap_stream.storage.store  # noqa: F401
+        import flap_stream.output.pruned_checkpoint
+        import flap_stream.storage.run_directory  # noqa: F401
 
     place = Path(options.place)
     if (place / "run.json").exists():
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _inspect_run(place: Path, as_json: bool, verifies: bool) -> None:
     from flap_stream.errors import CorruptRun
-    from flap_stream.storage.store import RunDirectory
+    from flap_stream.storage.run_directory import RunDirectory
 
     with RunDirectory(place, is_writer=verifies) as directory:  # a running job may be looked at, not checked
         manifest, total = directory.manifest, len(directory.layer_shapes)
@@ -67,7 +67,7 @@ def _inspect_run(place: Path, as_json: bool, verifies: bool) -> None:
 def _inspect_output(place: Path, as_json: bool, verifies: bool) -> None:
     from flap_stream.errors import CorruptCheckpoint
     from flap_stream.model.dense import nothing_pruned
-    from flap_stream.output.output import RECORD_NAME, damaged_files, read_record
+    from flap_stream.output.pruned_checkpoint import RECORD_NAME, damaged_files, read_record
 
     record = read_record(place) if (place / RECORD_NAME).exists() else None
     if record is None:

@@ -156,7 +156,7 @@ def check_text(options: Any) -> None:
     """Refuse texts that cannot serve, before torch is imported; ranks, which start together, do it once they know."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return
-    from flap_stream.text.calibration import calibration_text, check_text, evaluation_text
+    from flap_stream.text.windows import calibration_text, check_text, evaluation_text
 
     if isinstance(options, config.CollectConfig):
         if options.method != "magnitude-sp":

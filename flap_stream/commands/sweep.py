@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     shared.check_text(config)
     progress = shared.progress_of(options)
     with progress.loading():
-        from flap_stream.stages.ratio_sweep import sweep
+        from flap_stream.stages.sweep import sweep
 
     model = shared.model_of(options.model, options)
     result = sweep(options.run_directory, config, model=model, progress=progress)

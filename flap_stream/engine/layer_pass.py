@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from flap_stream.engine.hidden_states import HiddenStates
-from flap_stream.engine.layers import BatchSizes, StreamedModel, release
-from flap_stream.engine.planner import Placement
+from flap_stream.engine.placement import Placement
 from flap_stream.engine.snapshots import Snapshots, resume
+from flap_stream.engine.streamed_model import BatchSizes, StreamedModel, release
 from flap_stream.errors import InsufficientMemory
 from flap_stream.progress import Stage
-from flap_stream.storage.store import BatchReductions, SnapshotStore
+from flap_stream.storage.run_directory import BatchReductions, SnapshotStore
 
 logger = logging.getLogger(__name__)
 

@@ -18,12 +18,12 @@ import torch
 
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.config import EngineConfig, ExportGgufConfig
-from flap_stream.config.stage_options import options_of
-from flap_stream.engine.layers import StreamedModel
+from flap_stream.config.rules import options_of
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidInput, OutputConflict, UnsupportedModel
 from flap_stream.model.architecture import ROWS
 from flap_stream.model.checkpoint import FORWARD_DTYPES, Checkpoint, TensorEntry, open_checkpoint
-from flap_stream.output import output
+from flap_stream.output import pruned_checkpoint as output
 from flap_stream.output.model_card import base_name
 from flap_stream.progress import Progress
 from flap_stream.storage import files, places

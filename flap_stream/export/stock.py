@@ -17,13 +17,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.config import EngineConfig, ExportStockConfig
-from flap_stream.config.stage_options import options_of
-from flap_stream.engine.layers import StreamedModel
+from flap_stream.config.rules import options_of
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidInput, InvalidModel, OutputConflict, UnsupportedModel
 from flap_stream.model.architecture import FAMILIES, ROWS, Family
 from flap_stream.model.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, open_checkpoint
 from flap_stream.model.skeleton import Skeleton
-from flap_stream.output import output
+from flap_stream.output import pruned_checkpoint as output
 from flap_stream.output.model_card import model_card
 from flap_stream.output.shards import OutputTensor, ShardPlan, group_shards, write_shard
 from flap_stream.progress import Progress

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from flap_stream.arithmetic.gauss_newton import DIRECTIONS, ConjugateGradients
-from flap_stream.arithmetic.refit import KeptMoments
+from flap_stream.arithmetic.least_squares import KeptMoments
 from flap_stream.engine.hidden_states import Feed
 from flap_stream.engine.layer_pass import Batch
 from flap_stream.errors import NonFinite

@@ -15,7 +15,13 @@ from torch import nn
 
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.layer_shape import LayerShape
-from flap_stream.arithmetic.refit import KeptMoments, MomentSums, product_with_mean, refit_to_own, refit_to_target
+from flap_stream.arithmetic.least_squares import (
+    KeptMoments,
+    MomentSums,
+    product_with_mean,
+    refit_to_own,
+    refit_to_target,
+)
 from flap_stream.arithmetic.surgery import removed_indices
 from flap_stream.engine.hidden_states import Feed, HiddenStates
 from flap_stream.engine.layer_pass import Batch

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.gauss_newton import DIRECTIONS
 from flap_stream.arithmetic.layer_shape import LayerShape
-from flap_stream.arithmetic.refit import DAMPING, product_windows
+from flap_stream.arithmetic.least_squares import DAMPING, product_windows
 from flap_stream.config import ALIGNING_TARGETS
 from flap_stream.engine.layer_pass import LayerPass
-from flap_stream.engine.layers import StreamedModel
-from flap_stream.engine.planner import Placement, Refit
+from flap_stream.engine.placement import Placement, Refit
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import CorruptRun, UnsupportedModel
 from flap_stream.model.architecture import ROWS, Family
 from flap_stream.model.checkpoint import FORWARD_DTYPES, TensorEntry, read_header
@@ -29,7 +29,7 @@ from flap_stream.output.shards import OutputTensor, safetensors_header
 from flap_stream.progress import Progress
 from flap_stream.restore.refitted_layers import refit_head, refit_layer
 from flap_stream.restore.second_pass import SecondPass
-from flap_stream.storage.store import RunDirectory
+from flap_stream.storage.run_directory import RunDirectory
 
 
 def require_refittable(family: Family, shapes: Sequence[LayerShape], target: str, where: str) -> None:

@@ -3,14 +3,14 @@
 import torch
 from torch import nn
 
-from flap_stream.arithmetic.refit import MomentSums, product_windows, refit_to_target, row_blocks
+from flap_stream.arithmetic.least_squares import MomentSums, product_windows, refit_to_target, row_blocks
 from flap_stream.config import ALIGNING_TARGETS
 from flap_stream.engine.hidden_states import Feed
 from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.errors import NonFinite
 from flap_stream.model.architecture import Part
 from flap_stream.model.checkpoint import FORWARD_DTYPES, TensorEntry
-from flap_stream.storage.store import RunDirectory
+from flap_stream.storage.run_directory import RunDirectory
 
 
 class SecondPass:

@@ -11,19 +11,21 @@ import torch
 
 from flap_stream.arithmetic.allocation import require_minimum
 from flap_stream.config import PruneConfig
-from flap_stream.config.stage_options import require_effect, warn_of_positions
-from flap_stream.engine import memory, planner
-from flap_stream.engine.layers import StreamedModel
+from flap_stream.config.rules import require_effect, warn_of_positions
+from flap_stream.engine import memory
+from flap_stream.engine import placement as planner
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidOption
 from flap_stream.model import checkpoint as checkpoints
 from flap_stream.model.architecture import ROWS
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.skeleton import Skeleton
-from flap_stream.output import output
+from flap_stream.output import pruned_checkpoint as output
 from flap_stream.restore.restoration import refit_sizes, refit_stored_bytes, require_refittable
 from flap_stream.stages import scaling
-from flap_stream.storage import files, store
-from flap_stream.text.calibration import calibration_text, check_text, load_tokenizer
+from flap_stream.storage import files
+from flap_stream.storage import run_directory as store
+from flap_stream.text.windows import calibration_text, check_text, load_tokenizer
 
 NETWORK_RATE = 1.25e9  # bytes per second: 10 Gbit/s
 _PRODUCT_SECONDS, _FEW_TOKENS = 0.5, 64

@@ -1,7 +1,7 @@
 """What a person is told of a job before its first layer: the model, how it is run, what memory that takes."""
 
-from flap_stream.engine.layers import StreamedModel
-from flap_stream.engine.planner import Placement
+from flap_stream.engine.placement import Placement
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.progress import format_bytes
 

@@ -14,10 +14,10 @@ import torch
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.scoring import baseline_input
 from flap_stream.arithmetic.surgery import baseline_shift, removed_indices
-from flap_stream.engine.layers import StreamedModel
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.model.architecture import Part
 from flap_stream.model.checkpoint import FORWARD_DTYPES
-from flap_stream.storage.store import RunDirectory
+from flap_stream.storage.run_directory import RunDirectory
 
 _BLOCK_BYTES = 1 << 23
 

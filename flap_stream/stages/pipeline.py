@@ -24,16 +24,16 @@ from flap_stream.config import (
     part_of,
     require_restoration,
 )
-from flap_stream.config.stage_options import FED_ON, options_of, warn_of_positions
+from flap_stream.config.rules import FED_ON, options_of, warn_of_positions
 from flap_stream.config.values import option_name
-from flap_stream.engine import planner
-from flap_stream.engine.layers import StreamedModel, cpu_threads, release
+from flap_stream.engine import placement as planner
 from flap_stream.engine.memory import give_back_heap
 from flap_stream.engine.ranks import ALONE, Ranks, joined
+from flap_stream.engine.streamed_model import StreamedModel, cpu_threads, release
 from flap_stream.errors import CorruptRun, InvalidOption, OutputConflict, RunMismatch
 from flap_stream.model import checkpoint as checkpoints
 from flap_stream.model.skeleton import Skeleton
-from flap_stream.output import output
+from flap_stream.output import pruned_checkpoint as output
 from flap_stream.output.shards import Restoration
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.restore.restoration import (
@@ -44,17 +44,17 @@ from flap_stream.restore.restoration import (
     refitted_tensors,
     require_refittable,
 )
-from flap_stream.stages.collection import collect_statistics
+from flap_stream.stages.collect import collect_statistics
 from flap_stream.stages.job_header import engine_rows, model_row
-from flap_stream.stages.loss_sweep import collect_loss_scores, require_inputs
+from flap_stream.stages.loss import collect_loss_scores, require_inputs
 from flap_stream.stages.same_source import require_same_weights
 from flap_stream.storage import files, places
 from flap_stream.storage.differences import model_differences, output_differences
-from flap_stream.storage.loss_store import LossScores, LossStore
+from flap_stream.storage.loss import LossScores, LossStore
+from flap_stream.storage.run_directory import RunDirectory, stored_bytes
 from flap_stream.storage.run_manifest import tokens_digest
-from flap_stream.storage.store import RunDirectory, stored_bytes
-from flap_stream.text.calibration import Windows, calibration_text, calibration_tokens, check_text, load_tokenizer
 from flap_stream.text.tokenization import code_files
+from flap_stream.text.windows import Windows, calibration_text, calibration_tokens, check_text, load_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from flap_stream.errors import RunMismatch
 from flap_stream.model.architecture import family_of
 from flap_stream.model.checkpoint import Checkpoint, row_ranges
 from flap_stream.model.skeleton import Skeleton
-from flap_stream.storage.store import RunDirectory
+from flap_stream.storage.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 

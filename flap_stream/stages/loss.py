@@ -17,14 +17,14 @@ from torch.nn import functional
 
 from flap_stream.engine.hidden_states import Feed, HiddenStates
 from flap_stream.engine.layer_pass import LayerPass, StandIns
-from flap_stream.engine.layers import StreamedModel
-from flap_stream.engine.planner import Placement
+from flap_stream.engine.placement import Placement
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import NonFinite
 from flap_stream.model.architecture import Part
 from flap_stream.progress import Progress
 from flap_stream.storage import files
-from flap_stream.storage.loss_store import KINDS, LossScores, LossStore
-from flap_stream.storage.store import RunDirectory
+from flap_stream.storage.loss import KINDS, LossScores, LossStore
+from flap_stream.storage.run_directory import RunDirectory
 
 _LOGIT_BYTES = 1 << 26  # of a chunk of float32 logits
 

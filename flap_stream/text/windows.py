@@ -12,8 +12,8 @@ import numpy as np
 from flap_stream.config import CollectConfig, TextConfig
 from flap_stream.errors import InsufficientMemory, InvalidOption, InvalidText
 from flap_stream.storage import files
-from flap_stream.text import text_files
-from flap_stream.text.text_files import DATASETS, Reading
+from flap_stream.text import reading as text_files
+from flap_stream.text.reading import DATASETS, Reading
 from flap_stream.text.tokenization import Tokenizer, load_tokenizer, pretrained_tokenizer, window_prefix
 
 __all__ = [

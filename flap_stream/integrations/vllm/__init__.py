@@ -18,4 +18,4 @@ def register() -> None:
         config = getattr(modeling_flap_stream, f"Pruned{CONFIG_MAPPING[name].__name__}")
         CONFIG_MAPPING.register(PRUNED_TYPE + name, config, exist_ok=True)
         architecture = FAMILIES[name].pruned_classes["AutoModelForCausalLM"]
-        ModelRegistry.register_model(architecture, "flap_stream.integrations.vllm_plugin.model:PrunedForCausalLM")
+        ModelRegistry.register_model(architecture, "flap_stream.integrations.vllm.model:PrunedForCausalLM")

@@ -2,7 +2,7 @@
 
 The harness finds no models of other packages by itself, so this module is its command line with one model more:
 
-    python -m flap_stream.integrations.harness run --model flap_stream --model_args pretrained=DIR --tasks hellaswag
+    python -m flap_stream.integrations.lm_eval run --model flap_stream --model_args pretrained=DIR --tasks hellaswag
 
 From Python, importing this module is enough: `lm_eval.simple_evaluate(model="flap_stream", ...)`.
 """
@@ -21,11 +21,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 
 from flap_stream.config import EngineConfig, TextConfig, parse_size
-from flap_stream.engine.layers import StreamedModel
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidInput
 from flap_stream.model.checkpoint import open_checkpoint
 from flap_stream.progress import Progress
-from flap_stream.stages.evaluation import score_tokens
+from flap_stream.stages.evaluate import score_tokens
 from flap_stream.text.tokenization import described, pretrained_tokenizer, window_prefix
 
 _SHORTEST, _DEFAULT_LENGTH = 16, 2048

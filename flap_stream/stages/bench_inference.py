@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from flap_stream.config import BenchInferenceConfig
-from flap_stream.config.stage_options import options_of
+from flap_stream.config.rules import options_of
 from flap_stream.errors import FlapStreamError, InsufficientMemory, InvalidOption, UnsupportedModel
 from flap_stream.model.model_code import load_model, require_known_code
 from flap_stream.progress import Progress, peak_host_bytes
@@ -190,7 +190,7 @@ class _Worker:
         self._name = name
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "flap_stream.stages.inference_benchmark"],
+            [sys.executable, "-m", "flap_stream.stages.bench_inference"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
@@ -248,7 +248,7 @@ def _serve() -> None:
 
     import torch
 
-    from flap_stream.engine.layers import choose_device
+    from flap_stream.engine.streamed_model import choose_device
 
     start = json.loads(sys.stdin.readline())
     device = choose_device(start["device"])

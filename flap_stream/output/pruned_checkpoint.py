@@ -26,7 +26,7 @@ from flap_stream.storage import files, places
 from flap_stream.storage.differences import output_differences
 from flap_stream.storage.journal import Journal
 from flap_stream.storage.json_form import finite, has_form, natural, one_of, parsed
-from flap_stream.storage.store import RunDirectory
+from flap_stream.storage.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import numpy as np
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.errors import RunMismatch
 from flap_stream.storage import arrays, files
-from flap_stream.storage.store import RunDirectory, SnapshotStore, layer_name
+from flap_stream.storage.run_directory import RunDirectory, SnapshotStore, layer_name
 
 KINDS = ("attention", "mlp")
 _INPUTS, _SCORES = "loss-inputs", "loss"

@@ -11,17 +11,17 @@ import torch
 from torch.nn import functional
 
 from flap_stream.config import EvaluateConfig
-from flap_stream.config.stage_options import options_of, warn_of_positions
+from flap_stream.config.rules import options_of, warn_of_positions
 from flap_stream.engine.hidden_states import HiddenStates
 from flap_stream.engine.layer_pass import LayerPass
-from flap_stream.engine.layers import Logits, StreamedModel
 from flap_stream.engine.memory import give_back_heap
-from flap_stream.engine.planner import Placement
+from flap_stream.engine.placement import Placement
 from flap_stream.engine.ranks import joined
+from flap_stream.engine.streamed_model import Logits, StreamedModel
 from flap_stream.model.checkpoint import open_checkpoint
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.stages.job_header import engine_rows, model_row
-from flap_stream.text.calibration import check_text, evaluation_text, evaluation_tokens, load_tokenizer
+from flap_stream.text.windows import check_text, evaluation_text, evaluation_tokens, load_tokenizer
 
 
 @dataclass(frozen=True)

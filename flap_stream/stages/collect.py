@@ -15,14 +15,14 @@ from flap_stream.arithmetic.scoring import ChannelStatistics, LayerStatistics, c
 from flap_stream.arithmetic.surgery import removed_indices
 from flap_stream.config import CollectConfig, PlanConfig, part_of
 from flap_stream.engine.layer_pass import LayerPass
-from flap_stream.engine.layers import StreamedModel
-from flap_stream.engine.planner import Placement
+from flap_stream.engine.placement import Placement
 from flap_stream.engine.ranks import Ranks
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import CorruptCheckpoint
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
-from flap_stream.stages.loss_sweep import keep_inputs
-from flap_stream.storage.loss_store import LossStore
-from flap_stream.storage.store import LayerCost, RunDirectory
+from flap_stream.stages.loss import keep_inputs
+from flap_stream.storage.loss import LossStore
+from flap_stream.storage.run_directory import LayerCost, RunDirectory
 
 _CHANNEL_BLOCK = 16
 # Means and m2s of a batch's windows, float32 [sample, channel], and the tokens of each.

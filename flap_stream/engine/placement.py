@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from flap_stream.arithmetic.gauss_newton import DIRECTIONS, step_workspace_bytes
 from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.arithmetic.least_squares import product_windows, workspace_bytes
 from flap_stream.arithmetic.moments import window_moments
-from flap_stream.arithmetic.refit import product_windows, workspace_bytes
 from flap_stream.engine.memory import OWN_BLOCK_BYTES, Limits, give_back_heap, resident_bytes
 from flap_stream.engine.ranks import window_shares
 from flap_stream.engine.weight_stream import RING_BLOCK_BYTES, cast_bytes, ring_blocks, slab_bytes

@@ -13,16 +13,17 @@ import torch
 from torch import nn
 
 from flap_stream.config import EngineConfig
-from flap_stream.engine import memory, planner
+from flap_stream.engine import memory
+from flap_stream.engine import placement as planner
 from flap_stream.engine.hidden_states import HiddenStates, batches, make_hidden_states
-from flap_stream.engine.planner import Job, Placement, Refit
+from flap_stream.engine.placement import Job, Placement, Refit
 from flap_stream.engine.ranks import ALONE, Ranks, own_device
 from flap_stream.engine.weight_stream import load, stream_layers
 from flap_stream.errors import CorruptCheckpoint, InvalidOption, NonFinite, UnsupportedModel
 from flap_stream.model.architecture import family_of, require_sizes
 from flap_stream.model.checkpoint import FORWARD_DTYPES, Checkpoint, TensorEntry, row_ranges
 from flap_stream.model.skeleton import LayerCall, Skeleton
-from flap_stream.storage.store import BatchReduction
+from flap_stream.storage.run_directory import BatchReduction
 
 logger = logging.getLogger(__name__)
 

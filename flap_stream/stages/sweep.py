@@ -13,22 +13,22 @@ import numpy as np
 import torch
 
 from flap_stream.config import PlanConfig, SweepConfig, part_of, require_restoration
-from flap_stream.config.stage_options import options_of, warn_of_positions
+from flap_stream.config.rules import options_of, warn_of_positions
 from flap_stream.engine.layer_pass import LayerPass
-from flap_stream.engine.layers import StreamedModel
-from flap_stream.engine.planner import Placement
+from flap_stream.engine.placement import Placement
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidOption
 from flap_stream.model.checkpoint import open_checkpoint
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
-from flap_stream.stages.evaluation import perplexity_of, score_outputs
+from flap_stream.stages.evaluate import perplexity_of, score_outputs
 from flap_stream.stages.job_header import engine_rows, model_row
 from flap_stream.stages.masked_layers import Decision, masked, mending
 from flap_stream.stages.pipeline import PlanResult, decide, require_model_of
 from flap_stream.storage import files
 from flap_stream.storage.json_form import finite, has_form, natural
+from flap_stream.storage.run_directory import RunDirectory, SnapshotStore
 from flap_stream.storage.run_manifest import tokens_digest
-from flap_stream.storage.store import RunDirectory, SnapshotStore
-from flap_stream.text.calibration import check_text, evaluation_text, evaluation_tokens, load_tokenizer
+from flap_stream.text.windows import check_text, evaluation_text, evaluation_tokens, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
