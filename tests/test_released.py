@@ -106,8 +106,11 @@ def test_exact_and_released_differ_where_the_recurrences_do(model_and_run) -> No
 def test_baselines_equal_the_released_codes(model_and_run, tmp_path: Path, method: str, ratio: float) -> None:
     model, tokens, place = model_and_run
     text = (str(place / "tokens.npy"),)
+    published = {"round_neurons_to": 1} if method == "wanda-sp" else {}
     flap_stream.collect(
-        place / "model", tmp_path / "run", flap_stream.CollectConfig(method=method, ratio=ratio, calibration=text)
+        place / "model",
+        tmp_path / "run",
+        flap_stream.CollectConfig(method=method, ratio=ratio, calibration=text, **published),
     )
     ours = masks(flap_stream.plan(tmp_path / "run", PlanConfig(method=method, ratio=ratio, round_neurons_to=1)))
     theirs = released_baseline(copy.deepcopy(model), tokens if method == "wanda-sp" else None, ratio)

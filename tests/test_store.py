@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
 from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.scoring import ChannelStatistics, LayerStatistics
 from flap_stream.config import PlanConfig, PruneConfig
 from flap_stream.engine.hidden_states import HiddenStates, make_hidden_states
@@ -27,8 +28,8 @@ from flap_stream.storage.journal import Journal
 from flap_stream.storage.run_directory import RunDirectory, SnapshotStore
 from flap_stream.storage.run_manifest import tokens_digest
 
-SHAPE = {"kv_groups": 4, "heads_per_group": 1, "head_dim": 2, "neurons": 7, "group_cost": 32, "neuron_cost": 12}
-LAYERS = [{**SHAPE, "experts": []}, {**SHAPE, "experts": []}]
+SHAPE = LayerShape(kv_groups=4, heads_per_group=1, head_dim=2, neurons=7, group_cost=32, neuron_cost=12)
+LAYERS = [{**asdict(SHAPE), "experts": []}] * 2
 MANIFEST: dict[str, Any] = {
     "model": {"config": "abc", "shard_bytes": {"model.safetensors": 10}},
     "tokens": {"sha256": tokens_digest(random_tokens(3, 5)), "shape": [3, 5]},
@@ -172,7 +173,7 @@ def test_extreme_values_and_channels_without_weights_come_back_bit_equal(tmp_pat
         ),
         mlp=ChannelStatistics(count=np.full(5, 2**53 + 1), samples=1, **{name: odd for name in arrays}),
     )
-    shapes = [{**SHAPE, "experts": [], "kv_groups": 0, "neurons": 5}]
+    shapes = [{**asdict(SHAPE), "experts": [], "kv_groups": 0, "neurons": 5}]
     with RunDirectory.create(tmp_path / "run", {**MANIFEST, "layers": shapes}) as run:
         run.write_statistics(0, written, "")
         _assert_bit_equal(run.read_statistics(0), written)

@@ -1,7 +1,7 @@
 """What a user can choose: one frozen, self-checking dataclass a stage, and their union for the whole job."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from flap_stream.config.values import Dtype, GgufType, Ratios, Share, Size, converted
@@ -59,9 +59,18 @@ class _Options:
 
 
 def changed_options(options: Any) -> dict[str, Any]:
-    """Fields of a config that are not at their default, with their values."""
+    """Fields of a config that are neither at their default nor what the default comes to, with their values."""
     own = {field.name: (getattr(options, field.name), field.default) for field in fields(options)}
-    return {name: value for name, (value, default) in own.items() if value != default}
+    different = {name: pair for name, pair in own.items() if pair[0] != pair[1]}
+    return {name: value for name, (value, default) in different.items() if value != _implied(options, name, default)}
+
+
+def _implied(options: Any, name: str, default: Any) -> Any:
+    """What a field at its default comes to with the others as they are; None if that is refused."""
+    try:
+        return getattr(replace(options, **{name: default}), name)
+    except InvalidOption:
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
