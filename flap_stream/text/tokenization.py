@@ -168,7 +168,7 @@ class _Cutter:
 
 
 def _places(text: str, first: int, end: int) -> Iterator[int]:
-    """Yield places to try, likeliest and latest first: after a line, before a word, around a space, at a sign, anywhere."""
+    """Yield places to try, likeliest and latest first: after a line, before a word, at a space, at a sign, anywhere."""
     sorts: tuple[Callable[[str, str], bool], ...] = (
         lambda a, b: a == "\n" and b.isalpha(),
         lambda a, b: b == " " and a.isalpha(),
