@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from models import tiny_config
 
 from flap_stream.config import REFIT_TARGETS, EngineConfig
-from flap_stream.engine import placement as planner
 from flap_stream.engine.memory import Limits
+from flap_stream.engine.placement import Job, place
+from flap_stream.engine.placement.candidates import candidates
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InsufficientMemory
 from flap_stream.model.checkpoint import describe
@@ -25,7 +26,7 @@ SIZES = ((64, 96, 2), (256, 1024, 3), (512, 4096, 2))
 
 
 @lru_cache
-def jobs(sizes: tuple[int, int, int], tokens: int, target: str | None, device: str, tmp: str) -> list[planner.Job]:
+def jobs(sizes: tuple[int, int, int], tokens: int, target: str | None, device: str, tmp: str) -> list[Job]:
     """Pass 1 of a model of these sizes, and pass 2 if it is refitted; no weights are needed."""
     hidden, neurons, layers = sizes
     config = tiny_config(hidden_size=hidden, intermediate_size=neurons, layers=layers, vocab_size=5000).to_dict()
@@ -71,11 +72,11 @@ def test_what_a_refusal_advises_is_not_refused(
     first, *then = (replace(job, samples=samples) for job in made)
     recorded = batch_size if is_recorded else None
     wish = None if is_recorded else batch_size
-    needs = [p for job in (first, *then) for p in planner._placements(job, batch_size, prefetch)]
+    needs = [p for job in (first, *then) for p in candidates(job, batch_size, prefetch)]
     most = max(p.host_bytes for p in needs), max(p.device_bytes for p in needs)
     limits = Limits(int(BASE * 0.9 + host * (most[0] - BASE * 0.9)), int(on_device * most[1]))
     try:
-        planner.place(first, limits, wish, prefetch, then, recorded)
+        place(first, limits, wish, prefetch, then, recorded)
     except InsufficientMemory as refusal:
         ways = str(refusal).partition("it would run with ")[2].split(", or ")
     else:
@@ -88,13 +89,13 @@ def test_what_a_refusal_advises_is_not_refused(
         again = [replace(job, base_bytes=BASE + drift) for job in (first, *then)]
         if length is not None:
             again = [replace(job, tokens=length, _workspaces={}) for job in again]
-        placement = planner.place(again[0], within, batch, ahead, again[1:], recorded)
+        placement = place(again[0], within, batch, ahead, again[1:], recorded)
         # Pass 2 is placed on its own later, at that batch size and on the same base.
         for job in again[1:]:
-            planner.place(job, within, None, ahead, recorded=placement.batch_size)
+            place(job, within, None, ahead, recorded=placement.batch_size)
 
 
 def test_both_memories_are_named_as_one_way(tmp_path_factory: pytest.TempPathFactory) -> None:
     (job,) = jobs(SIZES[0], 32, None, "cuda", str(tmp_path_factory.getbasetemp()))
     with pytest.raises(InsufficientMemory, match=r"with --host-memory \d+MiB --device-memory \d+MiB, if there is"):
-        planner.place(job, Limits(MIB, MIB))
+        place(job, Limits(MIB, MIB))

@@ -277,7 +277,7 @@ def write_npy(name: str, array: np.ndarray) -> str:
 
 BAD_TEXTS: dict[str, tuple[Callable[[], object], str, tuple[str, ...]]] = {
     "missing": (lambda: None, "nowhere.txt", ("no such text: nowhere.txt",)),
-    "of another kind": (lambda: Path("a.doc").write_text("x"), "a.doc", ("a.doc is none of", ".txt")),
+    "of another kind": (lambda: Path("a.doc").write_text("x"), "a.doc", ("a.doc is not a ", ".txt")),
     "an empty directory": (lambda: Path("texts").mkdir(), "texts", ("texts holds no",)),
     "not UTF-8": (lambda: Path("a.txt").write_bytes(b"\xff\xfe\xfa"), "a.txt", ("a.txt cannot be read as UTF-8",)),
     "lines without text": (lambda: Path("a.jsonl").write_text('{"x": 1}'), "a.jsonl", ("a.jsonl line 1", '"text"')),
@@ -289,7 +289,7 @@ BAD_TEXTS: dict[str, tuple[Callable[[], object], str, tuple[str, ...]]] = {
     "no windows": (lambda: write_npy("a.npy", np.ones((0, 4), int)), "a.npy", ("[0, 4]",)),
     "token too high": (lambda: write_npy("a.npy", np.full((3, 4), 97)), "a.npy", ("token 97", "0 to 96")),
     "token negative": (lambda: write_npy("a.npy", np.full((3, 4), -1)), "a.npy", ("token -1", "0 to 96")),
-    "tokens beside text": (lambda: None, "tokens.npy model", ("stands alone",)),
+    "tokens beside text": (lambda: None, "tokens.npy model", ("cannot be combined with other texts",)),
 }
 
 
@@ -311,8 +311,8 @@ def test_text_shorter_than_a_window_and_a_foreign_tokenizer_are_refused(place: P
     tokenizer = Path(__file__).parents[1] / "flap_stream" / "demo" / "model"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / name, place / "model" / name)
-    refuse(capsys, "prune model out --calibration a.txt", "a.txt gives", "one window of 128 needs 129")
-    refuse(capsys, "evaluate model --text a.txt", "a.txt gives", "one window needs 128")
+    refuse(capsys, "prune model out --calibration a.txt", "a.txt has", "one window of 128 needs 129")
+    refuse(capsys, "evaluate model --text a.txt", "a.txt has", "one window needs 128")
     Path("a.txt").write_text("In the beginning God created the heaven and the earth. " * 20)
     refuse(capsys, "prune model out --calibration a.txt", "the model's vocabulary is 0 to 96")
 

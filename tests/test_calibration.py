@@ -83,7 +83,7 @@ def test_evaluation_windows_are_consecutive_and_full(text: Path) -> None:
 
 def test_text_that_is_exactly_one_token_too_short_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text(" ".join("1" * 8))
-    with pytest.raises(InvalidText, match="gives 8 tokens, but one window of 8 needs 9"):
+    with pytest.raises(InvalidText, match="has 8 tokens, but one window of 8 needs 9"):
         windows([tmp_path / "short.txt"])
     (tmp_path / "short.txt").write_text(" ".join("1" * 9))
     assert windows([tmp_path / "short.txt"]).shape == (5, 8)

@@ -18,13 +18,12 @@ from flap_stream.config import (
     RewriteConfig,
     SweepConfig,
 )
-from flap_stream.engine import placement as planner
+from flap_stream.engine import placement
 from flap_stream.engine.hidden_states import PLACES
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.engine.weight_stream import slab_bytes
 from flap_stream.errors import InsufficientMemory
 from flap_stream.model.checkpoint import open_checkpoint
-from flap_stream.stages import pipeline
 
 pytestmark = pytest.mark.gpu
 
@@ -51,11 +50,11 @@ def test_on_cuda_neither_reading_ahead_nor_the_place_of_hidden_states_matters(
     path = save(tiny_model(tiny_config(layers=5)), tmp_path / "model", dtype=torch.bfloat16)
     text = save_tokens(tmp_path / "tokens.npy", random_tokens(9, 24))
     options = PruneConfig(ratio=0.3, calibration=(text,), device="cuda", batch_size=4)
-    place, outs = planner.place, []
+    place, outs = placement.place, []
     for hidden_place in PLACES:
         for prefetch in (0, 1):
             how = {"hidden_place": hidden_place, "prefetch": prefetch}
-            monkeypatch.setattr(pipeline.planner, "place", lambda *a, how=how: replace(place(*a), **how))
+            monkeypatch.setattr(placement, "place", lambda *a, how=how: replace(place(*a), **how))
             outs.append(tmp_path / f"{hidden_place}-{prefetch}")
             flap_stream.prune(path, outs[-1], options)
     for out in outs[1:]:

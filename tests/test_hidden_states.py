@@ -24,7 +24,7 @@ def contents(hidden: HiddenStates, batch_size: int) -> torch.Tensor:
 
 @pytest.fixture(params=["host", "disk"])
 def hidden(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[HiddenStates]:
-    with make_hidden_states(request.param, *SHAPE, torch.bfloat16, CPU, tmp_path) as made:
+    with make_hidden_states(request.param, SHAPE, torch.bfloat16, CPU, tmp_path) as made:
         for start in range(0, 7, 3):
             made.put(start, values_of(1)[start : start + 3])
         made.advance()
@@ -52,7 +52,7 @@ def test_a_snapshot_comes_back_bit_equal_in_every_place(hidden: HiddenStates, tm
     digest = hidden.save(tmp_path / "snapshot")
     assert (tmp_path / "snapshot").read_bytes() == values_of(1).view(torch.uint8).numpy().tobytes()
     for place in ("host", "disk"):
-        with make_hidden_states(place, *SHAPE, torch.bfloat16, CPU, tmp_path) as read:
+        with make_hidden_states(place, SHAPE, torch.bfloat16, CPU, tmp_path) as read:
             read.load(tmp_path / "snapshot", digest)
             assert torch.equal(contents(read, 2), values_of(1))
 
@@ -78,7 +78,7 @@ def test_an_altered_snapshot_is_refused(hidden: HiddenStates, tmp_path: Path, ha
 
 
 def test_files_on_disk_have_no_name_to_be_left_behind(tmp_path: Path) -> None:
-    with make_hidden_states("disk", *SHAPE, torch.bfloat16, CPU, tmp_path) as hidden:
+    with make_hidden_states("disk", SHAPE, torch.bfloat16, CPU, tmp_path) as hidden:
         hidden.put(0, values_of(1))
         hidden.advance()
         assert os.listdir(tmp_path) == []
@@ -91,4 +91,4 @@ def test_a_disk_without_room_is_refused_and_not_filled_to_find_out(
     monkeypatch.setattr(os, "posix_fallocate", lambda *_: pytest.fail("room was taken"))
     windows = 2 * os.statvfs(tmp_path).f_blocks * os.statvfs(tmp_path).f_frsize // (1024 * 1024)
     with pytest.raises(InsufficientSpace, match="hidden states on disk need"):
-        make_hidden_states("disk", windows, 1024, 1024, torch.uint8, CPU, tmp_path)
+        make_hidden_states("disk", (windows, 1024, 1024), torch.uint8, CPU, tmp_path)

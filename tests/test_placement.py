@@ -14,11 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import flap_stream
 from flap_stream.config import CollectConfig, PruneConfig
-from flap_stream.engine import placement as planner
+from flap_stream.engine import placement
+from flap_stream.engine.placement import candidates
 from flap_stream.errors import InsufficientMemory
 from flap_stream.model import checkpoint
 from flap_stream.model.skeleton import Skeleton
-from flap_stream.stages import pipeline
 from flap_stream.storage.run_directory import RunDirectory
 
 LAYERS = 4
@@ -48,8 +48,8 @@ def assert_same(out: Path, expected: Path) -> None:
 
 def placed(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     """Have the pipeline place jobs as before, but for `changes`."""
-    place = planner.place
-    monkeypatch.setattr(pipeline.planner, "place", lambda *arguments: replace(place(*arguments), **changes))
+    find = placement.place
+    monkeypatch.setattr(placement, "place", lambda *arguments: replace(find(*arguments), **changes))
 
 
 def slow_reads(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> list[int]:
@@ -87,7 +87,7 @@ def test_a_layer_in_use_is_not_overwritten_by_the_next(
     run_layer, used = Skeleton.run_layer, []
 
     def spy(skeleton: Skeleton, index: int, weights: Any, *rest: Any) -> torch.Tensor:
-        if isinstance(rest[0], FakeTensor):  # the planner's look at the layer's workspace
+        if isinstance(rest[0], FakeTensor):  # the prediction of the layer's workspace
             return run_layer(skeleton, index, weights, *rest)
         used.append(weights["self_attn.q_proj.weight"].data_ptr())
         time.sleep(0.01)  # long enough for the next layer to be read meanwhile, were its buffer this one's
@@ -212,13 +212,13 @@ def test_a_run_is_taken_up_with_the_batch_size_that_it_began_with(
 ) -> None:
     options = flap_stream.CollectConfig(calibration=job[1].calibration, samples=10, sequence_length=16)
     with monkeypatch.context() as patch:
-        patch.setitem(planner._BATCH_TOKENS, "cpu", 48)  # as if there were less memory
+        patch.setitem(candidates._BATCH_TOKENS, "cpu", 48)  # as if there were less memory
         assert _placement(flap_stream.collect(job[0], tmp_path / "run", options)).batch_size == 3
     assert _placement(flap_stream.collect(job[0], tmp_path / "run", options)).batch_size == 3
     assert _placement(flap_stream.collect(job[0], tmp_path / "other", options)).batch_size == 10
 
 
-def _placement(result: Any) -> planner.Placement:
+def _placement(result: Any) -> placement.Placement:
     return result.measured.placement
 
 

@@ -17,7 +17,7 @@ from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.cli import main
 from flap_stream.config import REFIT_TARGETS, EngineConfig, PruneConfig
 from flap_stream.engine import memory
-from flap_stream.engine import placement as planner
+from flap_stream.engine.placement import Job, place, predict
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InsufficientMemory, InvalidOption
 from flap_stream.model.checkpoint import open_checkpoint
@@ -43,45 +43,45 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def job(model: Path) -> planner.Job:
+def job(model: Path) -> Job:
     with open_checkpoint(model) as checkpoint:
         return StreamedModel(checkpoint, EngineConfig(device="cpu")).job(4096, 128)
 
 
-def test_room_for_all_gives_batches_that_suit_the_device(job: planner.Job) -> None:
-    placement = planner.place(job, memory.Limits(1 << 40, 0))
+def test_room_for_all_gives_batches_that_suit_the_device(job: Job) -> None:
+    placement = place(job, memory.Limits(1 << 40, 0))
     assert (placement.batch_size, placement.hidden_place, placement.prefetch) == (8, "host", 1)
 
 
-def test_less_room_moves_hidden_states_to_disk_first(job: planner.Job) -> None:
-    roomy = planner.place(job, memory.Limits(1 << 40, 0))
-    tight = planner.place(job, memory.Limits(roomy.host_bytes - job.hidden_bytes // 2, 0))
+def test_less_room_moves_hidden_states_to_disk_first(job: Job) -> None:
+    roomy = place(job, memory.Limits(1 << 40, 0))
+    tight = place(job, memory.Limits(roomy.host_bytes - job.hidden_bytes // 2, 0))
     assert (tight.batch_size, tight.hidden_place, tight.prefetch) == (8, "disk", 1)
     assert tight.host_bytes < roomy.host_bytes
 
 
-def test_every_step_down_takes_less_memory(job: planner.Job) -> None:
+def test_every_step_down_takes_less_memory(job: Job) -> None:
     for size, ahead in ((8, 1), (4, 1), (1, 0)):
-        host, disk = (planner.predict(job, size, place, ahead).host_bytes for place in ("host", "disk"))
+        host, disk = (predict(job, size, place, ahead).host_bytes for place in ("host", "disk"))
         assert disk < host
-    large, small = (planner.predict(job, size, "host", 1).host_bytes for size in (64, 8))
+    large, small = (predict(job, size, "host", 1).host_bytes for size in (64, 8))
     assert large - small > 50 * job.batch_bytes(8), "a batch has its workspace, ten times its hidden states"
 
 
-def test_a_cuda_job_keeps_hidden_states_on_the_device_while_they_fit(job: planner.Job) -> None:
+def test_a_cuda_job_keeps_hidden_states_on_the_device_while_they_fit(job: Job) -> None:
     on_gpu = replace(job, device="cuda", _workspaces={})
-    roomy = planner.place(on_gpu, memory.Limits(1 << 40, 1 << 40))
+    roomy = place(on_gpu, memory.Limits(1 << 40, 1 << 40))
     assert roomy.hidden_place == "device" and roomy.device_bytes > on_gpu.hidden_bytes
-    tight = planner.place(on_gpu, memory.Limits(1 << 40, roomy.device_bytes - on_gpu.hidden_bytes))
+    tight = place(on_gpu, memory.Limits(1 << 40, roomy.device_bytes - on_gpu.hidden_bytes))
     assert tight.hidden_place == "host" and tight.device_bytes < roomy.device_bytes
 
 
-def test_wishes_are_kept_or_refused(job: planner.Job) -> None:
-    placement = planner.place(job, memory.Limits(1 << 40, 0), batch_size=3, prefetch=0)
+def test_wishes_are_kept_or_refused(job: Job) -> None:
+    placement = place(job, memory.Limits(1 << 40, 0), batch_size=3, prefetch=0)
     assert (placement.batch_size, placement.prefetch) == (3, 0)
-    limit = planner.predict(job, 8, "disk", 1).host_bytes + 20 * MIB
-    with pytest.raises(InsufficientMemory, match=r"--host-memory \d+MiB, if there is as much, or --batch-size 8$"):
-        planner.place(job, memory.Limits(limit, 0), batch_size=1024, prefetch=1)
+    limit = predict(job, 8, "disk", 1).host_bytes + 20 * MIB
+    with pytest.raises(InsufficientMemory, match=r"--host-memory \d+MiB, if there is that much, or --batch-size 8$"):
+        place(job, memory.Limits(limit, 0), batch_size=1024, prefetch=1)
 
 
 @pytest.mark.parametrize("target", REFIT_TARGETS)
@@ -104,7 +104,7 @@ def test_long_windows_that_do_not_fit_are_told_to_be_shorter(model: Path) -> Non
     with open_checkpoint(model) as checkpoint:
         job = StreamedModel(checkpoint, EngineConfig(device="cpu")).job(4, 1 << 17)
     with pytest.raises(InsufficientMemory, match=r"--sequence-length \d+"):
-        planner.place(job, memory.Limits(memory.resident_bytes() + 100 * MIB, 0))
+        place(job, memory.Limits(memory.resident_bytes() + 100 * MIB, 0))
 
 
 def prune(model: Path, out: Path, *extra: str) -> subprocess.CompletedProcess[str]:

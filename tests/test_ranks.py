@@ -163,7 +163,7 @@ class OnDisk:
         from flap_stream.engine import streamed_model as layers
 
         made = layers.make_hidden_states
-        layers.make_hidden_states = lambda place, *sizes: made("disk", *sizes)
+        layers.make_hidden_states = lambda place, *rest: made("disk", *rest)
         self.action()
 
 
@@ -208,7 +208,7 @@ class Smaller:
 
         def limited(skeleton: Skeleton, index: int, weights: Any, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
             output = run_layer(skeleton, index, weights, hidden, *rest)
-            is_real = type(hidden) is torch.Tensor  # not the planner's
+            is_real = type(hidden) is torch.Tensor  # not that of a prediction
             if is_real and index >= self.layer and len(hidden) > self.most and os.environ["RANK"] == str(self.rank):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return output
@@ -281,18 +281,18 @@ class KilledOnLeaving:
         self.action, self.rank, self.is_said = action, rank, is_said
 
     def __call__(self) -> None:
-        from flap_stream.engine import ranks
+        from flap_stream.engine import membership
 
-        leave = ranks._Job.leave
+        leave = membership._Membership.leave
 
         def die(job: Any, own: Ranks) -> None:
             if own.rank == self.rank:
                 if self.is_said:
-                    job._store.set(ranks._done_keys(own.world)[own.rank], "")
+                    job._store.set(membership.done_keys(own.world)[own.rank], "")
                 os.kill(os.getpid(), signal.SIGKILL)
             leave(job, own)
 
-        ranks._Job.leave = die
+        membership._Membership.leave = die
         self.action()
 
 
@@ -334,7 +334,7 @@ def test_torchrun_and_the_other_ranks_end_when_one_is_killed(command: Command, t
         said = process.stderr.read()
     assert time.monotonic() - started < 15
     sentences = [line for line in said.splitlines() if line.startswith("flap-stream: ")]
-    assert len(sentences) == 1 and "rank 1 of 2 is gone" in sentences[0]
+    assert len(sentences) == 1 and "rank 1 of 2 exited unexpectedly" in sentences[0]
     finish(ALONE, arguments)
     assert contents(tmp_path / "out") == command.expected
 

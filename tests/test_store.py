@@ -411,7 +411,7 @@ def test_of_two_that_start_at_once_one_alone_decides_what_the_run_is_for(tmp_pat
 
 
 def _hidden(seed: int) -> HiddenStates:
-    hidden = make_hidden_states("host", 2, 3, 4, torch.bfloat16, torch.device("cpu"))
+    hidden = make_hidden_states("host", (2, 3, 4), torch.bfloat16, torch.device("cpu"))
     hidden.put(0, torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(seed)).bfloat16())
     return hidden
 
@@ -460,7 +460,7 @@ def test_a_corrupted_snapshot_is_passed_over_with_a_warning(
         _flip(tmp_path / "out.run" / "hidden" / f"{layer:04d}.bin")
     with caplog.at_level(logging.WARNING, logger="flap_stream"):
         result = flap_stream.prune(model, tmp_path / "out", options)
-    warned = [record.getMessage() for record in caplog.records if "going on from an earlier point" in record.message]
+    warned = [record.getMessage() for record in caplog.records if "resuming from an earlier point" in record.message]
     assert all(f"{layer:04d}.bin" in message for layer, message in zip(harmed[::-1], warned, strict=True))
     assert result.record == expected.record
     for file in (tmp_path / "expected").iterdir():

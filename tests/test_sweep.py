@@ -16,8 +16,7 @@ from test_interruption import identities
 import flap_stream
 from flap_stream.cli import main
 from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, RewriteConfig, SweepConfig, parse_ratios
-from flap_stream.engine import placement as planner
-from flap_stream.engine import snapshots
+from flap_stream.engine import placement, snapshots
 from flap_stream.engine.layer_pass import Batch, LayerPass
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidOption, RunMismatch
@@ -151,7 +150,7 @@ def test_a_reading_of_the_model_goes_on_in_the_middle(
 ) -> None:
     made = Collected(tmp_path)
     run, options = made.run, made.options(samples=3)
-    find, run_layer, layers = planner.place, LayerPass.run, []
+    find, run_layer, layers = placement.place, LayerPass.run, []
 
     def stopping(batches: LayerPass, index: int, *rest: Any, **how: Any) -> Iterator[Batch]:
         if index == stop_at:
@@ -159,7 +158,7 @@ def test_a_reading_of_the_model_goes_on_in_the_middle(
         layers.append(index)
         return run_layer(batches, index, *rest, **how)
 
-    monkeypatch.setattr(planner, "place", lambda *a: replace(find(*a), hidden_place=place))
+    monkeypatch.setattr(placement, "place", lambda *a: replace(find(*a), hidden_place=place))
     monkeypatch.setattr(LayerPass, "run", stopping)
     monkeypatch.setattr(snapshots, "_SNAPSHOT_SHARE", 0.0)
     stop_at = 2
@@ -180,16 +179,16 @@ def test_ratios_go_in_groups_where_their_hidden_states_have_no_room(
     collected: Collected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_once, groups = flap_stream.sweep(collected.run, collected.options(samples=2)), []
-    place, measure = planner.place, ratio_sweep.perplexities
+    place, measure = placement.place, ratio_sweep.perplexities
 
-    def crowded(job: planner.Job, *rest: Any) -> planner.Placement:
+    def crowded(job: placement.Job, *rest: Any) -> placement.Placement:
         return replace(place(job, *rest), hidden_place="host" if job.samples <= 2 else "disk")
 
     def counted(model: Any, tokens: Any, decisions: Any, *rest: Any) -> list[float]:
         groups.append(len(decisions))
         return measure(model, tokens, decisions, *rest)
 
-    monkeypatch.setattr(planner, "place", crowded)
+    monkeypatch.setattr(placement, "place", crowded)
     monkeypatch.setattr(ratio_sweep, "perplexities", counted)
     files = collected.run / "sweeps"
     for file in files.iterdir():

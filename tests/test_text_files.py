@@ -14,9 +14,9 @@ import pyarrow.parquet
 import pytest
 
 from flap_stream.errors import InvalidText
-from flap_stream.text import reading as text_files
-from flap_stream.text.reading import Reading, joined
-from flap_stream.text.reading import text_files as files_of
+from flap_stream.text.documents import Reading
+from flap_stream.text.sources import joined
+from flap_stream.text.sources import text_files as files_of
 
 
 def read(*paths: Path, **reading) -> str:
@@ -98,21 +98,21 @@ def test_packed_files_are_read(tmp_path: Path, suffix: str, pack: Callable[[byte
 def test_json_is_read_as_rows(tmp_path: Path, body: str, monkeypatch) -> None:
     (tmp_path / "a.json").write_text(body)
     assert documents(tmp_path / "a.json") == ["one", "two"]
-    monkeypatch.setattr(text_files, "_PIECE_CHARS", 3)  # whatever comes at once
+    monkeypatch.setattr("flap_stream.text.documents._PIECE_CHARS", 3)  # whatever comes at once
     assert documents(tmp_path / "a.json") == ["one", "two"]
 
 
 @pytest.mark.parametrize("body", ['[{"text": "one"}', '{"text": "one"}\n{"te', '[{"text": "one"}, oh]', "[1, 2]", "7"])
 def test_json_that_is_none_is_refused(tmp_path: Path, body: str) -> None:
     (tmp_path / "a.json").write_text(body)
-    with pytest.raises(InvalidText, match=r"a.json row [12] is no JSON object"):
+    with pytest.raises(InvalidText, match=r"a.json row [12] is not a JSON object"):
         read(tmp_path / "a.json")
 
 
 def test_parquet_may_have_nulls_lists_bytes_and_dictionaries(tmp_path: Path, caplog) -> None:
     caplog.set_level(logging.WARNING, "flap_stream")
     assert documents(table(tmp_path / "n.parquet", text=["one", None, "two"])) == ["one", "two"]
-    assert "1 rows without a text are left out" in caplog.text
+    assert "skipped 1 rows without text" in caplog.text
     assert documents(table(tmp_path / "l.parquet", text=[["one", "two"], [], ["three"]])) == ["one", "two", "three"]
     assert documents(table(tmp_path / "b.parquet", text=[b"one", "zwölf".encode()])) == ["one", "zwölf"]
     words = pyarrow.array(["one", "two", "one"]).dictionary_encode()
@@ -132,10 +132,10 @@ def test_the_column_is_found_or_named(tmp_path: Path, suffix: str, caplog) -> No
         return lines(path, row) if suffix != ".parquet" else table(path, **{name: [row[name]] for name in row})
 
     assert read(made(id=1, content="b", text="a")) == "a" and "column" not in caplog.text
-    assert read(made(id=1, content="b", title="c")) == "b" and "the text is the column content" in caplog.text
-    assert read(made(id=1, body="d")) == "d" and "the text is the column body" in caplog.text
+    assert read(made(id=1, content="b", title="c")) == "b" and "from column content" in caplog.text
+    assert read(made(id=1, body="d")) == "d" and "from column body" in caplog.text
     assert read(made(text="a", body="d"), column="body") == "d"
-    with pytest.raises(InvalidText, match=r'has no "text" field, but title, body; name the one .* --text-column'):
+    with pytest.raises(InvalidText, match=r'has no "text" field, but title, body; name the column .* --text-column'):
         read(made(title="c", body="d"))
     with pytest.raises(InvalidText, match=r'has no "bdy" field, but text, body'):
         read(made(text="a", body="d"), column="bdy")
@@ -188,7 +188,7 @@ def test_an_empty_text_file_is_a_document_as_before(tmp_path: Path) -> None:
 
 
 def test_a_long_text_comes_in_pieces(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(text_files, "_PIECE_CHARS", 10)
+    monkeypatch.setattr("flap_stream.text.documents._PIECE_CHARS", 10)
     (tmp_path / "a.txt").write_text("äöü\r\n" * 50)
     pieces = list(joined([str(tmp_path / "a.txt")] * 2, True, Reading()))
     assert max(map(len, pieces)) <= 10 and "".join(pieces) == "äöü\n" * 50 + "\n\n" + "äöü\n" * 50

@@ -87,16 +87,16 @@ def test_options_about_text_are_refused_with_ready_tokens(tmp_path: Path, capsys
     for option in (("--bos", "always"), ("--text-column", "x"), ("--chat-template", "always")):
         command = ["collect", str(DEMO / "model"), str(tmp_path / "run"), "--calibration", str(tmp_path / "tokens.npy")]
         assert main([*command, *option]) == 2
-        assert f"{option[0]} {option[1]} is about text, but" in capsys.readouterr().err
+        assert f"{option[0]} {option[1]} applies to text, but" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("nowhere.txt", "no such text: nowhere.txt"),
-        ("a.doc", "a.doc is none of .txt"),
+        ("a.doc", "a.doc is not a .txt"),
         ("folder", "directory folder holds no .txt"),
-        ("tokens.npy a.doc", "a .npy of ready tokens stands alone"),
+        ("tokens.npy a.doc", "a .npy file of token ids cannot be combined"),
         ("c4 c4", "c4 is sampled document by document"),
     ],
 )
@@ -125,7 +125,7 @@ def test_a_dry_run_looks_at_the_tokenizer(tmp_path: Path, capsys) -> None:
     (tmp_path / "model" / "tokenizer.json").write_text("{")
     capsys.readouterr()
     assert main(command) == 2
-    assert "tokenizer.json is cut short or damaged" in capsys.readouterr().err
+    assert "tokenizer.json is truncated or damaged" in capsys.readouterr().err
 
 
 def cached_file(cache: Path, repository: str, name: str, revision: str = "main") -> Path:

@@ -279,7 +279,7 @@ def test_conversations_are_refused_where_they_cannot_be_rendered(with_bos: Path,
         read(with_bos)
     broken = with_template(with_bos, tmp_path / "broken")
     (broken / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(InvalidText, match=r"does not take this conversation .roles must alternate"):
+    with pytest.raises(InvalidText, match=r"does not accept this conversation .roles must alternate"):
         read(broken)
     with pytest.raises(InvalidText, match="--text-column"):
         read(with_bos, chat_template="never")
@@ -297,21 +297,23 @@ def damaged(place: Path, **changes: object) -> Path:
 
 def test_a_tokenizer_that_cannot_be_read_is_named_as_what_it_is(tmp_path: Path, monkeypatch) -> None:
     new = damaged(tmp_path / "new", pre_tokenizer={"type": "OfTheFuture"})
-    with pytest.raises(InvalidText, match=r"tokenizer.json is not known to tokenizers \d.*pip install -U tokenizers"):
+    with pytest.raises(
+        InvalidText, match=r"tokenizer.json is not supported by tokenizers \d.*pip install -U tokenizers"
+    ):
         load_tokenizer(new, False)
     short = damaged(tmp_path / "short")
     (short / "tokenizer.json").write_bytes((DEMO / "model" / "tokenizer.json").read_bytes()[:9000])
-    with pytest.raises(InvalidText, match=r"tokenizer.json is cut short or damaged .* download it again"):
+    with pytest.raises(InvalidText, match=r"tokenizer.json is truncated or damaged .* download it again"):
         load_tokenizer(short, False)
     sentences = damaged(tmp_path / "sentences")
     (sentences / "tokenizer.json").unlink()
     (sentences / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)  # as where it is not installed
-    with pytest.raises(InvalidText, match=r"tokenizer.model alone, which needs sentencepiece.*stream\[sentencepiece\]"):
+    with pytest.raises(InvalidText, match=r"only as tokenizer.model, .* sentencepiece.*stream\[sentencepiece\]"):
         load_tokenizer(sentences, False)
     (sentences / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(InvalidText, match=r"tokenizer.model alone, which needs tiktoken: pip install"):
+    with pytest.raises(InvalidText, match=r"only as tokenizer.model, which needs tiktoken: pip install"):
         load_tokenizer(sentences, False)
 
 

@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 
 from flap_stream.config import parse_size
-from flap_stream.engine.ranks import Ranks, joined
+from flap_stream.engine.membership import joined
+from flap_stream.engine.ranks import Ranks
+from flap_stream.engine.shared_memory import node_buffer
 from flap_stream.progress import format_bytes
 
 BLOCK_BYTES = 1 << 25
@@ -35,7 +37,7 @@ def ways(ranks: Ranks, size: int) -> dict[str, tuple[Callable[[int, int], None],
     """Name to what brings a layer (of a descriptor, from a byte on) into a buffer, and that buffer."""
     own, count = ranks.local
     share = size // count
-    shared, apart = ranks.node_buffer(size), torch.empty(size, dtype=torch.uint8)
+    shared, apart = node_buffer(ranks, size), torch.empty(size, dtype=torch.uint8)
 
     def broadcast(descriptor: int, at: int) -> None:
         if own == 0:

@@ -1,7 +1,7 @@
-"""What Linux control groups still let this process take: the tightest limit from its own group up to the root.
+"""How much memory Linux control groups still allow this process: the tightest limit from its group up to the root.
 
-Groups are nested (systemd, Slurm, containers), and any of them may have a limit. Both versions are read: in version 1
-memory has a hierarchy of its own, in version 2 there is one for everything; a machine may have mounted both.
+Groups are nested (systemd, Slurm, containers), and any of them may have a limit. Both versions are read: version 1 has
+a separate hierarchy for memory, version 2 one for everything; a machine may have both mounted.
 """
 
 import re
@@ -15,8 +15,8 @@ from pathlib import Path
 class _Version:
     """Names of a version's files in a group's directory.
 
-    limits: most bytes that the group may have, or a word for no limit. cached: lines of memory.stat with what of the
-    used bytes is given up when others need it, subgroups included.
+    limits: most bytes that the group may use, or a word for no limit. cached: lines of memory.stat that count bytes
+    reclaimed when others need them, subgroups included.
     """
 
     limits: tuple[str, ...]
@@ -28,15 +28,15 @@ _VERSIONS = {
     "cgroup": _Version(
         ("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
     ),
-    # Beyond memory.high nothing is refused, but the process is slowed down until it hardly runs.
+    # Beyond memory.high nothing is refused, but the process is throttled until it hardly runs.
     "cgroup2": _Version(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")),
 }
 
 
 def free_bytes(root: Path = Path("/")) -> int | None:
-    """Bytes that this process may still take by its control groups; None if none of them has a limit.
+    """Bytes that this process may still use within its control groups; None if none of them has a limit.
 
-    root: where /proc and the mounted groups are.
+    root: the directory that contains /proc and the mounted groups.
     """
     return min(
         (room for kind, group in groups(root) if (room := _room(_VERSIONS[kind], group)) is not None), default=None
@@ -44,7 +44,7 @@ def free_bytes(root: Path = Path("/")) -> int | None:
 
 
 def groups(root: Path = Path("/")) -> Iterator[tuple[str, Path]]:
-    """The process's groups in which memory may be counted, with their file system: the innermost of each first."""
+    """Yield the process's groups that may count memory, with their file system type, innermost first."""
     paths = _own_paths(root / "proc/self/cgroup")
     for kind, mounted, point in _mounts(root / "proc/self/mountinfo"):
         if kind in paths:
@@ -54,7 +54,7 @@ def groups(root: Path = Path("/")) -> Iterator[tuple[str, Path]]:
 
 
 def _own_paths(cgroup: Path) -> dict[str, Path]:
-    """File system to the process's path in that hierarchy."""
+    """The process's path in each hierarchy, by file system type."""
     paths = {}
     for line in _lines(cgroup):
         number, controllers, path = line.split(":", 2)
@@ -66,7 +66,7 @@ def _own_paths(cgroup: Path) -> dict[str, Path]:
 
 
 def _mounts(mountinfo: Path) -> Iterator[tuple[str, Path, Path]]:
-    """File system, group that is mounted, and where, of every hierarchy that may count memory (proc(5))."""
+    """Yield file system type, mounted group and mount point of every hierarchy that may count memory (proc(5))."""
     for line in _lines(mountinfo):
         mount, _, source = line.partition(" - ")
         kind, options = source.split()[0], source.split()[-1].split(",")
@@ -76,16 +76,16 @@ def _mounts(mountinfo: Path) -> Iterator[tuple[str, Path, Path]]:
 
 
 def _below(path: Path, mounted: Path) -> Path:
-    """The process's group, relative to the one that is mounted; that one itself where it is not among its subgroups.
+    """The process's group relative to the mounted one; the mounted one itself if it does not contain it.
 
-    In a container the path may be the host's, whereas only the container's own group is mounted.
+    In a container the path may be the host's, while only the container's own group is mounted.
     """
     inside = ".." not in path.parts and path.is_relative_to(mounted)
     return path.relative_to(mounted) if inside else Path()
 
 
 def _room(version: _Version, group: Path) -> int | None:
-    """Bytes that a group may still take, or None if it has no limit or does not say."""
+    """Bytes that a group may still use, or None if it has no limit or cannot be read."""
     limits = []
     for name in version.limits:
         with suppress(OSError, ValueError):
@@ -100,7 +100,7 @@ def _room(version: _Version, group: Path) -> int | None:
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines of one of the kernel's files, none if it is not there."""
+    """Lines of one of the kernel's files; empty if it does not exist."""
     try:
         return path.read_text().splitlines()
     except OSError:
@@ -108,5 +108,5 @@ def _lines(path: Path) -> list[str]:
 
 
 def _unescaped(name: str) -> str:
-    """A name in mountinfo, in which blanks and the like stand as octal numbers."""
+    """A name in mountinfo, in which blanks and the like are octal escapes."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), name)

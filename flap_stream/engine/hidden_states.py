@@ -1,4 +1,4 @@
-"""Where the hidden states between two decoder layers live (device, host or disk), and their snapshots."""
+"""Hidden states between two decoder layers, in device memory, host memory or on disk, and their snapshot files."""
 
 import errno
 import hashlib
@@ -21,11 +21,11 @@ from flap_stream.storage import files
 
 PLACES = ("device", "host", "disk")
 
-_BLOCK_BYTES = 1 << 22
+_BLOCK_BYTES = 1 << 22  # of snapshots, as read, written and sent between ranks; not measured
 
 
 def batches(windows: range, batch_size: int) -> Iterator[tuple[int, int]]:
-    """Ranges `(start, stop)` of consecutive windows, each of `batch_size` but for the last."""
+    """Ranges `(start, stop)` of consecutive windows, each of `batch_size` except the last."""
     for start in range(windows.start, windows.stop, batch_size):
         yield start, min(start + batch_size, windows.stop)
 
@@ -34,7 +34,7 @@ def batches(windows: range, batch_size: int) -> Iterator[tuple[int, int]]:
 class HiddenStates(ABC):
     """Hidden states of all windows, `[sample, token, hidden]`: the inputs of the next decoder layer.
 
-    A layer takes its inputs from `stream`, gives its outputs to `put`, and `advance` makes the outputs the inputs.
+    A layer's inputs are read with `stream` and its outputs written with `put`; `advance` turns outputs into inputs.
     """
 
     samples: int
@@ -45,7 +45,7 @@ class HiddenStates(ABC):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Windows, tokens of each, width."""
+        """Windows, tokens per window, hidden size."""
         return self.samples, self.tokens, self.hidden_size
 
     @property
@@ -55,23 +55,23 @@ class HiddenStates(ABC):
 
     @abstractmethod
     def stream(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
-        """First window and inputs `[sample, token, hidden]` on the device, batch by batch; valid until the next.
+        """Yield the first window and the inputs `[sample, token, hidden]` on the device, batch by batch.
 
-        windows: consecutive ones; None is all.
+        Inputs are valid until the next batch. windows: consecutive ones; None is all.
         """
 
     @abstractmethod
     def put(self, start: int, values: torch.Tensor) -> None:
-        """Outputs of the windows from `start` on, whose inputs have been used."""
+        """Store the outputs of the windows from `start` on, whose inputs are no longer needed."""
 
     @abstractmethod
     def advance(self) -> None:
-        """All outputs have been put: they are the next layer's inputs."""
+        """Make the outputs, all of which have been put, the next layer's inputs."""
 
     def save(self, path: Path, ranks: Ranks = ALONE, samples: int | None = None) -> str:
-        """Write the inputs' raw bytes, of all ranks in their order, to a file, durably; returns their sha256.
+        """Write the raw bytes of the inputs of all ranks, in order of ranks, durably to a file; returns their sha256.
 
-        samples: of this rank, that many windows alone. Rank 0 writes; what the others return means nothing.
+        samples: only that many of this rank's windows. Rank 0 writes; the other ranks return an empty string.
         """
         nbytes = self.nbytes if samples is None else self.nbytes // max(self.samples, 1) * samples
         blocks = ranks.in_order(self._blocks(nbytes), _BLOCK_BYTES)
@@ -82,20 +82,20 @@ class HiddenStates(ABC):
         return ""
 
     def load(self, path: Path, digest: str, ranks: Ranks = ALONE) -> None:
-        """Take the inputs from a file, of which every rank has a part, in their order.
+        """Read this rank's inputs from a file that `save` wrote.
 
-        Raises CorruptRun on all ranks if its size or sha256 is not what was recorded.
+        Raises CorruptRun on all ranks if the file's size or sha256 is not the recorded one.
         """
         sizes = ranks.gathered(self.nbytes)
         size = path.stat().st_size if path.is_file() else None
         is_whole = size == sum(sizes) and self._load(path, sum(sizes[: ranks.rank]), ranks.is_first) in (digest, None)
         if not all(ranks.gathered(is_whole)):
-            raise CorruptRun(f"snapshot {path} is missing or altered; delete it to go on from an earlier one")
+            raise CorruptRun(f"snapshot {path} is missing or altered; delete it to resume from an earlier one")
 
     def _load(self, path: Path, offset: int, reads_all: bool) -> str | None:
         """Read the inputs from byte `offset` of a file on.
 
-        reads_all: read on to the end of the file; the sha256 of what was read comes out then.
+        reads_all: read to the end of the file and return the sha256 of what was read.
         """
         digest, at = hashlib.sha256(), 0
         buffer = memoryview(bytearray(_BLOCK_BYTES))
@@ -111,7 +111,7 @@ class HiddenStates(ABC):
 
     @abstractmethod
     def _blocks(self, nbytes: int) -> Iterator[memoryview]:
-        """The first raw bytes of the inputs."""
+        """The first `nbytes` raw bytes of the inputs, in blocks valid until the next."""
 
     @abstractmethod
     def _store(self, offset: int, block: memoryview) -> None:
@@ -119,7 +119,7 @@ class HiddenStates(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of memory and files."""
+        """Free memory and files."""
 
     def __enter__(self) -> "HiddenStates":
         return self
@@ -132,21 +132,20 @@ class HiddenStates(ABC):
 
 def make_hidden_states(
     place: str,
-    samples: int,
-    tokens: int,
-    hidden_size: int,
+    shape: tuple[int, int, int],
     dtype: torch.dtype,
     device: torch.device,
     directory: Path | None = None,
 ) -> HiddenStates:
-    """Hidden states in one of PLACES, without values yet. directory: of the files on disk.
+    """Hidden states `[sample, token, hidden]` in one of PLACES, without values yet.
 
+    device: where layers run. directory: for files on disk; None is the system's temporary directory.
     Raises InsufficientSpace if they do not fit on the disk.
     """
-    if place == "disk" and samples:
-        return DiskHiddenStates(samples, tokens, hidden_size, dtype, device, directory)
+    if place == "disk" and shape[0]:
+        return DiskHiddenStates(*shape, dtype, device, directory)
     memory = device if place == "device" else torch.device("cpu")
-    return ResidentHiddenStates(samples, tokens, hidden_size, dtype, device, memory)
+    return ResidentHiddenStates(*shape, dtype, device, memory)
 
 
 @dataclass(eq=False)
@@ -156,14 +155,14 @@ class ResidentHiddenStates(HiddenStates):
     memory: torch.device
 
     def __post_init__(self) -> None:
-        """Take the memory."""
+        """Allocate the buffer."""
         if self.memory.type == "cpu":
             self.values = host_buffer(self.shape, self.dtype)
         else:
             self.values = torch.empty(self.shape, dtype=self.dtype, device=self.memory)
 
     def stream(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
-        """Batches of the buffer."""
+        """Yield batches of the buffer."""
         for start, stop in batches(windows or range(self.samples), batch_size):
             yield start, self.values[start:stop].to(self.device)
 
@@ -172,7 +171,7 @@ class ResidentHiddenStates(HiddenStates):
         self.values[start : start + len(values)].copy_(values)
 
     def advance(self) -> None:
-        """Nothing to do: the outputs are in place already."""
+        """Do nothing: outputs have overwritten the inputs."""
 
     def _bytes(self) -> torch.Tensor:
         return self.values.view(torch.uint8).view(-1)
@@ -191,19 +190,19 @@ class ResidentHiddenStates(HiddenStates):
 
 @dataclass(eq=False)
 class DiskHiddenStates(HiddenStates):
-    """Hidden states in two nameless files, inputs and outputs, which change places after every layer.
+    """Hidden states in two nameless files, inputs and outputs, which are swapped after every layer.
 
-    The next batch is read while one is in use, and written while the next is computed. The kernel frees the files when
-    the process ends, however it ends.
+    One batch is read ahead, and a batch is written while the next is computed. The kernel frees the files when the
+    process ends, however it ends.
     """
 
     directory: Path | None
 
     def __post_init__(self) -> None:
-        """Make the files and their room."""
+        """Create the files and allocate their space."""
         self._window_bytes = self.nbytes // self.samples
         place = Path(self.directory or tempfile.gettempdir())
-        if 2 * self.nbytes > files.free_bytes(place):  # asked for it, ext4 would fill the disk before it refuses
+        if 2 * self.nbytes > files.free_bytes(place):  # ext4 fills the disk before posix_fallocate fails
             raise self._no_room(place)
         self._files = [tempfile.TemporaryFile(buffering=0, dir=self.directory) for _ in range(2)]  # noqa: SIM115
         self._inputs, self._outputs = (file.fileno() for file in self._files)
@@ -222,12 +221,12 @@ class DiskHiddenStates(HiddenStates):
 
     def _no_room(self, place: Path) -> InsufficientSpace:
         return InsufficientSpace(
-            f"hidden states on disk need {2 * self.nbytes:,} bytes in {place}, which has less free; make room, or let "
-            "more memory be used with --host-memory"
+            f"hidden states on disk need {2 * self.nbytes:,} bytes in {place}, which has less free; free some space, "
+            "or allow more memory with --host-memory"
         )
 
     def stream(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
-        """Batches of the input file, one being read ahead."""
+        """Yield batches of the input file, reading one ahead."""
         if not self._buffers or len(self._buffers[0]) < min(batch_size, self.samples):
             shape = (min(batch_size, self.samples), *self.shape[1:])
             self._buffers = [host_buffer(shape, self.dtype) for _ in range(2)]
@@ -248,7 +247,7 @@ class DiskHiddenStates(HiddenStates):
         return values
 
     def put(self, start: int, values: torch.Tensor) -> None:
-        """Hand windows from `start` on to the writer, once it is done with those before."""
+        """Hand windows from `start` on to the writer, once it has written the previous ones."""
         host = values.contiguous().cpu()
         self._wait()
         self._written = self._writer.submit(self._write, self._outputs, start * self._window_bytes, _raw(host))
@@ -286,14 +285,14 @@ class DiskHiddenStates(HiddenStates):
 
 
 class Feed:
-    """Hidden states beside others that are run through a layer: the same windows, in order."""
+    """Reads hidden states window by window in parallel with others that run through a layer."""
 
     def __init__(self, hidden: HiddenStates, batch_size: int, windows: range | None = None) -> None:
         self._batches = hidden.stream(batch_size, windows)
         self._first, self._values = next(self._batches, (0, torch.empty(0)))  # a rank may have no windows
 
     def take(self, start: int, count: int) -> torch.Tensor:
-        """Windows from `start` on, within one batch; no earlier ones are asked for again."""
+        """`count` windows from `start` on, within one batch; must be called in ascending order."""
         while start >= self._first + len(self._values):
             self._first, self._values = next(self._batches)
         return self._values[start - self._first : start - self._first + count]

@@ -1,4 +1,4 @@
-"""One pass over the decoder layers: resumed from a snapshot, streamed, saved now and then, its progress reported.
+"""One pass over the decoder layers: resumed from a snapshot, streamed, saved periodically, its progress reported.
 
 A stage is a `for` loop over `LayerPass.layers` and, inside, over the batches of `LayerPass.run`.
 """
@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from flap_stream.engine.batch_sizes import BatchSizes
+from flap_stream.engine.device import free_cached
 from flap_stream.engine.hidden_states import HiddenStates
 from flap_stream.engine.placement import Placement
 from flap_stream.engine.snapshots import Snapshots, resume
-from flap_stream.engine.streamed_model import BatchSizes, StreamedModel, release
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InsufficientMemory
 from flap_stream.progress import Stage
 from flap_stream.storage.run_directory import BatchReductions, SnapshotStore
@@ -23,17 +25,17 @@ logger = logging.getLogger(__name__)
 
 # First window of a batch and the layer's output for it, `[sample, token, hidden]` in the model's dtype on the device.
 Batch = tuple[int, torch.Tensor]
-StandIns = Mapping[str, nn.Module]  # in the place of some of a layer's modules, by path
+StandIns = Mapping[str, nn.Module]  # replacements for some of a layer's modules, by path
 
 
 @dataclass
 class LayerPass:
-    """Hidden states on their way through all layers, batch by batch.
+    """Runs hidden states through all layers, batch by batch.
 
-    tokens: int64 `[sample, token]`, this rank's windows. hidden: what travels together; the first is run by default.
-    stores: where each is saved, in the same order; none if the pass is not resumable.
-    reductions: where smaller batches are recorded. windows: this rank's, of all; None if it has all.
-    copies: how often all windows stand in `hidden`, one after another.
+    tokens: int64 `[sample, token]`, this rank's windows. hidden: those that advance together; the first is the default.
+    stores: where each is saved, in the same order; empty if the pass cannot be resumed.
+    reductions: where smaller batch sizes are recorded. windows: this rank's range of all windows; None if it has all.
+    copies: how many times all windows are repeated in `hidden`, one after another.
     """
 
     model: StreamedModel
@@ -54,11 +56,11 @@ class LayerPass:
     def layers(
         self, stage: Stage, stored: int | None = None, interval: int | None = None
     ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        """Layers in the order of the pass, each with its weights, from the newest usable snapshot on.
+        """Yield layers in the order of the pass, each with its weights, from the newest usable snapshot on.
 
-        stored: how many layers have their result stored, which no snapshot may lie behind; None if none has a result.
-        interval: layers from one snapshot to the next; None saves as often as it costs little. A layer counts as done
-        at the next step.
+        stored: number of layers whose results are stored, beyond which no snapshot is used; None if layers have none.
+        interval: layers between snapshots; None saves whenever that costs little time. A layer counts as done when the
+        next one is requested.
         """
         model, order = self.model, self.order()
         saved = list(zip(self.stores, self.hidden, strict=True)) if self.stores else []
@@ -78,18 +80,18 @@ class LayerPass:
             stage.advance(tokens=tokens, bytes_moved=model.layer_bytes(i))
 
     def order(self) -> range:
-        """The layers in the order in which the hidden states go through them."""
+        """The layers in the order of the pass."""
         return range(len(self.model.layers))
 
     def begin(self) -> None:
-        """Fill the hidden states with what enters the first layer of the pass."""
+        """Fill the hidden states with the inputs of the first layer of the pass."""
         for hidden in self.hidden:
             self.model.embed(self.tokens, self.placement.batch_size, hidden, self.copies)
 
     def run_batch(
         self, index: int, weights: Mapping[str, torch.Tensor], start: int, values: torch.Tensor, modules: StandIns
     ) -> torch.Tensor:
-        """What a layer makes of one batch, whose first window is `start`."""
+        """The output of a layer for one batch, whose first window is `start`."""
         return self.model.run_batch(index, weights, values, modules)
 
     def run(
@@ -102,10 +104,11 @@ class LayerPass:
         keep_output: bool = True,
         stand_ins: StandIns | None = None,
     ) -> Iterator[Batch]:
-        """Run one layer over all windows, batch by batch; its outputs become the hidden states unless told not to.
+        """Run one layer over all windows, batch by batch; yields first window and output of each.
 
-        windows: to run over these alone; their outputs count once the caller advances the hidden states.
-        stand_ins: as of `Skeleton.run_layer`; one that is a `StandIn` is told the first window of each batch.
+        keep_output: replace the hidden states by the outputs.
+        windows: run over these only; their outputs replace the inputs once the caller advances the hidden states.
+        stand_ins: see `Skeleton.run_layer`; a `StandIn` gets the first window of each batch as its `start`.
         Raises NonFinite if an output holds NaN or infinity, InsufficientMemory if not even one window can run.
         """
         hidden = self.hidden[0] if hidden is None else hidden
@@ -121,7 +124,7 @@ class LayerPass:
         self.step = (self.step[0], self.step[1] + 1)
 
     def run_all(self, index: int, weights: Mapping[str, torch.Tensor], hidden: HiddenStates | None = None) -> None:
-        """`run` for its hidden states alone."""
+        """Run one layer only to replace the hidden states."""
         for _ in self.run(index, weights, hidden):
             pass
 
@@ -133,7 +136,7 @@ class LayerPass:
         windows: range | None,
         stand_ins: StandIns,
     ) -> Iterator[Batch]:
-        """First window and output of batches that the device has memory for."""
+        """Yield first window and output of batches as large as the device has memory for."""
         for first, values in hidden.stream(self.sizes.first, windows):
             done = 0
             while done < len(values):
@@ -156,21 +159,21 @@ class LayerPass:
         try:
             return self.run_batch(index, weights, start, values, modules)
         except torch.OutOfMemoryError:
-            pass  # what it had allocated is held by the exception until here
-        release(self.model.device)
+            pass  # the exception holds what was allocated until here
+        free_cached(self.model.device)
         return None
 
     def _halve(self, index: int, start: int, part: torch.Tensor) -> None:
         if len(part) == 1:
             raise InsufficientMemory(
-                f"layer {index} cannot run a single window of {part.shape[1]} tokens: the device is out of memory, so "
+                f"layer {index} cannot run a single window of {part.shape[1]} tokens: the device is out of memory; "
                 "free some, raise --device-memory or shorten --sequence-length"
             )
         self.sizes.halve(self.step, start, len(part))
-        logger.warning("out of device memory in layer %d; %d windows at once now", index, len(part) // 2)
+        logger.warning("out of device memory in layer %d; continuing with %d windows at once", index, len(part) // 2)
 
 
 class StandIn(nn.Module):
-    """A module in the place of one of a layer's. start: the first window of the batch that runs."""
+    """A replacement for one of a layer's modules. start: the first window of the batch that runs."""
 
     start: int = 0

@@ -1,4 +1,7 @@
-"""How much memory this process takes, and how much it may take."""
+"""How much memory this process uses, and how much it may use.
+
+`keep_malloc_steady` and `keep_few_kernels` change the whole process for good: neither glibc's malloc nor oneDNN can be
+put back. The limit that `enforce` sets is undone by `lift_limit`."""
 
 import ctypes
 import mmap
@@ -15,29 +18,31 @@ import torch
 from flap_stream.engine import control_groups
 from flap_stream.errors import InvalidOption
 
-OWN_BLOCK_BYTES = 8 << 20  # what malloc gives a mapping of its own, and takes back at once
+OWN_BLOCK_BYTES = 8 << 20  # malloc gives larger blocks a mapping of their own and unmaps them when freed
 
-# The same for mixtures of experts, whose blocks have other sizes for every expert, and leave many more holes.
+# The same for mixtures of experts, whose block sizes differ from expert to expert and leave many more holes.
 OWN_BLOCK_BYTES_OF_MIXTURES = 128 << 10
 
-_HOST_MARGIN = 0.1  # of what is free, left to others when nobody sets a limit
-_DEVICE_MARGIN = 0.05
-_KERNELS = 16  # more than a layer has shapes of products
+_HOST_MARGIN = 0.1  # share of the free memory left to others by default; not measured
+_DEVICE_MARGIN = 0.05  # the same on the device; not measured
+_KERNELS = 16  # a layer has fewer shapes of matrix products
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+_fractions_before: dict[torch.device, float] = {}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Most bytes that this process may take: host resident memory, and device memory through torch (0 without one)."""
+    """Most bytes that this process may use: host resident memory, and device memory through torch (0 on a CPU)."""
 
     host: int
     device: int
 
 
 def limits(device: torch.device, host_memory: int | None, device_memory: int | None, sharers: int = 1) -> Limits:
-    """What was asked for, else what is free now minus a margin, the host's divided among `sharers` processes.
+    """The limits requested, or what is free now less a margin, the host's divided among `sharers` processes.
 
-    Raises InvalidOption for a limit of device memory where there is no such device.
+    Raises InvalidOption for a device memory limit on a CPU.
     """
     if device_memory is not None and device.type == "cpu":
         raise InvalidOption("--device-memory is the limit of a GPU; this run is on the CPU, so give --host-memory")
@@ -50,53 +55,62 @@ def limits(device: torch.device, host_memory: int | None, device_memory: int | N
 
 
 def room(device: torch.device, host_memory: int | None, device_memory: int | None, sharers: int = 1) -> int:
-    """Bytes of host memory that this process may take beside what it has now; limits as of `limits`."""
+    """Bytes of host memory that this process may use in addition to what it uses now; arguments as of `limits`."""
     return max(0, limits(device, host_memory, device_memory, sharers).host - resident_bytes())
 
 
 def enforce(device: torch.device, limit: int) -> None:
-    """Hold torch's allocator to a limit: what would exceed it raises torch.OutOfMemoryError."""
+    """Limit torch's allocator on a device, until `lift_limit`; exceeding it raises torch.OutOfMemoryError."""
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
+        _fractions_before.setdefault(device, torch.cuda.get_per_process_memory_fraction(device))
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
 
 
-def keep_malloc_steady(own_block_bytes: int = OWN_BLOCK_BYTES) -> None:
-    """Have glibc give blocks of so many bytes and more back at once, and keep the rest for reuse.
+def lift_limit(device: torch.device) -> None:
+    """Restore the limit that torch's allocator had before `enforce`."""
+    if device in _fractions_before:
+        torch.cuda.set_per_process_memory_fraction(_fractions_before.pop(device), device)
 
-    By itself it moves that border up to 32 MiB as a program runs; then activations come from a heap in which they leave
-    holes, and the peak is up to a third higher, by chance. Keeping up to 64 MiB was 4 % faster, and not predictable.
+
+def keep_malloc_steady(own_block_bytes: int = OWN_BLOCK_BYTES) -> None:
+    """Have glibc return blocks of at least that many bytes to the system when freed, and keep smaller ones for reuse.
+
+    By default it raises that threshold, up to 32 MiB, as a program runs; then activations leave holes in the heap, and
+    the peak is up to a third higher, unpredictably. Keeping blocks of up to 64 MiB was 4 % faster but not predictable.
+    Lasts as long as the process: glibc's own adaptive threshold cannot be switched on again.
     """
     _call_malloc("mallopt", _M_MMAP_THRESHOLD, own_block_bytes)
     _call_malloc("mallopt", _M_TRIM_THRESHOLD, 512 << 20)
 
 
 def keep_few_kernels() -> None:
-    """Have oneDNN keep the few kernels that a dense layer needs, unless the user has said how many.
+    """Have oneDNN cache only the few kernels that a dense layer needs, unless the environment sets a number.
 
-    It compiles one for every shape of a product, which takes up to 1 MB, and by itself keeps 1024 of them in each of
-    two caches. A batch gives every expert another number of tokens, and a pruned model has shapes of its own in every
-    layer: that came to 450 MiB. It reads these when it is first used; compiling anew costs a layer at most a few ms.
+    It compiles one of up to 1 MB for every shape of a matrix product, and by default caches 1024 in each of two caches.
+    With experts, the number of tokens differs between experts and batches, and in a pruned model shapes differ between
+    layers: that took 450 MiB. Recompiling costs a layer at most a few ms.
+    Lasts as long as the process: oneDNN reads these variables once, on first use.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(_KERNELS))
 
 
 def give_back_heap() -> None:
-    """Give back what malloc keeps for reuse, between stages that have little use for each other's."""
+    """Return what malloc keeps for reuse to the system; called between stages that would not reuse it."""
     _call_malloc("malloc_trim", 0)
 
 
 def _call_malloc(function: str, *arguments: int) -> None:
-    """Call one of glibc's functions about its heap; nothing where there is another allocator."""
+    """Call one of glibc's heap functions; does nothing with another C library."""
     with suppress(AttributeError, OSError):
         getattr(ctypes.CDLL(None), function)(*arguments)
 
 
 def host_buffer(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Host memory for what lives long: a mapping of its own, given back as soon as it is dropped.
+    """Host memory for long-lived buffers: a separate mapping, returned to the system when dropped.
 
-    malloc would place it in a hole of the heap if there is one, by chance, and what is short-lived beyond it.
+    malloc might place it in a hole of the heap, and short-lived blocks beyond it.
     """
     nbytes = prod(shape) * dtype.itemsize
     if not nbytes:
@@ -110,9 +124,9 @@ def resident_bytes() -> int:
 
 
 def free_host_bytes(root: Path = Path("/")) -> int:
-    """Memory that this process can still take without swapping: the machine's, and its control groups'.
+    """Bytes that this process can still use without swapping, within the limits of its control groups.
 
-    root: where /proc and the mounted control groups are.
+    root: the directory that contains /proc and the mounted control groups.
     """
     free, allowed = psutil.virtual_memory().available, control_groups.free_bytes(root)
     return free if allowed is None else min(free, allowed)

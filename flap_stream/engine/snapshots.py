@@ -1,4 +1,4 @@
-"""Snapshots of the hidden states on their way through the layers: when they are taken, and going on from one."""
+"""Snapshots of the hidden states during a pass: when to take them, and how to resume from one."""
 
 import logging
 import time
@@ -12,17 +12,18 @@ from flap_stream.storage.run_directory import SnapshotStore
 
 logger = logging.getLogger(__name__)
 
-Saved = Sequence[tuple[SnapshotStore, HiddenStates]]  # what is saved together, each in its own store
+Saved = Sequence[tuple[SnapshotStore, HiddenStates]]  # hidden states saved together, each in its own store
 
-# A snapshot is taken when the layers since the last one took this many times as long as writing one.
+# A snapshot is due when the layers since the last one took this many times as long as writing it: at most 5 % of the
+# time is spent on snapshots. Not measured otherwise.
 _SNAPSHOT_SHARE = 20.0
-_FIRST_WRITE_RATE = 500e6  # bytes per second, until one snapshot has been measured
+_FIRST_WRITE_RATE = 500e6  # bytes per second, assumed until one snapshot has been timed
 
 
 def resume(saved: Saved, incomplete: int, ranks: Ranks) -> int | None:
-    """Load the newest usable snapshot; how many layers of the pass lie before it, None if there is none.
+    """Load the newest usable snapshot; returns the number of layers before it, or None if there is none.
 
-    incomplete: how many layers have their result stored; a snapshot behind them is of no use.
+    incomplete: the first layer without a stored result; later snapshots cannot be used.
     """
     found = ranks.from_first(lambda: [dict(store.newest()) for store, _ in saved])
     for layer in sorted(set.intersection(*(set(digests) for digests in found)), reverse=True):
@@ -33,14 +34,14 @@ def resume(saved: Saved, incomplete: int, ranks: Ranks) -> int | None:
                 hidden.load(store.path(layer), digests[layer], ranks)
         except CorruptRun as error:
             if ranks.is_first:
-                logger.warning("%s; going on from an earlier point", error)
+                logger.warning("%s; resuming from an earlier point", error)
             continue
         return layer
     return None
 
 
 class Snapshots:
-    """Saves the hidden states every so many layers, or as often as it costs little; rank 0 writes those of all."""
+    """Saves the hidden states every `interval` layers, or whenever that costs little; rank 0 writes those of all."""
 
     def __init__(self, saved: Saved, interval: int | None, ranks: Ranks) -> None:
         self._saved, self._interval, self._ranks = saved, interval, ranks
@@ -49,7 +50,7 @@ class Snapshots:
         self._since = time.monotonic()
 
     def layer_done(self, next_layer: int) -> None:
-        """The hidden states now are those that enter `next_layer`."""
+        """Save the hidden states, now the inputs of `next_layer`, if a snapshot is due."""
         if not self._ranks.from_first(lambda: self._is_due(next_layer)):
             return
         started = time.monotonic()

@@ -1,7 +1,7 @@
-"""The stream of weights: one decoder layer after another from disk into reused buffers on the device.
+"""Streaming weights: one decoder layer after another is read from disk into reused buffers on the device.
 
 On a CPU a layer is read straight into the buffer that it is used from. For CUDA it is read block by block into a ring
-of page-locked host buffers and copied from there on a stream of its own; nothing is reused before its event.
+of page-locked host buffers and copied from there on a separate stream; nothing is reused before its event.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,20 +12,22 @@ from itertools import count
 import torch
 
 from flap_stream.engine.ranks import ALONE, Ranks
-from flap_stream.model.checkpoint import FORWARD_DTYPES, Block, Checkpoint, TensorEntry
+from flap_stream.engine.shared_memory import node_buffer
+from flap_stream.model.checkpoint import Block, Checkpoint, TensorEntry
+from flap_stream.model.dtypes import stored_dtype
 
-RING_BLOCK_BYTES = 1 << 24
+RING_BLOCK_BYTES = 1 << 24  # not measured
 
-_ALIGNMENT = 64
+_ALIGNMENT = 64  # bytes, for vector loads
 
 
 def ring_blocks(readers: int) -> int:
-    """Blocks of the ring that `readers` ranks of a node share: each reads one while the same number is copied."""
+    """Number of blocks in the ring that `readers` ranks of a node share: each fills one while as many are copied."""
     return 2 * max(2, readers)
 
 
 def slab_bytes(sizes: Sequence[int]) -> int:
-    """Bytes of a buffer that holds tensors of these sizes, each of them aligned."""
+    """Bytes of a buffer that holds tensors of these sizes, each aligned."""
     return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
 
 
@@ -36,8 +38,8 @@ def load(
     dtype: torch.dtype,
     ranks: Ranks = ALONE,
 ) -> dict[str, torch.Tensor]:
-    """Tensors by the names given, on the device; read once a node."""
-    slab = ranks.node_buffer(slab_bytes([entry.nbytes for entry in entries.values()]))
+    """Load tensors to the device, by the names given; each is read once per node."""
+    slab = node_buffer(ranks, slab_bytes([entry.nbytes for entry in entries.values()]))
     _read(checkpoint, entries, slab, ranks)
     return {name: tensor.to(device, dtype) for name, tensor in _views(entries, slab).items()}
 
@@ -50,11 +52,11 @@ def stream_layers(
     prefetch: int,
     ranks: Ranks = ALONE,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of each layer, by relative name, in the forward's dtype on the device.
+    """Yield the tensors of each layer, by relative name, in the forward's dtype on the device.
 
-    They are views of reused buffers, valid until the next step. Each is read once a node, by all its ranks together; on
-    a CPU they share the buffers too, so what one changes there, all do.
-    prefetch: layers that are read ahead while one is in use; each needs a buffer of its own.
+    They are views of reused buffers, valid until the next layer. Each is read once per node, by all its ranks together;
+    on a CPU the ranks share the buffers too, so changes made by one are seen by all.
+    prefetch: layers that are read ahead while one is in use; each needs its own buffer.
     """
     if not layers:
         return
@@ -77,7 +79,7 @@ def stream_layers(
 
 
 class _Cast:
-    """Brings a layer's tensors into the forward's dtype, in a buffer of its own if any has another."""
+    """Converts a layer's tensors to the forward's dtype, in a separate buffer for those that have another."""
 
     def __init__(self, layers: Sequence[Mapping[str, TensorEntry]], device: torch.device, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -97,48 +99,48 @@ class _Cast:
 
 
 def cast_bytes(entries: Iterable[TensorEntry], dtype: torch.dtype) -> int:
-    """Bytes of a buffer that holds those tensors in the forward's dtype that have another."""
-    others = [entry for entry in entries if getattr(torch, FORWARD_DTYPES[entry.dtype]) != dtype]
+    """Bytes of a buffer for those tensors, converted to the forward's dtype, that are stored in another."""
+    others = [entry for entry in entries if stored_dtype(entry) != dtype]
     return slab_bytes([entry.nbytes // entry.item_bytes * dtype.itemsize for entry in others])
 
 
 class _HostLoader:
-    """Buffers in host memory, the node's, read into directly."""
+    """Host buffers shared by the node, which layers are read into directly."""
 
     def __init__(self, checkpoint: Checkpoint, size: int, slots: int, ranks: Ranks) -> None:
         self._checkpoint, self._ranks = checkpoint, ranks
-        self._slabs = [ranks.node_buffer(size) for _ in range(slots)]
+        self._slabs = [node_buffer(ranks, size) for _ in range(slots)]
 
     def fill(self, index: int, entries: Mapping[str, TensorEntry]) -> None:
         """Read a layer into its buffer."""
         _read(self._checkpoint, entries, self.take(index), self._ranks)
 
     def take(self, index: int) -> torch.Tensor:
-        """The buffer of a layer."""
+        """The buffer that holds a layer."""
         return self._slabs[index % len(self._slabs)]
 
     def give_back(self, index: int) -> None:
-        """The layer is no longer in use."""
+        """Do nothing: buffers are reused in order."""
 
     def close(self) -> None:
-        """Nothing to let go of but memory."""
+        """Do nothing: memory is freed with the buffers."""
 
 
 class _CudaLoader:
-    """Buffers in device memory, filled on a stream of its own from a page-locked ring, the node's.
+    """Device buffers, filled on a separate stream from a page-locked ring of host blocks shared by the node.
 
-    The ranks of a node read one block each, wait for each other, and copy all of them; meanwhile the ring's other half
-    is read. Disks are slower than the way to any device, so nothing would come of passing weights between devices.
+    The ranks of a node read one block each, wait for each other, and copy all of them, while the ring's other half is
+    being read. Disks are slower than the link to any device, so passing weights between devices would gain nothing.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, size: int, slots: int, ranks: Ranks) -> None:
         self._checkpoint, self._device, self._ranks = checkpoint, device, ranks
         self._slabs = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
-        # One allocation, pinned once: pin_memory per tensor rounds up to a power of two and costs.
+        # One allocation, pinned once: pinning per tensor is slow and rounds each up to a power of two.
         blocks = ring_blocks(ranks.local[1])
         self._is_shared = ranks.local[1] > 1
         if self._is_shared:
-            memory = ranks.node_buffer(blocks * RING_BLOCK_BYTES)
+            memory = node_buffer(ranks, blocks * RING_BLOCK_BYTES)
             torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
         else:
             memory = torch.empty(blocks * RING_BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
@@ -148,12 +150,12 @@ class _CudaLoader:
         self._filled = [torch.cuda.Event() for _ in range(slots)]
         self._free = [torch.cuda.Event() for _ in range(slots)]
         self._turns = count()
-        # torch may give memory that kernels launched before still use: only its own stream would come after them.
+        # torch may reuse memory that earlier kernels still use, which is ordered only on the current stream.
         self._copies.wait_stream(torch.cuda.current_stream(device))
 
-    @torch.inference_mode()  # a thread's own: without it, what was made under one cannot be written to
+    @torch.inference_mode()  # set per thread; without it, tensors created in inference mode cannot be written to
     def fill(self, index: int, entries: Mapping[str, TensorEntry]) -> None:
-        """Read a layer and copy it to its buffer, as soon as the layer that used the buffer is done with it."""
+        """Read a layer and copy it to its buffer, once the layer that used the buffer before has finished."""
         slot = index % len(self._slabs)
         self._copies.wait_event(self._free[slot])
         blocks = self._checkpoint.coalesce(list(entries.values()), RING_BLOCK_BYTES)
@@ -162,7 +164,7 @@ class _CudaLoader:
             turns = [(next(self._turns) % len(self._ring), block) for block in blocks[first : first + readers]]
             for turn, _ in turns:
                 self._block_copied[turn].synchronize()
-            self._ranks.node_barrier()  # no rank copies from there any more
+            self._ranks.node_barrier()  # no rank copies from these blocks any more
             for turn, block in turns[own : own + 1]:
                 self._checkpoint.read_block(block, [memoryview(self._ring[turn, : block.nbytes].numpy())])
             self._ranks.node_barrier()
@@ -183,24 +185,24 @@ class _CudaLoader:
                 at += stop - start
 
     def take(self, index: int) -> torch.Tensor:
-        """The buffer of a layer; what is computed from now on waits until it is filled."""
+        """The buffer that holds a layer; computations launched from now on wait until it is filled."""
         slot = index % len(self._slabs)
         torch.cuda.current_stream(self._device).wait_event(self._filled[slot])
         return self._slabs[slot]
 
     def give_back(self, index: int) -> None:
-        """What was launched so far is the last that uses the layer."""
+        """Mark the computations launched so far as the last to use the layer."""
         self._free[index % len(self._slabs)].record(torch.cuda.current_stream(self._device))
 
     def close(self) -> None:
-        """Wait for what is being copied and let go of the ring."""
+        """Wait for pending copies and free the ring."""
         self._copies.synchronize()
         if self._is_shared:
             torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._ring.data_ptr())))
 
 
 def _offsets(entries: Mapping[str, TensorEntry]) -> dict[str, int]:
-    """Full tensor name to its place in a buffer."""
+    """Byte offset of each tensor in a buffer, by full name."""
     offsets, at = {}, 0
     for entry in entries.values():
         offsets[entry.name] = at
@@ -211,16 +213,16 @@ def _offsets(entries: Mapping[str, TensorEntry]) -> dict[str, int]:
 def _views(entries: Mapping[str, TensorEntry], slab: torch.Tensor) -> dict[str, torch.Tensor]:
     offsets, tensors = _offsets(entries), {}
     for name, entry in entries.items():
-        at, dtype = offsets[entry.name], getattr(torch, FORWARD_DTYPES[entry.dtype])
-        tensors[name] = slab[at : at + entry.nbytes].view(dtype).view(entry.shape)
+        at = offsets[entry.name]
+        tensors[name] = slab[at : at + entry.nbytes].view(stored_dtype(entry)).view(entry.shape)
     return tensors
 
 
 def _read(checkpoint: Checkpoint, entries: Mapping[str, TensorEntry], slab: torch.Tensor, ranks: Ranks) -> None:
-    """Read tensors into a host buffer that the ranks of a node share, each of them a part."""
+    """Read tensors into a host buffer that the ranks of a node share; each reads a part."""
     raw, offsets = memoryview(slab.numpy()), _offsets(entries)
     requests = [(entry, raw[offsets[entry.name] : offsets[entry.name] + entry.nbytes]) for entry in entries.values()]
-    ranks.node_barrier()  # all are done with what is in the buffer
+    ranks.node_barrier()  # no rank uses the buffer's previous contents any more
     checkpoint.read_all(requests, ranks.local)
     ranks.node_barrier()
     if ranks.leads_node:

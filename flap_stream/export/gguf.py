@@ -22,7 +22,8 @@ from flap_stream.config.rules import options_of
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidInput, OutputConflict, UnsupportedModel
 from flap_stream.model.architecture import ROWS
-from flap_stream.model.checkpoint import FORWARD_DTYPES, Checkpoint, TensorEntry, open_checkpoint
+from flap_stream.model.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from flap_stream.model.dtypes import stored_dtype
 from flap_stream.output import pruned_checkpoint as output
 from flap_stream.output.model_card import base_name
 from flap_stream.progress import Progress
@@ -354,7 +355,7 @@ def _raw(source: Checkpoint, tensor: _Tensor) -> np.ndarray:
         count = min(step, rows - start)
         block = torch.empty(count * row_bytes, dtype=torch.uint8)
         source.read_into(tensor.entry, memoryview(block.numpy()), first_byte + start * row_bytes)
-        values = block.view(getattr(torch, FORWARD_DTYPES[tensor.entry.dtype])).view(count, columns)
+        values = block.view(stored_dtype(tensor.entry)).view(count, columns)
         wide = values.float().mul_(tensor.factor).numpy() if tensor.factor != 1 else values.float().numpy()
         if tensor.heads and len(tensor.shape) == 1:
             wide = wide[:, _interleaved(columns, tensor.heads)]

@@ -16,7 +16,8 @@ from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.surgery import baseline_shift, removed_indices, select_columns
 from flap_stream.model.architecture import COLUMNS, HOLE, ROWS, Family, Part, Projection
-from flap_stream.model.checkpoint import FORWARD_DTYPES, SINGLE_NAME, Checkpoint, TensorEntry, row_ranges
+from flap_stream.model.checkpoint import SINGLE_NAME, Checkpoint, TensorEntry, row_ranges
+from flap_stream.model.dtypes import stored_dtype, torch_dtype
 from flap_stream.storage import files
 
 _BLOCK_BYTES = 1 << 23
@@ -350,8 +351,8 @@ def _bias_bytes(checkpoint: Checkpoint, tensor: OutputTensor, shift_sum: torch.T
     if tensor.source is not None:
         raw = bytearray(tensor.source.nbytes)
         checkpoint.read_into(tensor.source, memoryview(raw))
-        bias = bias + torch.frombuffer(raw, dtype=getattr(torch, FORWARD_DTYPES[tensor.source.dtype]))
-    stored = bias.to(getattr(torch, FORWARD_DTYPES[tensor.dtype]))
+        bias = bias + torch.frombuffer(raw, dtype=stored_dtype(tensor.source))
+    stored = bias.to(torch_dtype(tensor.dtype))
     return memoryview(stored.view(torch.uint8).numpy())
 
 
@@ -364,7 +365,7 @@ def _weight_rows(checkpoint: Checkpoint, entry: TensorEntry) -> Iterator[tuple[i
         count = min(rows, entry.shape[0] - first)
         block = raw[: count * row_bytes]
         checkpoint.read_into(entry, memoryview(block.numpy()), first * row_bytes)
-        yield first, block.view(getattr(torch, FORWARD_DTYPES[entry.dtype])).view(count, entry.shape[1])
+        yield first, block.view(stored_dtype(entry)).view(count, entry.shape[1])
 
 
 def plan_digest(plan: ShardPlan) -> str:

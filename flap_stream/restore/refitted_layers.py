@@ -27,8 +27,9 @@ from flap_stream.engine.hidden_states import Feed, HiddenStates
 from flap_stream.engine.layer_pass import Batch
 from flap_stream.errors import NonFinite
 from flap_stream.model.architecture import Part
+from flap_stream.model.dtypes import stored_dtype
 from flap_stream.restore.mlp_step import STEP_RUNS, MlpStep
-from flap_stream.restore.second_pass import SecondPass, aligned_rows, stored_dtype
+from flap_stream.restore.second_pass import SecondPass, aligned_rows
 from flap_stream.restore.stand_ins import Captures, Supplies
 
 

@@ -9,7 +9,6 @@ from flap_stream.engine.hidden_states import Feed
 from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.errors import NonFinite
 from flap_stream.model.architecture import Part
-from flap_stream.model.checkpoint import FORWARD_DTYPES, TensorEntry
 from flap_stream.storage.run_directory import RunDirectory
 
 
@@ -78,11 +77,6 @@ class SecondPass:
             return refit_to_target(identity, moments).cpu()
 
         return self.model.ranks.from_first(solve).to(self.model.device)
-
-
-def stored_dtype(entry: TensorEntry) -> torch.dtype:
-    """Of a tensor in the checkpoint."""
-    return getattr(torch, FORWARD_DTYPES[entry.dtype])
 
 
 def aligned_rows(weight: torch.Tensor, matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -248,7 +248,7 @@ def _serve() -> None:
 
     import torch
 
-    from flap_stream.engine.streamed_model import choose_device
+    from flap_stream.engine.device import choose_device
 
     start = json.loads(sys.stdin.readline())
     device = choose_device(start["device"])

@@ -12,11 +12,12 @@ from torch.nn import functional
 
 from flap_stream.config import EvaluateConfig
 from flap_stream.config.rules import options_of, warn_of_positions
+from flap_stream.engine.device import release
 from flap_stream.engine.hidden_states import HiddenStates
 from flap_stream.engine.layer_pass import LayerPass
+from flap_stream.engine.membership import joined
 from flap_stream.engine.memory import give_back_heap
 from flap_stream.engine.placement import Placement
-from flap_stream.engine.ranks import joined
 from flap_stream.engine.streamed_model import Logits, StreamedModel
 from flap_stream.model.checkpoint import open_checkpoint
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
@@ -63,6 +64,7 @@ def evaluate(
         ranks.from_first(lambda: check_text(wanted, model))
         checkpoint = opened.enter_context(open_checkpoint(model))
         streamed = StreamedModel(checkpoint, options, ranks)
+        opened.callback(release, streamed.device)
         progress.header(model_row(checkpoint, len(streamed.layers)))
         progress.say("reading the text")
         tokens = ranks.from_first(

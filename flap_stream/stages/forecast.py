@@ -13,7 +13,7 @@ from flap_stream.arithmetic.allocation import require_minimum
 from flap_stream.config import PruneConfig
 from flap_stream.config.rules import require_effect, warn_of_positions
 from flap_stream.engine import memory
-from flap_stream.engine import placement as planner
+from flap_stream.engine.placement import Placement, Refit, moment_bytes, place
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidOption
 from flap_stream.model import checkpoint as checkpoints
@@ -55,7 +55,7 @@ class Forecast:
     parameters: int
     layers: int
     has_headers: bool
-    placement: planner.Placement
+    placement: Placement
     limits: memory.Limits
     bytes_read: int
     bytes_written: int
@@ -102,10 +102,10 @@ def forecast(
             require_refittable(streamed.family, streamed.shapes, options.refit_target, source.source)
             refits = refit_sizes(streamed, options.refit_target)
             then.append(streamed.refit_after(job, refits))
-        placement = planner.place(job, limits, options.batch_size, options.prefetch, then)
+        placement = place(job, limits, options.batch_size, options.prefetch, then)
         for second in then:
             based = replace(second, base_bytes=placement.base_bytes)
-            placement = placement.together(planner.place(based, limits, placement.batch_size, options.prefetch))
+            placement = placement.together(place(based, limits, placement.batch_size, options.prefetch))
         if has_headers and options.method != "magnitude-sp" and not options.calibration[0].endswith(".npy"):
             load_tokenizer(source.directory, options.trust_remote_code)
         rates = _measure_rates(streamed, placement.batch_size * job.tokens, source, has_headers, out, local, network)
@@ -146,7 +146,7 @@ def work_of(
     options: PruneConfig,
     batch_size: int,
     hidden_traffic: int = 0,
-    refits: planner.Refit | None = None,
+    refits: Refit | None = None,
 ) -> scaling.Work:
     """What a whole job consists of. hidden_traffic: bytes of hidden states that go to disk and back, in one pass."""
     source = model.checkpoint
@@ -172,7 +172,7 @@ def work_of(
         batch_size=batch_size,
         operations=operations,
         layer_bytes=sum(model.layer_bytes(i) for i in range(len(model.layers))),
-        moment_bytes=sum(planner.moment_bytes(shape, samples, batch_size) for shape in model.shapes),
+        moment_bytes=sum(moment_bytes(shape, samples, batch_size) for shape in model.shapes),
         hidden_traffic=hidden_traffic,
         read_again=source.nbytes - int(not_read),
         written=written,

@@ -26,10 +26,12 @@ from flap_stream.config import (
 )
 from flap_stream.config.rules import FED_ON, options_of, warn_of_positions
 from flap_stream.config.values import option_name
-from flap_stream.engine import placement as planner
+from flap_stream.engine.device import cpu_threads, release
+from flap_stream.engine.membership import joined
 from flap_stream.engine.memory import give_back_heap
-from flap_stream.engine.ranks import ALONE, Ranks, joined
-from flap_stream.engine.streamed_model import StreamedModel, cpu_threads, release
+from flap_stream.engine.placement import Placement
+from flap_stream.engine.ranks import ALONE, Ranks
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import CorruptRun, InvalidOption, OutputConflict, RunMismatch
 from flap_stream.model import checkpoint as checkpoints
 from flap_stream.model.skeleton import Skeleton
@@ -79,7 +81,7 @@ class Measured:
     peak_host_bytes: int = 0
     peak_device_bytes: int = 0
     device: str = ""
-    placement: planner.Placement | None = None
+    placement: Placement | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -359,7 +361,7 @@ def _collect(
 
 
 def _sweep_loss(
-    model: StreamedModel, loss: LossStore, options: CollectConfig, placement: planner.Placement, progress: Progress
+    model: StreamedModel, loss: LossStore, options: CollectConfig, placement: Placement, progress: Progress
 ) -> None:
     """Bring in the scores by the loss. placement: of the collection."""
     ranks, length = model.ranks, loss.run.manifest["tokens"]["shape"][1]
@@ -382,7 +384,7 @@ def _require_possible(model: StreamedModel, options: PruneConfig) -> None:
 
 
 def _begun_run(
-    model: StreamedModel, run: Path, options: CollectConfig, windows: Windows, placement: planner.Placement
+    model: StreamedModel, run: Path, options: CollectConfig, windows: Windows, placement: Placement
 ) -> RunDirectory:
     """The run directory with its tokens, held against the model's files."""
     tokens = windows.tokens

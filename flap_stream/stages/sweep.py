@@ -14,6 +14,7 @@ import torch
 
 from flap_stream.config import PlanConfig, SweepConfig, part_of, require_restoration
 from flap_stream.config.rules import options_of, warn_of_positions
+from flap_stream.engine.device import release
 from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.engine.placement import Placement
 from flap_stream.engine.streamed_model import StreamedModel
@@ -118,9 +119,10 @@ def sweep(
             return _result(directory, restore, points, started)
         place = model or directory.manifest["source"]
         check_text(evaluation_text(options.evaluate, options.samples, options.sequence_length, options), place)
-        with open_checkpoint(place) as source, torch.inference_mode():
+        with open_checkpoint(place) as source, torch.inference_mode(), ExitStack() as opened:
             require_model_of(directory, source)
             streamed = StreamedModel(source, options)
+            opened.callback(release, streamed.device)
             progress.header({**model_row(source, len(streamed.layers)), "run directory": str(run)})
             curve = _Curve(directory, streamed, options, restore, progress)
             warn_of_positions(source.config, curve.tokens.shape[1])

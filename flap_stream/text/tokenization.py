@@ -1,9 +1,8 @@
-"""Text to token ids: whole, or in pieces that give the same ids in bounded memory.
+"""Text to token ids: whole, or in pieces, with the same ids in bounded memory.
 
-A tokenizer takes about 155 bytes for each byte of text while it works. So a long text goes through it in pieces. Where
-two of them may meet is not assumed but tried: a piece is tokenised with context on both sides, and a place is a seam
-only if the ids on either side of it are the same in all contexts that it is seen in. Where there is no such place, the
-piece grows.
+A tokenizer takes about 155 bytes per byte of text while it works, so a long text is tokenised in pieces. Where it can
+be cut is not assumed but tested: a piece is tokenised with context on both sides, and a place is a seam only if the ids
+on either side of it are the same in every context tried. If there is no such place, the piece grows.
 """
 
 import importlib.util
@@ -23,11 +22,11 @@ from flap_stream.model.model_code import tokenizer_config
 
 logger = logging.getLogger(__name__)
 
-BYTES_PER_CHARACTER = 200  # that a tokenizer takes at most while it works, as measured, with a margin
+BYTES_PER_CHARACTER = 200  # most that a tokenizer takes while it works: 155 measured, and a margin
 
-_PIECE_CHARS = 1 << 16
-_CONTEXT_CHARS = 1 << 10
-_SEAMS_TRIED = 12  # of each sort
+_PIECE_CHARS = 1 << 16  # not measured
+_CONTEXT_CHARS = 1 << 10  # on each side of a seam; not measured
+_SEAMS_TRIED = 12  # of each sort; not measured
 _SAMPLES = ("a", "In the beginning")
 _SENTENCE_MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
 _SENTENCE_PACKAGES = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
@@ -38,11 +37,11 @@ Encode = Callable[[str], Sequence[int]]
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What makes ids of a text.
+    """Turns text into ids.
 
-    encode: ids of a text, no special tokens added. prefix, suffix: those that a text gets around it.
-    bos: the token that begins a text, if there is one. render: a conversation as text.
-    in_pieces: whether ids depend on what is near alone, so that a text can be tokenised in pieces.
+    encode: ids of a text without special tokens. prefix, suffix: special tokens added around a text.
+    bos: the beginning-of-text token, if there is one. render: turns a conversation into text.
+    in_pieces: whether ids depend only on nearby text, so that a text can be tokenised in pieces.
     """
 
     encode: Encode
@@ -53,10 +52,10 @@ class Tokenizer:
     in_pieces: bool = True
 
     def ids(self, pieces: Iterable[str], room: int | None = None, is_chat: bool = False) -> Iterator[np.ndarray]:
-        """Ids of a text, int64, piece after piece: together those of the whole text at once.
+        """Yield the ids of a text, int64, piece by piece; together they are those of the whole text.
 
-        pieces: the text, cut anywhere. room: bytes that tokenising may take; None does not limit it.
-        is_chat: the text may begin with the prefix written out, which is not added to it then.
+        pieces: the text, cut anywhere. room: bytes that tokenising may take; None for no limit.
+        is_chat: the text may spell out the prefix at its beginning, which is then not added again.
         Raises InvalidText if the text cannot be cut into pieces that are small enough.
         """
         most = None if room is None else max(_PIECE_CHARS + 2 * _CONTEXT_CHARS, room // BYTES_PER_CHARACTER)
@@ -79,35 +78,34 @@ class Tokenizer:
 
 def _too_large(most: int) -> str:
     return (
-        f"the text cannot be tokenised in pieces of {most:,} characters, for which there is memory; give less text, "
-        "more --host-memory, or ready tokens as a .npy file"
+        f"the text cannot be tokenised in pieces of {most:,} characters, the most that fit in memory; give less text, "
+        "more --host-memory, or token ids as a .npy file"
     )
 
 
 class _Cutter:
-    """One text on its way through a tokenizer.
+    """Tokenises one text in pieces.
 
-    `_text` is what lies before the reader: `_before` characters of context, whose ids are `_known`, then what has no
-    ids yet.
+    `_text` is the part in memory: `_before` characters of context, whose ids are `_known`, then text without ids yet.
     """
 
     def __init__(self, encode: Encode, pieces: Iterable[str], most: int | None) -> None:
         self._encode, self._pieces, self._most = encode, iter(pieces), most
         self._text, self._before, self._known = "", 0, np.zeros(0, dtype=np.int64)
-        self._context_of_next = 0  # what of the text a piece that waits has, too
+        self._context_of_next = 0  # characters of the text that the waiting piece has, too
         self._ended = False
 
     def ids(self) -> Iterator[np.ndarray]:
-        """Ids of piece after piece. A piece is given out when the next one has confirmed the seam between them."""
-        last: tuple[str, int, np.ndarray] | None = None  # the state before the piece that waits
+        """Yield the ids of each piece, once the next piece has confirmed the seam between them."""
+        last: tuple[str, int, np.ndarray] | None = None  # the state before the waiting piece
         waiting: np.ndarray | None = None
         size = _PIECE_CHARS
         while True:
             self._read(size + _CONTEXT_CHARS)
             found = self._encoded(self._text)
-            if not _starts_with(found, self._known):  # what follows has changed what was before: take it back
+            if not _starts_with(found, self._known):  # what follows changes earlier ids: go back
                 if last is None:
-                    raise InvalidText("the tokenizer reads a text otherwise by parts; give ready tokens as a .npy file")
+                    raise InvalidText("the tokenizer gives other ids to parts of a text; give token ids as a .npy file")
                 text, self._before, self._known = last
                 self._text = text + self._text[self._context_of_next :]
                 last, waiting, size = None, None, 2 * max(size, len(text))
@@ -132,7 +130,7 @@ class _Cutter:
             self._text, self._before, self._known, size = self._text[start:], place - start, known, _PIECE_CHARS
 
     def _read(self, size: int) -> None:
-        """Have so many characters after the context, or all that are left."""
+        """Read until there are `size` characters after the context, or the text ends."""
         parts, have = [self._text], len(self._text) - self._before
         while have < size and not self._ended:
             piece = next(self._pieces, None)
@@ -150,10 +148,10 @@ class _Cutter:
             raise InvalidText(_too_large(self._most))
 
     def _seam(self, found: np.ndarray) -> tuple[int, np.ndarray, int] | None:
-        """A place to cut: where it is, ids of the context before it, how many ids come after it; None if there is none.
+        """A place to cut: its position, the ids of the context before it, and the number of ids after it; None if none.
 
-        found: ids of the whole text. In the context's own ids, in those of the context on both sides and in the whole
-        text's, the same ids must come before the place and after it.
+        found: ids of the whole text. The ids before and after the place must be the same when only the context before
+        it, the context on both sides and the whole text are tokenised.
         """
         end = len(self._text) - _CONTEXT_CHARS
         for place in _places(self._text, max(self._before + 1, end - _PIECE_CHARS // 2), end):
@@ -170,7 +168,7 @@ class _Cutter:
 
 
 def _places(text: str, first: int, end: int) -> Iterator[int]:
-    """Where to try a cut, the likeliest and latest first: after a line, before a word, after a sign, anywhere."""
+    """Yield places to try, likeliest and latest first: after a line, before a word, at a space, at a sign, anywhere."""
     sorts: tuple[Callable[[str, str], bool], ...] = (
         lambda a, b: a == "\n" and b.isalpha(),
         lambda a, b: b == " " and a.isalpha(),
@@ -192,9 +190,9 @@ def _ends_with(ids: np.ndarray, part: np.ndarray) -> bool:
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool) -> Tokenizer:
-    """The tokenizer beside a model.
+    """The tokenizer in a model's directory.
 
-    Raises InvalidText if there is none that loads, or only with code of its own that is not trusted.
+    Raises InvalidText if there is none that loads, or only with custom code that is not trusted.
     """
     found = pretrained_tokenizer(directory, trust_remote_code)
     found.model_max_length = int(1e30)  # windows are cut afterwards
@@ -202,7 +200,7 @@ def load_tokenizer(directory: Path, trust_remote_code: bool) -> Tokenizer:
 
 
 def described(found: Any, directory: Path) -> Tokenizer:
-    """What a tokenizer of transformers does to a text."""
+    """Wrap a tokenizer of transformers, finding out what it adds around a text."""
 
     def whole(text: str) -> list[int]:
         return found(text)["input_ids"]
@@ -218,9 +216,9 @@ def described(found: Any, directory: Path) -> Tokenizer:
 
 
 def window_prefix(tokenizer: Tokenizer, bos: str) -> tuple[int, ...]:
-    """What every window begins with: with `auto` what the tokenizer puts before a text, if it does.
+    """The ids that every window begins with: with `auto`, those that the tokenizer puts before a text, if any.
 
-    Raises InvalidOption for `always` where the tokenizer has no token for it.
+    Raises InvalidOption for `always` if the tokenizer has no such token.
     """
     prefix = tokenizer.prefix if bos != "never" else ()
     if bos == "always" and not prefix:
@@ -231,7 +229,7 @@ def window_prefix(tokenizer: Tokenizer, bos: str) -> tuple[int, ...]:
 
 
 def _around(whole: list[int], inner: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """What is before and after one list in the other."""
+    """What `whole` has before and after `inner`; None if it does not contain it."""
     for start in range(len(whole) - len(inner) + 1):
         if whole[start : start + len(inner)] == inner:
             return tuple(whole[:start]), tuple(whole[start + len(inner) :])
@@ -239,7 +237,7 @@ def _around(whole: list[int], inner: list[int]) -> tuple[tuple[int, ...], tuple[
 
 
 def _reads_as_a_whole(tokenizer: Any) -> bool:
-    """Whether ids anywhere may depend on the whole text: sums of scores along all of it, rounded."""
+    """Whether ids may depend on the whole text: a unigram model rounds sums of scores along all of it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or type(backend.model).__name__ != "Unigram":
         return False
@@ -253,16 +251,16 @@ def _renderer(tokenizer: Any, directory: Path) -> Callable[[list[dict[str, Any]]
             raise InvalidText(f"the tokenizer of {directory} has no chat template for conversations")
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:  # a template is a program, which may do anything but get out
-            raise InvalidText(f"the chat template does not take this conversation ({_first_line(error)})") from error
+        except Exception as error:  # a template is a sandboxed program, which may raise anything
+            raise InvalidText(f"the chat template does not accept this conversation ({_first_line(error)})") from error
 
     return render
 
 
 def pretrained_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
-    """The tokenizer that transformers finds beside a model.
+    """The tokenizer that transformers finds in a model's directory.
 
-    Raises InvalidText if there is none that loads, or only with code of its own that is not trusted.
+    Raises InvalidText if there is none that loads, or only with custom code that is not trusted.
     """
     from transformers import AutoTokenizer
 
@@ -273,16 +271,15 @@ def pretrained_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(
             directory, config=tokenizer_config(directory), trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # the tokenizers library raises nothing more special
+    except Exception as error:  # the tokenizers library raises nothing more specific
         if not trust_remote_code and code_files(directory):
             raise InvalidText(
-                f"the tokenizer of {directory} is code of its own; read it and let it run with --trust-remote-code, or "
-                "give ready tokens as a .npy file"
+                f"the tokenizer of {directory} is custom code; read it and allow it with --trust-remote-code, or "
+                "give token ids as a .npy file"
             ) from error
         _require_known_form(directory / "tokenizer.json")
         raise InvalidText(
-            f"the tokenizer of {directory} does not load ({_first_line(error)}); give ready tokens as a .npy file "
-            "instead"
+            f"the tokenizer of {directory} does not load ({_first_line(error)}); give token ids as a .npy file instead"
         ) from error
 
 
@@ -291,32 +288,32 @@ def _first_line(error: Exception) -> str:
 
 
 def _require_known_form(path: Path) -> None:
-    """Raise InvalidText, saying which, if a tokenizer.json is missing, damaged or not known to the library."""
+    """Raise InvalidText if a tokenizer.json is missing, damaged or not supported by the library, saying which."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import __version__ as installed
 
     if not path.is_file():
         if not any(path.parent.glob("*token*")) and not any(path.parent.glob("*.model")):
             raise InvalidText(
-                f"{path.parent} has no tokenizer; copy {path.name} and what belongs to it there from where the model "
-                "is from, or give ready tokens as a .npy file"
+                f"{path.parent} has no tokenizer; copy {path.name} and its companions there from the original model, "
+                "or give token ids as a .npy file"
             )
         return
     try:
         json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise InvalidText(f"{path} is cut short or damaged ({error}); download it again") from error
+        raise InvalidText(f"{path} is truncated or damaged ({error}); download it again") from error
     try:
         Backend.from_file(str(path))
-    except Exception as error:  # the library raises nothing more special
+    except Exception as error:  # the library raises nothing more specific
         raise InvalidText(
-            f"{path} is not known to tokenizers {installed} ({_first_line(error)}); a newer one may know it: pip "
-            "install -U tokenizers transformers; or give ready tokens as a .npy file"
+            f"{path} is not supported by tokenizers {installed} ({_first_line(error)}); a newer one may do so: pip "
+            "install -U tokenizers transformers; or give token ids as a .npy file"
         ) from error
 
 
 def _require_packages(directory: Path) -> None:
-    """Raise InvalidText if a tokenizer needs packages that are not installed; transformers might guess."""
+    """Raise InvalidText if a tokenizer needs packages that are not installed; without them transformers may guess."""
     found = [name for name in _SENTENCE_MODELS if (directory / name).is_file()]
     if not found or (directory / "tokenizer.json").is_file() or code_files(directory):
         return
@@ -326,7 +323,7 @@ def _require_packages(directory: Path) -> None:
     missing = [name for module, name in packages.items() if not _is_installed(module)]
     if missing:
         raise InvalidText(
-            f"{directory} has its tokenizer as {found[0]} alone, which needs {', '.join(missing)}: pip install "
+            f"{directory} has its tokenizer only as {found[0]}, which needs {', '.join(missing)}: pip install "
             "'flap-stream[sentencepiece]'"
         )
 
@@ -339,7 +336,7 @@ def _is_installed(module: str) -> bool:
 
 
 def code_files(directory: Path) -> list[str]:
-    """Names of the Python files that a tokenizer is made of, as tokenizer_config.json says, and of what they import."""
+    """Names of the Python files that define a tokenizer, as tokenizer_config.json says, and of those they import."""
     try:
         config = json.loads((directory / "tokenizer_config.json").read_bytes())
         named = config.get("auto_map", {})
@@ -361,7 +358,7 @@ def code_files(directory: Path) -> list[str]:
 
 
 def _fetch_code(directory: Path) -> None:
-    """Bring the tokenizer's code into the Hub cache that a model's other files are in; elsewhere it is there or not."""
+    """Download the tokenizer's code to the Hub cache if the model is there; do nothing for other directories."""
     cached = directory.parent.parent.name
     if directory.parent.name != "snapshots" or not cached.startswith("models--"):
         return
@@ -375,5 +372,5 @@ def _fetch_code(directory: Path) -> None:
                 hf_hub_download(repository, name, revision=directory.name)
             except (OSError, ValueError, RuntimeError) as error:
                 raise InvalidText(
-                    f"{name} of the tokenizer of {repository} cannot be had from the Hub ({_first_line(error)})"
+                    f"{name} of the tokenizer of {repository} could not be downloaded ({_first_line(error)})"
                 ) from error

@@ -12,8 +12,8 @@ import numpy as np
 from flap_stream.config import CollectConfig, TextConfig
 from flap_stream.errors import InsufficientMemory, InvalidOption, InvalidText
 from flap_stream.storage import files
-from flap_stream.text import reading as text_files
-from flap_stream.text.reading import DATASETS, Reading
+from flap_stream.text.documents import Reading
+from flap_stream.text.sources import DATASETS, C4Documents, check_sources, fetch, joined
 from flap_stream.text.tokenization import Tokenizer, load_tokenizer, pretrained_tokenizer, window_prefix
 
 __all__ = [
@@ -31,17 +31,18 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_KEPT_TOKENS = 1 << 24  # of a text that windows are drawn from; a longer one is tokenised twice
+_KEPT_TOKENS = 1 << 24  # 64 MiB; a longer calibration text is tokenised twice
 
 Load = Callable[[], Tokenizer]
 
 
 @dataclass(frozen=True)
 class TextWanted:
-    """Which text, in windows of how many tokens.
+    """A text to cut into windows of `length` tokens.
 
-    sources: of `DATASETS`, or files and directories, or one .npy of ready tokens, whose own shape counts and of which
-    the first `samples` rows are used. samples: windows; None is all there are. evaluation: else calibration.
+    sources: names from `DATASETS`, files and directories, or a single .npy file of token ids, whose own shape counts
+    and of which the first `samples` rows are used. samples: number of windows; None is all. evaluation: else
+    calibration.
     """
 
     sources: Sequence[str]
@@ -52,33 +53,33 @@ class TextWanted:
 
     @property
     def names(self) -> str:
-        """The sources in a message."""
+        """The sources, for messages."""
         return ", ".join(self.sources)
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Tokens int64 `[sample, token]`, and what each window was begun with beside its text."""
+    """Tokens int64 `[sample, token]`, and the prefix that each window begins with in addition to its text."""
 
     tokens: np.ndarray
     prefix: tuple[int, ...] = ()
 
 
 def calibration_text(options: CollectConfig) -> TextWanted:
-    """What pass 1 is to be run over."""
+    """The text that statistics are collected on."""
     return TextWanted(options.calibration, options.samples, options.sequence_length, options)
 
 
 def evaluation_text(sources: Sequence[str], samples: int | None, length: int, options: TextConfig) -> TextWanted:
-    """What a perplexity is to be measured on."""
+    """The text that a perplexity is measured on."""
     return TextWanted(sources, samples, length, options, evaluation=True)
 
 
 def check_text(wanted: TextWanted, model: str | Path | None = None) -> None:
-    """All that can be known of a text without a tokenizer and without reading it; needs neither torch nor a model.
+    """Check a text as far as possible without a tokenizer and without reading it; needs neither torch nor a model.
 
-    model: if it is to come from the Hub, texts of the Hub, which are small beside it, are fetched before it.
-    Raises InvalidText or InvalidOption for what cannot serve.
+    model: if it comes from the Hub, the Hub's texts, which are small compared with it, are downloaded first.
+    Raises InvalidText or InvalidOption for a text that cannot be used.
     """
     if _ready_tokens(wanted.sources) is not None:
         for name, value, default in (
@@ -87,19 +88,19 @@ def check_text(wanted: TextWanted, model: str | Path | None = None) -> None:
             ("chat-template", wanted.options.chat_template, ("auto",)),
         ):
             if value not in default:
-                raise InvalidOption(f"--{name} {value} is about text, but {wanted.names} holds ready tokens")
+                raise InvalidOption(f"--{name} {value} applies to text, but {wanted.names} holds token ids")
         return
-    text_files.check_sources(wanted.sources, wanted.evaluation)
+    check_sources(wanted.sources, wanted.evaluation)
     is_path = str(model).startswith(("/", ".", "~")) or str(model).count("/") > 1 or Path(str(model)).exists()
     if model is not None and not is_path:
-        text_files.fetch(wanted.sources, wanted.evaluation)
+        fetch(wanted.sources, wanted.evaluation)
 
 
 def calibration_tokens(wanted: TextWanted, seed: int, load: Load, vocab_size: int, room: int | None = None) -> Windows:
     """Calibration windows.
 
-    load: gives the tokenizer; not called for ready tokens. room: bytes that reading and tokenising may take.
-    Raises InvalidText for text that is missing, unreadable, too short, or not of this vocabulary.
+    load: returns the tokenizer; not called for token ids. room: bytes that reading and tokenising may take.
+    Raises InvalidText for text that is missing, unreadable, too short, or outside the vocabulary.
     Source: lib/data.py of the released code (Python's `random` seeded once, `randint` with both ends included).
     """
     ready = _ready_tokens(wanted.sources)
@@ -117,9 +118,9 @@ def calibration_tokens(wanted: TextWanted, seed: int, load: Load, vocab_size: in
 
 
 def evaluation_tokens(wanted: TextWanted, load: Load, vocab_size: int, room: int | None = None) -> Windows:
-    """Consecutive full windows of a text; what is left over at the end is dropped.
+    """Consecutive full windows of a text; the remainder at the end is dropped.
 
-    With a prefix, each window has so much less of the text. No more of the text is read than `samples` windows need.
+    A prefix takes its place in each window from the text. No more text is read than `samples` windows need.
     Raises InvalidText as `calibration_tokens` does.
     """
     ready = _ready_tokens(wanted.sources)
@@ -141,7 +142,7 @@ def evaluation_tokens(wanted: TextWanted, load: Load, vocab_size: int, room: int
     count = total // width if wanted.samples is None else min(total // width, wanted.samples)
     if count == 0:
         raise InvalidText(
-            f"{wanted.names} gives {total} tokens, but one window needs {width}; "
+            f"{wanted.names} has {total} tokens, but one window needs {width}; "
             "give more text or a smaller --sequence-length"
         )
     tokens = np.empty((count, wanted.length), dtype=np.int64)
@@ -151,7 +152,7 @@ def evaluation_tokens(wanted: TextWanted, load: Load, vocab_size: int, room: int
 
 
 def _token_stream(wanted: TextWanted, tokenizer: Tokenizer, room: int | None) -> Iterator[np.ndarray]:
-    """Ids of the whole text, int64, piece after piece."""
+    """Yield the ids of the whole text, int64, piece by piece."""
     options = wanted.options
     is_chat = False
 
@@ -163,8 +164,8 @@ def _token_stream(wanted: TextWanted, tokenizer: Tokenizer, room: int | None) ->
         return tokenizer.render(messages)
 
     reading = Reading(options.text_column, options.chat_template, render)
-    pieces = text_files.joined(wanted.sources, wanted.evaluation, reading)
-    first = next(pieces, "")  # by then it is known whether it is a conversation
+    pieces = joined(wanted.sources, wanted.evaluation, reading)
+    first = next(pieces, "")  # afterwards it is known whether the text is a conversation
 
     def text() -> Iterator[str]:
         yield first
@@ -177,8 +178,8 @@ def _window_prefix(tokenizer: Tokenizer, wanted: TextWanted) -> tuple[int, ...]:
     prefix = window_prefix(tokenizer, wanted.options.bos)
     if len(prefix) >= wanted.length:
         raise InvalidOption(
-            f"--sequence-length is {wanted.length}, but {len(prefix)} tokens begin each window; give a larger one, or "
-            "--bos never"
+            f"--sequence-length is {wanted.length}, but each window begins with {len(prefix)} special tokens; use "
+            "a larger one, or --bos never"
         )
     return prefix
 
@@ -186,7 +187,7 @@ def _window_prefix(tokenizer: Tokenizer, wanted: TextWanted) -> tuple[int, ...]:
 def _drawn_windows(
     wanted: TextWanted, draw: random.Random, tokenizer: Tokenizer, prefix: tuple[int, ...], room: int | None
 ) -> np.ndarray:
-    """Windows from random places. The places depend on the number of tokens, so a long text is gone through twice."""
+    """Windows from random places. These depend on the number of tokens, so a long text is tokenised twice."""
     assert wanted.samples is not None
     kept: list[np.ndarray] | None = []
     total = 0
@@ -194,14 +195,14 @@ def _drawn_windows(
         total += len(ids)
         if total > _KEPT_TOKENS:
             if kept is not None:
-                logger.info("%s is long; it is tokenised twice, to be read in bounded memory", wanted.names)
+                logger.info("%s is long; tokenising it twice to bound memory", wanted.names)
             kept = None
         elif kept is not None:
             kept.append(ids.astype(np.int32))
     last = total - wanted.length - 1
     if last < 0:
         raise InvalidText(
-            f"{wanted.names} gives {total} tokens, but one window of {wanted.length} needs {wanted.length + 1}; "
+            f"{wanted.names} has {total} tokens, but one window of {wanted.length} needs {wanted.length + 1}; "
             "give more text or a smaller --sequence-length"
         )
     starts = np.array([draw.randint(0, last) for _ in range(wanted.samples)])
@@ -213,17 +214,17 @@ def _drawn_windows(
             windows[row, first - starts[row] : stop - starts[row]] = ids[first - at : stop - at]
         at += len(ids)
     if at != total:
-        raise InvalidText(f"{wanted.names} changed while it was read; run the same command again")
+        raise InvalidText(f"{wanted.names} changed while it was being read; run the same command again")
     return np.stack([_begun_with(prefix, ids) for ids in windows])
 
 
 def _begun_with(prefix: tuple[int, ...], ids: np.ndarray) -> np.ndarray:
-    """As many ids, the prefix and what follows it, which is there already if the text itself begins with it."""
+    """The same number of ids, beginning with the prefix, which is added unless the ids begin with it already."""
     return ids if not prefix else np.concatenate([prefix, ids[_length_of(prefix, ids) :]])[: len(ids)]
 
 
 def _length_of(prefix: tuple[int, ...], ids: np.ndarray) -> int:
-    """How many ids are the prefix: all of its length, or none."""
+    """Number of leading ids that are the prefix: its length, or 0."""
     return len(prefix) if tuple(ids[: len(prefix)]) == prefix else 0
 
 
@@ -232,7 +233,7 @@ def _c4_windows(
 ) -> np.ndarray:
     """One window from each of `samples` random documents that are long enough (get_c4 in lib/data.py)."""
     windows: list[np.ndarray] = []
-    with text_files.C4Documents() as documents:
+    with C4Documents() as documents:
         while len(windows) < samples:
             document = documents[draw.randint(0, len(documents) - 1)]
             ids = np.concatenate(list(tokenizer.ids([document])))
@@ -243,12 +244,12 @@ def _c4_windows(
 
 
 def _require_room_for(count: int, wanted: TextWanted, room: int | None) -> None:
-    """Raise InsufficientMemory if the tokens of so many windows alone have no room."""
-    needed = 12 * count * wanted.length  # as they are gathered, and as they go through the model
+    """Raise InsufficientMemory if there is no room for the tokens of that many windows."""
+    needed = 12 * count * wanted.length  # 4 bytes as they are gathered, 8 as they go through the model
     if room is not None and needed > max(room, 1 << 20):
         raise InsufficientMemory(
-            f"the tokens of {count:,} windows of {wanted.names} take {needed:,} bytes, and {room:,} are left of what "
-            "may be taken; give fewer --samples, or more --host-memory"
+            f"the tokens of {count:,} windows of {wanted.names} take {needed:,} bytes, but only {room:,} may still "
+            "be used; use fewer --samples, or more --host-memory"
         )
 
 
@@ -264,19 +265,21 @@ def _checked(tokens: np.ndarray, vocab_size: int, wanted: TextWanted) -> np.ndar
 
 
 def _ready_tokens(sources: Sequence[str]) -> np.ndarray | None:
-    """The tokens of a .npy file, if that is what is named."""
+    """The tokens of a .npy file, memory-mapped; None if the sources are text."""
     if not any(source.endswith(".npy") for source in sources):
         return None
     if len(sources) != 1:
-        raise InvalidText(f"{', '.join(sources)}: a .npy of ready tokens stands alone; name it without other texts")
+        raise InvalidText(
+            f"{', '.join(sources)}: a .npy file of token ids cannot be combined with other texts; name only that file"
+        )
     path = Path(sources[0])
     if path.exists() and not path.is_file():
-        raise InvalidText(f"{path} is not a plain file; save the tokens as one with numpy.save")
+        raise InvalidText(f"{path} is not a plain file; save the tokens to one with numpy.save")
     try:
         with warnings.catch_warnings(action="ignore"):
             files.require_plain(path)
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a claim of 1 TB allocates nothing
-    except Exception as error:  # numpy evaluates the header as Python, so nearly anything may come out
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a false size allocates nothing
+    except Exception as error:  # numpy evaluates the header as Python, which may raise nearly anything
         raise InvalidText(f"{path} cannot be read as a .npy file: {error}") from error
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.shape[1] < 2 or len(tokens) == 0:
         raise InvalidText(f"{path} holds {tokens.dtype} {list(tokens.shape)}; expected integers [sample, token]")

@@ -1,0 +1,57 @@
+"""The ways in which a job can be run, from the fastest to the one that takes the least memory."""
+
+from collections.abc import Iterator, Sequence
+
+from flap_stream.engine.memory import Limits
+from flap_stream.engine.placement.job import Job
+from flap_stream.engine.placement.prediction import Placement, predict
+
+# Default tokens per batch: enough to keep matrix products efficient with little workspace.
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+# With fewer, products wait for weights from memory; better to keep hidden states on disk or give up reading ahead.
+_EFFICIENT_TOKENS = {"cpu": 512, "cuda": 4096}
+
+
+def fastest_fitting(
+    jobs: Sequence[Job], limits: Limits, batch_size: int | None, prefetch: int | None
+) -> Placement | None:
+    """The fastest placement of the first job at whose batch size all of them fit."""
+    for first in candidates(jobs[0], batch_size, prefetch):
+        if first.fits(limits) and all(
+            any(placement.fits(limits) for placement in candidates(job, first.batch_size, prefetch)) for job in jobs[1:]
+        ):
+            return first
+    return None
+
+
+def smallest(jobs: Sequence[Job], limits: Limits, batch_size: int | None, prefetch: int | None) -> Placement:
+    """The placement of the first job at the batch size with the least memory over all jobs, with that memory.
+
+    Exceeding the device limit counts first, then host memory."""
+
+    def excess(placement: Placement) -> tuple[int, int]:
+        return max(0, placement.device_bytes - limits.device), placement.host_bytes
+
+    found = []
+    for placement in candidates(jobs[0], batch_size, prefetch):
+        for job in jobs[1:]:
+            placement = placement.together(min(candidates(job, placement.batch_size, prefetch), key=excess))
+        found.append(placement)
+    return min(found, key=excess)
+
+
+def candidates(job: Job, batch_size: int | None, prefetch: int | None) -> Iterator[Placement]:
+    """Placements from the fastest to the smallest. batch_size, prefetch: requested; None leaves them open."""
+    places = ("host", "disk") if job.device == "cpu" else ("device", "host", "disk")
+    prefetches = (1, 0) if prefetch is None else (prefetch,)
+    if batch_size is not None:
+        sizes = [min(batch_size, job.samples)]
+    else:
+        wanted = min(job.samples, max(1, _BATCH_TOKENS[job.device] // job.tokens))
+        sizes = [max(1, wanted >> shift) for shift in range(wanted.bit_length())]
+    efficient = [size for size in sizes if size * job.tokens >= _EFFICIENT_TOKENS[job.device]] or sizes[:1]
+    for group in (efficient, sizes[len(efficient) :]):
+        for ahead in prefetches:
+            for hidden_place in places:
+                for size in group:
+                    yield predict(job, size, hidden_place, ahead)

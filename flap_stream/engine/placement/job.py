@@ -1,0 +1,164 @@
+"""A job described by sizes only: all windows through all layers once."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from flap_stream.arithmetic.gauss_newton import DIRECTIONS, step_workspace_bytes
+from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.arithmetic.least_squares import product_windows, workspace_bytes
+from flap_stream.engine.memory import give_back_heap
+from flap_stream.engine.placement.workspace import layer_workspace
+from flap_stream.engine.ranks import window_shares
+from flap_stream.model.checkpoint import TensorEntry
+from flap_stream.model.skeleton import Skeleton
+
+# Bytes per channel: seven float64 figures, those of the moments held once and all of them up to twice more.
+_STATISTIC_BYTES = 19 * 8
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Sizes of what restoration refits.
+
+    projections: `(out, channels, kept)` of the output projections of all layers. Without a plan any of them may keep
+    almost all channels.
+    has_dense: whether the hidden states of the dense model are carried along as the target.
+    readers: parameters that read hidden states: all of one module, as they are aligned, and the refitted ones. The
+    squares that the alignment matrices come from are among the projections.
+    has_head: whether the head is refitted.
+    steps: `(rows that move, neurons kept, hidden size)` of each layer in which a Gauss-Newton step is taken.
+    """
+
+    projections: tuple[tuple[int, int, int], ...]
+    has_dense: bool
+    readers: int = 0
+    has_head: bool = False
+    steps: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def cached(self) -> int:
+        """Most input channels that a projection keeps."""
+        return max((kept for _, _, kept in self.projections), default=0)
+
+    def operations(self, ratio: float, tokens: int) -> tuple[int, int]:
+        """Multiplications and additions to accumulate the moments, and to solve for the weights.
+
+        ratio: share of the channels that is removed.
+        """
+        moments = solving = 0.0
+        for out, channels, _ in self.projections:
+            stays = (1 - ratio) * channels
+            beside = out if self.has_dense else channels - stays
+            moments += tokens * stays * (stays + 2 * beside)
+            solving += stays**3 / 3 + 2 * stays**2 * min(beside, out)
+        for rows, neurons, hidden in self.steps:
+            moments += tokens * (1 - ratio) ** 2 * neurons * (neurons + 2 * hidden)  # before the step
+            pulls = hidden * (2 * rows + neurons + hidden / 2)  # reading and summing included
+            pushes = hidden * (rows + neurons)
+            moments += 2 * tokens * (1 - ratio) * ((1 + DIRECTIONS) * (pulls + pushes) + pushes)
+            solving += hidden**3 / 3 + (1 - ratio) * (2 * DIRECTIONS + 2) * rows * hidden**2
+        return int(moments), int(solving)
+
+    def sum_bytes(self, ratio: float) -> int:
+        """Bytes of the sums of all projections that one rank accumulates."""
+        total = 0.0
+        for out, channels, _ in self.projections:
+            stays = (1 - ratio) * channels
+            total += 8 * stays * (stays / 2 + (out if self.has_dense else channels - stays))
+        for rows, neurons, hidden in self.steps:
+            total += 8 * (1 - ratio) * neurons * ((1 - ratio) * neurons / 2 + hidden)
+            total += 8 * (1 + DIRECTIONS) * hidden * (hidden / 2 + (1 - ratio) * rows)
+        return int(total)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """All windows through all layers once, described by sizes only.
+
+    layers: the tensors of each layer by relative name. dtype: of the forward. head: None if no logits are wanted.
+    refit: None if nothing is refitted. backward: whether gradients flow through the layers.
+    ranks: processes that share the windows. local_ranks: the most of them on one machine.
+    base_bytes: host memory that the process uses before the job; None is what it uses when the job is placed.
+    """
+
+    skeleton: Skeleton
+    layers: Sequence[Mapping[str, TensorEntry]]
+    dtype: torch.dtype
+    device: str
+    samples: int
+    tokens: int
+    head: TensorEntry | None = None
+    refit: Refit | None = None
+    backward: bool = False
+    ranks: int = 1
+    local_ranks: int = 1
+    base_bytes: int | None = None
+    _workspaces: dict[int, tuple[int, int]] = field(default_factory=dict, repr=False)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return self.skeleton.config["hidden_size"]
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of the hidden states of all windows between two layers."""
+        return self.batch_bytes(self.samples)
+
+    def share(self, batch_size: int) -> int:
+        """Most windows that one rank has."""
+        together = batch_size if self.refit is None else product_windows(batch_size, self.tokens)
+        return max(map(len, window_shares(self.samples, together, self.ranks)))
+
+    def waiting_bytes(self, batch_size: int) -> int:
+        """Bytes of the moments of a rank's windows, sent and received, held on the host until a layer is done."""
+        if self.ranks == 1 or self.refit is not None:
+            return 0
+        shapes = map(self.skeleton.layer_shape, range(len(self.layers)))
+        return max(3 * moment_bytes(shape, self.share(batch_size), batch_size) for shape in shapes)
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Bytes of a layer's statistics on the host, with the copies made until they are stored."""
+        shapes = map(self.skeleton.layer_shape, range(len(self.layers)))
+        return _STATISTIC_BYTES * max(s.kv_groups * s.heads_per_group * s.head_dim + s.neurons for s in shapes)
+
+    def batch_bytes(self, windows: int) -> int:
+        """Bytes of the hidden states of that many windows; in a refit, of the dense ones and the kept inputs too."""
+        width = self.hidden_size
+        if self.refit is not None:
+            width += self.refit.has_dense * self.hidden_size + self.refit.cached
+        gradient = windows * self.tokens * self.hidden_size * 4 if self.backward else 0  # float32, next to the inputs
+        return windows * self.tokens * width * self.dtype.itemsize + gradient
+
+    def refit_bytes(self, batch_size: int) -> tuple[int, int]:
+        """Most bytes that refitting takes while a layer runs, and while none does."""
+        if self.refit is None:
+            return 0, 0
+        tokens, item, on_cpu = batch_size * self.tokens, self.dtype.itemsize, self.device == "cpu"
+        of = [workspace_bytes(*sizes, item, self.refit.has_dense, on_cpu) for sizes in self.refit.projections]
+        of += [step_workspace_bytes(*sizes, tokens, item, on_cpu) for sizes in self.refit.steps]
+        return max(adding for adding, _ in of), max(solving for _, solving in of)
+
+    def workspace(self, batch_size: int) -> tuple[int, int]:
+        """Peak bytes alive while one batch runs through any layer: of all tensors, and of small ones only.
+
+        See `layer_workspace`; found once per batch size.
+        """
+        if batch_size not in self._workspaces:
+            self._workspaces[batch_size] = layer_workspace(
+                self.skeleton, self.layers, (batch_size, self.tokens), self.dtype, self.backward
+            )
+            give_back_heap()  # fake tensors leave more behind than real ones
+        return self._workspaces[batch_size]
+
+
+def moment_bytes(shape: LayerShape, samples: int, batch_size: int) -> int:
+    """Bytes of the means and m2s, float32, of all windows of a layer.
+
+    For an expert, all tokens of a batch count as one window.
+    """
+    channels = shape.kv_groups * shape.heads_per_group * shape.head_dim
+    return 8 * (samples * channels + (-(-samples // batch_size) if shape.experts else samples) * shape.neurons)

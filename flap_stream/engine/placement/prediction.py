@@ -1,0 +1,73 @@
+"""The memory that a job takes, predicted for one way to run it."""
+
+from dataclasses import dataclass, replace
+from math import prod
+
+from flap_stream.engine.memory import OWN_BLOCK_BYTES, Limits, resident_bytes
+from flap_stream.engine.placement.job import Job
+from flap_stream.engine.weight_stream import RING_BLOCK_BYTES, cast_bytes, ring_blocks, slab_bytes
+
+# What lazy imports, thread stacks, kernels compiled on first use and freed but unreturned memory add to the buffers.
+# Predictions are checked with tools/memory_grid.py.
+_HOST_SLACK = {"cpu": 36 << 20, "cuda": 40 << 20}
+# Most memory that lies idle in the heap, as a share of the activations and of the small tensors: malloc fills a hole
+# even with blocks large enough for a mapping of their own. Chosen with tools/memory_grid.py.
+_HEAP_HOLES = (0.5, 1.5)
+_HEAD_WORKSPACE = 224 << 20  # a chunk of logits in float32, held twice, or a block of rows of a refitted head
+_DEVICE_SLACK = 128 << 20  # cuBLAS workspaces and the allocator's rounding; not measured separately
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a job is run, and the predicted peak of its memory.
+
+    batch_size: windows per batch. hidden_place: one of hidden_states.PLACES. prefetch: layers read ahead.
+    base_bytes: host memory that was in use before.
+    """
+
+    batch_size: int
+    hidden_place: str
+    prefetch: int
+    host_bytes: int
+    device_bytes: int
+    base_bytes: int = 0
+
+    def together(self, other: "Placement") -> "Placement":
+        """The same placement, with the larger memory of the two."""
+        host, device = (max(getattr(p, n) for p in (self, other)) for n in ("host_bytes", "device_bytes"))
+        return replace(self, host_bytes=host, device_bytes=device)
+
+    def fits(self, limits: Limits) -> bool:
+        """Whether it stays within the limits."""
+        return self.host_bytes <= limits.host and self.device_bytes <= limits.device
+
+
+def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Placement:
+    """The placement of a job at these settings, with its memory."""
+    slab = max(slab_bytes([entry.nbytes for entry in layer.values()]) for layer in job.layers)
+    weights = min(prefetch + 1, len(job.layers)) * slab + max(cast_bytes(e.values(), job.dtype) for e in job.layers)
+    batch, (activations, small) = job.batch_bytes(batch_size), job.workspace(batch_size)
+    head = 0 if job.head is None else job.head.nbytes + _HEAD_WORKSPACE
+    adding, solving = job.refit_bytes(batch_size)
+    workspace = max(activations + adding, solving)
+    if job.refit is not None:
+        weights += job.refit.readers * job.dtype.itemsize
+        if job.head is not None:  # the original and the refitted one, and the last layer
+            head = 2 * job.head.nbytes + slab + _HEAD_WORKSPACE
+    slack = _HOST_SLACK[job.device]
+    base = resident_bytes() if job.base_bytes is None else job.base_bytes
+    host_always = base + slack + job.waiting_bytes(batch_size) + job.statistics_bytes
+    own_hidden = job.batch_bytes(job.share(batch_size))
+    hidden = {"device": 0, "host": own_hidden, "disk": 3 * batch}[hidden_place]
+    if job.device == "cpu":
+        # oneDNN copies a weight into its own layout for each product.
+        largest = max(prod(entry.shape) for layer in job.layers for entry in layer.values()) * job.dtype.itemsize
+        small += largest if largest < OWN_BLOCK_BYTES else 0
+        holes = int(_HEAP_HOLES[0] * activations + _HEAP_HOLES[1] * small)
+        host = host_always + hidden + max(weights + workspace + largest + holes, head)
+        return Placement(batch_size, hidden_place, prefetch, host, 0, base)
+    on_device = {"device": own_hidden, "host": batch, "disk": batch}[hidden_place]
+    device = on_device + max(weights + workspace, head) + _DEVICE_SLACK
+    ring = ring_blocks(job.local_ranks) * RING_BLOCK_BYTES
+    host = host_always + hidden + ring + max(batch, 0 if job.head is None else job.head.nbytes)
+    return Placement(batch_size, hidden_place, prefetch, host, device, base)

@@ -1,0 +1,119 @@
+"""The workspace of a layer, found by running it on fake tensors, which have sizes but no memory."""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flap_stream.arithmetic.moments import window_moments
+from flap_stream.engine.memory import OWN_BLOCK_BYTES
+from flap_stream.model.checkpoint import TensorEntry
+from flap_stream.model.skeleton import LayerCall, Skeleton
+
+
+def layer_workspace(
+    skeleton: Skeleton,
+    layers: Sequence[Mapping[str, TensorEntry]],
+    batch: tuple[int, int],
+    dtype: torch.dtype,
+    backward: bool,
+) -> tuple[int, int]:
+    """Peak bytes alive, weights and hidden states excluded, while one batch runs through any layer.
+
+    Only the widest and the largest layer are tried.
+    skeleton: used for nothing else, since the run leaves traces in it. layers: the tensors of each by relative name.
+    batch: windows and tokens of each. backward: whether gradients flow through the layers.
+    The second figure counts only tensors smaller than `memory.OWN_BLOCK_BYTES`.
+    """
+    widest = max(range(len(layers)), key=lambda i: skeleton.layer_shape(i).neurons)
+    largest = max(range(len(layers)), key=lambda i: sum(entry.nbytes for entry in layers[i].values()))
+    peak, small_peak = 0, 0
+    skeleton.ignore_values()  # fake tensors have none
+    # The same mode on every call: what a module caches in one call must be usable in the next.
+    with torch.set_grad_enabled(backward), torch.inference_mode(not backward), _fake_mode():
+        hidden = torch.empty((*batch, skeleton.config["hidden_size"]), dtype=dtype)
+        live = _LiveBytes()
+        with live:
+            _, calls = skeleton.record(hidden)
+        for index in {widest, largest}:
+            sizes = skeleton.layer_tensors(index)
+            weights = {name: torch.empty(size, dtype=dtype) for name, size in sizes.items()}
+            handles = [] if backward else _take_moments(skeleton, index)
+            with live:
+                if backward:
+                    _run_backward(skeleton, index, weights, hidden, calls[index])
+                else:
+                    skeleton.run_layer(index, weights, hidden, calls[index])
+            peak, small_peak = max(peak, live.peak), max(small_peak, live.small_peak)
+            for handle in handles:
+                handle.remove()
+    return peak, small_peak
+
+
+def _run_backward(
+    skeleton: Skeleton, index: int, weights: Mapping[str, torch.Tensor], hidden: torch.Tensor, call: LayerCall
+) -> None:
+    """Do what the loss stage does with a layer."""
+    leaf = hidden.detach().requires_grad_()
+    reads: list[torch.Tensor] = []
+    handles = [
+        projection.register_forward_pre_hook(lambda _module, inputs: reads.append(inputs[0]))
+        for projection in _output_projections(skeleton, index)
+    ]
+    output = skeleton.run_layer(index, weights, leaf, call)
+    for handle in handles:
+        handle.remove()
+    found = torch.autograd.grad(output, [leaf, *reads], torch.empty_like(output))
+    for inputs, gradient in zip(reads, found[1:], strict=True):
+        (inputs.float() * gradient.float()).sum(dim=-2)
+
+
+def _take_moments(skeleton: Skeleton, index: int) -> list[Any]:
+    """Hooks that compute the moments that collection takes; returns their handles."""
+
+    def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        window_moments(inputs[0] if inputs[0].ndim == 3 else inputs[0][None])
+
+    return [projection.register_forward_pre_hook(hook) for projection in _output_projections(skeleton, index)]
+
+
+def _output_projections(skeleton: Skeleton, index: int) -> list[nn.Module]:
+    """The modules of a layer whose inputs are pruned, without those of which nothing is left."""
+    layer, tensors = skeleton.layers[index], skeleton.layer_tensors(index)
+    names = (part.kind.output.name for part in skeleton.family.parts(skeleton.layer_shape(index)))
+    return [layer.get_submodule(name) for name in names if f"{name}.weight" in tensors]
+
+
+@lru_cache(maxsize=1)
+def _fake_mode() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations create, for as long as anyone holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.small_live = self.small_peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self._seen:
+                storage = tensor.untyped_storage()
+                self._seen.add(storage)
+                self._count(storage.nbytes())
+                weakref.finalize(storage, self._count, -storage.nbytes())
+        return output
+
+    def _count(self, change: int) -> None:
+        self.live += change
+        self.small_live += change if abs(change) < OWN_BLOCK_BYTES else 0
+        self.peak, self.small_peak = max(self.peak, self.live), max(self.small_peak, self.small_live)

@@ -1,0 +1,70 @@
+"""The tensors of a checkpoint that its architecture needs, checked by name, shape and dtype before any is read."""
+
+from collections.abc import Mapping
+
+from flap_stream.errors import CorruptCheckpoint, UnsupportedModel
+from flap_stream.model.architecture import family_of, require_sizes
+from flap_stream.model.checkpoint import FORWARD_DTYPES, Checkpoint, TensorEntry
+from flap_stream.model.skeleton import Skeleton
+
+
+class CheckedTensors:
+    """The tensors of a causal language model in a checkpoint.
+
+    skeleton: the model without weights. shapes: sizes of every decoder layer, from its tensors.
+    layer_entries, norm_entries: the tensors of each decoder layer and of the final norm, by relative name.
+    embedding_entry, head_entry: the same one if they are tied.
+    Raises UnsupportedModel, InvalidModel or CorruptCheckpoint if any tensor that a forward needs is missing or has
+    another shape or dtype than the architecture asks for.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.family = family_of(checkpoint.config, checkpoint.source)
+        self._require_plausible_config()
+        self.skeleton = Skeleton(checkpoint.config, checkpoint.source)
+        count = len(self.skeleton.layers)
+        self.layer_entries = [
+            self._entries_of(f"{self.family.layers}.{i}.", self.skeleton.layer_tensors(i)) for i in range(count)
+        ]
+        self.norm_entries = self._entries_of(f"{self.family.norm}.", self.skeleton.norm_tensors())
+        self.head_entry = (
+            self.embedding_entry if self.skeleton.tied else self._entry(self.family.head, self.skeleton.head_shape())
+        )
+        self.shapes = [self.skeleton.layer_shape(i) for i in range(count)]
+        self.vocab_size, self.hidden_size = self.embedding_entry.shape
+
+    def _require_plausible_config(self) -> None:
+        """Compare config.json with the tensors before anything is built from it."""
+        config, where = self.checkpoint.config, self.checkpoint.source
+        require_sizes(config, where)
+        layers = config["num_hidden_layers"]
+        prefix = f"{self.family.layers}."
+        found = {name.removeprefix(prefix).split(".")[0] for name in self.checkpoint.tensors if name.startswith(prefix)}
+        if len(found) != layers:
+            raise CorruptCheckpoint(
+                f"{where}/config.json has num_hidden_layers {layers}, but there are tensors of {len(found)} layers; "
+                "the checkpoint is incomplete or its config.json is another model's"
+            )
+        self.embedding_entry = self._entry(self.family.embedding, (config["vocab_size"], config["hidden_size"]))
+
+    def _entries_of(self, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorEntry]:
+        return {name: self._entry(prefix + name, shape) for name, shape in shapes.items()}
+
+    def _entry(self, name: str, shape: tuple[int, ...]) -> TensorEntry:
+        entry = self.checkpoint.tensors.get(name)
+        where = self.checkpoint.source
+        if entry is None:
+            file = self.checkpoint.misplaced.get(name)
+            placed = "" if file is None else f" (its index places it in {file}, which does not hold it)"
+            what = "it is a model without its head" if name == self.family.head else "the checkpoint is incomplete"
+            raise CorruptCheckpoint(f"tensor {name} is missing from {where}{placed}; {what}")
+        if entry.shape != shape:
+            raise CorruptCheckpoint(
+                f"tensor {name} of {where} has shape {list(entry.shape)}, but its config.json asks for {list(shape)}"
+            )
+        if entry.dtype not in FORWARD_DTYPES:
+            raise UnsupportedModel(
+                f"tensor {name} of {where} has dtype {entry.dtype}; pruning needs {', '.join(FORWARD_DTYPES)}"
+            )
+        return entry
