@@ -19,8 +19,8 @@ from flap_stream.cli import main
 COMMITS = {"main": "a" * 40, "older": "b" * 40}
 # Open a model as every verb does, and say where it is.
 OPEN = (
-    "import sys; from flap_stream.cli import reported; from flap_stream import checkpoint\n"
-    "sys.exit(reported(lambda: print(checkpoint.open_checkpoint(sys.argv[1]).directory)))"
+    "import sys; from flap_stream.cli import reported; from flap_stream.model import opening\n"
+    "sys.exit(reported(lambda: print(opening.open_checkpoint(sys.argv[1]).directory)))"
 )
 READ_CONFIG = OPEN.replace("open_checkpoint(sys.argv[1]).directory", "read_config(sys.argv[1])[0]")
 

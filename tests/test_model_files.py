@@ -20,7 +20,7 @@ from flap_stream.cli import main
 from flap_stream.config import EvaluateConfig, ExportGgufConfig, ExportStockConfig, PruneConfig
 from flap_stream.export.gguf import export_gguf
 from flap_stream.export.stock import export_stock
-from flap_stream.model.checkpoint import INDEX_NAME, SINGLE_NAME
+from flap_stream.model.model_files import INDEX_NAME, SINGLE_NAME
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INV_FREQ = "model.layers.1.self_attn.rotary_emb.inv_freq"

@@ -24,7 +24,7 @@ from flap_stream.engine.ranks import ALONE as ONE
 from flap_stream.engine.ranks import Ranks, own_device, window_shares
 from flap_stream.engine.streamed_model import BatchSizes
 from flap_stream.errors import InvalidOption, RankLost
-from flap_stream.model.checkpoint import open_checkpoint
+from flap_stream.model.opening import open_checkpoint
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.storage.run_directory import BatchReduction
 

@@ -24,7 +24,7 @@ from flap_stream.engine.memory import OWN_BLOCK_BYTES, Limits, give_back_heap, r
 from flap_stream.engine.ranks import window_shares
 from flap_stream.engine.weight_stream import RING_BLOCK_BYTES, cast_bytes, ring_blocks, slab_bytes
 from flap_stream.errors import InsufficientMemory
-from flap_stream.model.checkpoint import TensorEntry
+from flap_stream.model.safetensors_format import TensorEntry
 from flap_stream.model.skeleton import LayerCall, Skeleton
 from flap_stream.progress import format_bytes
 

@@ -21,7 +21,8 @@ from flap_stream.engine.ranks import ALONE, Ranks, own_device
 from flap_stream.engine.weight_stream import load, stream_layers
 from flap_stream.errors import CorruptCheckpoint, InvalidOption, NonFinite, UnsupportedModel
 from flap_stream.model.architecture import family_of, require_sizes
-from flap_stream.model.checkpoint import FORWARD_DTYPES, Checkpoint, TensorEntry, row_ranges
+from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.safetensors_format import FORWARD_DTYPES, TensorEntry, row_ranges
 from flap_stream.model.skeleton import LayerCall, Skeleton
 from flap_stream.storage.run_directory import BatchReduction
 

@@ -12,7 +12,9 @@ from itertools import count
 import torch
 
 from flap_stream.engine.ranks import ALONE, Ranks
-from flap_stream.model.checkpoint import FORWARD_DTYPES, Block, Checkpoint, TensorEntry
+from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.safetensors_format import FORWARD_DTYPES, TensorEntry
+from flap_stream.model.shard_files import Block, coalesce
 
 RING_BLOCK_BYTES = 1 << 24
 
@@ -156,7 +158,7 @@ class _CudaLoader:
         """Read a layer and copy it to its buffer, as soon as the layer that used the buffer is done with it."""
         slot = index % len(self._slabs)
         self._copies.wait_event(self._free[slot])
-        blocks = self._checkpoint.coalesce(list(entries.values()), RING_BLOCK_BYTES)
+        blocks = coalesce(list(entries.values()), RING_BLOCK_BYTES)
         (own, readers), offsets = self._ranks.local, _offsets(entries)
         for first in range(0, len(blocks), readers):
             turns = [(next(self._turns) % len(self._ring), block) for block in blocks[first : first + readers]]

@@ -6,7 +6,7 @@ from typing import Any
 
 from flap_stream.errors import InvalidInput
 from flap_stream.model.architecture import FAMILIES
-from flap_stream.model.checkpoint import open_checkpoint
+from flap_stream.model.opening import open_checkpoint
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,18 @@
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flap_stream.model.architecture import FAMILIES
-
-if TYPE_CHECKING:
-    from flap_stream.model.checkpoint import Checkpoint, TensorEntry
+from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.safetensors_format import TensorEntry
 
 logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 1 << 23
 
 
-def settle_head(checkpoint: "Checkpoint") -> "Checkpoint":
+def settle_head(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with its `tie_word_embeddings` and its tensors in agreement.
 
     Where the config ties the two, and
@@ -53,7 +52,7 @@ def _ties(config: Mapping[str, Any]) -> bool:
     return bool(CONFIG_MAPPING[config["model_type"]]().tie_word_embeddings)
 
 
-def _untied(checkpoint: "Checkpoint") -> "Checkpoint":
+def _untied(checkpoint: Checkpoint) -> Checkpoint:
     apart, wrapper = {"tie_word_embeddings": False}, checkpoint.wrapper
     if wrapper is not None:
         text = {**wrapper.config["text_config"], **apart}
@@ -61,14 +60,14 @@ def _untied(checkpoint: "Checkpoint") -> "Checkpoint":
     return replace(checkpoint, config={**checkpoint.config, **apart}, wrapper=wrapper)
 
 
-def _is_same(checkpoint: "Checkpoint", one: "TensorEntry", other: "TensorEntry") -> bool:
+def _is_same(checkpoint: Checkpoint, one: TensorEntry, other: TensorEntry) -> bool:
     """Whether two tensors have the same bytes; reading stops where they differ."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     return all(a == b for a, b in zip(_blocks(checkpoint, one), _blocks(checkpoint, other), strict=True))
 
 
-def _blocks(checkpoint: "Checkpoint", entry: "TensorEntry") -> Iterator[bytearray]:
+def _blocks(checkpoint: Checkpoint, entry: TensorEntry) -> Iterator[bytearray]:
     for start in range(0, entry.nbytes, _BLOCK_BYTES):
         block = bytearray(min(_BLOCK_BYTES, entry.nbytes - start))
         checkpoint.read_into(entry, memoryview(block), start)

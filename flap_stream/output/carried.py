@@ -1,10 +1,15 @@
 """Which of a model's small files may go with what is made of it: those that are its own, and of credible size."""
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from flap_stream.model.model_files import TEMPLATES_NAME, is_carried
+from flap_stream.output.model_card import unusable_metadata
 from flap_stream.storage import files, places
+
+logger = logging.getLogger(__name__)
 
 MOST_BYTES = 8 << 20
 _LARGE_NAMES = ("merges", "sentencepiece", "spiece", "tekken", "tokenizer", "vocab")
@@ -39,3 +44,26 @@ def chunks(path: Path) -> Iterator[bytes]:
     with open(descriptor, "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):
             yield chunk
+
+
+def carried_files(directory: Path) -> Iterator[tuple[str, Iterable[bytes]]]:
+    """Names and contents of what goes with a model into anything that is made from it: tokenizer, licence."""
+    for path, reason in _meant_to_be_carried(directory):
+        if reason is None:
+            yield path.relative_to(directory).as_posix(), chunks(path)
+
+
+def tell_left_out(directory: Path) -> None:
+    """Warn, before any long work, of what goes with a model but cannot be carried or quoted."""
+    for path, reason in _meant_to_be_carried(directory):
+        if reason is not None:
+            logger.warning("%s is left out of the result: %s", path, reason)
+    for part in unusable_metadata(directory):
+        logger.warning("%s of %s is left out of the model card", part, directory / "README.md")
+
+
+def _meant_to_be_carried(directory: Path) -> Iterator[tuple[Path, str | None]]:
+    """Files that go with a model, and what keeps each from it."""
+    for path in sorted((*directory.iterdir(), *directory.glob(f"{TEMPLATES_NAME}/*"))):
+        if path.is_file() and is_carried(path.relative_to(directory).as_posix()):
+            yield path, hindrance(path, directory)

@@ -18,7 +18,7 @@ from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.engine.placement import Placement
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidOption
-from flap_stream.model.checkpoint import open_checkpoint
+from flap_stream.model.opening import open_checkpoint
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.stages.evaluate import perplexity_of, score_outputs
 from flap_stream.stages.job_header import engine_rows, model_row
