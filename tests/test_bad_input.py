@@ -139,7 +139,7 @@ DOWN = "model.layers.2.mlp.down_proj.weight"
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no config": (lambda m: (m / "config.json").unlink(), ("config.json does not exist",)),
     "config is not JSON": (lambda m: (m / "config.json").write_text("{"), ("config.json is not JSON",)),
-    "config is a list": (lambda m: (m / "config.json").write_text("[]"), ("holds no JSON object",)),
+    "config is a list": (lambda m: (m / "config.json").write_text("[]"), ("is not a JSON object",)),
     "no safetensors": (drop_shards, ("holds no safetensors", "save_pretrained")),
     "pickles": (leave_a_pickle, ("no safetensors", "convert it", "save_pretrained")),
     "quantised": (edit_config(quantization_config={"quant_method": "gptq"}), ("quantised", "gptq")),
@@ -177,7 +177,10 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda m: (edit_tensor(Q, lambda t: None)(m), edit_index(**{Q: "model-00001-of-00009.safetensors"})(m)),
         (Q, "is missing", "its index places it in model-00001-of-00009.safetensors"),
     ),
-    "index leaves the folder": (edit_index(x="../secret.safetensors"), ("../secret.safetensors", "beside it")),
+    "index leaves the folder": (
+        edit_index(x="../secret.safetensors"),
+        ("../secret.safetensors", "not a file in its dir"),
+    ),
     "index without a map": (lambda m: (m / INDEX_NAME).write_text("{}"), ("no weight_map",)),
     "tensor missing": (edit_tensor(Q, lambda t: None), (Q, "is missing")),
     "tensor of another shape": (edit_tensor(Q, lambda t: t[:32]), (Q, "[32, 64]", "[64, 64]")),

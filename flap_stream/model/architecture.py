@@ -1,7 +1,6 @@
-"""What is known of each model family, as data: which tensors share a unit, on which axis, in which blocks.
+"""Model families as data: which tensors share a unit, on which axis, in which blocks.
 
-A unit is what is kept or removed as a whole: in attention one KV group (its key and value head with the query heads
-that read it), in the MLP one neuron. A family is a row of `FAMILIES`; its forward is transformers' own.
+A family is a row of `FAMILIES`; its forward is transformers' own.
 """
 
 import re
@@ -72,9 +71,9 @@ class Family:
     causal_class: the causal language model in transformers; base_class: the model without a head, by default of the
     same prefix. Their pruned forms in `modeling/` are named `Pruned<class>`.
     layers: module path of the decoder layers in the causal language model.
-    experts: the kind of an expert's neurons, its names with a place for the expert's number; None without experts.
-    renames: pattern and replacement of tensor names that a dense checkpoint has otherwise than the pruned class.
-    norms_outputs: whether what attention and MLP give is normed before it is added to the hidden states.
+    experts: the kind of an expert's neurons, with a placeholder for its number in the names; None without experts.
+    renames: pattern and replacement for tensor names that differ between dense checkpoints and the pruned class.
+    norms_outputs: whether attention and MLP outputs are normalised before the residual addition.
     """
 
     causal_class: str
@@ -101,11 +100,11 @@ class Family:
         return found
 
     def norm_before(self, kind: UnitKind) -> str | None:
-        """Path of the norm that serves this kind of units alone, if it is known."""
+        """Path of the norm that only this kind of units reads from, if it is known."""
         return None if self.norms_outputs else kind.norm
 
     def with_prefix(self, name: str) -> str:
-        """The name in the causal model of a tensor that was saved from the base model alone."""
+        """The name in the causal model of a tensor that was saved from the base model."""
         base, _, layers = self.layers.rpartition(".")
         own = (layers, *(path.removeprefix(f"{base}.").partition(".")[0] for path in (self.embedding, self.norm)))
         return f"{base}.{name}" if name.partition(".")[0] in own else name
@@ -124,8 +123,8 @@ class Family:
 
 
 # To add a family: a row here under its model_type, naming its class in transformers and, if its layers are built
-# otherwise than Llama's, the projections of its units. What the layers compute is transformers' business. A row in
-# FAMILY_EXTRAS of tests/models.py then puts it through the whole suite.
+# differently from Llama's, the projections of its units. What the layers compute is left to transformers. A row in
+# FAMILY_EXTRAS of tests/models.py then runs the whole suite on it.
 FAMILIES: dict[str, Family] = {
     "exaone4": Family("Exaone4ForCausalLM", norms_outputs=True),
     "gemma": Family("GemmaForCausalLM"),
@@ -166,7 +165,7 @@ REFUSED = {"olmo2": _NORM_OVER_HEADS, "olmo3": _NORM_OVER_HEADS}
 
 
 def require_causal(config: Mapping[str, Any], where: str) -> None:
-    """Raise UnsupportedModel if config.json names a class with another head than a language model's."""
+    """Raise UnsupportedModel if config.json names a class whose head is not a language model's."""
     named = config.get("architectures")
     for name in named if isinstance(named, list) else []:
         head = str(name).partition("For")[2]
@@ -199,7 +198,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
 
 
 def dense_type(config: dict[str, Any]) -> dict[str, Any]:
-    """The contents of a config.json with the dense model's model_type, also where pruning gave it one of its own."""
+    """The contents of a config.json, its model_type replaced by the dense model's if pruning gave it one of its own."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type.startswith(PRUNED_TYPE):
         return config
@@ -207,7 +206,7 @@ def dense_type(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_sizes(config: Mapping[str, Any], where: str) -> None:
-    """Raise InvalidModel unless the sizes in a config.json are positive whole numbers that go together."""
+    """Raise InvalidModel unless the sizes in a config.json are positive whole numbers that are consistent."""
     optional = [name for name in ("num_key_value_heads", "head_dim") if config.get(name) is not None]
     for name in (*_SIZES, *optional):
         value = config.get(name)
@@ -219,7 +218,7 @@ def require_sizes(config: Mapping[str, Any], where: str) -> None:
 
 
 def layer_shape(family: Family, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> LayerShape:
-    """Sizes of one decoder layer, the unit counts and costs taken from its tensors.
+    """Sizes of one decoder layer; unit counts and costs are derived from its tensors.
 
     tensors: relative name (`self_attn.q_proj.weight`) to shape, already checked against the architecture.
     """
@@ -247,7 +246,7 @@ def layer_shape(family: Family, config: Mapping[str, Any], tensors: Mapping[str,
         while any(name.startswith(f"{family.experts.numbered(count).output.name}.") for name in tensors):
             experts += (units_of(family.experts.numbered(count)),)
             count += 1
-        rest[1] = 0  # each keeps a neuron
+        rest[1] = 0  # each expert keeps at least one neuron
     outputs = [attention.output.name, *([f.output.name for f in _experts_of(family, experts)] or [mlp.output.name])]
     unbiased = [tensors[f"{n}.weight"] for n in outputs if f"{n}.weight" in tensors and f"{n}.bias" not in tensors]
     return LayerShape(
@@ -271,6 +270,6 @@ def _experts_of(family: Family, sizes: tuple[int, ...]) -> list[UnitKind]:
 
 
 def _rest(kind: UnitKind, tensors: Mapping[str, tuple[int, ...]]) -> int:
-    """Elements of a module's tensors that belong to no unit, the output's bias aside, which stays."""
+    """Elements of a module's tensors that belong to no unit, except the output's bias, which is kept."""
     cut = {f"{p.name}.weight" for p in kind.projections} | {f"{p.name}.bias" for p in kind.projections}
     return sum(prod(shape) for name, shape in tensors.items() if name.startswith(f"{kind.module}.") and name not in cut)

@@ -1,4 +1,4 @@
-"""An open checkpoint: what it consists of, reading its tensors, and their checksums."""
+"""An open checkpoint: its config and tensor entries, reading its tensors, and their checksums."""
 
 import hashlib
 import json
@@ -20,20 +20,20 @@ from flap_stream.model.multimodal import Wrapper
 from flap_stream.model.safetensors_format import DTYPE_BYTES, FORWARD_DTYPES, TensorEntry
 from flap_stream.model.shard_files import Block, ShardFiles, coalesce, stamp
 
-_READ_THREADS = 2
-_READ_BYTES = 1 << 25
+_READ_THREADS = 2  # not measured
+_READ_BYTES = 1 << 25  # of one read; not measured
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose headers have been read and checked; no tensor has been.
+    """A checkpoint whose headers have been read and checked; its tensors are read on request.
 
-    source: what the user named (a directory or a Hub id).
+    source: the directory or Hub id that the user named.
     config: of the language model; in a multimodal model, of its text decoder.
     tensors: name to entry, in the order of files and offsets.
     header_digests: shard file to sha256 of its header.
-    stamps: shard file to its size in bytes and its time of change in nanoseconds, when it was opened.
-    wrapper: the multimodal model, if there is one; `tensors` has the decoder's by a text model's names.
+    stamps: shard file to its size in bytes and modification time in nanoseconds when it was opened.
+    wrapper: the multimodal model, if there is one; decoder tensors then have a text model's names.
     misplaced: tensors that the index names but no shard holds, to the shard that it names.
     """
 
@@ -74,9 +74,9 @@ class Checkpoint:
         self._files.read(entry.file, entry.offset + start, [buffer])
 
     def read_all(self, requests: Sequence[tuple[TensorEntry, memoryview]], share: tuple[int, int] = (0, 1)) -> None:
-        """Fill every buffer with its whole tensor; neighbours in a file are read together, by several threads.
+        """Fill every buffer with its whole tensor; adjacent tensors of a file are read together, by several threads.
 
-        share: (i, n) reads every n-th block of bytes from the i-th on, about one n-th of all.
+        share: (i, n) reads every n-th block of bytes, starting with the i-th: about one n-th of all.
         """
         buffers = {entry.name: buffer for entry, buffer in requests}
 
@@ -90,26 +90,26 @@ class Checkpoint:
             list(threads.map(read, blocks[own::readers]))
 
     def note_checksums(self, requests: Sequence[tuple[TensorEntry, memoryview]]) -> None:
-        """Take whole tensors that are in these buffers into their crc32c."""
+        """Compute the crc32c of whole tensors that are in these buffers."""
         for entry, buffer in requests:
             self.note_checksum(entry, 0, buffer)
 
     def read_block(self, block: Block, buffers: Sequence[memoryview]) -> None:
-        """Fill buffers, which have the size of the block together, with its bytes."""
+        """Fill buffers, which together have the size of the block, with its bytes."""
         self._files.read(block.file, block.offset, buffers)
 
     def note_checksum(self, entry: TensorEntry, start: int, data: memoryview) -> None:
-        """Take bytes of a tensor that were read, from byte `start` on, into its crc32c; in order, from byte 0 on."""
+        """Add bytes of a tensor, from byte `start` on, to its crc32c; to be called in order, from byte 0."""
         before = 0 if start == 0 else self._files.checksums[entry.name]
         self._files.checksums[entry.name] = google_crc32c.extend(before, np.frombuffer(data, np.uint8))
 
     def checksum(self, entries: Sequence[TensorEntry]) -> str:
-        """One checksum for tensors that have been read whole."""
+        """One checksum of tensors that have been read completely."""
         lines = sorted(f"{entry.name} {self._files.checksums[entry.name]:08x}" for entry in entries if entry.nbytes)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     def read_checksum(self, entries: Sequence[TensorEntry]) -> str:
-        """Read tensors for their checksum alone."""
+        """Read tensors only to compute their checksum."""
         buffer = memoryview(bytearray(min(_READ_BYTES, max((entry.nbytes for entry in entries), default=0))))
         for block in coalesce(entries, len(buffer)) if len(buffer) else ():
             self.read_block(block, [buffer[: block.nbytes]])
@@ -129,7 +129,7 @@ class Checkpoint:
                 )
 
     def drop_from_page_cache(self) -> None:
-        """From now on let go of what was read: for a model larger than the memory that it may take."""
+        """From now on drop what was read from the page cache: for models larger than the memory available for it."""
         self._files.drops = True
 
     def read_ranges(self, entry: TensorEntry, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> None:
@@ -156,7 +156,7 @@ class Checkpoint:
 def describe(
     source: str, directory: Path, config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: str
 ) -> Checkpoint:
-    """The checkpoint that these tensors would make, all of one dtype, of which there is nothing to read."""
+    """A checkpoint of these tensors, all of one dtype, without files: nothing of it can be read."""
     code = next((code for code, name in FORWARD_DTYPES.items() if name == dtype.removeprefix("torch.")), None)
     if code is None:
         raise UnsupportedModel(

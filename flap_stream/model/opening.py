@@ -1,6 +1,6 @@
-"""Opening a model: config.json, the index and all headers are read and checked; no tensor is.
+"""Opening a model, a directory or a Hub id: its config.json, index and headers are read and checked.
 
-A model is a directory or a Hub id. Tensors get the names that the pruned class of their family has for them.
+Tensors get the names that the pruned class of their family has for them.
 """
 
 import json
@@ -39,7 +39,7 @@ def read_config(model: str) -> tuple[Path, dict[str, Any]]:
         path = _resolve(model, weights=False) / CONFIG_NAME
         names = [file.name for file in path.parent.iterdir()]
         require_model(model, names, lambda: _read_json(path.parent / "adapter_config.json", "download it again"))
-    config = dense_type(_read_json(path, "it is what a dry run needs"))
+    config = dense_type(_read_json(path, "a dry run needs it"))
     _warn_of_own_code(model, config)
     return path.parent, config
 
@@ -52,15 +52,15 @@ def has_shards(directory: Path) -> bool:
 def open_checkpoint(model: str | Path) -> Checkpoint:
     """Read and check config.json, the index and all shard headers of a directory or a Hub id.
 
-    Tensors that a family's dense checkpoints name otherwise than its pruned class go by the latter's names. A head
-    beside `tie_word_embeddings` is settled as transformers does (see tying.py); the config then says what is true.
+    Where a family's dense checkpoints and its pruned class name tensors differently, the latter's names are used. A
+    head in spite of `tie_word_embeddings` is settled as transformers does (see tying.py), and the config corrected.
     Raises InvalidModel if there is no such model or no safetensors in it, CorruptCheckpoint for a shard that is
-    missing, truncated or whose header contradicts itself.
+    missing, truncated or whose header is inconsistent.
     """
     directory = _resolve(str(model), weights=True)
     require_plain_folder(directory)
     config, weights = _config_and_weights(str(model), directory, [path.name for path in directory.iterdir()])
-    config.pop("transformers_weights", None)  # of these files, not of what is made from them
+    config.pop("transformers_weights", None)  # names these files, not those written from them
     if weights.note:
         logger.warning("%s", weights.note)
     _warn_of_own_code(str(model), config)
@@ -85,7 +85,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 
 def _renaming(config: Mapping[str, Any], wrapper: Wrapper | None) -> Callable[[str], str]:
-    """From a tensor's name in the files to that in the pruned class of its family, if it is of one."""
+    """Maps a tensor's name in the files to its name in the pruned class of the family, if that is known."""
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         return str
@@ -94,15 +94,15 @@ def _renaming(config: Mapping[str, Any], wrapper: Wrapper | None) -> Callable[[s
 
 
 def _config_and_weights(where: str, directory: Path, names: Sequence[str]) -> tuple[dict[str, Any], WeightFiles]:
-    """Contents of config.json and the files that hold the weights. names: of all files, also those not fetched yet."""
+    """Contents of config.json and the files that hold the weights. names: of all files, fetched or not."""
     require_model(where, names, lambda: _read_json(directory / "adapter_config.json", "download it again"))
-    need = "a model directory needs config.json beside its safetensors shards"
+    need = "a model directory needs config.json next to its safetensors shards"
     config = dense_type(_read_json(directory / CONFIG_NAME, need))
     return config, weight_files_of(where, names, config, lambda name: _read_json(directory / name, "download it again"))
 
 
 def _warn_of_own_code(model: str, config: Mapping[str, Any]) -> None:
-    """Say that a class which comes with a supported model is not the one that is used."""
+    """Warn that the code which comes with a supported model is not used."""
     auto_map, family = config.get("auto_map"), FAMILIES.get(str(config.get("model_type")))
     classes = [value for key, value in auto_map.items() if key != "AutoTokenizer"] if isinstance(auto_map, dict) else []
     if family is not None and classes and "per_layer_config" not in config:
@@ -124,14 +124,14 @@ def _read_json(path: Path, need: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InvalidModel(f"{path} is not JSON ({error}); {need}") from error
     if not isinstance(value, dict):
-        raise InvalidModel(f"{path} holds no JSON object; {need}")
+        raise InvalidModel(f"{path} is not a JSON object; {need}")
     return value
 
 
 def _resolve(model: str, weights: bool) -> Path:
     """The directory of a model; a Hub id is downloaded (or found in the Hub cache) first.
 
-    weights: whether they are wanted beside config.json.
+    weights: whether they are needed besides config.json.
     """
     path = Path(model)
     if path.is_dir():

@@ -62,7 +62,7 @@ class ShardFiles:
     def read(self, file: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill buffers, one after another, with the bytes of a file from `offset` on.
 
-        Raises CorruptCheckpoint if it is gone or ends before, StorageFailure for what else goes wrong.
+        Raises CorruptCheckpoint if the file is gone or too short, StorageFailure for other errors of the disk.
         """
         with self._lock:
             if file not in self._descriptors:

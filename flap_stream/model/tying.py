@@ -1,4 +1,4 @@
-"""Whether a checkpoint's head is its embedding: what the files hold decides, as in transformers."""
+"""Whether a checkpoint's head is tied to its embedding: its tensors decide, as in transformers."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -11,16 +11,16 @@ from flap_stream.model.safetensors_format import TensorEntry
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 1 << 23
+_BLOCK_BYTES = 1 << 23  # not measured
 
 
 def settle_head(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with its `tie_word_embeddings` and its tensors in agreement.
+    """The checkpoint, made consistent: its `tie_word_embeddings` and its tensors agree.
 
     Where the config ties the two, and
-    - the file holds a head of other values, they are untied;
-    - it holds the same values twice, the second copy is left out;
-    - it holds the head alone, that is the embedding.
+    - the files hold a head of other values, the two are untied;
+    - they hold the same values twice, the second copy is dropped;
+    - they hold only the head, it becomes the embedding.
     Source: tie_weights of transformers' PreTrainedModel.
     """
     family = FAMILIES.get(str(checkpoint.config.get("model_type")))
@@ -35,7 +35,7 @@ def settle_head(checkpoint: Checkpoint) -> Checkpoint:
     if _is_same(checkpoint, embedding, head):
         return replace(checkpoint, tensors=tensors)
     logger.warning(
-        "%s has tie_word_embeddings true, but a head (%s) that is not its embedding; they are kept apart, as in "
+        "%s has tie_word_embeddings true, but a head (%s) that is not its embedding; they are kept separate, as in "
         "transformers",
         checkpoint.source,
         family.head,
@@ -44,7 +44,7 @@ def settle_head(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _ties(config: Mapping[str, Any]) -> bool:
-    """Whether the config asks for it; what it does not say, its class in transformers does."""
+    """Whether the config ties them; its class in transformers decides where it does not say."""
     if "tie_word_embeddings" in config:
         return bool(config["tie_word_embeddings"])
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -61,7 +61,7 @@ def _untied(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _is_same(checkpoint: Checkpoint, one: TensorEntry, other: TensorEntry) -> bool:
-    """Whether two tensors have the same bytes; reading stops where they differ."""
+    """Whether two tensors have the same bytes; reading stops at the first difference."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     return all(a == b for a, b in zip(_blocks(checkpoint, one), _blocks(checkpoint, other), strict=True))

@@ -19,7 +19,7 @@ class Projection:
 
     name: module path inside the decoder layer.
     axis: ROWS or COLUMNS of its `[out, in]` weight.
-    blocks: what stands one after another on that axis; a fused projection has several.
+    blocks: what that axis consists of, in order; a fused projection has several.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Projection:
     blocks: tuple[str, ...]
 
     def kept_indices(self, kept_units: np.ndarray, units: int, shape: LayerShape) -> np.ndarray:
-        """Rows or columns that stay, ascending int64, for those of so many units that stay."""
+        """Kept rows or columns, ascending int64. kept_units: int64 indices into `units` units."""
         offset, parts = 0, []
         for block in self.blocks:
             size = shape.block_size(block)
@@ -36,7 +36,7 @@ class Projection:
         return np.concatenate(parts).astype(np.int64)
 
     def padded_indices(self, units: int, wanted: int, shape: LayerShape) -> np.ndarray:
-        """Rows or columns of so many units and, for those that are wanted beyond them, HOLE; int64."""
+        """Rows or columns of `units` units, padded with HOLE up to `wanted` units; int64."""
         offset, parts = 0, []
         for block in self.blocks:
             size = shape.block_size(block)
@@ -46,16 +46,16 @@ class Projection:
         return np.concatenate(parts).astype(np.int64)
 
     def size(self, units: int, shape: LayerShape) -> int:
-        """Length of the pruned axis for so many units."""
+        """Length of the pruned axis for a number of units."""
         return units * sum(shape.block_size(block) for block in self.blocks)
 
 
 @dataclass(frozen=True)
 class UnitKind:
-    """All projections that lose something when a unit goes. The last one's inputs are what is measured.
+    """A kind of unit: all projections that are cut when one is removed. Statistics are of the last one's inputs.
 
-    norm: path, inside the decoder layer, of what norms the hidden states for them alone, where the family norms no
-    outputs; None if nothing does, or it is not known.
+    norm: path, inside the decoder layer, of the norm that only they read from, in families that do not norm outputs;
+    None if there is none, or it is not known.
     """
 
     name: str
@@ -64,7 +64,7 @@ class UnitKind:
 
     @property
     def readers(self) -> list[Projection]:
-        """Those that read the hidden states."""
+        """The projections that read the hidden states."""
         return [projection for projection in self.projections if projection.axis == ROWS]
 
     @property
@@ -73,18 +73,18 @@ class UnitKind:
         return self.projections[-1]
 
     def numbered(self, number: int) -> "UnitKind":
-        """With a number in the names."""
+        """The same kind for one expert, its number put into the names."""
         return replace(self, projections=tuple(replace(p, name=p.name.format(number)) for p in self.projections))
 
     @property
     def module(self) -> str:
-        """Path, inside the decoder layer, of the module that is gone when all its units are."""
+        """Path, inside the decoder layer, of the module that is removed with its last unit."""
         return self.output.name.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Units of one module in a layer: all of a kind, or with experts those of one expert.
+    """Units of one module in a layer: all of a kind or, in a mixture of experts, those of one expert.
 
     first: the first of them among the layer's units of that kind; units: how many.
     """
@@ -94,16 +94,16 @@ class Part:
     units: int
 
     def own(self, kept_units: np.ndarray) -> np.ndarray:
-        """Which of the layer's kept units are this part's, counted from its first."""
+        """Those of the layer's kept units that belong to this part, counted from its first."""
         low, high = np.searchsorted(kept_units, (self.first, self.first + self.units))
         return kept_units[low:high] - self.first
 
     def channels(self, shape: LayerShape) -> slice:
-        """Where its output projection's inputs stand among those of the whole kind."""
+        """The slice of its output projection's inputs within those of the whole kind."""
         per_unit = self.kind.output.size(1, shape)
         return slice(self.first * per_unit, (self.first + self.units) * per_unit)
 
     def removed_channels(self, units: np.ndarray, shape: LayerShape) -> np.ndarray:
-        """Inputs of its output projection that are removed, ascending int64, for its own kept units."""
+        """Removed inputs of its output projection, ascending int64. units: its kept units, as from `own`."""
         removed = np.setdiff1d(np.arange(self.units), units)
         return self.kind.output.kept_indices(removed, self.units, shape)

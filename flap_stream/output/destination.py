@@ -1,4 +1,4 @@
-"""Where the output is written: whether it can be put there, and whether there is room."""
+"""Where the output is written: checks that it can be put there and that the disk has room."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ _MARGIN_BYTES = 16 << 20  # for all files without tensors; not measured
 
 
 def require_own_place(source: Checkpoint, out: Path, run: Path) -> None:
-    """Raise OutputConflict if `out` cannot take the output, or another run has begun to write it."""
+    """Raise OutputConflict if the output cannot be put at `out`, or another run has begun to write it there."""
     places.require_apart(out, run)
     if out.resolve().is_relative_to(source.directory.resolve()):
         raise OutputConflict(f"{out} lies in the model's own directory {source.directory}; name an OUT elsewhere")
@@ -22,8 +22,8 @@ def require_own_place(source: Checkpoint, out: Path, run: Path) -> None:
     for path in (out, staging):
         if path.is_symlink():
             raise OutputConflict(
-                f"{path} is a symbolic link to {path.readlink()}; a finished output is renamed into its place, which "
-                "cannot be a link, so name the place itself"
+                f"{path} is a symbolic link to {path.readlink()}; a finished output is renamed into place, which "
+                "cannot be done to a link, so name its target"
             )
     places.require_place(out)
     if staging.exists() and not _is_empty(staging) and not begun_jobs(run, staging):
@@ -40,9 +40,9 @@ def _is_empty(path: Path) -> bool:
 
 
 def require_space(out: Path, needed_bytes: int, run: Path | None = None, run_bytes: int = 0) -> None:
-    """Raise InsufficientSpace if the disk of `out` has no room for so many bytes.
+    """Raise InsufficientSpace if the disk of `out` has no room for `needed_bytes`.
 
-    run_bytes: what the run directory `run` needs, which may be on the same disk.
+    run_bytes: what the run directory `run`, which may be on the same disk, needs.
     """
     places = [(out, needed_bytes, "output needs", "an OUT")]
     if run is not None:
@@ -63,5 +63,5 @@ def _disk_of(path: Path) -> int:
 
 
 def estimated_bytes(source: Checkpoint, shapes: Sequence[LayerShape], ratio: float) -> int:
-    """About how large the output will be, before anything is decided."""
+    """Estimated size of the output, before a plan exists."""
     return int(source.nbytes - ratio * sum(shape.prunable for shape in shapes) * source.nbytes / source.parameters)

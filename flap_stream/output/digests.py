@@ -16,9 +16,9 @@ def digests_file(digests: dict[str, str]) -> bytes:
 
 
 def damaged_files(out: Path) -> list[str]:
-    """Names of the files of a complete output that are not what was written, with what is wrong.
+    """Files of a complete output that differ from what was written, each with what is wrong.
 
-    Raises CorruptCheckpoint if SHA256SUMS, which says what was written, is missing or damaged.
+    Raises CorruptCheckpoint if SHA256SUMS is missing or damaged.
     """
     path = out / DIGESTS_NAME
     lines = files.read_plain(path).decode(errors="replace").splitlines() if path.is_file() else []
@@ -35,7 +35,7 @@ def damaged_files(out: Path) -> list[str]:
 
 
 def _is_credible(path: Path) -> bool:
-    """Whether a file of an output is no giant: of shards, the header says how large they are."""
+    """Whether a file's size is plausible, so that it can be read; a shard's header says how large it is."""
     if path.suffix != ".safetensors":
         return path.stat().st_size <= files.MOST_BYTES
     try:
@@ -45,6 +45,6 @@ def _is_credible(path: Path) -> bool:
 
 
 def _is_written_name(name: str) -> bool:
-    """Whether SHA256SUMS can have a name: of a file of the output, or of its directory of chat templates."""
+    """Whether a name can be in SHA256SUMS: a file of the output, or of its directory of chat templates."""
     own = name.removeprefix(f"{TEMPLATES_NAME}/")
     return Path(own).name == own and len(own) <= 255

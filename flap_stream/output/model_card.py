@@ -11,8 +11,8 @@ from flap_stream.arithmetic.sizes import width_note
 from flap_stream.model.hub import split_revision
 
 _FRONT_MATTER = re.compile(r"\s*---[\r\n]+([\S\s]*?)[\r\n]+---(?:[\r\n]|$)")  # as huggingface_hub finds it
-_READ_CHARACTERS = 1 << 20
-_LONGEST = 500  # characters of a line that is quoted
+_READ_CHARACTERS = 1 << 20  # far more than front matter takes
+_LONGEST = 500  # characters of a quoted line, and lines of a list
 _CARRIED_KEYS = ("license", "license_name", "license_link", "language")
 
 
@@ -110,14 +110,14 @@ def _layers_table(record: dict[str, Any]) -> str:
 
 
 def base_name(base: str) -> str:
-    """What a model is called: the last part of its directory or Hub id, as printable text."""
+    """A model's name: the last part of its directory or Hub id, as printable text."""
     name = Path(base).name
     name = Path(base).resolve().name if name in ("", "..") else name
     return "".join(c if c.isprintable() else "?" for c in name)[:_LONGEST]
 
 
 def unusable_metadata(directory: Path) -> list[str]:
-    """What of the metadata in a model's own card cannot be carried over, as a reader may be told."""
+    """Names, for the user, of metadata in a model's own card that cannot be carried over."""
     return _read_metadata(directory)[1]
 
 
@@ -126,14 +126,14 @@ def _carried_metadata(directory: Path, keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _read_metadata(directory: Path) -> tuple[dict[str, Any], list[str]]:
-    """Keys of the card's front matter that may be carried over, and what of it cannot be."""
+    """Values of the card's front matter that can be carried over, and names of those that cannot."""
     card = directory / "README.md"
     if not card.is_file():
         return {}, []
     try:
         with open(card, encoding="utf-8") as file:
             found = _FRONT_MATTER.match(file.read(_READ_CHARACTERS))
-        data = yaml.load(found[1], yaml.BaseLoader) if found else {}  # text, lists and dicts alone
+        data = yaml.load(found[1], yaml.BaseLoader) if found else {}  # text, lists and dicts only
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}, ["the front matter"]
     if not isinstance(data, dict):
@@ -144,6 +144,6 @@ def _read_metadata(directory: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a line of text, or a few of them."""
+    """Whether a value is a line of text, or a list of them."""
     lines = value if isinstance(value, list) else [value]
     return len(lines) <= _LONGEST and all(isinstance(s, str) and s.isprintable() and len(s) <= _LONGEST for s in lines)

@@ -30,9 +30,9 @@ _RECORD = {
 
 
 def read_record(out: Path) -> dict[str, Any] | None:
-    """Contents of pruning.json of a complete output; None if nothing (or an empty directory) is there.
+    """Contents of pruning.json of a complete output; None if `out` does not exist or is an empty directory.
 
-    Raises OutputConflict if something else is there.
+    Raises OutputConflict for anything else.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -51,7 +51,7 @@ def options_record(options: PlanConfig) -> dict[str, Any]:
 
 
 def fingerprint_digest(fingerprint: dict[str, Any]) -> str:
-    """One sha256 for all that identifies a model."""
+    """One sha256 over everything that identifies a model."""
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
