@@ -179,7 +179,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "index leaves the folder": (
         edit_index(x="../secret.safetensors"),
-        ("../secret.safetensors", "not a file in its dir"),
+        ("../secret.safetensors", "which is not a file in"),
     ),
     "index without a map": (lambda m: (m / INDEX_NAME).write_text("{}"), ("no weight_map",)),
     "tensor missing": (edit_tensor(Q, lambda t: None), (Q, "is missing")),
