@@ -6,15 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from flap_stream.errors import CorruptCheckpoint
 from flap_stream.model.model_files import require_no_pointer
-
-if TYPE_CHECKING:
-    import torch
 
 DTYPE_BYTES = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
@@ -63,13 +60,6 @@ class TensorLayout(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of all elements."""
-
-
-def torch_dtype(code: str) -> "torch.dtype":
-    """The torch dtype of a dtype code in FORWARD_DTYPES."""
-    import torch
-
-    return getattr(torch, FORWARD_DTYPES[code])
 
 
 def read_header(path: Path) -> tuple[list[TensorEntry], str, int]:

@@ -10,7 +10,8 @@ import torch
 
 from flap_stream.arithmetic.surgery import baseline_shift, select_columns
 from flap_stream.model.checkpoint import Checkpoint
-from flap_stream.model.safetensors_format import TensorEntry, row_ranges, torch_dtype
+from flap_stream.model.dtypes import stored_dtype, torch_dtype
+from flap_stream.model.safetensors_format import TensorEntry, row_ranges
 from flap_stream.model.units import COLUMNS, HOLE
 from flap_stream.output.shard_plan import BaselineShift, OutputTensor, Shard
 from flap_stream.storage import files
@@ -131,7 +132,7 @@ def _bias_bytes(checkpoint: Checkpoint, tensor: OutputTensor, shift_sum: torch.T
     if tensor.source is not None:
         raw = bytearray(tensor.source.nbytes)
         checkpoint.read_into(tensor.source, memoryview(raw))
-        bias = bias + torch.frombuffer(raw, dtype=torch_dtype(tensor.source.dtype))
+        bias = bias + torch.frombuffer(raw, dtype=stored_dtype(tensor.source))
     stored = bias.to(torch_dtype(tensor.dtype))
     return memoryview(stored.view(torch.uint8).numpy())
 
@@ -145,4 +146,4 @@ def _weight_rows(checkpoint: Checkpoint, entry: TensorEntry) -> Iterator[tuple[i
         count = min(rows, entry.shape[0] - first)
         block = raw[: count * row_bytes]
         checkpoint.read_into(entry, memoryview(block.numpy()), first * row_bytes)
-        yield first, block.view(torch_dtype(entry.dtype)).view(count, entry.shape[1])
+        yield first, block.view(stored_dtype(entry)).view(count, entry.shape[1])
