@@ -40,11 +40,9 @@ def _shard_chunks(checkpoint: Checkpoint, shard: Shard) -> Iterator[bytes | memo
     for tensor in shard.tensors:
         if tensor.shift is not None:
             shift_sum = sums.pop(tensor.shift.weight.name, None)
-            yield _bias_bytes(
-                checkpoint, tensor, _shift_sum(checkpoint, tensor.shift) if shift_sum is None else shift_sum
-            )
-            continue
-        if tensor.source is None:
+            shift_sum = _shift_sum(checkpoint, tensor.shift) if shift_sum is None else shift_sum
+            yield _bias_bytes(checkpoint, tensor, shift_sum)
+        elif tensor.source is None:
             yield from _zeros(tensor.nbytes)
         elif tensor.axis == COLUMNS and tensor.keep is not None:
             shift = shifts.get(tensor.source.name)
