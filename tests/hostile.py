@@ -17,8 +17,11 @@ from models import save, tiny_config, tiny_model
 
 from flap_stream.config import CollectConfig
 from flap_stream.engine.streamed_model import StreamedModel
-from flap_stream.model.checkpoint import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, open_checkpoint, read_header
-from flap_stream.output.pruned_checkpoint import DIGESTS_NAME, RECORD_NAME, damaged_files, read_record
+from flap_stream.model.model_files import INDEX_NAME, SINGLE_NAME
+from flap_stream.model.opening import open_checkpoint
+from flap_stream.model.safetensors_format import DTYPE_BYTES, read_header
+from flap_stream.output.digests import DIGESTS_NAME, damaged_files
+from flap_stream.output.pruning_record import RECORD_NAME, read_record
 from flap_stream.storage import run_manifest
 from flap_stream.storage.journal import ENTRY_FORMS, Journal
 from flap_stream.storage.run_directory import RunDirectory

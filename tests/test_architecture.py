@@ -3,7 +3,8 @@ import pytest
 
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.errors import UnsupportedModel
-from flap_stream.model.architecture import COLUMNS, FAMILIES, ROWS, Projection, family_of, layer_shape
+from flap_stream.model.architecture import FAMILIES, family_of, layer_shape
+from flap_stream.model.units import COLUMNS, ROWS, Part, Projection, UnitKind
 
 SHAPE = LayerShape(kv_groups=3, heads_per_group=2, head_dim=4, neurons=5, group_cost=0, neuron_cost=0)
 
@@ -20,6 +21,15 @@ def test_a_fused_projection_is_cut_block_by_block() -> None:
     assert fused.size(3, SHAPE) == 48
     indices = fused.kept_indices(np.array([1]), 3, SHAPE)
     assert indices.tolist() == [*range(8, 16), *range(28, 32), *range(40, 44)]
+
+
+def test_channels_of_a_part_are_kept_or_removed() -> None:
+    output = Projection("o", COLUMNS, ("query",))
+    part, kept = Part(UnitKind("attention", (output,)), 0, 3), np.array([1])
+    assert part.removed_channels(kept, SHAPE).tolist() == [*range(8), *range(16, 24)]
+    both = [*part.removed_channels(kept, SHAPE), *output.kept_indices(kept, 3, SHAPE)]
+    assert sorted(both) == list(range(output.size(3, SHAPE)))
+    assert part.removed_channels(np.arange(3), SHAPE).tolist() == []
 
 
 def test_costs_come_from_tensor_shapes() -> None:

@@ -14,7 +14,7 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
 from flap_stream.cli import main
-from flap_stream.model.checkpoint import INDEX_NAME
+from flap_stream.model.model_files import INDEX_NAME
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ DOWN = "model.layers.2.mlp.down_proj.weight"
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no config": (lambda m: (m / "config.json").unlink(), ("config.json does not exist",)),
     "config is not JSON": (lambda m: (m / "config.json").write_text("{"), ("config.json is not JSON",)),
-    "config is a list": (lambda m: (m / "config.json").write_text("[]"), ("holds no JSON object",)),
+    "config is a list": (lambda m: (m / "config.json").write_text("[]"), ("is not a JSON object",)),
     "no safetensors": (drop_shards, ("holds no safetensors", "save_pretrained")),
     "pickles": (leave_a_pickle, ("no safetensors", "convert it", "save_pretrained")),
     "quantised": (edit_config(quantization_config={"quant_method": "gptq"}), ("quantised", "gptq")),
@@ -166,18 +166,21 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "offsets overlap": (edit_header(lambda h: first(h).update(data_offsets=[8, 8 + 2 * 97])), ("cannot take",)),
     "offsets beyond": (
         edit_header(lambda h: first(h).update(data_offsets=[n + 10**9 for n in first(h)["data_offsets"]])),
-        ("the header's offsets lie",),
+        ("the header offsets are inconsistent",),
     ),
     "dtype lies": (edit_header(lambda h: first(h).update(dtype="F16")), ("F16", "cannot take")),
     "dtype unknown": (edit_header(lambda h: first(h).update(dtype="F12")), ("'F12'", "expected one of")),
     "shape lies": (edit_header(lambda h: first(h).update(shape=[1, 2])), ("[1, 2]", "cannot take")),
-    "negative shape": (edit_header(lambda h: first(h).update(shape=[-97, -64])), ("no natural numbers",)),
+    "negative shape": (edit_header(lambda h: first(h).update(shape=[-97, -64])), ("not natural numbers",)),
     "entry is a number": (edit_header(lambda h: h.update(x=5)), ("cannot be read",)),
     "index names a tensor that is not there": (
         lambda m: (edit_tensor(Q, lambda t: None)(m), edit_index(**{Q: "model-00001-of-00009.safetensors"})(m)),
         (Q, "is missing", "its index places it in model-00001-of-00009.safetensors"),
     ),
-    "index leaves the folder": (edit_index(x="../secret.safetensors"), ("../secret.safetensors", "beside it")),
+    "index leaves the folder": (
+        edit_index(x="../secret.safetensors"),
+        ("../secret.safetensors", "which is not a file in"),
+    ),
     "index without a map": (lambda m: (m / INDEX_NAME).write_text("{}"), ("no weight_map",)),
     "tensor missing": (edit_tensor(Q, lambda t: None), (Q, "is missing")),
     "tensor of another shape": (edit_tensor(Q, lambda t: t[:32]), (Q, "[32, 64]", "[64, 64]")),

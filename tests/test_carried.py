@@ -15,7 +15,7 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 import flap_stream
 from flap_stream.cli import main
 from flap_stream.config import PruneConfig
-from flap_stream.output.pruned_checkpoint import damaged_files
+from flap_stream.output.digests import damaged_files
 from flap_stream.stages import collect as collection
 
 

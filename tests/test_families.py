@@ -13,7 +13,8 @@ import flap_stream
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
 from flap_stream.errors import UnsupportedModel
-from flap_stream.model.architecture import COLUMNS, FAMILIES, ROWS, Family, Projection, UnitKind
+from flap_stream.model.architecture import FAMILIES, Family
+from flap_stream.model.units import COLUMNS, ROWS, Projection, UnitKind
 from flap_stream.storage.run_directory import RunDirectory
 
 LLAMA3_ROPE = {

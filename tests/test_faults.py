@@ -41,8 +41,8 @@ from faults import (
 import flap_stream
 from flap_stream.cli import main
 from flap_stream.errors import InsufficientSpace
-from flap_stream.model.checkpoint import open_checkpoint
-from flap_stream.output import pruned_checkpoint as output
+from flap_stream.model.opening import open_checkpoint
+from flap_stream.output import destination
 from flap_stream.stages.forecast import forecast
 from flap_stream.storage import files
 
@@ -141,10 +141,10 @@ def test_what_an_interrupted_call_has_written_needs_no_room_again(job: Job, monk
     assert job.run(place, job.first_step("model-00004")) == KILLED
     there = sum(files.tree_bytes(place / name) for name in ("out.partial", "out.run"))
     left = forecast(job.model, place / "out", job.options).disk_bytes - there
-    monkeypatch.setattr(files, "free_bytes", lambda _path: left + output._MARGIN_BYTES - 60_000)
+    monkeypatch.setattr(files, "free_bytes", lambda _path: left + destination._MARGIN_BYTES - 60_000)
     with pytest.raises(InsufficientSpace, match="the output and the run directory need"):
         flap_stream.prune(job.model, place / "out", job.options)
-    monkeypatch.setattr(files, "free_bytes", lambda _path: left + output._MARGIN_BYTES)
+    monkeypatch.setattr(files, "free_bytes", lambda _path: left + destination._MARGIN_BYTES)
     flap_stream.prune(job.model, place / "out", job.options)
     assert contents(place / "out") == job.expected
 

@@ -23,7 +23,7 @@ from flap_stream.engine.hidden_states import PLACES
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.engine.weight_stream import slab_bytes
 from flap_stream.errors import InsufficientMemory
-from flap_stream.model.checkpoint import open_checkpoint
+from flap_stream.model.opening import open_checkpoint
 
 pytestmark = pytest.mark.gpu
 

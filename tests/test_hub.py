@@ -19,8 +19,8 @@ from flap_stream.cli import main
 COMMITS = {"main": "a" * 40, "older": "b" * 40}
 # Open a model as every verb does, and say where it is.
 OPEN = (
-    "import sys; from flap_stream.cli import reported; from flap_stream import checkpoint\n"
-    "sys.exit(reported(lambda: print(checkpoint.open_checkpoint(sys.argv[1]).directory)))"
+    "import sys; from flap_stream.cli import reported; from flap_stream.model import opening\n"
+    "sys.exit(reported(lambda: print(opening.open_checkpoint(sys.argv[1]).directory)))"
 )
 READ_CONFIG = OPEN.replace("open_checkpoint(sys.argv[1]).directory", "read_config(sys.argv[1])[0]")
 
@@ -183,12 +183,12 @@ def test_every_verb_takes_a_revision(command: str, tmp_path: Path, monkeypatch, 
 
 
 SENTENCES = {
-    "gated": ("name/gated", {"HF_TOKEN": "good"}, 2, ("is gated and your account has no access", "ask for it at")),
+    "gated": ("name/gated", {"HF_TOKEN": "good"}, 2, ("is gated and your account has no access", "request access at")),
     "not logged in": ("name/gated", {}, 2, ("is gated and you are not logged in", "hf auth login")),
     "unknown": ("name/nothing", {"HF_TOKEN": "good"}, 2, ("the Hub has no name/nothing, or your account",)),
     "unknown or private": ("name/nothing", {}, 2, ("the Hub has no name/nothing, or it is private", "hf auth login")),
     "a wrong token": ("name/model", {"HF_TOKEN": "bad"}, 2, ("the Hub refuses your token", "hf auth login")),
-    "offline": ("name/model", {"HF_HUB_OFFLINE": "1"}, 2, ("not whole in the cache", "HF_HUB_OFFLINE", "hf download")),
+    "offline": ("name/model", {"HF_HUB_OFFLINE": "1"}, 2, ("incomplete in the cache", "HF_HUB_OFFLINE", "hf download")),
     "no connection": ("name/model", {"HF_ENDPOINT": "http://127.0.0.1:9"}, 1, ("cannot be reached", "connect")),
     "out of order": ("name/down", {}, 1, ("the Hub answered 503", "wait a while")),
     "no such revision": ("name/model@nothing", {}, 2, ("name/model has no revision nothing",)),
@@ -212,7 +212,7 @@ def test_a_half_fetched_model_is_not_taken_for_whole(hub: Hub, tmp_path: Path) -
     run(["-c", READ_CONFIG, "name/model"], environment)
     assert hub.fetched == {"config.json"}  # which is what --dry-run needs
     found = run(["-c", OPEN, "name/model"], {**environment, "HF_HUB_OFFLINE": "1"})
-    assert found.returncode == 2 and "not whole in the cache" in found.stderr
+    assert found.returncode == 2 and "incomplete in the cache" in found.stderr
     assert run(["-c", OPEN, "name/model"], environment).returncode == 0
     cached = run(["-c", OPEN, "name/model"], {**environment, "HF_ENDPOINT": "http://127.0.0.1:9"})
     assert cached.returncode == 0 and "is taken from the Hub cache" in cached.stderr

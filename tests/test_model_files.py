@@ -20,7 +20,7 @@ from flap_stream.cli import main
 from flap_stream.config import EvaluateConfig, ExportGgufConfig, ExportStockConfig, PruneConfig
 from flap_stream.export.gguf import export_gguf
 from flap_stream.export.stock import export_stock
-from flap_stream.model.checkpoint import INDEX_NAME, SINGLE_NAME
+from flap_stream.model.model_files import INDEX_NAME, SINGLE_NAME
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INV_FREQ = "model.layers.1.self_attn.rotary_emb.inv_freq"
@@ -96,7 +96,7 @@ def test_a_head_beside_tied_embeddings_is_what_transformers_makes_of_it(
     found, config = tensors_of(tmp_path / "out"), json.loads((tmp_path / "out" / "config.json").read_text())
     is_apart = case == "another head"
     assert (HEAD in found) == is_apart and EMBEDDING in found
-    assert ("are kept apart" in caplog.text) == is_apart
+    assert ("are kept separate" in caplog.text) == is_apart
     assert config.get("tie_word_embeddings", True) != is_apart
 
 
@@ -172,8 +172,8 @@ def without_prefix(model: Path) -> None:
 
 
 CHOICES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a stray single file beside shards": (stray_single, f"holds {SINGLE_NAME} beside {INDEX_NAME}"),
-    "a stale index beside a single file": (stale_index, f"holds {SINGLE_NAME} beside {INDEX_NAME}"),
+    "a stray single file beside shards": (stray_single, f"holds both {SINGLE_NAME} and {INDEX_NAME}"),
+    "a stale index beside a single file": (stale_index, f"holds both {SINGLE_NAME} and {INDEX_NAME}"),
     "a file that config.json names": (named_in_config, ""),
     "an index with a tensor too many": (
         lambda m: edit_map(m, lambda weights: weights.update({INV_FREQ: weights[EMBEDDING]})), "",

@@ -17,7 +17,7 @@ from flap_stream.config import CollectConfig, PruneConfig
 from flap_stream.engine import placement
 from flap_stream.engine.placement import candidates
 from flap_stream.errors import InsufficientMemory
-from flap_stream.model import checkpoint
+from flap_stream.model.shard_files import ShardFiles
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.storage.run_directory import RunDirectory
 
@@ -54,14 +54,14 @@ def placed(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
 
 def slow_reads(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> list[int]:
     """Delay the n-th read of the model; the sizes of all reads come out."""
-    read, sizes = checkpoint._OpenFiles.read, []
+    read, sizes = ShardFiles.read, []
 
     def slow(files: Any, file: str, offset: int, buffers: Any) -> None:
         sizes.append(sum(map(len, buffers)))
         time.sleep(seconds(len(sizes)))
         read(files, file, offset, buffers)
 
-    monkeypatch.setattr(checkpoint._OpenFiles, "read", slow)
+    monkeypatch.setattr(ShardFiles, "read", slow)
     return sizes
 
 

@@ -20,7 +20,7 @@ from flap_stream.engine import memory
 from flap_stream.engine.placement import Job, place, predict
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InsufficientMemory, InvalidOption
-from flap_stream.model.checkpoint import open_checkpoint
+from flap_stream.model.opening import open_checkpoint
 from flap_stream.restore.restoration import refit_sizes
 from flap_stream.stages.forecast import forecast
 

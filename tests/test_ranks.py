@@ -20,11 +20,11 @@ from rank_jobs import KILLED, LENGTH, WINDOWS, RankJob, contents, launch
 import flap_stream
 from flap_stream.arithmetic.moments import Moments, joined_channels
 from flap_stream.config import EvaluateConfig
+from flap_stream.engine.batch_sizes import BatchSizes
 from flap_stream.engine.ranks import ALONE as ONE
 from flap_stream.engine.ranks import Ranks, own_device, window_shares
-from flap_stream.engine.streamed_model import BatchSizes
 from flap_stream.errors import InvalidOption, RankLost
-from flap_stream.model.checkpoint import open_checkpoint
+from flap_stream.model.opening import open_checkpoint
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.storage.run_directory import BatchReduction
 

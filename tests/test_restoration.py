@@ -23,7 +23,8 @@ from flap_stream.config import ALIGNING_TARGETS, REFIT_TARGETS
 from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidOption, RunMismatch, UnsupportedModel
-from flap_stream.model.checkpoint import open_checkpoint, read_header
+from flap_stream.model.opening import open_checkpoint
+from flap_stream.model.safetensors_format import read_header
 from flap_stream.progress import Stage
 from flap_stream.restore.stand_ins import Supplies
 

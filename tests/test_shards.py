@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 import flap_stream
 from flap_stream.config import CollectConfig, PlanConfig, RewriteConfig
-from flap_stream.model.checkpoint import open_checkpoint, row_ranges
+from flap_stream.model.opening import open_checkpoint
+from flap_stream.model.safetensors_format import row_ranges
 
 PRUNED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -25,6 +25,7 @@ from transformers import LlamaConfig
 from flap_stream import PruneConfig
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.model import checkpoint
+from flap_stream.model.opening import open_checkpoint
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.stages import forecast
 from flap_stream.stages.scaling import Rates, Work, scale
@@ -103,7 +104,7 @@ def measure(rounds: int) -> None:
                 taken[case].append(_seconds(place, number, *case, batch))
                 print(f"round {number}, {case[0]} processes, {case[1]} windows: {taken[case][-1]:.2f}", file=sys.stderr)
         options = PruneConfig(samples=windows, batch_size=batch, device="cpu")
-        with checkpoint.open_checkpoint(place / "model") as source:
+        with open_checkpoint(place / "model") as source:
             work = forecast.work_of(StreamedModel(source, options), options, batch)
     found = {case: statistics.median(seconds) for case, seconds in taken.items()}
     for_windows = (found[1, windows] - found[1, few]) * windows / (windows - few)

@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print what is there: progress of a run, sizes and kept shares of a checkpoint, sizes of a dense model."""
     with shared.progress_of(options).loading():
-        import flap_stream.output.pruned_checkpoint
+        import flap_stream.output.digests
+        import flap_stream.output.pruning_record
         import flap_stream.storage.run_directory  # noqa: F401
 
     place = Path(options.place)
@@ -67,7 +68,8 @@ def _inspect_run(place: Path, as_json: bool, verifies: bool) -> None:
 def _inspect_output(place: Path, as_json: bool, verifies: bool) -> None:
     from flap_stream.errors import CorruptCheckpoint
     from flap_stream.model.dense import nothing_pruned
-    from flap_stream.output.pruned_checkpoint import RECORD_NAME, damaged_files, read_record
+    from flap_stream.output.digests import damaged_files
+    from flap_stream.output.pruning_record import RECORD_NAME, read_record
 
     record = read_record(place) if (place / RECORD_NAME).exists() else None
     if record is None:

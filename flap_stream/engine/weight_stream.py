@@ -15,6 +15,8 @@ from flap_stream.engine.ranks import ALONE, Ranks
 from flap_stream.engine.shared_memory import node_buffer
 from flap_stream.model.checkpoint import Block, Checkpoint, TensorEntry
 from flap_stream.model.dtypes import stored_dtype
+from flap_stream.model.safetensors_format import TensorEntry
+from flap_stream.model.shard_files import Block, coalesce
 
 RING_BLOCK_BYTES = 1 << 24  # not measured
 
@@ -158,7 +160,7 @@ class _CudaLoader:
         """Read a layer and copy it to its buffer, once the layer that used the buffer before has finished."""
         slot = index % len(self._slabs)
         self._copies.wait_event(self._free[slot])
-        blocks = self._checkpoint.coalesce(list(entries.values()), RING_BLOCK_BYTES)
+        blocks = coalesce(list(entries.values()), RING_BLOCK_BYTES)
         (own, readers), offsets = self._ranks.local, _offsets(entries)
         for first in range(0, len(blocks), readers):
             turns = [(next(self._turns) % len(self._ring), block) for block in blocks[first : first + readers]]

@@ -22,9 +22,12 @@ from flap_stream.config.rules import options_of
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidInput, OutputConflict, UnsupportedModel
 from flap_stream.model.architecture import ROWS
-from flap_stream.model.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from flap_stream.model.checkpoint import Checkpoint, TensorEntry
 from flap_stream.model.dtypes import stored_dtype
-from flap_stream.output import pruned_checkpoint as output
+from flap_stream.model.opening import open_checkpoint
+from flap_stream.model.safetensors_format import TensorEntry
+from flap_stream.model.units import ROWS
+from flap_stream.output.destination import require_space
 from flap_stream.output.model_card import base_name
 from flap_stream.progress import Progress
 from flap_stream.storage import files, places
@@ -125,7 +128,7 @@ def export_gguf(
         tensors = list(_tensors(streamed, architecture, GGMLQuantizationType[kind]))
         sizes = [_raw_shape(tensor) for tensor in tensors]
         nbytes = sum(int(np.prod(size)) for size in sizes)
-        output.require_space(file, nbytes)
+        require_space(file, nbytes)
         writer = GGUFWriter(None, architecture)
         _add_sizes(writer, streamed, architecture)
         writer.add_name(base_name(source.source))

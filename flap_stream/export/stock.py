@@ -20,12 +20,20 @@ from flap_stream.config import EngineConfig, ExportStockConfig
 from flap_stream.config.rules import options_of
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidInput, InvalidModel, OutputConflict, UnsupportedModel
-from flap_stream.model.architecture import FAMILIES, ROWS, Family
-from flap_stream.model.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, open_checkpoint
+from flap_stream.model.architecture import FAMILIES, Family
+from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.model_files import INDEX_NAME
+from flap_stream.model.opening import open_checkpoint
+from flap_stream.model.safetensors_format import TensorEntry
 from flap_stream.model.skeleton import Skeleton
-from flap_stream.output import pruned_checkpoint as output
+from flap_stream.model.units import ROWS
+from flap_stream.output.carried import carried_files, tell_left_out
+from flap_stream.output.destination import require_space
+from flap_stream.output.digests import DIGESTS_NAME, digests_file
 from flap_stream.output.model_card import model_card
-from flap_stream.output.shards import OutputTensor, ShardPlan, group_shards, write_shard
+from flap_stream.output.pruning_record import RECORD_NAME, read_record
+from flap_stream.output.shard_plan import OutputTensor, ShardPlan, group_shards
+from flap_stream.output.shard_writer import write_shard
 from flap_stream.progress import Progress
 from flap_stream.storage import files, places
 
@@ -82,7 +90,7 @@ def export_stock(
         if source.wrapper is not None:
             raise UnsupportedModel(f"{out} is a multimodal model; only language models by themselves are exported")
         record = _record(source)
-        output.tell_left_out(source.directory)
+        tell_left_out(source.directory)
         model = StreamedModel(source, EngineConfig(device="cpu"))
         shapes, source = model.shapes, _without_ignored(source, model.skeleton)
         if any(shape.experts for shape in shapes):
@@ -254,9 +262,9 @@ def _require_free(directory: Path) -> None:
 def _record(source: Checkpoint) -> dict[str, Any]:
     """The contents of pruning.json, which the model card quotes."""
     try:
-        record = output.read_record(source.directory)
+        record = read_record(source.directory)
     except OutputConflict as error:
-        raise InvalidModel(f"{source.directory / output.RECORD_NAME} is missing or damaged; prune again") from error
+        raise InvalidModel(f"{source.directory / RECORD_NAME} is missing or damaged; prune again") from error
     assert record is not None, "a directory with a config.json is not empty"
     return record
 
@@ -266,7 +274,7 @@ def _write(
 ) -> None:
     staging = files.partial_path(directory)
     files.remove(staging)
-    output.require_space(directory, plan.nbytes)
+    require_space(directory, plan.nbytes)
     files.make_own_directory(staging)
     files.write_committed(staging / _MARK, b"")
     digests = {}
@@ -274,7 +282,7 @@ def _write(
         for shard in plan.shards:
             digests[shard.name] = write_shard(source, shard, staging)
             stage.advance(bytes_moved=shard.nbytes)
-    small: dict[str, bytes | Iterable[bytes]] = {**dict(output.carried_files(source.directory))}
+    small: dict[str, bytes | Iterable[bytes]] = {**dict(carried_files(source.directory))}
     small["README.md"] = card.encode()
     index = plan.index()
     if index is not None:
@@ -283,6 +291,6 @@ def _write(
     for name, contents in small.items():
         files.make_directory((staging / name).parent)
         digests[name] = files.write_committed(staging / name, contents)
-    files.write_committed(staging / output.DIGESTS_NAME, output.digests_file(digests))
+    files.write_committed(staging / DIGESTS_NAME, digests_file(digests))
     files.remove(staging / _MARK)
     files.commit_rename(staging, directory)

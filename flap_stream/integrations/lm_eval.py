@@ -23,7 +23,7 @@ from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 from flap_stream.config import EngineConfig, TextConfig, parse_size
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidInput
-from flap_stream.model.checkpoint import open_checkpoint
+from flap_stream.model.opening import open_checkpoint
 from flap_stream.progress import Progress
 from flap_stream.stages.evaluate import score_tokens
 from flap_stream.text.tokenization import described, pretrained_tokenizer, window_prefix

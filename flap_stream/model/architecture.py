@@ -1,12 +1,11 @@
-"""What is known of each model family, as data: which tensors share a unit, on which axis, in which blocks.
+"""Model families as data: which tensors share a unit, on which axis, in which blocks.
 
-A unit is what is kept or removed as a whole: in attention one KV group (its key and value head with the query heads
-that read it), in the MLP one neuron. A family is a row of `FAMILIES`; its forward is transformers' own.
+A family is a row of `FAMILIES`; its forward is transformers' own.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -14,104 +13,11 @@ import numpy as np
 
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.errors import InvalidModel, UnsupportedModel
+from flap_stream.model.units import COLUMNS, ROWS, Part, Projection, UnitKind
 
-ROWS, COLUMNS = 0, 1
-HOLE = -1  # in the place of an index: a row or column of zeros
 _LANGUAGE_HEADS = ("CausalLM", "ConditionalGeneration", "ImageTextToText", "VisionText2Text")
 PRUNED_TYPE = "flap_stream_"  # before the dense model's model_type in the config.json of a pruned checkpoint
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A linear whose rows (or columns) belong to units.
-
-    name: module path inside the decoder layer.
-    axis: ROWS or COLUMNS of its `[out, in]` weight.
-    blocks: what stands one after another on that axis; a fused projection has several.
-    """
-
-    name: str
-    axis: int
-    blocks: tuple[str, ...]
-
-    def kept_indices(self, kept_units: np.ndarray, units: int, shape: LayerShape) -> np.ndarray:
-        """Rows or columns that stay, ascending int64, for those of so many units that stay."""
-        offset, parts = 0, []
-        for block in self.blocks:
-            size = shape.block_size(block)
-            parts.append((offset + kept_units[:, None] * size + np.arange(size)[None, :]).ravel())
-            offset += units * size
-        return np.concatenate(parts).astype(np.int64)
-
-    def padded_indices(self, units: int, wanted: int, shape: LayerShape) -> np.ndarray:
-        """Rows or columns of so many units and, for those that are wanted beyond them, HOLE; int64."""
-        offset, parts = 0, []
-        for block in self.blocks:
-            size = shape.block_size(block)
-            length = units * size
-            parts += [np.arange(offset, offset + length), np.full(wanted * size - length, HOLE)]
-            offset += length
-        return np.concatenate(parts).astype(np.int64)
-
-    def size(self, units: int, shape: LayerShape) -> int:
-        """Length of the pruned axis for so many units."""
-        return units * sum(shape.block_size(block) for block in self.blocks)
-
-
-@dataclass(frozen=True)
-class UnitKind:
-    """All projections that lose something when a unit goes. The last one's inputs are what is measured.
-
-    norm: path, inside the decoder layer, of what norms the hidden states for them alone, where the family norms no
-    outputs; None if nothing does, or it is not known.
-    """
-
-    name: str
-    projections: tuple[Projection, ...]
-    norm: str | None = None
-
-    @property
-    def readers(self) -> list[Projection]:
-        """Those that read the hidden states."""
-        return [projection for projection in self.projections if projection.axis == ROWS]
-
-    @property
-    def output(self) -> Projection:
-        """The projection that reads the units' outputs (o_proj, down_proj)."""
-        return self.projections[-1]
-
-    def numbered(self, number: int) -> "UnitKind":
-        """With a number in the names."""
-        return replace(self, projections=tuple(replace(p, name=p.name.format(number)) for p in self.projections))
-
-    @property
-    def module(self) -> str:
-        """Path, inside the decoder layer, of the module that is gone when all its units are."""
-        return self.output.name.rpartition(".")[0]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Units of one module in a layer: all of a kind, or with experts those of one expert.
-
-    first: the first of them among the layer's units of that kind; units: how many.
-    """
-
-    kind: UnitKind
-    first: int
-    units: int
-
-    def own(self, kept_units: np.ndarray) -> np.ndarray:
-        """Which of the layer's kept units are this part's, counted from its first."""
-        low, high = np.searchsorted(kept_units, (self.first, self.first + self.units))
-        return kept_units[low:high] - self.first
-
-    def channels(self, shape: LayerShape) -> slice:
-        """Where its output projection's inputs stand among those of the whole kind."""
-        per_unit = self.kind.output.size(1, shape)
-        return slice(self.first * per_unit, (self.first + self.units) * per_unit)
-
 
 _ATTENTION = UnitKind(
     "attention",
@@ -165,9 +71,9 @@ class Family:
     causal_class: the causal language model in transformers; base_class: the model without a head, by default of the
     same prefix. Their pruned forms in `modeling/` are named `Pruned<class>`.
     layers: module path of the decoder layers in the causal language model.
-    experts: the kind of an expert's neurons, its names with a place for the expert's number; None without experts.
-    renames: pattern and replacement of tensor names that a dense checkpoint has otherwise than the pruned class.
-    norms_outputs: whether what attention and MLP give is normed before it is added to the hidden states.
+    experts: the kind of an expert's neurons, with a placeholder for its number in the names; None without experts.
+    renames: pattern and replacement for tensor names that differ between dense checkpoints and the pruned class.
+    norms_outputs: whether attention and MLP outputs are normalised before the residual addition.
     """
 
     causal_class: str
@@ -194,11 +100,11 @@ class Family:
         return found
 
     def norm_before(self, kind: UnitKind) -> str | None:
-        """Path of the norm that serves this kind of units alone, if it is known."""
+        """Path of the norm that only this kind of units reads from, if it is known."""
         return None if self.norms_outputs else kind.norm
 
     def with_prefix(self, name: str) -> str:
-        """The name in the causal model of a tensor that was saved from the base model alone."""
+        """The name in the causal model of a tensor that was saved from the base model."""
         base, _, layers = self.layers.rpartition(".")
         own = (layers, *(path.removeprefix(f"{base}.").partition(".")[0] for path in (self.embedding, self.norm)))
         return f"{base}.{name}" if name.partition(".")[0] in own else name
@@ -217,8 +123,8 @@ class Family:
 
 
 # To add a family: a row here under its model_type, naming its class in transformers and, if its layers are built
-# otherwise than Llama's, the projections of its units. What the layers compute is transformers' business. A row in
-# FAMILY_EXTRAS of tests/models.py then puts it through the whole suite.
+# differently from Llama's, the projections of its units. What the layers compute is left to transformers. A row in
+# FAMILY_EXTRAS of tests/models.py then runs the whole suite on it.
 FAMILIES: dict[str, Family] = {
     "exaone4": Family("Exaone4ForCausalLM", norms_outputs=True),
     "gemma": Family("GemmaForCausalLM"),
@@ -259,7 +165,7 @@ REFUSED = {"olmo2": _NORM_OVER_HEADS, "olmo3": _NORM_OVER_HEADS}
 
 
 def require_causal(config: Mapping[str, Any], where: str) -> None:
-    """Raise UnsupportedModel if config.json names a class with another head than a language model's."""
+    """Raise UnsupportedModel if config.json names a class whose head is not a language model's."""
     named = config.get("architectures")
     for name in named if isinstance(named, list) else []:
         head = str(name).partition("For")[2]
@@ -292,7 +198,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
 
 
 def dense_type(config: dict[str, Any]) -> dict[str, Any]:
-    """The contents of a config.json with the dense model's model_type, also where pruning gave it one of its own."""
+    """The contents of a config.json, its model_type replaced by the dense model's if pruning gave it one of its own."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type.startswith(PRUNED_TYPE):
         return config
@@ -300,7 +206,7 @@ def dense_type(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_sizes(config: Mapping[str, Any], where: str) -> None:
-    """Raise InvalidModel unless the sizes in a config.json are positive whole numbers that go together."""
+    """Raise InvalidModel unless the sizes in a config.json are positive whole numbers that are consistent."""
     optional = [name for name in ("num_key_value_heads", "head_dim") if config.get(name) is not None]
     for name in (*_SIZES, *optional):
         value = config.get(name)
@@ -312,7 +218,7 @@ def require_sizes(config: Mapping[str, Any], where: str) -> None:
 
 
 def layer_shape(family: Family, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> LayerShape:
-    """Sizes of one decoder layer, the unit counts and costs taken from its tensors.
+    """Sizes of one decoder layer; unit counts and costs are derived from its tensors.
 
     tensors: relative name (`self_attn.q_proj.weight`) to shape, already checked against the architecture.
     """
@@ -340,7 +246,7 @@ def layer_shape(family: Family, config: Mapping[str, Any], tensors: Mapping[str,
         while any(name.startswith(f"{family.experts.numbered(count).output.name}.") for name in tensors):
             experts += (units_of(family.experts.numbered(count)),)
             count += 1
-        rest[1] = 0  # each keeps a neuron
+        rest[1] = 0  # each expert keeps at least one neuron
     outputs = [attention.output.name, *([f.output.name for f in _experts_of(family, experts)] or [mlp.output.name])]
     unbiased = [tensors[f"{n}.weight"] for n in outputs if f"{n}.weight" in tensors and f"{n}.bias" not in tensors]
     return LayerShape(
@@ -364,6 +270,6 @@ def _experts_of(family: Family, sizes: tuple[int, ...]) -> list[UnitKind]:
 
 
 def _rest(kind: UnitKind, tensors: Mapping[str, tuple[int, ...]]) -> int:
-    """Elements of a module's tensors that belong to no unit, the output's bias aside, which stays."""
+    """Elements of a module's tensors that belong to no unit, except the output's bias, which is kept."""
     cut = {f"{p.name}.weight" for p in kind.projections} | {f"{p.name}.bias" for p in kind.projections}
     return sum(prod(shape) for name, shape in tensors.items() if name.startswith(f"{kind.module}.") and name not in cut)

@@ -1,4 +1,4 @@
-"""What a model in which nothing was pruned is, from its config and headers, for someone who takes it for a result."""
+"""Describing an unpruned model, from its config and headers, to a user who takes it for a result."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any
 
 from flap_stream.errors import InvalidInput
 from flap_stream.model.architecture import FAMILIES
-from flap_stream.model.checkpoint import open_checkpoint
+from flap_stream.model.opening import open_checkpoint
 
 
 @dataclass(frozen=True)
 class DenseModel:
-    """A model as its config.json describes it; what is not written there is None.
+    """A model as its config.json describes it; None for what is missing there.
 
     parameters, weight_bytes: of all tensors in its files. is_prunable: whether it is of a supported family.
     """
@@ -28,7 +28,7 @@ class DenseModel:
     is_prunable: bool
 
     def __str__(self) -> str:
-        """In a few words."""
+        """A short description."""
         kind = self.architecture or f"model_type {self.model_type}"
         layers = "" if self.layers is None else f"{self.layers} layers, "
         return f"a dense model ({kind}, {layers}{self.parameters:,} parameters)"
@@ -63,11 +63,11 @@ def _count(config: dict[str, Any], name: str) -> int | None:
 
 
 def nothing_pruned(place: Path) -> InvalidInput:
-    """The sentence about a directory that holds neither a run nor a pruned checkpoint."""
+    """The error for a directory that holds neither a run nor a pruned checkpoint."""
     model = dense_model(place)
     if model is None:
         return InvalidInput(f"{place} is neither a run directory (run.json) nor a pruned checkpoint (pruning.json)")
     return InvalidInput(
         f"{place} is {model}, in which nothing was pruned; give a run directory or a pruned checkpoint, "
-        f"which flap-stream prune {place} OUT --keep-run makes"
+        f"both of which flap-stream prune {place} OUT --keep-run makes"
     )

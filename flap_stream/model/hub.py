@@ -1,4 +1,4 @@
-"""Models on the Hub: what is fetched of a repository, and why it cannot be, in a sentence."""
+"""Models on the Hub: which files of a repository are fetched, and, if that fails, why."""
 
 import glob
 import json
@@ -11,7 +11,7 @@ from flap_stream.model.model_files import CONFIG_NAME, is_carried, require_model
 
 logger = logging.getLogger(__name__)
 
-# From a directory with all small files and the names of all that there are: those that have to be there as well.
+# From a directory with all small files, and the names of all files of the repository: those needed besides.
 Choose = Callable[[Path, Sequence[str]], Sequence[str]]
 
 
@@ -22,11 +22,12 @@ def split_revision(model: str) -> tuple[str, str | None]:
 
 
 def fetched(model: str, choose: Choose | None) -> Path:
-    """The directory in the Hub cache that holds a model's small files and those chosen; fetched if they are not there.
+    """The directory in the Hub cache with a model's small files and those chosen, fetched if they are missing.
 
-    model: `name` or `name@revision`. choose: None fetches config.json alone.
-    Without a connection (or access), what is in the cache serves if it is whole.
-    Raises InvalidModel or HubFailure in a sentence that tells apart what is gated, unknown, offline and not logged in.
+    model: `name` or `name@revision`. choose: None fetches only config.json.
+    Without a connection (or access), the cache is used if it is complete.
+    Raises InvalidModel or HubFailure, which say whether the model is gated or unknown, or the user offline or not
+    logged in.
     """
     from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled, RevisionNotFoundError
 
@@ -34,20 +35,20 @@ def fetched(model: str, choose: Choose | None) -> Path:
     try:
         return _downloaded(model, choose)
     except HFValidationError as error:
-        raise InvalidModel(f"no such model: {model} is neither a directory nor of the form of a Hub id") from error
+        raise InvalidModel(f"no such model: {model} is neither a directory nor a valid Hub id") from error
     except RevisionNotFoundError as error:
         raise _failure(model, error) from error
-    except (HTTPError, OSError) as error:  # HTTPError: the base of all errors of the library beneath
+    except (HTTPError, OSError) as error:  # HTTPError: the base of all errors of the HTTP library
         cached = _cached(repository, revision, choose)
         if cached is None:
             raise _failure(model, error) from error
         if not isinstance(error, OfflineModeIsEnabled):
-            logger.warning("%s is taken from the Hub cache; the Hub gave %s", model, type(error).__name__)
+            logger.warning("%s is taken from the Hub cache, since the Hub failed with %s", model, type(error).__name__)
         return cached
 
 
 def _downloaded(model: str, choose: Choose | None) -> Path:
-    """Fetch the small files, then what is chosen by them."""
+    """Fetch the small files, then the files chosen from what they say."""
     from huggingface_hub import HfApi, hf_hub_download
 
     repository, revision = split_revision(model)
@@ -59,7 +60,7 @@ def _downloaded(model: str, choose: Choose | None) -> Path:
     small = [CONFIG_NAME] if choose is None else [name for name in names if _is_small(name)]
     directory = _snapshot(repository, revision, small)
     if choose is not None:
-        _snapshot(repository, directory.name, choose(directory, names))  # of the very same commit
+        _snapshot(repository, directory.name, choose(directory, names))  # of the same commit
     return directory
 
 
@@ -77,7 +78,7 @@ def _is_small(name: str) -> bool:
 
 
 def _cached(repository: str, revision: str | None, choose: Choose | None) -> Path | None:
-    """The directory in the Hub cache, if it holds all that is needed."""
+    """The directory in the Hub cache, if it has everything needed."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
@@ -90,37 +91,37 @@ def _cached(repository: str, revision: str | None, choose: Choose | None) -> Pat
 
 
 def _failure(model: str, error: Exception) -> FlapStreamError:
-    """What an error of the Hub's library means for the user, by its class."""
+    """Our error for one of the Hub's library, by its class: what it means for the user."""
     from huggingface_hub import constants, errors, get_token
 
     repository, revision = split_revision(model)
     url, is_known = f"{constants.ENDPOINT}/{repository}", get_token() is not None
     if isinstance(error, errors.GatedRepoError):
         if is_known:
-            return InvalidModel(f"{model} is gated and your account has no access to it; ask for it at {url}")
+            return InvalidModel(f"{model} is gated and your account has no access to it; request access at {url}")
         return InvalidModel(
             f"{model} is gated and you are not logged in; accept its terms at {url}, then run `hf auth login` (or set "
             "HF_TOKEN)"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
-        way = "or your account does not see it" if is_known else "or it is private: then run `hf auth login`"
-        return InvalidModel(f"no such model: {model} is no directory, and the Hub has no {repository}, {way}")
+        way = "or your account has no access" if is_known else "or it is private: then run `hf auth login`"
+        return InvalidModel(f"no such model: {model} is not a directory, and the Hub has no {repository}, {way}")
     if isinstance(error, errors.RevisionNotFoundError):
-        return InvalidModel(f"{repository} has no revision {revision} on the Hub; see {url}/tree/main for what it has")
+        return InvalidModel(f"{repository} has no revision {revision} on the Hub; see {url}/tree/main for its branches")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return InvalidModel(
-            f"no such model: {model} is no directory, and as a Hub id it is not whole in the cache "
+            f"no such model: {model} is not a directory, and as a Hub id it is incomplete in the cache "
             f"{constants.HF_HUB_CACHE} while HF_HUB_OFFLINE forbids fetching it; unset that, or copy it there with "
             "`hf download`"
         )
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code if error.response is not None else "no status"
         if status in (401, 403):
-            return InvalidModel(f"the Hub refuses your token for {model} ({status}); run `hf auth login` anew")
+            return InvalidModel(f"the Hub refuses your token for {model} ({status}); run `hf auth login` again")
         return HubFailure(f"the Hub answered {status} for {model}; wait a while, then run the same command again")
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, errors.LocalEntryNotFoundError):
         return StorageFailure.of(error)
     return HubFailure(
         f"the Hub cannot be reached at {constants.ENDPOINT} ({type(error).__name__}), and {model} is neither a "
-        "directory nor whole in the Hub cache; connect, then run the same command again"
+        "directory nor complete in the Hub cache; connect, then run the same command again"
     )

@@ -1,6 +1,6 @@
-"""Whose code runs a model: transformers' own or this package's; the model's own only where the user trusts it.
+"""Whose code runs a model: that of transformers or this package; the model's own only where the user trusts it.
 
-Every verb asks here. What a checkpoint names as its code is compared and told of, never loaded.
+Every command decides it here. Code that a checkpoint names is compared and reported, never loaded.
 """
 
 import hashlib
@@ -17,23 +17,23 @@ from flap_stream.storage.files import file_digest
 MODELING_NAME = "modeling_flap_stream.py"
 _CUSTOM_GENERATE = "custom_generate/generate.py"  # run by transformers' from_pretrained where code is trusted
 
-# Keys of a config.json that say where code is or how it runs; transformers chooses the implementations, which could
-# otherwise be kernels from anywhere on the Hub.
+# Keys of a config.json that say where code is or how it is run. transformers chooses the implementations, which the
+# keys could otherwise replace by any kernel on the Hub.
 _NOT_THE_ARCHITECTURE = {
     *("auto_map", "architectures", "dtype", "attn_implementation", "_attn_implementation", "experts_implementation")
 }
 
 
 def modeling_file() -> bytes:
-    """The modelling file that goes into every pruned checkpoint."""
+    """The modelling file that is copied into every pruned checkpoint."""
     return package_files("flap_stream.modeling").joinpath(MODELING_NAME).read_bytes()
 
 
 def model_class(config: Mapping[str, Any]) -> tuple[Any, Any]:
     """The class that runs the causal language model of a config.json, and its config in transformers.
 
-    It is an auto class or, for a pruned checkpoint, one of this package's own copy of the modelling file.
-    Raises KeyError for a model_type that transformers does not know, and whatever it makes of a wrong config.
+    It is an auto class or, for a pruned checkpoint, a class of this package's own copy of the modelling file.
+    Raises KeyError for a model_type that transformers does not know, and whatever it raises for a wrong config.
     """
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -48,9 +48,9 @@ def model_class(config: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def load_model(directory: Path, dtype: Any, trust_remote_code: bool) -> Any:
-    """The causal language model of a directory, whole in memory; the model's own code runs only if it is trusted.
+    """The causal language model of a directory, all of it in memory; its own code runs only if trusted.
 
-    dtype: of torch, or `auto` for that of the tensors.
+    dtype: a torch dtype, or `auto` for that of the tensors.
     """
     if trust_remote_code:
         from transformers import AutoModelForCausalLM
@@ -61,15 +61,15 @@ def load_model(directory: Path, dtype: Any, trust_remote_code: bool) -> Any:
 
 
 def tokenizer_config(directory: Path) -> Any:
-    """The config in transformers by which it chooses the tokenizer of a pruned checkpoint; None for any other model.
+    """The config from which transformers chooses the tokenizer of a pruned checkpoint; None for any other model.
 
-    Without it, transformers would have to run the checkpoint's code to learn the family.
+    Without it, transformers would have to run the checkpoint's code to find out the family.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
         config = json.loads((directory / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):  # whoever needs it says so
+    except (OSError, ValueError, RecursionError):  # reported by whatever needs it
         return None
     dense = dense_type(config) if isinstance(config, dict) else config
     if dense is config or dense["model_type"] not in CONFIG_MAPPING:
@@ -78,16 +78,16 @@ def tokenizer_config(directory: Path) -> Any:
 
 
 def require_known_code(config: Mapping[str, Any], directory: Path, where: str) -> None:
-    """Raise InvalidModel if transformers, told to trust a checkpoint, would run what this package did not write.
+    """Raise InvalidModel if trusting a checkpoint would make transformers run code that this package did not write.
 
-    UnsupportedModel if there is no code for it at all.
+    Raises UnsupportedModel if there is no code for it at all.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     foreign = sorted(set(_foreign_code(config, directory)))
     if foreign:
         raise InvalidModel(
-            f"{where} needs code that this version did not write ({', '.join(foreign)[:200]}); read it and let it run "
+            f"{where} needs code that this version did not write ({', '.join(foreign)[:200]}); read it and allow it "
             "with --trust-remote-code"
         )
     known = FAMILIES if "per_layer_config" in config else CONFIG_MAPPING
@@ -96,7 +96,7 @@ def require_known_code(config: Mapping[str, Any], directory: Path, where: str) -
 
 
 def _foreign_code(config: Mapping[str, Any], directory: Path) -> Iterator[str]:
-    """Names of the code that is not this package's own, as config.json or the folder has them."""
+    """Names of code in config.json or the directory that is not this package's own."""
     auto_map = config.get("auto_map") or {}
     references = auto_map.values() if isinstance(auto_map, Mapping) else [auto_map]
     is_own = _is_own(directory / MODELING_NAME)
@@ -111,7 +111,7 @@ def _foreign_code(config: Mapping[str, Any], directory: Path) -> Iterator[str]:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether a file is, byte for byte, the one that this package writes."""
+    """Whether a file is byte for byte the one that this package writes."""
     own = modeling_file()
     if not path.is_file() or path.stat().st_size != len(own):
         return False

@@ -1,7 +1,7 @@
-"""Which files of a directory or a Hub repository are the model, decided in one place as transformers decides it.
+"""Which files of a directory or a Hub repository are the model, by the rules of transformers.
 
-Everything here looks at names alone (and at config.json and the index, which the caller reads), so that a directory
-and a repository that has not been fetched yet are judged by the same rules.
+Only names are looked at (and config.json and the index, which the caller reads), so that the same rules apply to a
+directory and to a repository that has not been fetched yet.
 """
 
 import os
@@ -22,7 +22,7 @@ _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _MAX_NAME_BYTES = 255
 _CARRIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 _CARRIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-# Of other formats, of a training run, or of what is written anew.
+# Of other formats, of a training run, or written anew.
 _LEFT_BEHIND = re.compile(
     r"config\.json|README\.md|pruning\.json|params\.json|model_index\.json|adapter_config\.json|trainer_state\.json"
     r"|(all|train|eval|test|predict)_results\.json|.*\.index(\..+)?\.json"
@@ -34,9 +34,9 @@ _POINTER_START = b"version https://git-lfs.github.com/spec/"
 class WeightFiles:
     """The safetensors files of a model.
 
-    files: in the order in which transformers reads them; of two tensors of one name the later one counts.
-    weight_map: what an index says of them, tensor to file; empty without one.
-    note: what they were chosen over, if there was a choice.
+    files: in the order in which transformers reads them; of two tensors with one name the later one counts.
+    weight_map: tensor to file, from the index; empty without one.
+    note: what to tell the user about the choice, if there was one.
     """
 
     files: tuple[str, ...]
@@ -49,10 +49,10 @@ def weight_files(
 ) -> WeightFiles:
     """The files that hold the weights: the one that config.json names, else a single file, an index, bare shards.
 
-    names: of all files beside config.json. read_index: contents of one of them, a JSON object.
+    names: of all files. read_index: contents of one of them, a JSON object.
     Raises InvalidModel, saying what is there instead, if there are none, CorruptCheckpoint for an index that names no
     files.
-    Source: _get_resolved_checkpoint_files of transformers, which does without the last.
+    Source: _get_resolved_checkpoint_files of transformers, except for bare shards, which it does not accept.
     """
     named = config.get("transformers_weights")
     if named is not None:
@@ -64,7 +64,7 @@ def weight_files(
     bare = {name for name in names if _SHARD.fullmatch(name)}
     if SINGLE_NAME in names:
         others = INDEX_NAME if INDEX_NAME in names else ", ".join(sorted(bare)[:1])
-        note = f"{where} holds {SINGLE_NAME} beside {others}; the single file is the model, as in transformers"
+        note = f"{where} holds both {SINGLE_NAME} and {others}; the single file is used, as in transformers"
         return WeightFiles((SINGLE_NAME,), note=note if others else "")
     if INDEX_NAME in names:
         return _indexed(where, INDEX_NAME, read_index)
@@ -74,7 +74,7 @@ def weight_files(
 
 
 def has_weights(names: Collection[str]) -> bool:
-    """Whether there are safetensors under the names that transformers gives them."""
+    """Whether there are safetensors files under transformers' names."""
     return any(name in (SINGLE_NAME, INDEX_NAME) or _SHARD.fullmatch(name) for name in names)
 
 
@@ -87,15 +87,15 @@ def _indexed(where: str, index: str, read_index: Callable[[str], dict[str, Any]]
 
 
 def _plain(where: str, file: object) -> str:
-    """The name of a file beside the index."""
+    """The name of a file in the directory of the index."""
     is_name = isinstance(file, str) and file.isprintable() and Path(file).name == file
     if not is_name or len(os.fsencode(str(file))) > _MAX_NAME_BYTES:
-        raise CorruptCheckpoint(f"{where} names shard {file!r}, which is not a file beside it")
+        raise CorruptCheckpoint(f"{where} names shard {file!r}, which is not a file in its directory")
     return str(file)
 
 
 def _bare_shards(where: str, names: Collection[str]) -> WeightFiles:
-    """Shards whose index is missing: a set that is complete by its own numbers."""
+    """Shards without an index: a set that is complete by its own numbering."""
     sets: dict[str, list[str]] = {}
     for name in sorted(names):
         sets.setdefault(name[-len("00001.safetensors") :], []).append(name)
@@ -103,14 +103,14 @@ def _bare_shards(where: str, names: Collection[str]) -> WeightFiles:
     if len(whole) != 1:
         found = " and ".join(f"{len(files)} of {int(end[:5])} shards" for end, files in sets.items())
         raise CorruptCheckpoint(
-            f"{where} holds {found} and no {INDEX_NAME} that says which are the model; download it again"
+            f"{where} holds {found} and no {INDEX_NAME} to say which are the model; download it again"
         )
-    note = f"{where} has no {INDEX_NAME}; its tensors are those in the headers of {len(whole[0])} shards"
+    note = f"{where} has no {INDEX_NAME}; its tensors are taken from the headers of its {len(whole[0])} shards"
     return WeightFiles(tuple(whole[0]), note=note)
 
 
 def require_model(where: str, names: Collection[str], read_adapter: Callable[[], dict[str, Any]]) -> None:
-    """Raise InvalidModel, saying what it is and what to do, for something that is no checkpoint of transformers.
+    """Raise InvalidModel, saying what it is and what to do, for something that is not a transformers checkpoint.
 
     names: of all its files. read_adapter: contents of adapter_config.json.
     """
@@ -118,7 +118,7 @@ def require_model(where: str, names: Collection[str], read_adapter: Callable[[],
     if is_adapter and "adapter_config.json" in names:
         base = read_adapter().get("base_model_name_or_path")
         raise InvalidModel(
-            f"{where} holds a PEFT adapter of {base or 'a model that it does not name'}; merge it once with "
+            f"{where} holds a PEFT adapter of {base or 'a model that it does not name'}; merge the two with "
             "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW_DIR), then prune "
             "NEW_DIR"
         )
@@ -131,15 +131,17 @@ def require_model(where: str, names: Collection[str], read_adapter: Callable[[],
         )
     if any(name.endswith(".gguf") or name.startswith("consolidated.") for name in names):
         raise InvalidModel(instead_of_weights(where, names))
-    raise InvalidModel(f"{where}/{CONFIG_NAME} does not exist; a model needs it beside its safetensors shards")
+    raise InvalidModel(
+        f"{where}/{CONFIG_NAME} does not exist; a model directory needs it next to its safetensors shards"
+    )
 
 
 def instead_of_weights(where: str, names: Collection[str]) -> str:
-    """What a place without safetensors of transformers holds, and what to do about it."""
+    """Says what a place without transformers' safetensors files holds, and what to do about it."""
     ggufs = sorted(name for name in names if name.endswith(".gguf"))
     if ggufs:
         return (
-            f"{where} holds a GGUF file ({ggufs[0]}), which is what llama.cpp runs; name the safetensors checkpoint "
+            f"{where} holds a GGUF file ({ggufs[0]}), which is for llama.cpp; name the safetensors checkpoint "
             "that it was made from, or convert it once with AutoModelForCausalLM.from_pretrained(DIR, "
             f"gguf_file={ggufs[0]!r}).save_pretrained(NEW_DIR)"
         )
@@ -164,7 +166,7 @@ def instead_of_weights(where: str, names: Collection[str]) -> str:
 
 
 def is_carried(name: str) -> bool:
-    """Whether a file goes with the model into whatever is made from it: tokenizer, templates, licence.
+    """Whether a file is copied into everything made from the model: tokenizer, templates, licence.
 
     name: relative to the model, with slashes.
     """
@@ -177,7 +179,7 @@ def is_carried(name: str) -> bool:
 
 
 def require_no_pointer(path: Path, start: bytes) -> None:
-    """Raise CorruptCheckpoint if a file that begins so is what git leaves in the place of a large file."""
+    """Raise CorruptCheckpoint if a file is what git leaves in place of a large one. start: its first bytes."""
     if start.startswith(_POINTER_START):
         raise CorruptCheckpoint(
             f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` in {path.parent}, or fetch the "

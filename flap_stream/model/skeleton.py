@@ -1,7 +1,7 @@
-"""The model without weights: what its layers are called with, and how one of them is run by transformers' own code.
+"""The model without weights: the arguments of its layers, and running one of them with transformers' own code.
 
-What decoder layers are called with (masks, rotary embeddings) is recorded by running the real model's `forward` with
-its layers replaced by recorders, so no family's forward is written again here.
+The arguments of decoder layers (masks, rotary embeddings) are recorded by running the real model's `forward` with its
+layers replaced by recorders, so no family's forward is reimplemented here.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,8 +30,8 @@ LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 class Rotary:
     """A model's rotary embedding.
 
-    kind: rope_type. inverse_frequencies: float32 `[rotated pair]`, of base ** -(2 i / rotated) if it is `default`.
-    scale: what cosines and sines are multiplied with.
+    kind: rope_type. inverse_frequencies: float32 `[rotated pair]`, base ** -(2 i / rotated) for kind `default`.
+    scale: factor of cosines and sines.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Rotary:
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer: keeps what it is called with, gives its input back."""
+    """Stands in for a decoder layer: records its arguments and returns its input."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -56,11 +56,11 @@ class _Recorder(nn.Module):
 
 
 class _Returns(nn.Module):
-    """Stands in for the base model when only the head is wanted."""
+    """Stands in for the base model where only the head is run."""
 
     def __init__(self, last_hidden_state: torch.Tensor) -> None:
         super().__init__()
-        self._output = MoeModelOutputWithPast(last_hidden_state=last_hidden_state)  # others ask for less
+        self._output = MoeModelOutputWithPast(last_hidden_state=last_hidden_state)  # other models need fewer fields
 
     def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
         return self._output
@@ -70,7 +70,7 @@ class Skeleton:
     """The causal language model of a config.json, its parameters on the meta device, its buffers real.
 
     layers: the decoder layer modules. tied: whether the head is the embedding.
-    Raises UnsupportedModel or InvalidModel if the config is none that can be pruned.
+    Raises UnsupportedModel or InvalidModel for a config that cannot be pruned.
     """
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
@@ -86,7 +86,7 @@ class Skeleton:
         self.tied: bool = self._model.config.tie_word_embeddings
 
     def move_buffers(self, device: torch.device) -> None:
-        """Bring the buffers (rotary frequencies) to a device."""
+        """Move the buffers (rotary frequencies) to a device."""
         for module in self._model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
@@ -117,11 +117,11 @@ class Skeleton:
 
     @property
     def hf_config(self) -> PreTrainedConfig:
-        """The config as transformers reads it, defaults filled in."""
+        """The config as transformers reads it, with its defaults."""
         return self._model.config
 
     def rotary(self) -> Rotary:
-        """The rotary embedding, of a model in which all layers have the same."""
+        """The rotary embedding of a model whose layers all have the same one."""
         module, parameters = self._base.get_submodule("rotary_emb"), self._model.config.rope_parameters
         frequencies = module.get_buffer("inv_freq").float().cpu()
         scale = float(getattr(module, "attention_scaling", 1.0))
@@ -132,7 +132,7 @@ class Skeleton:
         return functional_call(self._embedding, {"weight": rows}, (ids,))
 
     def record(self, embeds: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
-        """What enters the first layer for these embeddings `[sample, token, hidden]`, and what each is called with."""
+        """The first layer's input for these embeddings `[sample, token, hidden]`, and the arguments of every layer."""
         recorders = [_Recorder(layer) for layer in self.layers]
         layers_name = self.family.layers.rpartition(".")[2]
         norm_name = self.family.norm.rpartition(".")[2]
@@ -146,9 +146,9 @@ class Skeleton:
         return first, [recorder.call for recorder in recorders]
 
     def ignore_values(self) -> None:
-        """From now on take no turn that depends on values, so that a forward can be run for its workspace alone.
+        """From now on nothing depends on values, so that a forward can be run just to measure its workspace.
 
-        All tokens go to the largest expert of a layer and to no other; frequencies stay what they are in any window.
+        All tokens are routed to the largest expert of a layer only; frequencies are the same for windows of any length.
         """
         for layer in self.layers:
             experts = getattr(layer.mlp, "experts", None)
@@ -156,7 +156,7 @@ class Skeleton:
                 largest = max(experts.each, key=lambda expert: expert.down.in_features)
                 experts.forward = partial(_all_to_one, largest)
         for module in self._model.modules():
-            kind = getattr(module, "rope_type", None)  # of all layers, or of each type of layer
+            kind = getattr(module, "rope_type", None)  # one for all layers, or one for each type of layer
             if kind is not None:
                 setattr(module, "rope_type", "default" if isinstance(kind, str) else dict.fromkeys(kind, "default"))  # noqa: B010
 
@@ -170,7 +170,7 @@ class Skeleton:
     ) -> torch.Tensor:
         """One decoder layer's forward over one batch, `[sample, token, hidden]`, by transformers' own code.
 
-        stand_ins: modules in the place of some of the layer's, by path.
+        stand_ins: modules that replace some of the layer's, by path.
         """
         args, keywords = call
         stand_ins, layer = stand_ins or {}, self.layers[index]
@@ -183,11 +183,11 @@ class Skeleton:
         return output[0] if isinstance(output, tuple) else output
 
     def norm(self, norm_weights: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-        """What the head reads of hidden states that left the last layer, in their shape."""
+        """The final norm's output, which the head reads, for the last layer's hidden states; the same shape."""
         return functional_call(self._model.get_submodule(self.family.norm), norm_weights, (hidden,))
 
     def logits(self, head_weight: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-        """Logits `[token, vocabulary]` of what the final norm gave, `[token, hidden]`."""
+        """Logits `[token, vocabulary]` for outputs of the final norm, `[token, hidden]`."""
         with _replaced(self._model, self._base_name, _Returns(normed[None])):
             output = functional_call(self._model, {self.family.head: head_weight}, kwargs={"use_cache": False})
         return output.logits[0]
@@ -207,14 +207,14 @@ def _build(config: Mapping[str, Any], family: Family, where: str) -> PreTrainedM
                 skeleton = kind.from_config(hf_config)
                 if family.experts is not None:
                     modeling_flap_stream.separate_experts(skeleton.base_model)
-    except Exception as error:  # whatever transformers makes of a wrong config.json
+    except Exception as error:  # whatever transformers raises for a wrong config.json
         reason = " ".join(str(error).split())
         raise InvalidModel(f"transformers cannot build a model from {where}/config.json: {reason}") from error
     return skeleton.eval().requires_grad_(False)
 
 
 def _all_to_one(expert: nn.Module, hidden: torch.Tensor, _index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """What `SeparateExperts` does with one expert, if that is every token's first choice."""
+    """The part of `SeparateExperts` that runs one expert, as if it were every token's first choice."""
     token = torch.arange(len(hidden))
     output = expert(hidden[token]) * weights[token, torch.zeros_like(token), None]
     return torch.zeros_like(hidden).index_add_(0, token, output.to(hidden.dtype))
@@ -222,7 +222,7 @@ def _all_to_one(expert: nn.Module, hidden: torch.Tensor, _index: torch.Tensor, w
 
 @contextmanager
 def _replaced(parent: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
-    """Another submodule under a name, for a while."""
+    """Replace a submodule within the `with` block."""
     original = getattr(parent, name)
     setattr(parent, name, module)
     try:

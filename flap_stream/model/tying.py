@@ -1,27 +1,26 @@
-"""Whether a checkpoint's head is its embedding: what the files hold decides, as in transformers."""
+"""Whether a checkpoint's head is tied to its embedding: its tensors decide, as in transformers."""
 
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flap_stream.model.architecture import FAMILIES
-
-if TYPE_CHECKING:
-    from flap_stream.model.checkpoint import Checkpoint, TensorEntry
+from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.safetensors_format import TensorEntry
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 1 << 23
+_BLOCK_BYTES = 1 << 23  # not measured
 
 
-def settle_head(checkpoint: "Checkpoint") -> "Checkpoint":
-    """The checkpoint with its `tie_word_embeddings` and its tensors in agreement.
+def settle_head(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, made consistent: its `tie_word_embeddings` and its tensors agree.
 
     Where the config ties the two, and
-    - the file holds a head of other values, they are untied;
-    - it holds the same values twice, the second copy is left out;
-    - it holds the head alone, that is the embedding.
+    - the files hold a head of other values, the two are untied;
+    - they hold the same values twice, the second copy is dropped;
+    - they hold only the head, it becomes the embedding.
     Source: tie_weights of transformers' PreTrainedModel.
     """
     family = FAMILIES.get(str(checkpoint.config.get("model_type")))
@@ -36,7 +35,7 @@ def settle_head(checkpoint: "Checkpoint") -> "Checkpoint":
     if _is_same(checkpoint, embedding, head):
         return replace(checkpoint, tensors=tensors)
     logger.warning(
-        "%s has tie_word_embeddings true, but a head (%s) that is not its embedding; they are kept apart, as in "
+        "%s has tie_word_embeddings true, but a head (%s) that is not its embedding; they are kept separate, as in "
         "transformers",
         checkpoint.source,
         family.head,
@@ -45,7 +44,7 @@ def settle_head(checkpoint: "Checkpoint") -> "Checkpoint":
 
 
 def _ties(config: Mapping[str, Any]) -> bool:
-    """Whether the config asks for it; what it does not say, its class in transformers does."""
+    """Whether the config ties them; its class in transformers decides where it does not say."""
     if "tie_word_embeddings" in config:
         return bool(config["tie_word_embeddings"])
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -53,7 +52,7 @@ def _ties(config: Mapping[str, Any]) -> bool:
     return bool(CONFIG_MAPPING[config["model_type"]]().tie_word_embeddings)
 
 
-def _untied(checkpoint: "Checkpoint") -> "Checkpoint":
+def _untied(checkpoint: Checkpoint) -> Checkpoint:
     apart, wrapper = {"tie_word_embeddings": False}, checkpoint.wrapper
     if wrapper is not None:
         text = {**wrapper.config["text_config"], **apart}
@@ -61,14 +60,14 @@ def _untied(checkpoint: "Checkpoint") -> "Checkpoint":
     return replace(checkpoint, config={**checkpoint.config, **apart}, wrapper=wrapper)
 
 
-def _is_same(checkpoint: "Checkpoint", one: "TensorEntry", other: "TensorEntry") -> bool:
-    """Whether two tensors have the same bytes; reading stops where they differ."""
+def _is_same(checkpoint: Checkpoint, one: TensorEntry, other: TensorEntry) -> bool:
+    """Whether two tensors have the same bytes; reading stops at the first difference."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     return all(a == b for a, b in zip(_blocks(checkpoint, one), _blocks(checkpoint, other), strict=True))
 
 
-def _blocks(checkpoint: "Checkpoint", entry: "TensorEntry") -> Iterator[bytearray]:
+def _blocks(checkpoint: Checkpoint, entry: TensorEntry) -> Iterator[bytearray]:
     for start in range(0, entry.nbytes, _BLOCK_BYTES):
         block = bytearray(min(_BLOCK_BYTES, entry.nbytes - start))
         checkpoint.read_into(entry, memoryview(block), start)

@@ -1,4 +1,4 @@
-"""The pruned checkpoint: a shard plan (a value), its bytes, config.json, pruning.json and the model card.
+"""Writing the pruned checkpoint: the shard plan, its bytes, config.json, pruning.json and the model card.
 
 Imports `engine` and below.
 """

@@ -11,8 +11,8 @@ from flap_stream.arithmetic.sizes import width_note
 from flap_stream.model.hub import split_revision
 
 _FRONT_MATTER = re.compile(r"\s*---[\r\n]+([\S\s]*?)[\r\n]+---(?:[\r\n]|$)")  # as huggingface_hub finds it
-_READ_CHARACTERS = 1 << 20
-_LONGEST = 500  # characters of a line that is quoted
+_READ_CHARACTERS = 1 << 20  # far more than front matter takes
+_LONGEST = 500  # characters of a quoted line, and lines of a list
 _CARRIED_KEYS = ("license", "license_name", "license_link", "language")
 
 
@@ -23,27 +23,60 @@ def model_card(
     stock_class: str | None = None,
     multimodal: bool = False,
 ) -> str:
-    """Markdown with YAML metadata: base model, method, ratio, a row a layer, how to load.
+    """Markdown with YAML metadata: base model, method, ratio, how to load, and the kept units of each layer.
 
     base: directory or Hub id of the dense model; its licence and language are carried over from its own card.
-    record: the contents of pruning.json. stock_class: of transformers, for a checkpoint that needs no other.
-    multimodal: images go in beside text, and only the text decoder is pruned.
+    record: the contents of pruning.json. stock_class: of transformers, for a checkpoint that it can hold.
+    multimodal: the model reads images besides text, and only its text decoder is pruned.
     """
-    options, parameters = record["options"], record["parameters"]
+    keys = _CARRIED_KEYS if stock_class is None else (*_CARRIED_KEYS, "base_model")
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text" if multimodal else "text-generation",
         tags=["flap", "flap-stream", "structured-pruning"] + (["custom_code"] if stock_class is None else []),
-        **_carried_metadata(base_directory, _CARRIED_KEYS if stock_class is None else (*_CARRIED_KEYS, "base_model")),
+        **_carried_metadata(base_directory, keys),
     )
+    title = f"`{base_name(base)}`"
     repository, revision = split_revision(base)
     if re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", repository) and not Path(base).exists():
         data.base_model = repository
         tree = "" if revision is None else f"/tree/{revision}"
         title = f"[`{base}`](https://huggingface.co/{repository}{tree})"
-    else:
-        title = f"`{base_name(base)}`"
-    name = base_name(base)
+    body = f"""
+# {base_name(base)}, pruned by {record["options"]["ratio"]:.0%} with {record["options"]["method"]}
+
+{title} with whole KV groups of attention heads and MLP neurons removed, without retraining, by
+[flap-stream](https://pypi.org/project/flap-stream/) (FLAP, [arXiv 2312.11983](https://arxiv.org/abs/2312.11983)).
+
+{_sizes_table(record)}
+
+{_options_sentence(record)} {_loading(stock_class, multimodal)}
+
+{_layers_table(record)}
+"""
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}"))
+
+
+def _sizes_table(record: dict[str, Any]) -> str:
+    parameters, ratio = record["parameters"], record["realised_ratio"]
+    return f"""| | dense | pruned |
+|---|---|---|
+| parameters | {parameters["before"]:,} | {parameters["after"]:,} |
+| removed of the decoder layers' prunable weights | | {ratio["decoder"]:.2%} |
+| removed of the whole model | | {ratio["model"]:.2%} |"""
+
+
+def _options_sentence(record: dict[str, Any]) -> str:
+    options = record["options"]
+    note = width_note(record["width_multiple"]) if "width_multiple" in record else ""
+    widths = f"\n{note[0].upper()}{note[1:]}.\n" if note else ""
+    structure, metric, statistics = (options[name] for name in ("structure", "metric", "statistics"))
+    return f"""Structure {structure}, metric {metric}, statistics {statistics}, restoration
+{record["restore"]}.{widths}"""
+
+
+def _loading(stock_class: str | None, multimodal: bool) -> str:
+    """How the checkpoint is loaded, up to the heading of the table of layers."""
     if stock_class is None:
         sizes = "Every layer has its own size, so the\nmodelling file beside the weights is needed"
         flag, kept = ", trust_remote_code=True", "`pruning.json` lists what was kept, as indices into the dense model."
@@ -55,28 +88,7 @@ def model_card(
         if multimodal
         else ("AutoModelForCausalLM", "AutoTokenizer", "tokenizer")
     )
-    ratio = record["realised_ratio"]
-    note = width_note(record["width_multiple"]) if "width_multiple" in record else ""
-    widths = f"\n{note[0].upper()}{note[1:]}.\n" if note else ""
-    rows = "\n".join(
-        f"| {i} | {len(layer['kept_kv_groups'])} of {layer['kv_groups']} | "
-        f"{len(layer['kept_neurons'])} of {layer['neurons']} |"
-        for i, layer in enumerate(record["layers"])
-    )
-    body = f"""
-# {name}, pruned by {options["ratio"]:.0%} with {options["method"]}
-
-{title} with whole KV groups of attention heads and MLP neurons removed, without retraining, by
-[flap-stream](https://pypi.org/project/flap-stream/) (FLAP, [arXiv 2312.11983](https://arxiv.org/abs/2312.11983)).
-
-| | dense | pruned |
-|---|---|---|
-| parameters | {parameters["before"]:,} | {parameters["after"]:,} |
-| removed of the decoder layers' prunable weights | | {ratio["decoder"]:.2%} |
-| removed of the whole model | | {ratio["model"]:.2%} |
-
-Structure {options["structure"]}, metric {options["metric"]}, statistics {options["statistics"]}, restoration
-{record["restore"]}.{widths} {sizes}:
+    return f"""{sizes}:
 
 ```python
 from transformers import {model_class}, {processor_class}
@@ -85,24 +97,27 @@ model = {model_class}.from_pretrained(PATH{flag})
 {processor} = {processor_class}.from_pretrained(PATH{flag})
 ```
 
-{kept}
+{kept}"""
 
-| layer | KV groups | neurons |
-|---|---|---|
-{rows}
-"""
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}"))
+
+def _layers_table(record: dict[str, Any]) -> str:
+    rows = (
+        f"| {i} | {len(layer['kept_kv_groups'])} of {layer['kv_groups']} | "
+        f"{len(layer['kept_neurons'])} of {layer['neurons']} |"
+        for i, layer in enumerate(record["layers"])
+    )
+    return "\n".join(("| layer | KV groups | neurons |", "|---|---|---|", *rows))
 
 
 def base_name(base: str) -> str:
-    """What a model is called: the last part of its directory or Hub id, as printable text."""
+    """A model's name: the last part of its directory or Hub id, as printable text."""
     name = Path(base).name
     name = Path(base).resolve().name if name in ("", "..") else name
     return "".join(c if c.isprintable() else "?" for c in name)[:_LONGEST]
 
 
 def unusable_metadata(directory: Path) -> list[str]:
-    """What of the metadata in a model's own card cannot be carried over, as a reader may be told."""
+    """Names, for the user, of metadata in a model's own card that cannot be carried over."""
     return _read_metadata(directory)[1]
 
 
@@ -111,14 +126,14 @@ def _carried_metadata(directory: Path, keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _read_metadata(directory: Path) -> tuple[dict[str, Any], list[str]]:
-    """Keys of the card's front matter that may be carried over, and what of it cannot be."""
+    """Values of the card's front matter that can be carried over, and names of those that cannot."""
     card = directory / "README.md"
     if not card.is_file():
         return {}, []
     try:
         with open(card, encoding="utf-8") as file:
             found = _FRONT_MATTER.match(file.read(_READ_CHARACTERS))
-        data = yaml.load(found[1], yaml.BaseLoader) if found else {}  # text, lists and dicts alone
+        data = yaml.load(found[1], yaml.BaseLoader) if found else {}  # text, lists and dicts only
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}, ["the front matter"]
     if not isinstance(data, dict):
@@ -129,6 +144,6 @@ def _read_metadata(directory: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a line of text, or a few of them."""
+    """Whether a value is a line of text, or a list of them."""
     lines = value if isinstance(value, list) else [value]
     return len(lines) <= _LONGEST and all(isinstance(s, str) and s.isprintable() and len(s) <= _LONGEST for s in lines)

@@ -12,7 +12,7 @@ from flap_stream.arithmetic.least_squares import KeptMoments
 from flap_stream.engine.hidden_states import Feed
 from flap_stream.engine.layer_pass import Batch
 from flap_stream.errors import NonFinite
-from flap_stream.model.architecture import UnitKind
+from flap_stream.model.units import UnitKind
 from flap_stream.restore.second_pass import SecondPass
 from flap_stream.restore.stand_ins import LinearisedMlp
 

@@ -28,6 +28,7 @@ from flap_stream.engine.layer_pass import Batch
 from flap_stream.errors import NonFinite
 from flap_stream.model.architecture import Part
 from flap_stream.model.dtypes import stored_dtype
+from flap_stream.model.units import Part
 from flap_stream.restore.mlp_step import STEP_RUNS, MlpStep
 from flap_stream.restore.second_pass import SecondPass, aligned_rows
 from flap_stream.restore.stand_ins import Captures, Supplies
@@ -183,7 +184,7 @@ class _Half:
     def _order(self, units: np.ndarray, shape: LayerShape, weight: torch.Tensor) -> tuple[torch.Tensor, int]:
         """The output projection's inputs, int64 `[channel]`: those that stay, then those that go; how many stay."""
         kept = self.part.kind.output.kept_indices(units, self.part.units, shape)
-        order = np.concatenate([kept, removed_indices(kept, weight.shape[1])])
+        order = np.concatenate([kept, self.part.removed_channels(units, shape)])
         return torch.from_numpy(order).to(self.on.model.device), len(kept)
 
     def _fit(

@@ -23,9 +23,10 @@ from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.engine.placement import Placement, Refit
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import CorruptRun, UnsupportedModel
-from flap_stream.model.architecture import ROWS, Family
-from flap_stream.model.checkpoint import FORWARD_DTYPES, TensorEntry, read_header
-from flap_stream.output.shards import OutputTensor, safetensors_header
+from flap_stream.model.architecture import Family
+from flap_stream.model.safetensors_format import FORWARD_DTYPES, TensorEntry, read_header, safetensors_header
+from flap_stream.model.units import ROWS
+from flap_stream.output.shard_plan import OutputTensor
 from flap_stream.progress import Progress
 from flap_stream.restore.refitted_layers import refit_head, refit_layer
 from flap_stream.restore.second_pass import SecondPass

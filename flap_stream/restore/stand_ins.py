@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from flap_stream.engine.layer_pass import StandIn
-from flap_stream.model.architecture import UnitKind
+from flap_stream.model.units import UnitKind
 
 
 class Captures(nn.Module):

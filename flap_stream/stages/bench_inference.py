@@ -162,7 +162,7 @@ def side_by_side(
 
 def _require_runs(model: str, settings: Iterable[Setting], options: BenchInferenceConfig) -> dict[str, Any]:
     """Directory and vocabulary of a model that transformers can run at these settings."""
-    from flap_stream.model.checkpoint import open_checkpoint
+    from flap_stream.model.opening import open_checkpoint
 
     with open_checkpoint(model) as checkpoint:
         if checkpoint.wrapper is not None:

@@ -12,7 +12,6 @@ import torch
 from flap_stream.arithmetic.allocation import keep_in_layer
 from flap_stream.arithmetic.moments import Moments, column_norms, joined_channels, window_moments
 from flap_stream.arithmetic.scoring import ChannelStatistics, LayerStatistics, concatenated, wanda_scores
-from flap_stream.arithmetic.surgery import removed_indices
 from flap_stream.config import CollectConfig, PlanConfig, part_of
 from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.engine.placement import Placement
@@ -150,11 +149,9 @@ class _Collection:
             lambda: keep_in_layer(wanda_scores(self.run.read_statistics(index), channels), shape, decision)
         )
         for part in model.family.parts(shape):
-            output = part.kind.output
-            kept = output.kept_indices(part.own(keep.of(part.kind.name)), part.units, shape)
-            removed = removed_indices(kept, output.size(part.units, shape))
+            removed = part.removed_channels(part.own(keep.of(part.kind.name)), shape)
             if len(removed):
-                weights[f"{output.name}.weight"][:, torch.from_numpy(removed).to(model.device)] = 0
+                weights[f"{part.kind.output.name}.weight"][:, torch.from_numpy(removed).to(model.device)] = 0
 
 
 def _require_same_on_all_machines(model: StreamedModel, index: int) -> None:

@@ -19,7 +19,7 @@ from flap_stream.engine.membership import joined
 from flap_stream.engine.memory import give_back_heap
 from flap_stream.engine.placement import Placement
 from flap_stream.engine.streamed_model import Logits, StreamedModel
-from flap_stream.model.checkpoint import open_checkpoint
+from flap_stream.model.opening import open_checkpoint
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.stages.job_header import engine_rows, model_row
 from flap_stream.text.windows import check_text, evaluation_text, evaluation_tokens, load_tokenizer

@@ -17,10 +17,11 @@ from flap_stream.engine.placement import Placement, Refit, moment_bytes, place
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidOption
 from flap_stream.model import checkpoint as checkpoints
-from flap_stream.model.architecture import ROWS
 from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.opening import has_shards, open_checkpoint, read_config
 from flap_stream.model.skeleton import Skeleton
-from flap_stream.output import pruned_checkpoint as output
+from flap_stream.model.units import ROWS
+from flap_stream.output.destination import estimated_bytes
 from flap_stream.restore.restoration import refit_sizes, refit_stored_bytes, require_refittable
 from flap_stream.stages import scaling
 from flap_stream.storage import files
@@ -160,7 +161,7 @@ def work_of(
         if refits is not None or projection.axis == ROWS
         if (entry := layer.get(f"{projection.name}.weight")) is not None
     )
-    written = output.estimated_bytes(source, model.shapes, options.ratio)
+    written = estimated_bytes(source, model.shapes, options.ratio)
     operations, refit = _operations(model, samples, options.sequence_length), None
     if refits is not None:
         moments, solving = refits.operations(options.ratio, samples * options.sequence_length)
@@ -183,9 +184,9 @@ def work_of(
 
 def _open(model: str) -> tuple[Checkpoint, bool]:
     """The checkpoint, or the one that a config.json without shards describes; whether it has headers."""
-    if Path(model).is_dir() and checkpoints.has_shards(Path(model)):
-        return checkpoints.open_checkpoint(model), True
-    directory, config = checkpoints.read_config(model)
+    if Path(model).is_dir() and has_shards(Path(model)):
+        return open_checkpoint(model), True
+    directory, config = read_config(model)
     skeleton = Skeleton(config, model)
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     return checkpoints.describe(model, directory, config, skeleton.tensors(), dtype), False

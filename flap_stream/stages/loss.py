@@ -20,7 +20,7 @@ from flap_stream.engine.layer_pass import LayerPass, StandIns
 from flap_stream.engine.placement import Placement
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import NonFinite
-from flap_stream.model.architecture import Part
+from flap_stream.model.units import Part
 from flap_stream.progress import Progress
 from flap_stream.storage import files
 from flap_stream.storage.loss import KINDS, LossScores, LossStore

@@ -13,10 +13,11 @@ import torch
 
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.scoring import baseline_input
-from flap_stream.arithmetic.surgery import baseline_shift, removed_indices
+from flap_stream.arithmetic.surgery import baseline_shift
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.model.architecture import Part
 from flap_stream.model.dtypes import stored_dtype
+from flap_stream.model.units import Part
 from flap_stream.storage.run_directory import RunDirectory
 
 _BLOCK_BYTES = 1 << 23
@@ -83,9 +84,7 @@ def _removed(model: StreamedModel, index: int, keep: LayerKeep) -> Iterator[tupl
     """The parts of a layer, and the input channels of their output projections that go."""
     shape = model.shapes[index]
     for part in model.family.parts(shape):
-        output = part.kind.output
-        kept = output.kept_indices(part.own(keep.of(part.kind.name)), part.units, shape)
-        yield part, removed_indices(kept, output.size(part.units, shape))
+        yield part, part.removed_channels(part.own(keep.of(part.kind.name)), shape)
 
 
 def _zeroing(channels: torch.Tensor) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:

@@ -34,9 +34,13 @@ from flap_stream.engine.ranks import ALONE, Ranks
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import CorruptRun, InvalidOption, OutputConflict, RunMismatch
 from flap_stream.model import checkpoint as checkpoints
+from flap_stream.model.opening import open_checkpoint
 from flap_stream.model.skeleton import Skeleton
-from flap_stream.output import pruned_checkpoint as output
-from flap_stream.output.shards import Restoration
+from flap_stream.output.carried import tell_left_out
+from flap_stream.output.destination import estimated_bytes, require_own_place, require_space
+from flap_stream.output.pruned_checkpoint import write_checkpoint
+from flap_stream.output.pruned_model import PrunedModel, Restoration
+from flap_stream.output.pruning_record import fingerprint_digest, options_record, read_record
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.restore.restoration import (
     refit_layers,
@@ -187,7 +191,7 @@ def prune(
     with joined() as ranks, ExitStack() as opened:
         ranks.from_first(lambda: _check_text(options, model))
         source = opened.enter_context(_open_model(model, ranks))
-        record = ranks.from_first(lambda: output.read_record(out))
+        record = ranks.from_first(lambda: read_record(out))
         if record is not None:
             _require_same_job(source, out, record, options)
             logger.warning("%s is complete already; nothing to do", out)
@@ -197,8 +201,8 @@ def prune(
                     RunDirectory.remove_leftover(run_path)
             return PruneResult(out, record, measured)
         if ranks.is_first:
-            output.require_own_place(source, out, run_path)
-            output.tell_left_out(source.directory)
+            require_own_place(source, out, run_path)
+            tell_left_out(source.directory)
         with ExitStack() as stack:  # one lock for the whole job: no other can plan in between
             stack.enter_context(progress.job([("collect", 1.0), *_pass2_weights(options)]))
             directory, _ = _collect(source, run_path, options, progress, measured, stack, out, ranks)
@@ -274,9 +278,9 @@ def rewrite(
         _run_directory(ranks, Path(run), lambda: RunDirectory(Path(run))) as directory,
         _open_model(model or directory.manifest["source"], ranks) as source,
     ):
-        if ranks.is_first and output.read_record(Path(out)) is None:
-            output.require_own_place(source, Path(out), directory.path)
-            output.tell_left_out(source.directory)
+        if ranks.is_first and read_record(Path(out)) is None:
+            require_own_place(source, Path(out), directory.path)
+            tell_left_out(source.directory)
         shown = Progress.of(progress)
         shown.header({**model_row(source, len(directory.layer_shapes)), "run directory": str(run)})
         with shown.job(_pass2_weights(options)):
@@ -288,10 +292,10 @@ def _open_model(model: str | Path, ranks: Ranks) -> Iterator[checkpoints.Checkpo
     """The model, which must be the same for all ranks; the first of each machine fetches it from the Hub."""
     if not ranks.leads_node:
         ranks.node_barrier()
-    with checkpoints.open_checkpoint(model) as source:
+    with open_checkpoint(model) as source:
         if ranks.leads_node:
             ranks.node_barrier()
-        ranks.require_same(f"the model {model}", output.fingerprint_digest(source.fingerprint))
+        ranks.require_same(f"the model {model}", fingerprint_digest(source.fingerprint))
         yield source
 
 
@@ -336,11 +340,11 @@ def _collect(
         give_back_heap()
         warn_of_positions(source.config, tokens.shape[1])
         if out is not None and ranks.is_first:  # what an interrupted call has written counts
-            written = output.estimated_bytes(source, model.shapes, options.ratio)
+            written = estimated_bytes(source, model.shapes, options.ratio)
             written -= files.tree_bytes(files.partial_path(out))
             kept = stored_bytes(model.shapes, tokens.size) - files.tree_bytes(run)
             kept += 0 if target is None else refit_stored_bytes(model, target)
-            output.require_space(out, max(0, written), run, max(0, kept))
+            require_space(out, max(0, written), run, max(0, kept))
         samples, length = tokens.shape
         recorded = RunDirectory.recorded_batch_size(run)
         job = model.job(samples, length)  # pass 2 must fit as well, whatever the plan will be
@@ -562,9 +566,10 @@ def _rewrite(
     code = [name for name in code_files(source.directory) if (source.directory / name).is_file()]
     code = code if options.trust_remote_code else []
     with measured.stage("rewrite"):
-        record, measured.bytes_written = output.write_checkpoint(
-            source, run, out, plan_options, keeps, restoration, restore, options.max_shard_bytes, progress, ranks, code
+        pruned = PrunedModel(
+            source, run.layer_shapes, plan_options, keeps, restore, restoration, run.manifest["calibration"], code
         )
+        record, measured.bytes_written = write_checkpoint(pruned, run, out, options.max_shard_bytes, progress, ranks)
     measured.of_all(ranks, source.bytes_read)
     return PruneResult(out, record, measured)
 
@@ -628,10 +633,10 @@ def _require_same_job(source: checkpoints.Checkpoint, out: Path, record: dict[st
     """Raise OutputConflict unless the output's record is what this command would write again."""
     wanted = {
         **({"refit": refit_record(options.refit_target)} if options.refits else {}),
-        "options": output.options_record(part_of(options, PlanConfig)),
+        "options": options_record(part_of(options, PlanConfig)),
         "restore": require_restoration(options.method, options.restore),
         "calibration": _known_to(record.get("calibration"), _calibration_record(options)),
-        "base": {"name": Path(source.source).name, "fingerprint": output.fingerprint_digest(source.fingerprint)},
+        "base": {"name": Path(source.source).name, "fingerprint": fingerprint_digest(source.fingerprint)},
     }
     differences = output_differences(record, wanted)
     if differences is not None:

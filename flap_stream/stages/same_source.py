@@ -7,7 +7,8 @@ import numpy as np
 
 from flap_stream.errors import RunMismatch
 from flap_stream.model.architecture import family_of
-from flap_stream.model.checkpoint import Checkpoint, row_ranges
+from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.safetensors_format import row_ranges
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.storage.run_directory import RunDirectory
 

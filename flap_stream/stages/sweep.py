@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.engine.placement import Placement
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidOption
-from flap_stream.model.checkpoint import open_checkpoint
+from flap_stream.model.opening import open_checkpoint
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.stages.evaluate import perplexity_of, score_outputs
 from flap_stream.stages.job_header import engine_rows, model_row

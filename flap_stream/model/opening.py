@@ -1,0 +1,149 @@
+"""Opening a model, a directory or a Hub id: its config.json, index and headers are read and checked.
+
+Tensors get the names that the pruned class of their family has for them.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flap_stream.errors import InvalidModel
+from flap_stream.model import hub
+from flap_stream.model.architecture import FAMILIES, dense_type, require_causal
+from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.model_files import CONFIG_NAME, WeightFiles, has_weights, require_model, require_no_pointer
+from flap_stream.model.model_files import weight_files as weight_files_of
+from flap_stream.model.multimodal import Wrapper, text_config, wrapper_of
+from flap_stream.model.safetensors_format import TensorEntry, read_header
+from flap_stream.model.shard_files import ShardFiles, stamp
+from flap_stream.model.tying import settle_head
+from flap_stream.storage.files import read_plain, require_plain_folder
+
+logger = logging.getLogger(__name__)
+
+# A buffer in older checkpoints, which transformers computes itself and does not read.
+_IGNORED = re.compile(r"^model\..*rotary_emb\.inv_freq$")
+
+
+def read_config(model: str) -> tuple[Path, dict[str, Any]]:
+    """Directory and contents of the config.json of a directory, a file or a Hub id; no weights are downloaded.
+
+    Raises InvalidModel if there is none.
+    """
+    path = Path(model)
+    if not path.is_file() or path.suffix != ".json":
+        path = _resolve(model, weights=False) / CONFIG_NAME
+        names = [file.name for file in path.parent.iterdir()]
+        require_model(model, names, lambda: _read_json(path.parent / "adapter_config.json", "download it again"))
+    config = dense_type(_read_json(path, "a dry run needs it"))
+    _warn_of_own_code(model, config)
+    return path.parent, config
+
+
+def has_shards(directory: Path) -> bool:
+    """Whether a directory holds safetensors under the names that transformers gives them."""
+    return has_weights([path.name for path in directory.iterdir()])
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """Read and check config.json, the index and all shard headers of a directory or a Hub id.
+
+    Where a family's dense checkpoints and its pruned class name tensors differently, the latter's names are used. A
+    head in spite of `tie_word_embeddings` is settled as transformers does (see tying.py), and the config corrected.
+    Raises InvalidModel if there is no such model or no safetensors in it, CorruptCheckpoint for a shard that is
+    missing, truncated or whose header is inconsistent.
+    """
+    directory = _resolve(str(model), weights=True)
+    require_plain_folder(directory)
+    config, weights = _config_and_weights(str(model), directory, [path.name for path in directory.iterdir()])
+    config.pop("transformers_weights", None)  # names these files, not those written from them
+    if weights.note:
+        logger.warning("%s", weights.note)
+    _warn_of_own_code(str(model), config)
+    tensors: dict[str, TensorEntry] = {}
+    header_digests, shard_bytes = {}, {}
+    for file in weights.files:
+        entries, header_digests[file], shard_bytes[file] = read_header(directory / file)
+        tensors |= {entry.name: entry for entry in entries}
+    wrapper = wrapper_of(config, tensors)
+    require_causal(config, str(model))
+    config = config if wrapper is None else text_config(config)
+    rename = _renaming(config, wrapper)
+    named = {rename(name): entry for name, entry in tensors.items()}
+    tensors = {name: replace(entry, name=name) for name, entry in named.items() if not _IGNORED.match(name)}
+    misplaced = {rename(name): file for name, file in weights.weight_map.items() if rename(name) not in named}
+    stamps = {file: stamp(directory / file) for file in shard_bytes}
+    files = ShardFiles(directory)
+    found = Checkpoint(
+        str(model), directory, config, tensors, header_digests, shard_bytes, stamps, files, wrapper, misplaced
+    )
+    return settle_head(found)
+
+
+def _renaming(config: Mapping[str, Any], wrapper: Wrapper | None) -> Callable[[str], str]:
+    """Maps a tensor's name in the files to its name in the pruned class of the family, if that is known."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        return str
+    inner = wrapper.inner if wrapper is not None else family.with_prefix
+    return lambda name: family.canonical(inner(name))
+
+
+def _config_and_weights(where: str, directory: Path, names: Sequence[str]) -> tuple[dict[str, Any], WeightFiles]:
+    """Contents of config.json and the files that hold the weights. names: of all files, fetched or not."""
+    require_model(where, names, lambda: _read_json(directory / "adapter_config.json", "download it again"))
+    need = "a model directory needs config.json next to its safetensors shards"
+    config = dense_type(_read_json(directory / CONFIG_NAME, need))
+    return config, weight_files_of(where, names, config, lambda name: _read_json(directory / name, "download it again"))
+
+
+def _warn_of_own_code(model: str, config: Mapping[str, Any]) -> None:
+    """Warn that the code which comes with a supported model is not used."""
+    auto_map, family = config.get("auto_map"), FAMILIES.get(str(config.get("model_type")))
+    classes = [value for key, value in auto_map.items() if key != "AutoTokenizer"] if isinstance(auto_map, dict) else []
+    if family is not None and classes and "per_layer_config" not in config:
+        logger.warning(
+            "%s has model code of its own (auto_map: %r), which is not run; transformers' %s is used instead",
+            model,
+            classes[-1],
+            family.causal_class,
+        )
+
+
+def _read_json(path: Path, need: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise InvalidModel(f"{path} does not exist; {need}")
+    raw = read_plain(path)
+    require_no_pointer(path, raw)
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise InvalidModel(f"{path} is not JSON ({error}); {need}") from error
+    if not isinstance(value, dict):
+        raise InvalidModel(f"{path} is not a JSON object; {need}")
+    return value
+
+
+def _resolve(model: str, weights: bool) -> Path:
+    """The directory of a model; a Hub id is downloaded (or found in the Hub cache) first.
+
+    weights: whether they are needed besides config.json.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf" and path.exists():
+        require_model(str(path.parent), [path.name], dict)
+    if path.exists():
+        raise InvalidModel(f"{model} is a file; name the directory that holds config.json and the safetensors shards")
+    if model.partition("@")[0].count("/") > 1 or model.startswith(("/", ".", "~")):
+        raise InvalidModel(f"no such model: {model} is not a directory")
+
+    def choose(directory: Path, names: Sequence[str]) -> tuple[str, ...]:
+        return _config_and_weights(model, directory, names)[1].files
+
+    return hub.fetched(model, choose if weights else None)

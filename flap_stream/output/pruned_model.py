@@ -1,0 +1,60 @@
+"""What is written, as a value: the dense model, what is kept of it, and what compensates for the rest."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.config import PlanConfig
+from flap_stream.model.architecture import Family, family_of
+from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.safetensors_format import TensorEntry
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """What compensates for the removed channels: biases from means, refitted tensors, or nothing.
+
+    means: a layer's mean inputs by kind (`attention`, `mlp`), float64 `[channel]`; None adds no biases.
+    refitted: tensor name to the entry that replaces it, its file as an absolute path.
+    digests: of the files of the refitted tensors. how: what pruning.json records of the refit.
+    """
+
+    means: Sequence[dict[str, np.ndarray]] | None = None
+    refitted: Mapping[str, TensorEntry] = field(default_factory=dict)
+    digests: Sequence[str] = ()
+    how: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """Everything that decides the bytes of a pruned checkpoint, except its division into shards.
+
+    source: the dense checkpoint. shapes, keeps: dense sizes and kept units of each layer. options: of the plan.
+    restore: one of `config.RESTORATIONS`; restoration: the values that it needs.
+    calibration: what pruning.json records of the calibration. code: names of the tokenizer's own code files, where the
+    user trusts them, which are copied.
+    """
+
+    source: Checkpoint
+    shapes: Sequence[LayerShape]
+    options: PlanConfig
+    keeps: Sequence[LayerKeep]
+    restore: str
+    restoration: Restoration
+    calibration: dict[str, Any]
+    code: Sequence[str] = ()
+
+    @cached_property
+    def family(self) -> Family:
+        """The model family of the dense checkpoint."""
+        return family_of(self.source.config, self.source.source)
+
+    @property
+    def layers(self) -> list[tuple[LayerShape, LayerKeep]]:
+        """Dense sizes and kept units, by layer."""
+        return list(zip(self.shapes, self.keeps, strict=True))

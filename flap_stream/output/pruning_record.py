@@ -1,0 +1,87 @@
+"""pruning.json: how a checkpoint was pruned and what was kept of each layer."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flap_stream.arithmetic.sizes import pruned_sizes
+from flap_stream.config import PlanConfig
+from flap_stream.errors import NotPlain, OutputConflict
+from flap_stream.output.model_card import base_name
+from flap_stream.output.pruned_model import PrunedModel
+from flap_stream.storage import files
+from flap_stream.storage.json_form import finite, has_form, natural, one_of, parsed
+
+RECORD_NAME = "pruning.json"
+RECORD_FORMAT, RECORD_VERSION = "flap-stream-pruning", 1
+
+_RECORD = {
+    "format": one_of(RECORD_FORMAT),
+    "base": {"name": str},
+    "options": {"method": str, "structure": str, "metric": str, "statistics": str, "ratio": finite},
+    "restore": str,
+    "realised_ratio": {"decoder": finite, "model": finite},
+    "parameters": {"before": natural, "after": natural},
+    "layers": [{"kv_groups": natural, "neurons": natural, "kept_kv_groups": [natural], "kept_neurons": [natural]}],
+    "calibration?": dict,
+}
+
+
+def read_record(out: Path) -> dict[str, Any] | None:
+    """Contents of pruning.json of a complete output; None if `out` does not exist or is an empty directory.
+
+    Raises OutputConflict for anything else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        record = parsed(files.read_plain(out / RECORD_NAME))
+        if has_form(record, _RECORD):
+            return record
+    except (OSError, ValueError, NotPlain):
+        pass
+    raise OutputConflict(f"{out} exists and was not made by flap-stream; name another OUT or move it away")
+
+
+def options_record(options: PlanConfig) -> dict[str, Any]:
+    """The options of a plan as pruning.json holds them."""
+    return json.loads(json.dumps(asdict(options)))
+
+
+def fingerprint_digest(fingerprint: dict[str, Any]) -> str:
+    """One sha256 over everything that identifies a model."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+
+
+def pruning_record(pruned: PrunedModel) -> dict[str, Any]:
+    """The contents of pruning.json."""
+    refit = pruned.restoration.how
+    sizes = pruned_sizes(pruned.shapes, pruned.keeps, pruned.source.parameters, pruned.restore)
+    fingerprint = fingerprint_digest(pruned.source.fingerprint)
+    return {
+        "format": RECORD_FORMAT,
+        "version": RECORD_VERSION,
+        "base": {"name": base_name(pruned.source.source), "fingerprint": fingerprint},
+        "options": options_record(pruned.options),
+        "restore": pruned.restore,
+        **({} if refit is None else {"refit": refit}),
+        "calibration": pruned.calibration,
+        **sizes.record(),
+        "layers": [
+            {
+                "kv_groups": shape.kv_groups,
+                "neurons": shape.neurons,
+                "kept_kv_groups": keep.kv_groups.tolist(),
+                "kept_neurons": keep.neurons.tolist(),
+                **({"experts": list(shape.experts)} if shape.experts else {}),
+            }
+            for shape, keep in pruned.layers
+        ],
+    }
+
+
+def without_name(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without the name of the model's directory: the same model may be reached by another path."""
+    return {**record, "base": {**record["base"], "name": ""}}

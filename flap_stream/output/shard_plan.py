@@ -1,0 +1,187 @@
+"""The shard plan: every tensor of the pruned checkpoint, its size and its file, decided before a byte is written."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+
+from flap_stream.model.model_files import SINGLE_NAME
+from flap_stream.model.safetensors_format import TensorEntry, safetensors_header
+from flap_stream.model.units import ROWS, Part, Projection
+from flap_stream.output.pruned_model import PrunedModel
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor of the pruned checkpoint and how its bytes are made.
+
+    source: the dense tensor it is copied or cut from; None for a bias that pruning adds, or for zeros.
+    axis, keep: int64 rows or columns of the source that are kept, HOLE for zeros; None keeps everything.
+    shift: what is added to a bias.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    source: TensorEntry | None
+    axis: int | None = None
+    keep: np.ndarray | None = None
+    shift: "BaselineShift | None" = None
+
+
+@dataclass(frozen=True)
+class BaselineShift:
+    """What is added to a bias: weight[:, removed] @ mean[removed].
+
+    mean: float64 `[channel]`; removed: int64 `[removed channel]`.
+    """
+
+    weight: TensorEntry
+    removed: np.ndarray
+    mean: np.ndarray
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the pruned checkpoint: name, header bytes (length included) and tensors in order."""
+
+    name: str
+    header: bytes
+    tensors: tuple[OutputTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """All files with tensors; their index can be derived."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all shards."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+        return sum(prod(tensor.shape) for shard in self.shards for tensor in shard.tensors)
+
+    def index(self) -> bytes | None:
+        """Contents of the index file; None for a single shard, which needs none."""
+        if len(self.shards) == 1:
+            return None
+        weight_map = {tensor.name: shard.name for shard in self.shards for tensor in shard.tensors}
+        total = sum(tensor.nbytes for shard in self.shards for tensor in shard.tensors)
+        body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        return json.dumps(body, indent=2).encode() + b"\n"
+
+
+def plan_shards(pruned: PrunedModel, max_shard_bytes: int) -> ShardPlan:
+    """Decide every tensor of the pruned checkpoint, its size and its file."""
+    source, family, refitted = pruned.source, pruned.family, pruned.restoration.refitted
+    changed: dict[str, list[OutputTensor]] = {}
+    for index in range(len(pruned.shapes)):
+        changed |= _plan_layer(pruned, index)
+    if family.head in refitted:
+        changed[family.head] = [_whole(refitted[family.head])]
+    outputs: list[OutputTensor] = []
+    for entry in source.tensors.values():
+        outputs.extend(changed.get(entry.name, [_whole(entry)]))
+    if source.wrapper is not None:
+        outputs = [replace(tensor, name=source.wrapper.outer(tensor.name)) for tensor in outputs]
+    return group_shards(outputs, max_shard_bytes)
+
+
+def group_shards(outputs: Iterable[OutputTensor], max_shard_bytes: int) -> ShardPlan:
+    """Fill files with these tensors in order; none is larger than the limit unless it holds a single tensor."""
+    groups: list[list[OutputTensor]] = [[]]
+    size = 0
+    for tensor in outputs:
+        if groups[-1] and size + tensor.nbytes > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    count = len(groups)
+    names = [SINGLE_NAME] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    return ShardPlan(
+        tuple(Shard(name, safetensors_header(group), tuple(group)) for name, group in zip(names, groups, strict=True))
+    )
+
+
+def _plan_layer(pruned: PrunedModel, index: int) -> dict[str, list[OutputTensor]]:
+    """Tensors of one layer that change: dense name to the tensors that replace it."""
+    tensors, refitted = pruned.source.tensors, pruned.restoration.refitted
+    prefix, (shape, keep) = f"{pruned.family.layers}.{index}.", pruned.layers[index]
+    changed: dict[str, list[OutputTensor]] = {}
+    for part in pruned.family.parts(shape):
+        kind = part.kind
+        if f"{prefix}{kind.output.name}.weight" in tensors:  # else an earlier pruning left only the bias
+            changed |= _plan_part(pruned, index, part, part.own(keep.of(kind.name)))
+        readers = [f"{prefix}{projection.name}.weight" for projection in kind.readers]
+        changed |= {name: [_whole(refitted[name])] for name in readers if name in refitted}
+        weight, bias = (f"{prefix}{kind.output.name}.{name}" for name in ("weight", "bias"))
+        if bias in refitted:
+            changed |= {bias: [], weight: [_whole(refitted[name]) for name in (weight, bias) if name in refitted]}
+    return changed
+
+
+def _plan_part(pruned: PrunedModel, index: int, part: Part, units: np.ndarray) -> dict[str, list[OutputTensor]]:
+    """Tensors of one part of a layer that change; without units, only the bias of the module is kept.
+
+    units: those kept, counted from the part's first.
+    """
+    tensors, shape, kind = pruned.source.tensors, pruned.shapes[index], part.kind
+    prefix = f"{pruned.family.layers}.{index}."
+    changed: dict[str, list[OutputTensor]] = {}
+    if len(units) == 0:
+        changed = {name: [] for name in tensors if name.startswith(f"{prefix}{kind.module}.")}
+    else:
+        for projection in kind.projections:
+            indices = projection.kept_indices(units, part.units, shape)
+            for name_part in ("weight", "bias") if projection.axis == ROWS else ("weight",):
+                if (name := f"{prefix}{projection.name}.{name_part}") in tensors:
+                    changed[name] = [_cut(tensors[name], projection, indices)]
+    weight, bias = (tensors.get(f"{prefix}{kind.output.name}.{name_part}") for name_part in ("weight", "bias"))
+    assert weight is not None
+    if pruned.restoration.means is None:
+        changed |= {bias.name: [_whole(bias)]} if bias is not None else {}
+        return changed
+    if bias is not None:
+        changed[bias.name] = []  # written right after its weight, which is read for it
+    mean = pruned.restoration.means[index][kind.name][part.channels(shape)]
+    shift = BaselineShift(weight, part.removed_channels(units, shape), mean)
+    return {**changed, weight.name: [*changed[weight.name], _shifted_bias(shift, bias)]}
+
+
+def _whole(entry: TensorEntry) -> OutputTensor:
+    return OutputTensor(entry.name, entry.dtype, entry.shape, entry.nbytes, entry)
+
+
+def _cut(entry: TensorEntry, projection: Projection, indices: np.ndarray) -> OutputTensor:
+    axis = projection.axis
+    shape = tuple(len(indices) if a == axis else n for a, n in enumerate(entry.shape))
+    keep = None if len(indices) == entry.shape[axis] else indices
+    return OutputTensor(entry.name, entry.dtype, shape, prod(shape) * entry.item_bytes, entry, axis, keep)
+
+
+def _shifted_bias(shift: BaselineShift, bias: TensorEntry | None) -> OutputTensor:
+    weight = shift.weight
+    name = weight.name.removesuffix("weight") + "bias"
+    dtype, item_bytes = (weight.dtype, weight.item_bytes) if bias is None else (bias.dtype, bias.item_bytes)
+    rows = weight.shape[0]
+    return OutputTensor(name, dtype, (rows,), rows * item_bytes, bias, shift=shift)
+
+
+def plan_digest(plan: ShardPlan) -> str:
+    """Sha256 over all headers, which tells whether unfinished shards belong to this plan."""
+    return hashlib.sha256(b"".join(shard.name.encode() + shard.header for shard in plan.shards)).hexdigest()
