@@ -18,7 +18,6 @@ from flap_stream.engine import placement as planner
 from flap_stream.errors import InsufficientMemory
 from flap_stream.model import checkpoint
 from flap_stream.model.skeleton import Skeleton
-from flap_stream.stages import pipeline
 from flap_stream.storage.run_directory import RunDirectory
 
 LAYERS = 4
@@ -47,9 +46,9 @@ def assert_same(out: Path, expected: Path) -> None:
 
 
 def placed(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """Have the pipeline place jobs as before, but for `changes`."""
+    """Have jobs placed as before, but for `changes`."""
     place = planner.place
-    monkeypatch.setattr(pipeline.planner, "place", lambda *arguments: replace(place(*arguments), **changes))
+    monkeypatch.setattr(planner, "place", lambda *arguments: replace(place(*arguments), **changes))
 
 
 def slow_reads(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> list[int]:

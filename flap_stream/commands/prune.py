@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
             raise InvalidOption(f"--{name} {value} would have no effect: it goes with --dry-run")
     progress = shared.progress_of(options)
     with progress.loading():
-        from flap_stream.stages.pipeline import prune
+        from flap_stream.stages.prune import prune
 
     model = shared.model_of(options.model, options)
     result = prune(model, options.out, config, run=options.run, progress=progress)

@@ -23,7 +23,8 @@ from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.stages.evaluate import perplexity_of, score_outputs
 from flap_stream.stages.job_header import engine_rows, model_row
 from flap_stream.stages.masked_layers import Decision, masked, mending
-from flap_stream.stages.pipeline import PlanResult, decide, require_model_of
+from flap_stream.stages.plan import PlanResult, decide
+from flap_stream.stages.same_source import require_model_of
 from flap_stream.storage import files
 from flap_stream.storage.json_form import finite, has_form, natural
 from flap_stream.storage.run_directory import RunDirectory, SnapshotStore
@@ -310,7 +311,7 @@ def perplexities(
                         pass
             hidden.advance()
         logits_of = model.head()
-        scores = (score_outputs(model, logits_of, hidden, tokens, batch, first_window=w.start)[0] for w in shares)
+        scores = (score_outputs(model, logits_of, hidden.stream(batch, w), tokens)[0] for w in shares)
         found = [perplexity_of(score) for score in scores]
     store.drop()
     return found
