@@ -69,7 +69,7 @@ def forecast(
     nodes: int = 1,
     network: float = NETWORK_RATE,
 ) -> Forecast:
-    """What `prune` with these options would take; no tensor is read and nothing is left on the disk.
+    """What `prune` with these options would take; no tensor is loaded and nothing is left on the disk.
 
     model: a directory (config.json is enough), a config.json or a Hub id, from which only config.json is downloaded.
     ranks, nodes: processes and machines, each like this one; they share the disk of `out` and of the model, and a
@@ -106,7 +106,7 @@ class _Machines:
 def _forecast(
     model: StreamedModel, out: Path, options: PruneConfig, machines: _Machines, has_headers: bool
 ) -> Forecast:
-    """What a job that is possible would take. has_headers: whether the model has shards and a tokenizer."""
+    """What a job that has been found possible would take. has_headers: whether the model's shards are there."""
     source, local = model.checkpoint, machines.local_ranks
     limits = memory.limits(model.device, options.host_memory, options.device_memory, local)
     windows = (options.samples, options.sequence_length) if options.method != "magnitude-sp" else (0, 0)

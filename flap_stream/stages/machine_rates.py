@@ -13,7 +13,7 @@ from flap_stream.stages.scaling import Rates
 from flap_stream.storage import files
 
 _PRODUCT_SECONDS = 0.5  # how long products are repeated; not measured
-_FEW_TOKENS = 64  # tried first, lest a single product of a large batch take minutes; not measured
+_FEW_TOKENS = 64  # measured first, and only these if one product of the batch would take over a second
 _PROBE_BYTES = 1 << 28  # written and read to measure the disk; not measured
 _PROBE_BLOCK_BYTES = 1 << 24  # at once; not measured
 
