@@ -28,8 +28,11 @@ if TYPE_CHECKING:
     from flap_stream.progress import Progress
     from flap_stream.report.page import ReportResult, write_report
     from flap_stream.stages.bench_inference import BenchResult, bench_inference
+    from flap_stream.stages.collect import CollectResult, collect
     from flap_stream.stages.evaluate import EvaluateResult, evaluate
-    from flap_stream.stages.pipeline import CollectResult, PlanResult, PruneResult, collect, plan, prune, rewrite
+    from flap_stream.stages.plan import PlanResult, plan
+    from flap_stream.stages.prune import prune
+    from flap_stream.stages.rewrite import PruneResult, rewrite
     from flap_stream.stages.sweep import SweepResult, sweep
 
 _LAZY = {
@@ -55,10 +58,10 @@ _LAZY = {
     **dict.fromkeys(("bench_inference", "BenchResult"), "flap_stream.stages.bench_inference"),
     **dict.fromkeys(("evaluate", "EvaluateResult"), "flap_stream.stages.evaluate"),
     **dict.fromkeys(("sweep", "SweepResult"), "flap_stream.stages.sweep"),
-    **dict.fromkeys(
-        ("prune", "collect", "plan", "rewrite", "PruneResult", "CollectResult", "PlanResult"),
-        "flap_stream.stages.pipeline",
-    ),
+    "prune": "flap_stream.stages.prune",
+    **dict.fromkeys(("collect", "CollectResult"), "flap_stream.stages.collect"),
+    **dict.fromkeys(("plan", "PlanResult"), "flap_stream.stages.plan"),
+    **dict.fromkeys(("rewrite", "PruneResult"), "flap_stream.stages.rewrite"),
 }
 
 __all__ = [

@@ -7,7 +7,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
         "pytest",
-        "flap_stream.stages.pipeline",
+        "flap_stream.stages.prune",
         "flap_stream.modeling.modeling_flap_stream",
         "tests.warm",
     ]  # torch by these

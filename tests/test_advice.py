@@ -12,8 +12,9 @@ from models import tiny_config
 
 from flap_stream.config import REFIT_TARGETS, EngineConfig
 from flap_stream.engine.memory import Limits
-from flap_stream.engine.placement import Job, place
+from flap_stream.engine.placement import Job
 from flap_stream.engine.placement.candidates import candidates
+from flap_stream.engine.placement.choice import place
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InsufficientMemory
 from flap_stream.model.checkpoint import describe

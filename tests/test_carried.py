@@ -16,7 +16,7 @@ import flap_stream
 from flap_stream.cli import main
 from flap_stream.config import PruneConfig
 from flap_stream.output.digests import damaged_files
-from flap_stream.stages import collect as collection
+from flap_stream.stages import layer_statistics
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,9 @@ def test_front_matter_that_cannot_be_read_is_left_out_with_a_warning(
 ) -> None:
     (place / "model" / "README.md").write_bytes(b"---\n" + FRONT_MATTER[kind] + b"\n---\n# A model\n")
     told: list[bool] = []
-    collect = collection.collect_statistics
+    collect = layer_statistics.collect_statistics
     monkeypatch.setattr(
-        "flap_stream.stages.pipeline.collect_statistics",
+        "flap_stream.stages.collect.collect_statistics",
         lambda *a: (told.append("model card" in caplog.text), collect(*a))[1],
     )
     card = ModelCard.load(prune("model", "out") / "README.md")

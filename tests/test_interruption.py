@@ -199,5 +199,5 @@ def test_a_complete_command_says_so_and_changes_nothing(
     for name, body in uninterrupted.items():
         (out / name).write_bytes(body)
     before = identities(tmp_path)
-    assert "complete already" in _finish(command, out)
+    assert "already complete" in _finish(command, out)
     assert identities(tmp_path) == before

@@ -17,7 +17,7 @@ from flap_stream.config import BenchInferenceConfig, PruneConfig
 from flap_stream.model.model_code import MODELING_NAME, model_class
 from flap_stream.progress import Progress
 from flap_stream.stages.bench_inference import Setting, side_by_side
-from flap_stream.text.windows import pretrained_tokenizer
+from flap_stream.text.tokenization import pretrained_tokenizer
 
 TEXT = "In the beginning God created the heaven and the earth. " * 40
 

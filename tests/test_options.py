@@ -23,8 +23,8 @@ from flap_stream.config import (
     PruneConfig,
     RewriteConfig,
     SweepConfig,
-    parse_size,
 )
+from flap_stream.config.values import parse_size
 from flap_stream.errors import InvalidOption
 
 

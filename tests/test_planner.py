@@ -17,7 +17,9 @@ from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.cli import main
 from flap_stream.config import REFIT_TARGETS, EngineConfig, PruneConfig
 from flap_stream.engine import memory
-from flap_stream.engine.placement import Job, place, predict
+from flap_stream.engine.placement import Job
+from flap_stream.engine.placement.choice import place
+from flap_stream.engine.placement.prediction import predict
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InsufficientMemory, InvalidOption
 from flap_stream.model.opening import open_checkpoint

@@ -16,7 +16,7 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 import flap_stream
 from flap_stream.config import CollectConfig, PruneConfig
 from flap_stream.progress import Progress, peak_device_bytes
-from flap_stream.stages.pipeline import Measured
+from flap_stream.stages.measured import Measured
 
 
 @pytest.fixture(scope="module")

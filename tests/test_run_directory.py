@@ -137,7 +137,7 @@ def test_sizes_that_are_not_the_models_are_refused(key: str, place: Path, capsys
         manifest["layers"][1][key] += 1
 
     change_manifest(place / "run", widen)
-    assert "has other sizes than" in refused(capsys, "rewrite", "run", "out")
+    assert "has sizes that differ from those of" in refused(capsys, "rewrite", "run", "out")
     assert not Path("out").exists() and not Path("out.partial").exists()
 
 

@@ -15,7 +15,8 @@ from test_interruption import identities
 
 import flap_stream
 from flap_stream.cli import main
-from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, RewriteConfig, SweepConfig, parse_ratios
+from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, RewriteConfig, SweepConfig
+from flap_stream.config.values import parse_ratios
 from flap_stream.engine import placement, snapshots
 from flap_stream.engine.layer_pass import Batch, LayerPass
 from flap_stream.engine.streamed_model import StreamedModel

@@ -6,7 +6,7 @@ Nothing here starts a thread, of which a fork would leave nothing but its locks.
 import tokenizers.decoders  # noqa: F401 (imported late by transformers)
 import torch
 
-import flap_stream.stages.pipeline  # noqa: F401
+import flap_stream.stages.prune  # noqa: F401
 from flap_stream.engine.placement import Job
 from flap_stream.model.skeleton import Skeleton
 from tests.models import tiny_config  # as the server, which has the folder of the call alone on its path, finds it

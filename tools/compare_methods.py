@@ -23,11 +23,12 @@ from transformers import AutoModelForCausalLM
 
 import flap_stream
 from flap_stream import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig, SweepConfig
-from flap_stream.config import parse_ratios
+from flap_stream.config.values import parse_ratios
 from flap_stream.model.architecture import FAMILIES
 from flap_stream.progress import Progress
 from flap_stream.storage.run_directory import RunDirectory
-from flap_stream.text.windows import evaluation_tokens, load_tokenizer
+from flap_stream.text.tokenization import load_tokenizer
+from flap_stream.text.windows import evaluation_tokens
 
 
 @dataclass

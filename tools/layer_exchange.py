@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from flap_stream.config import parse_size
+from flap_stream.config.values import parse_size
 from flap_stream.engine.membership import joined
 from flap_stream.engine.ranks import Ranks
 from flap_stream.engine.shared_memory import node_buffer

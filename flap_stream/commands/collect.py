@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
     shared.check_text(config)
     progress = shared.progress_of(options)
     with progress.loading():
-        from flap_stream.stages.pipeline import collect
+        from flap_stream.stages.collect import collect
 
     model = shared.model_of(options.model, options)
     result = collect(model, options.run_directory, config, progress=progress)

@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
         config = PruneConfig(ratio=options.ratio, calibration=(str(bundle / "calibration.txt"),), dtype="float32")
         with progress.loading():
             from flap_stream.stages.evaluate import evaluate
-            from flap_stream.stages.pipeline import prune
+            from flap_stream.stages.prune import prune
 
         measure = EvaluateConfig(text=text, dtype="float32")
         before = evaluate(model, measure, progress)

@@ -93,8 +93,8 @@ def _inspect_output(place: Path, as_json: bool, verifies: bool) -> None:
 
 
 def _inspect_dense(place: Path, as_json: bool) -> None:
-    from flap_stream.cli import printable
     from flap_stream.model.dense import dense_model, nothing_pruned
+    from flap_stream.progress import printable
 
     model = dense_model(place)
     if model is None:

@@ -19,7 +19,7 @@ def run(options: argparse.Namespace) -> None:
     config = shared.values(options, PlanConfig)
     with shared.progress_of(options).loading():
         from flap_stream.arithmetic.sizes import width_note
-        from flap_stream.stages.pipeline import plan
+        from flap_stream.stages.plan import plan
 
     result = plan(options.run_directory, config)
     sizes = result.sizes.record()

@@ -5,7 +5,8 @@ from dataclasses import asdict
 from math import isfinite
 
 from flap_stream.commands import options as shared
-from flap_stream.config import PruneConfig, parse_size
+from flap_stream.config import PruneConfig
+from flap_stream.config.values import parse_size
 from flap_stream.errors import InvalidOption
 from flap_stream.progress import format_bytes
 
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
             raise InvalidOption(f"--{name} {value} would have no effect: it goes with --dry-run")
     progress = shared.progress_of(options)
     with progress.loading():
-        from flap_stream.stages.pipeline import prune
+        from flap_stream.stages.prune import prune
 
     model = shared.model_of(options.model, options)
     result = prune(model, options.out, config, run=options.run, progress=progress)

@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> None:
     config = shared.values(options, RewriteConfig)
     progress = shared.progress_of(options)
     with progress.loading():
-        from flap_stream.stages.pipeline import rewrite
+        from flap_stream.stages.rewrite import rewrite
 
     model = shared.model_of(options.model, options)
     result = rewrite(options.run_directory, options.out, config, model=model, progress=progress)

@@ -14,7 +14,7 @@ from torch import nn
 from flap_stream.engine.batch_sizes import BatchSizes
 from flap_stream.engine.device import free_cached
 from flap_stream.engine.hidden_states import HiddenStates
-from flap_stream.engine.placement import Placement
+from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.snapshots import Snapshots, resume
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InsufficientMemory

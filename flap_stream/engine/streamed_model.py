@@ -13,13 +13,15 @@ from flap_stream.engine import memory, placement
 from flap_stream.engine.device import choose_device
 from flap_stream.engine.finite import all_finite, refuse_non_finite, require_finite
 from flap_stream.engine.hidden_states import HiddenStates, batches, make_hidden_states
-from flap_stream.engine.placement import Job, Placement, Refit
+from flap_stream.engine.placement import Job
+from flap_stream.engine.placement.job import Refit
+from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.ranks import ALONE, Ranks, own_device
 from flap_stream.engine.weight_stream import load, stream_layers
 from flap_stream.errors import InvalidOption, NonFinite
 from flap_stream.model.architecture import family_of
 from flap_stream.model.checked_tensors import CheckedTensors
-from flap_stream.model.checkpoint import Checkpoint, TensorEntry
+from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.dtypes import stored_dtype
 from flap_stream.model.safetensors_format import TensorEntry, row_ranges
 from flap_stream.model.skeleton import LayerCall, Skeleton

@@ -13,7 +13,7 @@ import torch
 
 from flap_stream.engine.ranks import ALONE, Ranks
 from flap_stream.engine.shared_memory import node_buffer
-from flap_stream.model.checkpoint import Block, Checkpoint, TensorEntry
+from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.dtypes import stored_dtype
 from flap_stream.model.safetensors_format import TensorEntry
 from flap_stream.model.shard_files import Block, coalesce

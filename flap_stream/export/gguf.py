@@ -21,8 +21,7 @@ from flap_stream.config import EngineConfig, ExportGgufConfig
 from flap_stream.config.rules import options_of
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidInput, OutputConflict, UnsupportedModel
-from flap_stream.model.architecture import ROWS
-from flap_stream.model.checkpoint import Checkpoint, TensorEntry
+from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.dtypes import stored_dtype
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.model.safetensors_format import TensorEntry

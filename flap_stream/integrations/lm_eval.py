@@ -20,7 +20,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 
-from flap_stream.config import EngineConfig, TextConfig, parse_size
+from flap_stream.config import EngineConfig, TextConfig
+from flap_stream.config.values import parse_size
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidInput
 from flap_stream.model.opening import open_checkpoint

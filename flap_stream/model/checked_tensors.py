@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from flap_stream.errors import CorruptCheckpoint, UnsupportedModel
 from flap_stream.model.architecture import family_of, require_sizes
-from flap_stream.model.checkpoint import FORWARD_DTYPES, Checkpoint, TensorEntry
+from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.safetensors_format import FORWARD_DTYPES, TensorEntry
 from flap_stream.model.skeleton import Skeleton
 
 

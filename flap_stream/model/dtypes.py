@@ -2,7 +2,7 @@
 
 import torch
 
-from flap_stream.model.checkpoint import FORWARD_DTYPES, TensorEntry
+from flap_stream.model.safetensors_format import FORWARD_DTYPES, TensorEntry
 
 
 def stored_dtype(entry: TensorEntry) -> torch.dtype:

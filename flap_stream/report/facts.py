@@ -15,7 +15,7 @@ from flap_stream.config import PlanConfig, require_restoration
 from flap_stream.errors import CorruptCheckpoint, RunMismatch
 from flap_stream.model.dense import nothing_pruned
 from flap_stream.output.pruning_record import RECORD_NAME, read_record
-from flap_stream.stages.pipeline import unit_scores
+from flap_stream.stages.plan import unit_scores
 from flap_stream.stages.sweep import read_curves
 from flap_stream.storage.run_directory import LayerCost, RunDirectory
 from flap_stream.storage.run_manifest import plan_options

@@ -26,7 +26,6 @@ from flap_stream.arithmetic.surgery import removed_indices
 from flap_stream.engine.hidden_states import Feed, HiddenStates
 from flap_stream.engine.layer_pass import Batch
 from flap_stream.errors import NonFinite
-from flap_stream.model.architecture import Part
 from flap_stream.model.dtypes import stored_dtype
 from flap_stream.model.units import Part
 from flap_stream.restore.mlp_step import STEP_RUNS, MlpStep

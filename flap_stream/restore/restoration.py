@@ -20,7 +20,8 @@ from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.least_squares import DAMPING, product_windows
 from flap_stream.config import ALIGNING_TARGETS
 from flap_stream.engine.layer_pass import LayerPass
-from flap_stream.engine.placement import Placement, Refit
+from flap_stream.engine.placement.job import Refit
+from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import CorruptRun, UnsupportedModel
 from flap_stream.model.architecture import Family

@@ -8,7 +8,6 @@ from flap_stream.config import ALIGNING_TARGETS
 from flap_stream.engine.hidden_states import Feed
 from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.errors import NonFinite
-from flap_stream.model.architecture import Part
 from flap_stream.model.units import Part
 from flap_stream.storage.run_directory import RunDirectory
 

@@ -1,4 +1,4 @@
-"""One file a stage, each a function from stored values to the next one; `prune` is their order alone.
+"""One file per stage, each a function from stored values to the next; `prune.py` is only their order.
 
 Imports `restore` and below.
 """

@@ -1,7 +1,7 @@
-"""What pruning is worth at inference: models side by side through transformers, each in a process of its own.
+"""What pruning gains at inference: models compared through transformers, each in a separate process.
 
-All processes stay, each with its model loaded, and measure in turn, one at a time: so what else the machine does falls
-on all alike, and each process's memory is its model's. Run as a program, this module is such a process.
+All processes keep their model loaded and measure in turn, one at a time, so that other load on the machine affects all
+alike and memory is measured separately. Run as a program, this module is such a process.
 """
 
 import json
@@ -27,7 +27,7 @@ from flap_stream.progress import Progress, peak_host_bytes
 
 @dataclass(frozen=True)
 class Setting:
-    """So many prompts at once, tokens of each, and tokens generated after each."""
+    """Prompts per batch, tokens per prompt, and tokens generated after each."""
 
     batch_size: int
     prompt_length: int
@@ -36,7 +36,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One run of a setting. Peaks are of this run; kv_cache_bytes: of the whole batch at the end."""
+    """One run of a setting. Peaks are those of this run; kv_cache_bytes: the whole batch, at the end."""
 
     prompt_seconds: float
     generation_seconds: float
@@ -47,7 +47,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Summary:
-    """Medians of a model at a setting: tokens of all prompts together per second, and memory."""
+    """Medians of a model at a setting: tokens per second over the whole batch, and memory."""
 
     prompt_tokens_per_second: float
     generation_tokens_per_second: float
@@ -58,7 +58,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class BenchRow:
-    """A setting. Speedups are medians of the ratios within each round: above 1, the pruned model is faster."""
+    """Results of a setting. Speedups are medians of the ratios in each round; above 1 the pruned model is faster."""
 
     setting: Setting
     dense: Summary = field(repr=False)
@@ -69,7 +69,7 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Rows in order of the options, and bytes of the weights; `device` and `dtype` are those that the models ran in."""
+    """Rows in order of the options, and bytes of each model's weights; `device` and `dtype` as the dense model ran."""
 
     device: str
     dtype: str
@@ -88,7 +88,7 @@ def bench_inference(
     """Time prompts and generation of a dense and a pruned model (directories or Hub ids), in turn.
 
     keywords: the fields of `BenchInferenceConfig`, in place of `options`. progress: True shows it on stderr.
-    Raises InvalidModel, InvalidOption or InsufficientMemory for what cannot be run.
+    Raises InvalidModel, InvalidOption or InsufficientMemory if a model cannot be run.
     """
     options = options_of(BenchInferenceConfig, "bench_inference", options, keywords)
     settings = [
@@ -120,7 +120,7 @@ def bench_inference(
 
 
 def summary(setting: Setting, measured: Sequence[Measurement]) -> Summary:
-    """Medians over rounds, and the largest peaks."""
+    """Medians over rounds, and the largest peaks of memory."""
     tokens, generated = setting.batch_size * setting.prompt_length, setting.batch_size * setting.generate
     return Summary(
         prompt_tokens_per_second=tokens / median(m.prompt_seconds for m in measured),
@@ -134,10 +134,10 @@ def summary(setting: Setting, measured: Sequence[Measurement]) -> Summary:
 def side_by_side(
     models: Mapping[str, str], settings: Sequence[Setting], options: BenchInferenceConfig, progress: Progress
 ) -> tuple[dict[str, dict[str, Any]], list[list[dict[str, Measurement]]]]:
-    """Measure every setting with every model, the models in turn, their order reversed from round to round.
+    """Measure every setting with every model in turn, in an order that is reversed every round.
 
-    models: name to directory or Hub id. What comes out: of each model `device`, `dtype` and `weight_bytes`; and of each
-    setting its rounds. One round before them is not counted.
+    models: name to directory or Hub id. Returns `device`, `dtype` and `weight_bytes` of each model, and the rounds of
+    each setting, without the first, which warms up.
     """
     places = {name: _require_runs(model, settings, options) for name, model in models.items()}
     vocabulary = min(place["vocabulary"] for place in places.values())
@@ -161,19 +161,19 @@ def side_by_side(
 
 
 def _require_runs(model: str, settings: Iterable[Setting], options: BenchInferenceConfig) -> dict[str, Any]:
-    """Directory and vocabulary of a model that transformers can run at these settings."""
+    """What a worker needs to know of a model; raises if transformers cannot run it at these settings."""
     from flap_stream.model.opening import open_checkpoint
 
     with open_checkpoint(model) as checkpoint:
         if checkpoint.wrapper is not None:
-            raise UnsupportedModel(f"{model} is multimodal; inference is timed of language models by themselves")
+            raise UnsupportedModel(f"{model} is multimodal; bench-inference times text-only language models")
         config, directory = checkpoint.config, checkpoint.directory
     if not options.trust_remote_code:
         require_known_code(config, directory, model)
     longest = max(setting.prompt_length + setting.generate for setting in settings)
     if longest > config.get("max_position_embeddings", longest):
         raise InvalidOption(
-            f"prompt and generation together are {longest} tokens, but {model} was made for "
+            f"prompt and generation together are {longest} tokens, but {model} takes at most "
             f"{config['max_position_embeddings']}; shorten --prompt-lengths or --generate"
         )
     return {
@@ -184,7 +184,7 @@ def _require_runs(model: str, settings: Iterable[Setting], options: BenchInferen
 
 
 class _Worker:
-    """A process that has one model and measures when asked."""
+    """A process that holds one model and measures on request."""
 
     def __init__(self, name: str, place: dict[str, Any], options: BenchInferenceConfig) -> None:
         self._name = name
@@ -212,7 +212,7 @@ class _Worker:
         self._process.wait()
 
     def ask(self, question: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The answer to a question, or to what it was started with."""
+        """The answer to a question; without one, the answer to its start."""
         if question is not None:
             self._send(question)
         assert self._process.stdout is not None
@@ -225,8 +225,8 @@ class _Worker:
         answer = json.loads(line)
         if "out_of_memory" in answer:
             raise InsufficientMemory(
-                f"{self._name} has no room on {answer['out_of_memory']} beside the other model; both are loaded, so "
-                "give smaller --batch-sizes or --prompt-lengths, or --device cpu"
+                f"{self._name} does not fit on {answer['out_of_memory']} next to the other model, as both are loaded; "
+                "choose smaller --batch-sizes or --prompt-lengths, or --device cpu"
             )
         return answer
 
@@ -238,9 +238,12 @@ class _Worker:
 
 
 def _serve() -> None:
-    """Load the model that the first line of stdin names, then measure what each further line asks; a line an answer."""
+    """Load the model that the first line of stdin names, then measure what each further line asks for.
+
+    Answers are lines of JSON on stdout.
+    """
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else prints goes to stderr
+    os.dup2(2, 1)  # so that other output is printed to stderr
 
     def answer(body: dict[str, Any]) -> None:
         answers.write(json.dumps(body) + "\n")
@@ -267,7 +270,7 @@ def _serve() -> None:
 
 
 def _measure(model: Any, setting: Setting, vocabulary: int, device: Any) -> Measurement:
-    """One prompt of random tokens, then greedy tokens one at a time with its cache."""
+    """Run one batch of random prompts, then generate greedily, one token at a time, with the cache."""
     import torch
 
     def clock() -> float:
@@ -297,7 +300,7 @@ def _measure(model: Any, setting: Setting, vocabulary: int, device: Any) -> Meas
 
 
 def _reset_peaks(device: Any) -> None:
-    """Count peaks from here on, where the system allows it."""
+    """Restart the peaks of memory, where the system allows it."""
     import torch
 
     if device.type == "cuda":

@@ -1,264 +1,222 @@
-"""Pass 1: every decoder layer's statistics, taken while the dense model streams by."""
+"""Collection: every layer's statistics from the calibration text into the run directory, from preparation to end."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+import logging
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from flap_stream.arithmetic.allocation import keep_in_layer
-from flap_stream.arithmetic.moments import Moments, column_norms, joined_channels, window_moments
-from flap_stream.arithmetic.scoring import ChannelStatistics, LayerStatistics, concatenated, wanda_scores
-from flap_stream.config import CollectConfig, PlanConfig, part_of
-from flap_stream.engine.layer_pass import LayerPass
-from flap_stream.engine.placement import Placement
-from flap_stream.engine.ranks import Ranks
+from flap_stream.arithmetic.allocation import allocate, require_minimum
+from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, changed_options, part_of
+from flap_stream.config.rules import FED_ON, options_of, warn_of_positions
+from flap_stream.engine.device import cpu_threads, release
+from flap_stream.engine.membership import joined
+from flap_stream.engine.memory import give_back_heap
+from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import StreamedModel
-from flap_stream.errors import CorruptCheckpoint
-from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
-from flap_stream.stages.loss import keep_inputs
+from flap_stream.output.destination import estimated_bytes, require_space
+from flap_stream.progress import Progress
+from flap_stream.restore.restoration import refit_sizes, refit_stored_bytes, require_refittable
+from flap_stream.stages.job_header import engine_rows, model_row
+from flap_stream.stages.layer_statistics import collect_statistics
+from flap_stream.stages.loss import collect_loss_scores, require_inputs
+from flap_stream.stages.measured import Measured
+from flap_stream.stages.same_source import absolute, require_same_weights
+from flap_stream.stages.session import Session, opened_model, opened_run
+from flap_stream.storage import files
 from flap_stream.storage.loss import LossStore
-from flap_stream.storage.run_directory import LayerCost, RunDirectory
+from flap_stream.storage.run_directory import RunDirectory, stored_bytes
+from flap_stream.storage.run_manifest import tokens_digest
+from flap_stream.text.tokenization import load_tokenizer
+from flap_stream.text.windows import Windows, calibration_text, calibration_tokens, check_text
 
-_CHANNEL_BLOCK = 16
-# Means and m2s of a batch's windows, float32 [sample, channel], and the tokens of each.
-_Windows = tuple[torch.Tensor, torch.Tensor, int]
-
-
-def collect_statistics(
-    model: StreamedModel,
-    run: RunDirectory,
-    options: CollectConfig,
-    placement: Placement,
-    progress: Progress,
-    loss: LossStore | None = None,
-) -> None:
-    """Bring the statistics of all layers into the run directory, going on where an earlier run stopped.
-
-    Layers whose statistics are stored are not measured again; they are only run, from the newest snapshot on, to
-    give the next layer its input. All ranks of the model do this together, each on its share of the windows; `run`
-    is open for writing on the first. loss: where the inputs of all layers are kept for the backward sweep, if there is
-    to be one.
-    """
-    ranks = model.ranks
-    first = run.complete_layers()
-    count = len(model.layers)
-    if first == count:
-        with progress.stage("collect", count) as stage:
-            stage.skip(count)
-        if ranks.is_first:
-            run.snapshots.drop()  # a kill may have come between the last layer and this
-        return
-    with progress.stage("collect", count, device=model.device) as stage, torch.inference_mode(), ExitStack() as stack:
-        if options.method == "magnitude-sp":
-            stage.skip(first)
-            costs = _Costs(0, model.device)
-            for i, weights in model.stream(range(first, count), placement.prefetch):
-                if ranks.is_first:
-                    _store(model, run, i, _layer_statistics(model, i, weights, {}), costs)
-                stage.advance(bytes_moved=model.layer_bytes(i))
-            return
-        tokens = run.read_tokens()
-        own = ranks.share(len(tokens), placement.batch_size)
-        hidden = stack.enter_context(model.hidden_states(placement.hidden_place, len(own), tokens.shape[1], run.path))
-        batches = LayerPass(
-            model,
-            placement,
-            tokens[own.start : own.stop],
-            [hidden],
-            stores=[run.snapshots],
-            reductions=run.batch_reductions("collect"),
-            windows=own,
-        )
-        collection, costs = _Collection(batches, run, options), _Costs(tokens.size, model.device)
-        for i, weights in batches.layers(stage, first, options.snapshot_interval):
-            if loss is not None:
-                keep_inputs(batches, loss, i)
-            if i < first:
-                collection.repeat(i, weights)
-                costs.of_layer()  # it has been recorded
-            else:
-                statistics = collection.measure(i, weights)
-                if ranks.is_first:
-                    _store(model, run, i, statistics, costs)
-                if collection.hands_on_pruned:
-                    collection.repeat(i, weights)
-        if loss is not None:
-            keep_inputs(batches, loss, count)
-        if ranks.is_first:
-            run.snapshots.drop()
-
-
-class _Costs:
-    """Tells what each layer took. tokens: that run through every one, on `device`."""
-
-    def __init__(self, tokens: int, device: torch.device) -> None:
-        self._tokens, self._device, self._since = tokens, device, time.monotonic()
-
-    def of_layer(self) -> LayerCost:
-        """What was taken since the last call."""
-        before, self._since = self._since, time.monotonic()
-        return LayerCost(self._since - before, self._tokens, peak_host_bytes(), peak_device_bytes(self._device))
-
-
-def _store(model: StreamedModel, run: RunDirectory, index: int, statistics: LayerStatistics, costs: _Costs) -> None:
-    """Record a layer, unless the model's files were changed while it was taken."""
-    model.checkpoint.require_unchanged()
-    checksum = model.checkpoint.checksum(list(model.layer_entries[index].values()))
-    run.write_statistics(index, statistics, checksum, costs.of_layer())
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Collection:
-    """The windows on their way through the layers, and what is measured there."""
+class CollectResult:
+    """A complete collection: its run directory, how many layers and windows, what this call took."""
 
-    batches: LayerPass
-    run: RunDirectory
-    options: CollectConfig
-
-    @property
-    def hands_on_pruned(self) -> bool:
-        """Whether the pruned output of a layer feeds the next, which takes another run of the layer."""
-        return self.options.method == "wanda-sp"
-
-    def measure(self, index: int, weights: Mapping[str, torch.Tensor]) -> LayerStatistics:
-        """Run a layer; the statistics of what its output projections read, of the windows of all ranks."""
-        model = self.batches.model
-        with _input_moments(model, index, weights) as merger:
-            for _ in self.batches.run(index, weights, keep_output=not self.hands_on_pruned):
-                merger.take_batch()
-        moments = merger.finish()
-        _require_same_on_all_machines(model, index)
-        return _layer_statistics(model, index, weights, moments)
-
-    def repeat(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Hand on the output of a layer that has been measured; for wanda-sp, pruned: removed channels output zero."""
-        if self.hands_on_pruned:
-            self.batches.step = (index, 1)
-            self._zero_removed(index, weights)
-        self.batches.run_all(index, weights)
-
-    def _zero_removed(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
-        model, decision = self.batches.model, part_of(self.options, PlanConfig)
-        shape = model.shapes[index]
-        channels = shape.heads_per_group * shape.head_dim
-        keep = model.ranks.from_first(
-            lambda: keep_in_layer(wanda_scores(self.run.read_statistics(index), channels), shape, decision)
-        )
-        for part in model.family.parts(shape):
-            removed = part.removed_channels(part.own(keep.of(part.kind.name)), shape)
-            if len(removed):
-                weights[f"{part.kind.output.name}.weight"][:, torch.from_numpy(removed).to(model.device)] = 0
+    run: Path
+    layers: int
+    samples: int
+    sequence_length: int
+    measured: Measured
 
 
-def _require_same_on_all_machines(model: StreamedModel, index: int) -> None:
-    """Raise CorruptCheckpoint if a layer was read with other bytes on one machine than on another."""
-    ranks, entries = model.ranks, list(model.layer_entries[index].values())
-    checksum = model.checkpoint.checksum(entries) if ranks.leads_node else None
-    if len({found for found in ranks.gathered(checksum) if found is not None}) > 1:
-        raise CorruptCheckpoint(
-            f"layer {index} of {model.checkpoint.source} has other bytes on one machine than on another; "
-            "give all machines the same files and run the same command again"
-        )
+def collect(
+    model: str | Path,
+    run: str | Path,
+    options: CollectConfig | None = None,
+    *,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
+) -> CollectResult:
+    """Collect the statistics of every layer into the run directory `run`, which serves any number of plans.
 
-
-def _layer_statistics(
-    model: StreamedModel, index: int, weights: Mapping[str, torch.Tensor], moments: Mapping[str, Moments]
-) -> LayerStatistics:
-    """Moments and the norms of the weights together, experts one after another; without moments, counts are 0."""
-    found: dict[str, list[ChannelStatistics]] = {"attention": [], "mlp": []}
-    for part in model.family.parts(model.shapes[index]):
-        weight = weights.get(f"{part.kind.output.name}.weight")
-        channels = 0 if weight is None else weight.shape[1]
-        squared, absolute = (np.zeros(0), np.zeros(0)) if weight is None else column_norms(weight)
-        own = vars(moments.get(part.kind.output.name, Moments.empty(channels)))
-        norms: dict[str, Any] = {"weight_squared_norm": squared, "weight_abs_mean": absolute}
-        count = np.full(channels, own["count"], dtype=np.int64)
-        found[part.kind.name].append(ChannelStatistics(**{**own, **norms, "count": count}))
-    return LayerStatistics(**{kind: concatenated(parts) for kind, parts in found.items()})
-
-
-class _Merger:
-    """Merges the window moments of a layer's output projections: those of every channel in the order of windows.
-
-    Ranks run their windows side by side, so the merging is divided by channels: each rank gets the moments of some of
-    them, of all windows, and adds them batch by batch as one process would. No operation mixes channels; so every sum
-    has the same terms in the same order, whatever the number of ranks.
+    With `method="wanda-sp"` the statistics fit one `options.ratio` only, since each pruned layer feeds the next.
+    keywords: the fields of `CollectConfig`, in place of `options`. progress: see `prune`.
     """
-
-    def __init__(self, ranks: Ranks, channels: Mapping[str, int]) -> None:
-        self._ranks, self._channels = ranks, channels
-        self._moments = {name: Moments.empty(len(self._own(name, ranks.rank))) for name in channels}
-        self._pending: dict[str, _Windows] = {}
-        self._batches: list[dict[str, _Windows]] = []
-
-    def _own(self, name: str, rank: int) -> range:
-        """The channels of a projection that a rank merges; not very few, which numpy might sum in another order."""
-        count, world = self._channels[name], self._ranks.world
-        first, last = (count * part // world // _CHANNEL_BLOCK * _CHANNEL_BLOCK for part in (rank, rank + 1))
-        return range(first, count if rank + 1 == world else last)
-
-    def hook(self, name: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
-        """What sees the inputs of a projection."""
-
-        def see(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            windows = inputs[0] if inputs[0].ndim == 3 else inputs[0][None]  # an expert's tokens are one window
-            means, m2s = window_moments(windows)
-            self._pending[name] = (means, m2s, windows.shape[1])
-
-        return see
-
-    def begin_batch(self) -> None:
-        """A batch is about to run: what one that failed has left does not count."""
-        self._pending = {}
-
-    def take_batch(self) -> None:
-        """A batch has run."""
-        on_host = {name: (means.cpu(), m2s.cpu(), tokens) for name, (means, m2s, tokens) in self._pending.items()}
-        self._batches.append(on_host)
-        self._pending = {}
-        if self._ranks.world == 1:
-            self._merge()
-
-    def finish(self) -> dict[str, Moments]:
-        """Moments of all windows, by projection."""
-        self._merge()
-        parts = self._ranks.gathered(self._moments)
-        return {name: joined_channels([part[name] for part in parts]) for name in self._channels}
-
-    def _merge(self) -> None:
-        for batches in self._ranks.exchanged([self._columns(rank) for rank in range(self._ranks.world)]):
-            for batch in batches:
-                for name, (means, m2s, tokens) in batch.items():
-                    self._moments[name].add_windows(means, m2s, tokens)
-        self._batches = []
-
-    def _columns(self, rank: int) -> list[dict[str, tuple[np.ndarray, np.ndarray, int]]]:
-        """The channels that a rank merges, of the windows that have run here."""
-        return [
-            {
-                name: (means.numpy()[:, own.start : own.stop], m2s.numpy()[:, own.start : own.stop], tokens)
-                for name, (means, m2s, tokens) in batch.items()
-                if len(own := self._own(name, rank)) or rank == 0
-            }
-            for batch in self._batches
-        ]
+    options = options_of(CollectConfig, "collect", options, keywords)
+    with joined() as ranks, ExitStack() as stack:
+        ranks.from_first(lambda: check_calibration(options, model))
+        source = stack.enter_context(opened_model(model, ranks))
+        return collect_into(Session(source, ranks, Progress.of(progress)), Path(run), options, stack)[1]
 
 
-@contextmanager
-def _input_moments(model: StreamedModel, index: int, weights: Mapping[str, torch.Tensor]) -> Iterator[_Merger]:
-    """What takes the moments of the inputs of the layer's output projections while it runs."""
-    names = [part.kind.output.name for part in model.family.parts(model.shapes[index])]
-    present = {name: weights[f"{name}.weight"].shape[1] for name in names if f"{name}.weight" in weights}
-    merger = _Merger(model.ranks, {name: present.get(name, 0) for name in names})
-    layer = model.layers[index]
-    handles = [layer.get_submodule(name).register_forward_pre_hook(merger.hook(name)) for name in present]
-    handles.append(layer.register_forward_pre_hook(lambda _module, _inputs: merger.begin_batch()))
+def collect_into(
+    session: Session, run: Path, options: CollectConfig, stack: ExitStack, out: Path | None = None
+) -> tuple[RunDirectory, CollectResult]:
+    """Collect into a run directory, which is returned open and closed with `stack`.
+
+    out: where a whole job will write its output; its free space is checked first.
+    """
+    source, ranks, progress, measured = session.source, session.ranks, session.progress, session.measured
+    with measured.stage("collect"):
+        model = StreamedModel(source, options, ranks)
+        measured.device = str(model.device)
+        progress.header({**model_row(source, len(model.layers)), "run directory": str(run)})
+        if isinstance(options, PruneConfig):
+            _require_possible(model, options)
+        if options.method != "magnitude-sp":
+            progress.say("reading the calibration text")
+        windows = ranks.from_first(lambda: _calibration_windows(model, options))
+        samples, length = windows.tokens.shape
+        give_back_heap()
+        warn_of_positions(source.config, length)
+        if out is not None and ranks.is_first:
+            _require_space(model, options, windows.tokens.size, run, out)
+        placement = _place(model, options, windows, run)
+        measured.placement = placement
+        progress.header(engine_rows(model, placement, samples, length))
+        opened = opened_run(ranks, run, lambda: _begun_run(model, run, options, windows, placement.batch_size))
+        directory = stack.enter_context(opened)
+        with cpu_threads(directory.manifest["threads"]):
+            loss = LossStore(directory, min(options.loss_windows, samples)) if options.loss_windows else None
+            collect_statistics(model, directory, options, placement, progress, loss)
+            if loss is not None:
+                _sweep_loss(model, loss, options, placement, progress)
+        release(model.device)
+    measured.of_all(ranks, source.bytes_read)
+    return directory, CollectResult(run, len(model.shapes), samples, length, measured)
+
+
+def check_calibration(options: CollectConfig, model: str | Path) -> None:
+    """Raise InvalidInput if the calibration text, where one is needed, cannot be read."""
+    if options.method != "magnitude-sp":
+        check_text(calibration_text(options), model)
+
+
+def calibration_record(options: CollectConfig) -> dict[str, Any]:
+    """The calibration as asked for, as run.json and pruning.json record it."""
+    if options.method == "magnitude-sp":
+        return {}
+    sources = [Path(source).name for source in options.calibration]
+    asked = ("samples", "sequence_length", "seed", "bos", "text_column", "chat_template")
+    return {"sources": sources, **{key: getattr(options, key) for key in asked}}
+
+
+def _require_possible(model: StreamedModel, options: PruneConfig) -> None:
+    """Raise what planning and refitting would raise for this model whatever the scores."""
+    require_minimum(model.shapes, options)
+    nothing = [(np.zeros(shape.kv_groups), np.zeros(shape.neurons)) for shape in model.shapes]
+    allocate(nothing, model.shapes, part_of(options, PlanConfig))
+    if options.refits:
+        require_refittable(model.family, model.shapes, options.refit_target, model.checkpoint.source)
+
+
+def _calibration_windows(model: StreamedModel, options: CollectConfig) -> Windows:
+    """The windows to run; none if only weights are read."""
+    if options.method == "magnitude-sp":
+        return Windows(np.zeros((0, 0), dtype=np.int64))
+    found = calibration_tokens(
+        calibration_text(options),
+        options.seed,
+        lambda: load_tokenizer(model.checkpoint.directory, options.trust_remote_code),
+        model.vocab_size,
+        model.room(options),
+    )
+    available = len(found.tokens)
+    if available < options.samples and "samples" in changed_options(options):
+        logger.warning("--samples is %d, but there are only %d windows; all are used", options.samples, available)
+    return found
+
+
+def _refit_target(options: CollectConfig) -> str | None:
+    """What a refit after this collection aims at; None if this call does not refit."""
+    return options.refit_target if isinstance(options, PruneConfig) and options.refits else None
+
+
+def _require_space(model: StreamedModel, options: CollectConfig, tokens: int, run: Path, out: Path) -> None:
+    """Raise InsufficientSpace unless OUT and the run directory fit; what an interrupted call has written counts."""
+    target = _refit_target(options)
+    written = estimated_bytes(model.checkpoint, model.shapes, options.ratio)
+    written -= files.tree_bytes(files.partial_path(out))
+    kept = stored_bytes(model.shapes, tokens) - files.tree_bytes(run)
+    kept += 0 if target is None else refit_stored_bytes(model, target)
+    require_space(out, max(0, written), run, max(0, kept))
+
+
+def _place(model: StreamedModel, options: CollectConfig, windows: Windows, run: Path) -> Placement:
+    """How to run the layers, such that a refit afterwards fits into memory as well, whatever the plan will be."""
+    target, job = _refit_target(options), model.job(*windows.tokens.shape)
+    then = [] if target is None else [model.refit_after(job, refit_sizes(model, target))]
+    return model.place(options, job, then=then, recorded=RunDirectory.recorded_batch_size(run))
+
+
+def _begun_run(
+    model: StreamedModel, run: Path, options: CollectConfig, windows: Windows, batch_size: int
+) -> RunDirectory:
+    """The run directory with its tokens stored, once the model's files have been compared with those recorded."""
+    directory = RunDirectory.create(run, _manifest(model, options, windows, batch_size))
     try:
-        yield merger
-    finally:
-        for handle in handles:
-            handle.remove()
+        if windows.tokens.size and not directory.has_tokens():
+            directory.write_tokens(windows.tokens)
+        require_same_weights(model.checkpoint, directory)
+    except BaseException:
+        directory.close()
+        raise
+    return directory
+
+
+def _manifest(model: StreamedModel, options: CollectConfig, windows: Windows, batch_size: int) -> dict[str, Any]:
+    """What the statistics depend on (`model`, `tokens`, `options`), and what planning needs to know of the model."""
+    decides: dict[str, Any] = {"method": options.method}
+    if options.method != "magnitude-sp":
+        decides |= {"dtype": str(model.dtype), "device": model.device.type, "batch_size": batch_size}
+    if options.method == "wanda-sp":
+        decides |= {name: getattr(options, name) for name in FED_ON}
+    return {
+        "model": model.checkpoint.fingerprint,
+        "tokens": {"sha256": tokens_digest(windows.tokens), "shape": list(windows.tokens.shape)},
+        "options": decides,
+        "source": absolute(model.checkpoint.source),
+        "calibration": calibration_record(options),
+        "window_prefix": list(windows.prefix),
+        "threads": torch.get_num_threads(),
+        "parameters": model.checkpoint.parameters,
+        "sizes": {
+            "hidden": model.hidden_size,
+            "vocabulary": model.vocab_size,
+            "weight_bytes": model.checkpoint.nbytes,
+            "expert_share": model.expert_share,
+        },
+        "layers": [asdict(shape) for shape in model.shapes],
+    }
+
+
+def _sweep_loss(
+    model: StreamedModel, loss: LossStore, options: CollectConfig, collected: Placement, progress: Progress
+) -> None:
+    """Collect the loss scores. collected: the placement of the collection."""
+    ranks, length = model.ranks, loss.run.manifest["tokens"]["shape"][1]
+    require_inputs(model, loss, collected, progress)
+    recorded = ranks.from_first(loss.recorded_batch_size)
+    job = replace(model.job(loss.windows, length, head=True, backward=True), base_bytes=collected.base_bytes)
+    own = model.place(options, job, recorded=recorded)
+    if ranks.is_first:
+        loss.begin(own.batch_size)
+    collect_loss_scores(model, loss, own, progress, options.snapshot_interval)

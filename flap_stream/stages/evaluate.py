@@ -1,6 +1,7 @@
 """Streaming perplexity of a dense or pruned checkpoint."""
 
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,24 +14,24 @@ from torch.nn import functional
 from flap_stream.config import EvaluateConfig
 from flap_stream.config.rules import options_of, warn_of_positions
 from flap_stream.engine.device import release
-from flap_stream.engine.hidden_states import HiddenStates
-from flap_stream.engine.layer_pass import LayerPass
+from flap_stream.engine.layer_pass import Batch, LayerPass
 from flap_stream.engine.membership import joined
 from flap_stream.engine.memory import give_back_heap
-from flap_stream.engine.placement import Placement
+from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import Logits, StreamedModel
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.stages.job_header import engine_rows, model_row
-from flap_stream.text.windows import check_text, evaluation_text, evaluation_tokens, load_tokenizer
+from flap_stream.text.tokenization import load_tokenizer
+from flap_stream.text.windows import check_text, evaluation_text, evaluation_tokens
 
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """Perplexity over `windows` windows of `sequence_length` tokens, and what it took.
+    """Perplexity over `windows` windows of `sequence_length` tokens, and what the call took.
 
-    standard_error: of the perplexity, from how the windows differ; None of one window. window_nll: each window's mean
-    negative log-likelihood, in nats; two models are best compared by the differences of theirs.
+    standard_error: of the perplexity, from the spread of the windows; None for a single window. window_nll: each
+    window's mean negative log-likelihood in nats; compare two models by the paired differences of theirs.
     """
 
     perplexity: float
@@ -50,10 +51,10 @@ def evaluate(
     progress: Progress | bool | None = None,
     **keywords: Any,
 ) -> EvaluateResult:
-    """Perplexity of a model (directory or Hub id), one decoder layer in memory at a time.
+    """Perplexity of a model (directory or Hub id), streamed one decoder layer at a time.
 
-    Every window predicts its tokens but the first from those before them in the window; the perplexity is the
-    exponential of the mean negative log-likelihood of all predictions (eval_ppl in lib/eval.py of the released code).
+    Every token of a window but the first is predicted from those before it in the window; perplexity is the
+    exponential of the mean negative log-likelihood over all predictions (eval_ppl in lib/eval.py of the released code).
     keywords: the fields of `EvaluateConfig`, in place of `options`. progress: True shows it on stderr.
     Raises InvalidInput for a model or text that cannot be evaluated.
     """
@@ -104,11 +105,11 @@ def score_tokens(
     progress: Progress,
     wanted: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How likely the model finds each token after those before it in its window.
+    """Score each token given those before it in its window.
 
     tokens: int64 `[sample, token]`. wanted: bool `[sample, token - 1]`, the predictions to make; None makes all.
-    Both results are `[wanted prediction]`, in order of windows: log-probabilities, float32 in nats, and whether the
-    token is the likeliest of all. Every rank of the model runs its share of the windows, and gets the results of all.
+    Returns log-probabilities, float32 in nats, and whether each token is the most likely one; both are
+    `[wanted prediction]`, in order of windows. Every rank runs its share of the windows and gets all results.
     """
     batch = placement.batch_size
     own = model.ranks.share(len(tokens), batch)
@@ -118,30 +119,29 @@ def score_tokens(
             batches = LayerPass(model, placement, own_tokens, [hidden])
             for i, weights in batches.layers(stage):
                 batches.run_all(i, weights)
-        found = model.ranks.gathered(score_outputs(model, model.head(), hidden, own_tokens, batch, own_wanted))
+        found = model.ranks.gathered(score_outputs(model, model.head(), hidden.stream(batch), own_tokens, own_wanted))
     return np.concatenate([scores for scores, _ in found]), np.concatenate([likeliest for _, likeliest in found])
 
 
 def score_outputs(
     model: StreamedModel,
     logits_of: Logits,
-    hidden: HiddenStates,
+    outputs: Iterable[Batch],
     tokens: np.ndarray,
-    batch_size: int,
     wanted: np.ndarray | None = None,
-    first_window: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same of hidden states that have left the last layer.
+    """Score tokens from the outputs of the last layer; see `score_tokens`.
 
-    logits_of: of `StreamedModel.head`. first_window: where the hidden states of these tokens begin.
+    logits_of: see `StreamedModel.head`. outputs: batches that cover the windows of `tokens` in order.
     """
     wanted = np.ones((len(tokens), tokens.shape[1] - 1), dtype=bool) if wanted is None else wanted
     scores, likeliest = [np.zeros(0, dtype=np.float32)], [np.zeros(0, dtype=bool)]
-    for at, values in hidden.stream(batch_size, range(first_window, first_window + len(tokens))):
-        start = at - first_window
+    start = 0
+    for _, values in outputs:
         here = wanted[start : start + len(values)]
         inputs = values[:, :-1][torch.from_numpy(here).to(model.device)]  # [prediction, hidden]
         targets = torch.from_numpy(tokens[start : start + len(values), 1:][here]).to(model.device)
+        start += len(values)
         for first, logits in logits_of(inputs):
             chunk = targets[first : first + len(logits)]
             scores.append(-functional.cross_entropy(logits, chunk, reduction="none").cpu().numpy())
@@ -155,10 +155,10 @@ def perplexity_of(scores: np.ndarray) -> float:
 
 
 def standard_error_of(window_nll: np.ndarray) -> float | None:
-    """Standard error of the perplexity, windows being drawn independently; None if there is one alone.
+    """Standard error of the perplexity if windows are drawn independently; None for a single window.
 
-    window_nll: float64 `[sample]`, mean negative log-likelihoods of windows of one length. The error of their mean is
-    carried through the exponential to first order.
+    window_nll: float64 `[sample]`, mean negative log-likelihoods of windows of equal length. The error of their mean
+    is propagated through the exponential to first order.
     """
     if len(window_nll) < 2:
         return None

@@ -1,19 +1,19 @@
-"""What a person is told of a job before its first layer: the model, how it is run, what memory that takes."""
+"""What is shown of a job before its first layer: the model, how it runs, and the predicted memory."""
 
-from flap_stream.engine.placement import Placement
+from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.progress import format_bytes
 
 
 def model_row(source: Checkpoint, layers: int) -> dict[str, str]:
-    """Which model it is."""
+    """The row that names the model."""
     kind = source.config.get("model_type")
     return {"model": f"{source.source} ({kind}, {layers} layers, {source.parameters:,} parameters)"}
 
 
 def engine_rows(model: StreamedModel, placement: Placement, samples: int, length: int) -> dict[str, str]:
-    """How its layers are run over `samples` windows of `length` tokens."""
+    """The rows that say how the layers run over `samples` windows of `length` tokens, and the memory."""
     device, dtype = model.device, str(model.dtype).removeprefix("torch.")
     how = [f"{dtype} on {device}"]
     if samples:

@@ -1,7 +1,7 @@
-"""How much the loss feels each unit: a backward sweep over the layers, one layer's graph in memory at a time.
+"""How much each unit affects the loss: a backward sweep over the layers, one layer's graph in memory at a time.
 
 With x the input of an output projection, `mean` its baseline and g the gradient of a window's loss with respect to x,
-removing unit u with its bias changes the loss of window w by s_wu = -sum (x - mean) g over the unit's channels and the
+replacing unit u by its bias changes the loss of window w by s_wu = -sum (x - mean) g over the unit's channels and the
 window's tokens, to first order; F_u = mean_w s_wu^2 (Kwon et al. 2022, for masks; the centring is ours).
 """
 
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from flap_stream.engine.hidden_states import Feed, HiddenStates
 from flap_stream.engine.layer_pass import LayerPass, StandIns
-from flap_stream.engine.placement import Placement
+from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import NonFinite
 from flap_stream.model.units import Part
@@ -26,17 +26,17 @@ from flap_stream.storage import files
 from flap_stream.storage.loss import KINDS, LossScores, LossStore
 from flap_stream.storage.run_directory import RunDirectory
 
-_LOGIT_BYTES = 1 << 26  # of a chunk of float32 logits
+_LOGIT_BYTES = 1 << 26  # of a chunk of float32 logits; not measured
 
-Scores = dict[str, torch.Tensor]  # kind of unit to what removing each changes the loss by, float64 [window, unit]
+Scores = dict[str, torch.Tensor]  # by kind of unit, the change of the loss when each is removed, float64 [window, unit]
 
 
 @dataclass(kw_only=True)
 class BackwardPass(LayerPass):
-    """Gradients of the windows' losses on their way from the last layer to the first.
+    """Gradients of the windows' losses, carried from the last layer to the first.
 
-    hidden: one, the gradient with respect to what left the layer at hand, float32 `[sample, token, hidden]`.
-    inputs: for the hidden states that enter the layer at hand. store: where these are.
+    hidden: one entry, the gradient with respect to the current layer's output, float32 `[sample, token, hidden]`.
+    inputs: holds the hidden states that enter the current layer. store: where they are stored.
     """
 
     inputs: HiddenStates
@@ -50,17 +50,18 @@ class BackwardPass(LayerPass):
         return range(len(self.model.layers))[::-1]
 
     def begin(self) -> None:
-        """The gradient of the loss with respect to what left the last layer."""
+        """Compute the gradient of the loss with respect to the last layer's output."""
         self._load_inputs(len(self.model.layers))
         gradient_of = loss_gradient(self.model)
         for start, hidden in self.inputs.stream(self.placement.batch_size):
             tokens = torch.from_numpy(self.tokens[start : start + len(hidden)]).to(self.model.device)
-            gradients = [gradient_of(*pair) for pair in zip(hidden, tokens, strict=True)]  # whatever the batch size
+            # one by one, so that the result does not depend on the batch size
+            gradients = [gradient_of(*pair) for pair in zip(hidden, tokens, strict=True)]
             self.hidden[0].put(start, torch.stack(gradients))
         self.hidden[0].advance()
 
     def scores(self, index: int, weights: Mapping[str, torch.Tensor]) -> Scores:
-        """Hand the gradient down through a layer; what removing each unit changes the loss of each window by."""
+        """Propagate the gradient through a layer; return the change of each window's loss when each unit is removed."""
         self._load_inputs(index)
         self._feed, self._scores = Feed(self.inputs, self.placement.batch_size), {}
         means = self.model.ranks.from_first(lambda: _baselines(self.model, self.store.run, index))
@@ -77,7 +78,7 @@ class BackwardPass(LayerPass):
     def run_batch(
         self, index: int, weights: Mapping[str, torch.Tensor], start: int, values: torch.Tensor, modules: StandIns
     ) -> torch.Tensor:
-        """The gradient with respect to a batch's input of the layer, from that with respect to its output."""
+        """The gradient with respect to the layer's input for a batch, from that with respect to its output."""
         shift = torch.frexp(values.flatten(1).abs().amax(dim=1)).exponent[:, None, None]
         gradient = torch.ldexp(values, -shift).to(self.model.dtype)  # half precision neither overflows nor vanishes
         hidden = self._feed.take(start, len(values)).detach().requires_grad_()
@@ -99,7 +100,10 @@ class BackwardPass(LayerPass):
 
 
 def keep_inputs(batches: LayerPass, store: LossStore, layer: int) -> None:
-    """Store the hidden states of the sweep's windows as they enter a layer (its number behind the last: leave it)."""
+    """Store the hidden states of the sweep's windows as they enter a layer.
+
+    layer: the number of layers stores the last one's output.
+    """
     ranks = batches.model.ranks
     if ranks.from_first(lambda: store.inputs_digest(layer)) is None:
         if ranks.is_first:
@@ -112,9 +116,9 @@ def keep_inputs(batches: LayerPass, store: LossStore, layer: int) -> None:
 
 
 def require_inputs(model: StreamedModel, store: LossStore, placement: Placement, progress: Progress) -> None:
-    """Run the sweep's windows once more if inputs of layers are missing: the statistics were complete before.
+    """Run the sweep's windows again if inputs of layers are missing, as when the statistics were already complete.
 
-    placement: of the collection, whose batches are repeated, so that the inputs have the same bytes.
+    placement: of the collection, whose batches are repeated so that the inputs are byte-identical.
     """
     ranks, run, count = model.ranks, store.run, len(model.layers)
     missing = ranks.from_first(lambda: [i for i in range(count + 1) if store.inputs_digest(i) is None])
@@ -138,10 +142,10 @@ def require_inputs(model: StreamedModel, store: LossStore, placement: Placement,
 def collect_loss_scores(
     model: StreamedModel, store: LossStore, placement: Placement, progress: Progress, interval: int | None = None
 ) -> None:
-    """Bring the scores of all layers into the run directory, going on where an earlier call stopped.
+    """Collect the loss scores of all layers into the run directory, resuming where an earlier call stopped.
 
-    The inputs of all layers are stored. interval: layers between two snapshots of the gradient.
-    All ranks of the model do this together; the run directory is open for writing on the first.
+    The inputs of all layers must be stored. interval: layers between two snapshots of the gradient.
+    All ranks of the model take part; the run directory is open for writing on rank 0.
     Raises NonFinite, naming the layer, if a gradient holds NaN or infinity.
     """
     ranks, run = model.ranks, store.run
@@ -169,7 +173,7 @@ def collect_loss_scores(
             )
             for i, weights in backward.layers(stage, done, interval):
                 scores = backward.scores(i, weights)
-                if i < len(model.layers) - done:  # else an earlier call has stored them
+                if i < len(model.layers) - done:  # otherwise an earlier call stored them
                     found = ranks.gathered(scores)
                     model.checkpoint.require_unchanged()
                     if ranks.is_first:
@@ -180,24 +184,24 @@ def collect_loss_scores(
 
 
 def _mean_squares(found: Sequence[Scores]) -> LossScores:
-    """F of each unit. found: the changes of the windows of every rank."""
+    """F of each unit. found: the changes of the loss, from every rank's windows."""
     return LossScores(
         **{kind: torch.cat([part[kind] for part in found]).square().mean(dim=0).numpy() for kind in KINDS}
     )
 
 
 def _baselines(model: StreamedModel, run: RunDirectory, index: int) -> dict[str, np.ndarray]:
-    """Output projection to the mean of its inputs, float64 `[channel]`."""
+    """The mean of each output projection's inputs, float64 `[channel]`."""
     statistics, shape = run.read_statistics(index), model.shapes[index]
     parts = model.family.parts(shape)
     return {part.kind.output.name: statistics.of(part.kind.name).mean[part.channels(shape)] for part in parts}
 
 
 def loss_gradient(model: StreamedModel) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The head, loaded: a function to the gradient of a window's loss with respect to what left the last layer.
+    """Load the head; return a function that computes the gradient of a window's loss at the last layer's output.
 
-    It takes `[token, hidden]` and the window's tokens, int64 `[token]`, and returns float32 `[token, hidden]`. The loss
-    is the sum of the negative log-likelihoods of all tokens but the first.
+    It takes the output `[token, hidden]` and the window's tokens, int64 `[token]`, and returns float32
+    `[token, hidden]`. The loss is the sum of the negative log-likelihoods of all tokens but the first.
     """
     norm, head_weight = model.final_norm(), model.head_weight()
     chunk = max(1, _LOGIT_BYTES // (4 * model.vocab_size))
@@ -223,7 +227,7 @@ def loss_gradient(model: StreamedModel) -> Callable[[torch.Tensor, torch.Tensor]
 class _Read:
     """What an output projection read.
 
-    inputs: `[window, token, channel]`; of an expert `[routed token, channel]`, `counts` of them for each window.
+    inputs: `[window, token, channel]`; for an expert `[routed token, channel]`, with `counts` of them per window.
     """
 
     part: Part
@@ -240,10 +244,10 @@ class _Read:
 
 @contextmanager
 def _captured(model: StreamedModel, index: int) -> Iterator[list[_Read]]:
-    """What the output projections of a layer read while it runs."""
+    """What a layer's output projections read while it runs in the block."""
     layer, parts = model.layers[index], model.family.parts(model.shapes[index])
     reads: list[_Read] = []
-    counts: list[list[list[int]]] = []  # of each expert, its rows in each window
+    counts: list[list[list[int]]] = []  # once the router has run: [expert][window], tokens routed
 
     def see(part: Part, expert: int) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
         def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -274,7 +278,10 @@ def _captured(model: StreamedModel, index: int) -> Iterator[list[_Read]]:
 
 
 def _rows(routed: torch.Tensor, experts: int, windows: int) -> list[list[int]]:
-    """How many tokens of each window go to each expert. routed: int64 `[token, choice]`."""
+    """How many tokens of each window are routed to each expert, `[expert][window]`.
+
+    routed: int64 `[token, choice]`.
+    """
     ids = torch.arange(experts, device=routed.device)
     chosen = (routed[..., None] == ids).sum(dim=1)  # [token, expert]
     return chosen.unflatten(0, (windows, -1)).sum(dim=1).T.tolist()

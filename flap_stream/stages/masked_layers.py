@@ -1,6 +1,6 @@
-"""A pruned decoder layer without cutting it: the dense layer, of which removed channels give nothing, and its mending.
+"""A pruned decoder layer emulated by the dense one: removed channels are masked with zeros, biases compensate for them.
 
-So one reading of a layer serves any number of decisions; outputs are those of the written checkpoint, up to rounding.
+So a layer that is read once serves any number of plans; outputs equal those of the written checkpoint up to rounding.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,20 +15,19 @@ from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.scoring import baseline_input
 from flap_stream.arithmetic.surgery import baseline_shift
 from flap_stream.engine.streamed_model import StreamedModel
-from flap_stream.model.architecture import Part
-from flap_stream.model.dtypes import stored_dtype
+from flap_stream.model.safetensors_format import FORWARD_DTYPES
 from flap_stream.model.units import Part
 from flap_stream.storage.run_directory import RunDirectory
 
-_BLOCK_BYTES = 1 << 23
+_BLOCK_BYTES = 1 << 23  # of float64 weights multiplied at once; not measured
 
-# Layer, its dense tensors on the device and what stays in it -> tensors that stand in for the layer's own, by name.
+# From a layer's index, its dense tensors on the device and what is kept to tensors that replace its own, by name.
 Mending = Callable[[int, Mapping[str, torch.Tensor], LayerKeep], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What stays in every layer, and how what goes is made up for."""
+    """What is kept in every layer, and how to compensate for what is removed."""
 
     keeps: list[LayerKeep]
     mend: Mending
@@ -38,7 +37,7 @@ class Decision:
 def masked(
     model: StreamedModel, index: int, weights: Mapping[str, torch.Tensor], decision: Decision | None
 ) -> Iterator[Mapping[str, torch.Tensor]]:
-    """The tensors to run a layer with, while inputs of its output projections that would be gone are set to zero.
+    """The tensors to run a layer with; in the block, removed inputs of its output projections are set to zero.
 
     decision: None runs the dense layer.
     """
@@ -59,10 +58,10 @@ def masked(
 
 
 def mending(restore: str, model: StreamedModel, run: RunDirectory, form: str) -> Mending:
-    """How one of `config.RESTORATIONS` mends a layer. form: of the statistics, `exact` or `released`.
+    """How a restoration, `none` or `bias`, mends a layer. form: of the statistics, `exact` or `released`.
 
-    A restoration that refits weights belongs here, beside the two: it gives `<output projection>.weight` too, of the
-    dense size, since the inputs that are gone are zero.
+    A restoration that refits weights would belong here too: it would also return `<output projection>.weight`, of the
+    dense size, since removed inputs are zero.
     """
     if restore == "none":
         return lambda index, weights, keep: {}
@@ -81,7 +80,7 @@ def mending(restore: str, model: StreamedModel, run: RunDirectory, form: str) ->
 
 
 def _removed(model: StreamedModel, index: int, keep: LayerKeep) -> Iterator[tuple[Part, np.ndarray]]:
-    """The parts of a layer, and the input channels of their output projections that go."""
+    """The parts of a layer, and the removed input channels of their output projections."""
     shape = model.shapes[index]
     for part in model.family.parts(shape):
         yield part, part.removed_channels(part.own(keep.of(part.kind.name)), shape)
@@ -102,7 +101,7 @@ def _shifted_bias(
     removed: np.ndarray,
     mean: np.ndarray,
 ) -> torch.Tensor:
-    """The bias that pass 2 writes, rounded to the dtype in which it is stored; `[row]` in the forward's dtype.
+    """The bias that rewrite stores, rounded to its stored dtype; `[row]` in the dtype that the layers run in.
 
     mean: float64 `[channel]`.
     """
@@ -113,4 +112,4 @@ def _shifted_bias(
     if bias is not None:
         total += bias
     entry = model.layer_entries[index][f"{name}.weight" if bias is None else f"{name}.bias"]
-    return total.to(stored_dtype(entry)).to(model.dtype)
+    return total.to(getattr(torch, FORWARD_DTYPES[entry.dtype])).to(model.dtype)

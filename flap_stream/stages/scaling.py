@@ -1,7 +1,7 @@
-"""How long a job takes on any number of ranks: a model of what they share. Plain arithmetic on sizes and rates.
+"""A model of how long a job takes on any number of ranks: plain arithmetic on sizes and rates.
 
-A layer's products are divided among ranks, and so are reading it within a node and merging its moments; its bytes go to
-every node, from file systems that nodes share or not. Reading goes on beside the products, the rest after them.
+Matrix products, reading within a node and merging of moments are divided among ranks; every node reads all bytes of a
+layer, from file systems that nodes may share. Reading overlaps with the products; the rest follows them.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from flap_stream.engine.ranks import window_shares
 class Work:
     """What a job consists of.
 
-    samples, batch_size: windows in all, and at once. operations: floating-point, of all layers. layer_bytes: of all
-    layers on disk. moment_bytes: window moments of all layers.
-    hidden_traffic: bytes of hidden states that go to disk and back. read_again, written: bytes, of pass 2, in so many
-    shards.
+    samples, batch_size: windows in total, and per batch. operations: floating-point operations to run all layers once.
+    layer_bytes: all layers on disk. moment_bytes: window moments of all layers.
+    hidden_traffic: bytes of hidden states written to disk and read back while all layers are run once.
+    read_again, written: bytes that rewriting reads from the model, and writes in `shards` shards.
     refit: None if nothing is refitted.
     """
 
@@ -33,13 +33,32 @@ class Work:
     shards: int
     refit: "RefitWork | None" = None
 
+    @property
+    def passes(self) -> int:
+        """How many times all layers are read and run: to collect, and to refit."""
+        return 1 if self.refit is None else 2
+
+    @property
+    def total_operations(self) -> int:
+        """Floating-point operations of collection and refitting."""
+        return self.operations + (0 if self.refit is None else self.refit.operations + self.refit.solving)
+
+    def bytes_read(self, nodes: int) -> int:
+        """Bytes of the model and of hidden states that all nodes read."""
+        return self.passes * (nodes * self.layer_bytes + self.hidden_traffic) + self.read_again
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the output and of hidden states."""
+        return self.written + self.passes * self.hidden_traffic
+
 
 @dataclass(frozen=True)
 class RefitWork:
-    """What refitting consists of, beside reading layers once more.
+    """What refitting consists of, besides reading the layers once more.
 
-    operations: of layers and moments, which ranks divide. solving: operations on rank 0 while the others wait.
-    sum_bytes: of the sums that every rank hands to rank 0.
+    operations: for layers and moments, divided among ranks. solving: operations on rank 0 while the others wait.
+    sum_bytes: the sums that every rank sends to rank 0.
     """
 
     operations: int
@@ -51,11 +70,11 @@ class RefitWork:
 class Rates:
     """Operations and bytes per second, and seconds.
 
-    product: of one rank. node_product: of all ranks of a node together, at most.
-    disk_read, disk_write: of the disk or the link to it of one node. shared_read, shared_write: of all nodes together.
+    product: operations of one rank. node_product: at most, of all ranks of a node together.
+    disk_read, disk_write: one node's disk, or its link to it. shared_read, shared_write: all nodes together.
     link: from host memory to a rank's device. network: out of a node, and into it.
-    merge: window moments that one rank merges. layer_seconds: what every layer takes besides, such as waiting for its
-    statistics to be on the disk.
+    merge: window moments merged by one rank. layer_seconds: overhead per layer, such as waiting until its statistics
+    are on the disk.
     """
 
     product: float
@@ -72,10 +91,10 @@ class Rates:
 
 @dataclass(frozen=True)
 class Scaled:
-    """What a job takes on so many ranks.
+    """What a job takes on `ranks` ranks.
 
-    busy_ranks: those that have windows. bound: what pass 1 waits for most: `products`, `reading`, `moments` or `rest`.
-    network_bytes: that leave one node, all stages together. seconds: a stage.
+    busy_ranks: ranks that have windows. bound: the bottleneck of collection: `products`, `reading`, `moments` or
+    `rest`. network_bytes: sent by one node in all stages together. seconds: by stage.
     """
 
     ranks: int
@@ -87,7 +106,7 @@ class Scaled:
 
 
 def scale(work: Work, rates: Rates, ranks: int = 1, nodes: int = 1) -> Scaled:
-    """Predict a job on ranks that are spread evenly over nodes."""
+    """Predict a job on ranks spread evenly over nodes."""
     shares = [len(share) for share in window_shares(work.samples, work.batch_size, ranks)] if work.samples else [0]
     largest_share = max(shares) / max(work.samples, 1)
     local = -(-ranks // nodes)

@@ -1,4 +1,4 @@
-"""One collection, many ratios: what would remain at each, and the perplexity, the model being read once for all."""
+"""One collection, many ratios: the size and perplexity at each, measured in one reading of the model."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from flap_stream.config import PlanConfig, SweepConfig, part_of, require_restora
 from flap_stream.config.rules import options_of, warn_of_positions
 from flap_stream.engine.device import release
 from flap_stream.engine.layer_pass import LayerPass
-from flap_stream.engine.placement import Placement
+from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidOption
 from flap_stream.model.opening import open_checkpoint
@@ -25,12 +25,14 @@ from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.stages.evaluate import perplexity_of, score_outputs
 from flap_stream.stages.job_header import engine_rows, model_row
 from flap_stream.stages.masked_layers import Decision, masked, mending
-from flap_stream.stages.pipeline import PlanResult, decide, require_model_of
+from flap_stream.stages.plan import PlanResult, decide
+from flap_stream.stages.same_source import require_model_of
 from flap_stream.storage import files
 from flap_stream.storage.json_form import finite, has_form, natural
 from flap_stream.storage.run_directory import RunDirectory, SnapshotStore
 from flap_stream.storage.run_manifest import tokens_digest
-from flap_stream.text.windows import check_text, evaluation_text, evaluation_tokens, load_tokenizer
+from flap_stream.text.tokenization import load_tokenizer
+from flap_stream.text.windows import check_text, evaluation_text, evaluation_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +41,14 @@ _CURVE = {
     **{"options": dict, "restore": str, "text": {"sources": [str], "sha256": str, "shape": (natural, natural)}},
     **{"dtype": str, "device": str, "dense_perplexity": float, "points": [_POINT]},
 }
-_SAME_RATIO = 1e-9
+_SAME_RATIO = 1e-9  # above the float error of a difference of ratios, below their sixth digit
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """What one ratio gives.
+    """The result at one ratio.
 
-    decoder_ratio, model_ratio: as of `PlanResult`. parameters: that stay. perplexity: None if it was not measured.
+    decoder_ratio, model_ratio: see `PlanResult`. parameters: those left. perplexity: None if it was not measured.
     """
 
     ratio: float
@@ -56,16 +58,17 @@ class SweepPoint:
     perplexity: float | None
 
     def __repr__(self) -> str:
-        """In digits that mean something."""
+        """With significant digits only."""
         measured = "" if self.perplexity is None else f", perplexity={self.perplexity:.4f}"
         return f"SweepPoint(ratio={self.ratio:g}, removed={self.decoder_ratio:.2%}{measured})"
 
 
 @dataclass(frozen=True)
 class Limit:
-    """The largest ratio that was found to keep the perplexity within a share of the dense model's.
+    """The largest ratio found whose perplexity exceeds the dense model's by at most a given share.
 
-    ratio: None if there is none down to the resolution. is_last: whether no larger ratio was tried.
+    increase: that share. perplexity: the limit. ratio: None if even the smallest ratio tried exceeds the limit.
+    is_last: whether no larger ratio was tried.
     """
 
     increase: float
@@ -77,7 +80,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """Points in order of ratio, those included that the search for the limit came by, and what this call took."""
+    """Points in order of ratio, including those from the search for the limit, and what this call took."""
 
     run: Path
     restore: str
@@ -101,11 +104,11 @@ def sweep(
     progress: Progress | bool | None = None,
     **keywords: Any,
 ) -> SweepResult:
-    """Plan many ratios from the run directory, and with `options.evaluate` measure the perplexity of each.
+    """Plan many ratios from the run directory and, with `options.evaluate`, measure the perplexity of each.
 
-    The stored plan stays as it is. All perplexities come from one reading of the model, if the hidden states of all
-    ratios have room, else from few. They are kept in the run directory as soon as they are known, so that a sweep which
-    is called again goes on.
+    The stored plan is not changed. The model is read once if the hidden states of all ratios fit into memory, otherwise
+    a few times. Perplexities are stored in the run directory as soon as they are known, so that a repeated call
+    resumes.
     model: where the dense model is now, if it was moved since `collect`. progress: True shows it on stderr.
     keywords: the fields of `SweepConfig`, in place of `options`.
     Raises what `plan`, `rewrite` and `evaluate` would.
@@ -142,9 +145,9 @@ def sweep(
 
 
 def read_curves(run: RunDirectory) -> list[dict[str, Any]]:
-    """The sweeps that a run directory holds, the oldest first.
+    """The sweeps that a run directory holds, oldest first.
 
-    Each has `options` (all of a plan's but the ratio), `restore`, `text` (sources, sha256 and shape of its windows),
+    Each has `options` (all of a plan's except the ratio), `restore`, `text` (sources, sha256 and shape of its windows),
     `dtype`, `device`, `dense_perplexity` and `points` in order of ratio, with the fields of `SweepPoint`.
     """
     found = [run.read_sweep(name) for name in run.sweep_names()]
@@ -182,7 +185,7 @@ def _result(run: RunDirectory, restore: str, points: list[SweepPoint], started: 
 
 
 class _Curve:
-    """Perplexities by ratio of one model, text and way of deciding, kept in the run directory."""
+    """Perplexities by ratio for one model, text and set of plan options, kept in the run directory."""
 
     def __init__(
         self, run: RunDirectory, model: StreamedModel, options: SweepConfig, restore: str, progress: Progress
@@ -218,16 +221,16 @@ class _Curve:
 
     @property
     def dense(self) -> float:
-        """Of the dense model, once measured."""
+        """Perplexity of the dense model, once measured."""
         return self._body["dense_perplexity"]
 
     def seen(self) -> list[SweepPoint]:
-        """The points that were asked for, in order of ratio."""
+        """The points measured or looked up in this call, in order of ratio."""
         known = [SweepPoint(**{name: point[name] for name in _POINT}) for point in self._body["points"]]
         return [point for point in known if point.ratio in self._seen]
 
     def measure(self, plans: Sequence[PlanResult]) -> None:
-        """Bring in the dense model's perplexity and those of plans, where they are not known."""
+        """Measure the perplexities of the dense model and of plans that are not known yet."""
         self._seen |= {plan.options.ratio for plan in plans}
         known = {point["ratio"] for point in self._body["points"]}
         missing: list[PlanResult | None] = [plan for plan in plans if plan.options.ratio not in known]
@@ -246,7 +249,7 @@ class _Curve:
                 self._run.write_sweep(self._name, self._body)
 
     def _take(self, plan: PlanResult | None, perplexity: float) -> None:
-        """Bring in one perplexity; without a plan it is the dense model's."""
+        """Record one perplexity; without a plan it is the dense model's."""
         if plan is None:
             self._body["dense_perplexity"] = perplexity
         else:
@@ -254,7 +257,7 @@ class _Curve:
             self._body["points"] = sorted(points, key=lambda point: point["ratio"])
 
     def find_limit(self, increase: float, resolution: float) -> Limit:
-        """Bisect between the largest ratio measured that stays within the limit and the next one above it."""
+        """Bisect between the largest measured ratio within the limit and the next larger one."""
         most, measured = self.dense * (1 + increase), self.seen()
         found = low = max((point.ratio for point in measured if _within(point, most)), default=0.0)
         high = min((point.ratio for point in measured if point.ratio > low), default=None)
@@ -263,7 +266,7 @@ class _Curve:
             middle = round((low + high) / 2, 6)
             try:
                 plan = decide(self._run, _plan_options(self._options, middle), self._restore)
-            except InvalidOption:  # sizes are rounded so coarsely that no ratio so small can be had
+            except InvalidOption:  # sizes are rounded so coarsely that so small a ratio removes nothing
                 low = middle
                 continue
             self.measure([plan])
@@ -292,10 +295,10 @@ def perplexities(
     store: SnapshotStore,
     progress: Progress,
 ) -> list[float]:
-    """Perplexity at each decision, None being the dense model, each layer being read once.
+    """Perplexity of each decision, None being the dense model; each layer is read once.
 
-    tokens: int64 `[sample, token]`. placement: for as many times these windows. store: of the hidden states of all, as
-    they go through the layers; a call that is interrupted goes on from there.
+    tokens: int64 `[sample, token]`. placement: for these windows once per decision. store: where snapshots of all
+    hidden states are kept, from which an interrupted call resumes.
     """
     count, batch = len(tokens), placement.batch_size
     shares = [range(i * count, (i + 1) * count) for i in range(len(decisions))]  # windows of each decision
@@ -313,7 +316,7 @@ def perplexities(
                         pass
             hidden.advance()
         logits_of = model.head()
-        scores = (score_outputs(model, logits_of, hidden, tokens, batch, first_window=w.start)[0] for w in shares)
+        scores = (score_outputs(model, logits_of, hidden.stream(batch, w), tokens)[0] for w in shares)
         found = [perplexity_of(score) for score in scores]
     store.drop()
     return found
@@ -322,10 +325,10 @@ def perplexities(
 def _group(
     model: StreamedModel, options: SweepConfig, tokens: np.ndarray, count: int, directory: Path
 ) -> tuple[int, Placement]:
-    """How many of `count` decisions to measure in one reading of the model, and how to run them.
+    """How many of `count` decisions to measure per reading of the model, and how to run them.
 
-    All together if their hidden states fit into memory; else what moves the fewest bytes: another reading of the model,
-    or hidden states that go to disk and back at every layer.
+    All together if their hidden states fit into memory; otherwise whatever moves the fewest bytes: reading the model
+    again, or writing hidden states to disk and reading them back at every layer.
     """
     candidates: list[tuple[int, int, Placement]] = []
     for passes in range(1, count + 1):
@@ -346,5 +349,5 @@ def _group(
             break
     _, group, placement = min(candidates, key=lambda candidate: candidate[0])
     if group < count:
-        logger.info("no memory for the hidden states of %d ratios; %d go through the model at a time", count, group)
+        logger.info("the hidden states of %d ratios do not fit into memory; measuring %d at a time", count, group)
     return group, placement

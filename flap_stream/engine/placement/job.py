@@ -11,7 +11,7 @@ from flap_stream.arithmetic.least_squares import product_windows, workspace_byte
 from flap_stream.engine.memory import give_back_heap
 from flap_stream.engine.placement.workspace import layer_workspace
 from flap_stream.engine.ranks import window_shares
-from flap_stream.model.checkpoint import TensorEntry
+from flap_stream.model.safetensors_format import TensorEntry
 from flap_stream.model.skeleton import Skeleton
 
 # Bytes per channel: seven float64 figures, those of the moments held once and all of them up to twice more.

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from flap_stream.arithmetic.moments import window_moments
 from flap_stream.engine.memory import OWN_BLOCK_BYTES
-from flap_stream.model.checkpoint import TensorEntry
+from flap_stream.model.safetensors_format import TensorEntry
 from flap_stream.model.skeleton import LayerCall, Skeleton
 
 

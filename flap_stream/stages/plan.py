@@ -1,0 +1,156 @@
+"""The plan: what is kept in every layer, decided from the run directory only."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flap_stream.arithmetic.allocation import LayerKeep, allocate, require_minimum
+from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.arithmetic.scoring import flap_scores, magnitude_scores, wanda_scores
+from flap_stream.arithmetic.sizes import PrunedSizes, pruned_sizes
+from flap_stream.config import PlanConfig, require_restoration
+from flap_stream.config.rules import FED_ON, options_of
+from flap_stream.config.values import option_name
+from flap_stream.errors import InvalidOption, RunMismatch
+from flap_stream.storage.loss import LossScores, LossStore
+from flap_stream.storage.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """A plan: what is kept in every layer, and the resulting sizes.
+
+    kv_groups, neurons: of each dense layer.
+    """
+
+    run: Path
+    options: PlanConfig
+    layers: list[LayerKeep] = field(repr=False)
+    kv_groups: list[int] = field(repr=False)
+    neurons: list[int] = field(repr=False)
+    sizes: PrunedSizes
+
+    @property
+    def decoder_ratio(self) -> float:
+        """Removed share of the decoder layers' prunable weights."""
+        return self.sizes.decoder_ratio
+
+    @property
+    def model_ratio(self) -> float:
+        """Removed share of the whole model's parameters, net of added biases."""
+        return self.sizes.model_ratio
+
+    @property
+    def parameters_before(self) -> int:
+        """Parameters of the dense model."""
+        return self.sizes.parameters_before
+
+    @property
+    def parameters_after(self) -> int:
+        """Parameters of the pruned model, added biases included."""
+        return self.sizes.parameters_after
+
+
+def plan(run: str | Path, options: PlanConfig | None = None, **keywords: Any) -> PlanResult:
+    """Decide what is kept, from the run directory only, and store the plan there for `rewrite`.
+
+    keywords: the fields of `PlanConfig`, in place of `options`.
+    Raises RunMismatch if the statistics do not fit the method, CorruptRun if they are incomplete or altered,
+    InvalidOption if the ratio cannot be met.
+    """
+    options = options_of(PlanConfig, "plan", options, keywords)
+    with RunDirectory(Path(run)) as directory:
+        return store_plan(directory, decide(directory, options))
+
+
+def decide(run: RunDirectory, options: PlanConfig, restore: str | None = None) -> PlanResult:
+    """The plan that `plan` would store; nothing is stored.
+
+    restore: the restoration whose biases are counted; None is the method's default.
+    """
+    _require_fitting_statistics(run, options)
+    if options.statistics == "released" and run.manifest.get("window_prefix"):
+        logger.warning(
+            "the windows of %s begin with BOS, those of the released code do not; collect with --bos never", run.path
+        )
+    shapes = run.layer_shapes
+    require_minimum(shapes, options)
+    keeps = allocate(unit_scores(run, options), shapes, options)
+    restore = require_restoration(options.method, restore)
+    return PlanResult(
+        run=run.path,
+        options=options,
+        layers=keeps,
+        kv_groups=[shape.kv_groups for shape in shapes],
+        neurons=[shape.neurons for shape in shapes],
+        sizes=pruned_sizes(shapes, keeps, run.manifest["parameters"], restore),
+    )
+
+
+def store_plan(run: RunDirectory, decided: PlanResult) -> PlanResult:
+    """Store a plan in its run directory and return it. Raises InvalidOption if it removes nothing."""
+    if decided.decoder_ratio == 0:
+        raise InvalidOption(f"--ratio {decided.options.ratio} removes nothing from this model; raise it")
+    run.write_plan(decided.options, decided.layers)
+    return decided
+
+
+def unit_scores(run: RunDirectory, options: PlanConfig) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The scores of each layer's KV groups and neurons, float64 `[group]`, `[neuron]`; higher is better.
+
+    Raises CorruptRun if the statistics are incomplete or altered.
+    """
+    if options.method == "flap" and options.metric == "fisher":
+        loss = LossStore.of(run)
+        return [loss_scores(loss.read(i), shape) for i, shape in enumerate(run.layer_shapes)]
+    scores = []
+    for i, shape in enumerate(run.layer_shapes):
+        statistics, channels = run.read_statistics(i), shape.heads_per_group * shape.head_dim
+        if options.method == "flap":
+            pair = flap_scores(statistics, options.metric, options.statistics, options.head_score, channels)
+            _warn_of_unreached_experts(i, shape, statistics.mlp.count)
+        else:
+            pair = (wanda_scores if options.method == "wanda-sp" else magnitude_scores)(statistics, channels)
+        scores.append(pair)
+    return scores
+
+
+def loss_scores(found: LossScores, shape: LayerShape) -> tuple[np.ndarray, np.ndarray]:
+    """F of each unit per weight that is removed with it, float64 `[group]`, `[neuron]`; comparable across layers."""
+    return found.attention / max(shape.group_cost, 1), found.mlp / max(shape.neuron_cost, 1)
+
+
+def _require_fitting_statistics(run: RunDirectory, options: PlanConfig) -> None:
+    """Raise RunMismatch if the statistics were collected for a method or ratio that does not fit the options."""
+    collected = run.manifest["options"]
+    if options.method != collected["method"] and not (
+        options.method == "magnitude-sp" and collected["method"] == "flap"
+    ):
+        raise RunMismatch(
+            f"{run.path} was collected for {collected['method']}, which does not serve {options.method}; "
+            f"collect again with --method {options.method}"
+        )
+    for name in FED_ON:
+        if name in collected and getattr(options, name) != collected[name]:
+            raise RunMismatch(
+                f"{run.path} was collected with wanda-sp for --{option_name(name)} {collected[name]} (pruned layers "
+                f"feed the next), which does not serve {getattr(options, name)}; collect again for that"
+            )
+
+
+def _warn_of_unreached_experts(layer: int, shape: LayerShape, counts: np.ndarray) -> None:
+    """Name the experts that no token reached: without statistics, they are kept whole.
+
+    counts: int64 `[neuron]`, tokens behind each neuron's statistics.
+    """
+    parts = np.split(counts, np.cumsum(shape.experts)[:-1]) if shape.experts else []
+    unreached = [str(number) for number, part in enumerate(parts) if len(part) and part.max() == 0]
+    if unreached:
+        logger.warning(
+            "no calibration token reached experts %s of layer %d; they are kept whole", ", ".join(unreached), layer
+        )

@@ -1,0 +1,168 @@
+"""Writing the pruned checkpoint that a plan describes, after preparing what its restoration needs."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.scoring import baseline_input
+from flap_stream.config import RewriteConfig, require_restoration
+from flap_stream.config.rules import options_of
+from flap_stream.engine.device import cpu_threads, release
+from flap_stream.engine.membership import joined
+from flap_stream.engine.streamed_model import StreamedModel
+from flap_stream.errors import RunMismatch
+from flap_stream.output.carried import tell_left_out
+from flap_stream.output.destination import require_own_place
+from flap_stream.output.pruned_checkpoint import write_checkpoint
+from flap_stream.output.pruned_model import PrunedModel, Restoration
+from flap_stream.output.pruning_record import read_record
+from flap_stream.progress import Progress
+from flap_stream.restore.restoration import (
+    refit_layers,
+    refit_record,
+    refit_sizes,
+    refitted_tensors,
+    require_refittable,
+)
+from flap_stream.stages.job_header import engine_rows, model_row
+from flap_stream.stages.measured import Measured
+from flap_stream.stages.same_source import require_model_of
+from flap_stream.stages.session import Session, opened_model, opened_run
+from flap_stream.storage import places
+from flap_stream.storage.run_directory import RunDirectory
+from flap_stream.text.tokenization import code_files
+
+# About how long refitting and rewriting take relative to collection, for the bar of a whole job; measured on CPUs, see
+# the README.
+_REFIT_WEIGHTS = {"own": 1.5, "dense": 2.5, "aligned": 3.5, "joint": 10.0}
+_REWRITE_WEIGHT = 0.1
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A pruned checkpoint: its path, the contents of its pruning.json, what this call took."""
+
+    out: Path
+    record: dict[str, Any]
+    measured: Measured
+
+    def __repr__(self) -> str:
+        """The path and how much was removed."""
+        ratios, counts = self.record["realised_ratio"], self.record["parameters"]
+        return (
+            f"PruneResult(out={str(self.out)!r}, removed={ratios['decoder']:.2%} of the prunable weights, "
+            f"parameters={counts['before']:,} -> {counts['after']:,})"
+        )
+
+
+def rewrite(
+    run: str | Path,
+    out: str | Path,
+    options: RewriteConfig | None = None,
+    *,
+    model: str | Path | None = None,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
+) -> PruneResult:
+    """Write the pruned checkpoint that the run directory's plan describes.
+
+    model: where the dense model is now, if it was moved since `collect`. progress: see `prune`.
+    keywords: the fields of `RewriteConfig`, in place of `options`.
+    """
+    options = options_of(RewriteConfig, "rewrite", options, keywords)
+    run, out, shown = Path(run), Path(out), Progress.of(progress)
+    places.require_name(out)
+    with ExitStack() as stack:
+        ranks = stack.enter_context(joined())
+        directory = stack.enter_context(opened_run(ranks, run, lambda: RunDirectory(run)))
+        source = stack.enter_context(opened_model(model or directory.manifest["source"], ranks))
+        if ranks.is_first and read_record(out) is None:
+            require_own_place(source, out, directory.path)
+            tell_left_out(source.directory)
+        shown.header({**model_row(source, len(directory.layer_shapes)), "run directory": str(run)})
+        stack.enter_context(shown.job(progress_weights(options)))
+        return rewrite_from(Session(source, ranks, shown), directory, out, options)
+
+
+def progress_weights(options: RewriteConfig) -> list[tuple[str, float]]:
+    """The stages after the plan, and about how long each takes relative to collection."""
+    return [
+        *([("refit", _REFIT_WEIGHTS[options.refit_target])] if options.refits else []),
+        ("rewrite", _REWRITE_WEIGHT),
+    ]
+
+
+def rewrite_from(
+    session: Session, run: RunDirectory, out: Path, options: RewriteConfig, snapshot_interval: int | None = None
+) -> PruneResult:
+    """Refit if the restoration asks for it, then write the checkpoint. run: open for writing on rank 0."""
+    source, measured = session.source, session.measured
+    plan_options, keeps = run.read_plan()
+    restore = require_restoration(plan_options.method, options.restore)
+    require_model_of(run, source, session.ranks)
+    restoration = Restoration()
+    if restore == "bias":
+        restoration = Restoration([_means(run, i, plan_options.statistics) for i in range(len(keeps))])
+    elif restore == "least-squares":
+        with measured.stage("refit"):
+            restoration = _refitted(session, run, keeps, options, snapshot_interval)
+    code = [name for name in code_files(source.directory) if (source.directory / name).is_file()]
+    code = code if options.trust_remote_code else []
+    with measured.stage("rewrite"):
+        pruned = PrunedModel(
+            source, run.layer_shapes, plan_options, keeps, restore, restoration, run.manifest["calibration"], code
+        )
+        record, measured.bytes_written = write_checkpoint(
+            pruned, run, out, options.max_shard_bytes, session.progress, session.ranks
+        )
+    measured.of_all(session.ranks, source.bytes_read)
+    return PruneResult(out, record, measured)
+
+
+def _refitted(
+    session: Session,
+    run: RunDirectory,
+    keeps: list[LayerKeep],
+    options: RewriteConfig,
+    snapshot_interval: int | None,
+) -> Restoration:
+    """Refit with the dtype, batch size and number of threads that the statistics were collected with."""
+    source, measured = session.source, session.measured
+    model = StreamedModel(source, replace(options, dtype=_collected_dtype(run, options)), session.ranks)
+    measured.device = str(model.device)
+    require_refittable(model.family, model.shapes, options.refit_target, source.source)
+    samples, length = run.manifest["tokens"]["shape"]
+    refit = refit_sizes(model, options.refit_target, keeps)
+    collected = measured.placement  # of a collection in this process: the slack in it covers what it left in memory
+    job = replace(
+        model.job(samples, length, refit=refit), base_bytes=None if collected is None else collected.base_bytes
+    )
+    placement = model.place(options, job, recorded=run.manifest["options"]["batch_size"])
+    if placement != collected:
+        session.progress.header(engine_rows(model, placement, samples, length))
+    measured.placement = placement if collected is None else collected.together(placement)
+    with cpu_threads(run.manifest["threads"]):
+        refit_layers(model, run, keeps, options.refit_target, placement, session.progress, snapshot_interval)
+    release(model.device)
+    how, files_count = refit_record(options.refit_target), len(model.layers) + refit.has_head
+    return session.ranks.from_first(
+        lambda: Restoration(refitted=refitted_tensors(run, files_count), digests=run.refit_digests(), how=how)
+    )
+
+
+def _collected_dtype(run: RunDirectory, options: RewriteConfig) -> str:
+    """The dtype that layers ran in during collection. Raises RunMismatch if the options name another."""
+    dtype = run.manifest["options"]["dtype"].removeprefix("torch.")
+    if options.dtype not in ("auto", dtype):
+        raise RunMismatch(f"{run.path} was collected in {dtype}, not {options.dtype}; leave out --dtype")
+    return dtype
+
+
+def _means(run: RunDirectory, layer: int, form: str) -> dict[str, np.ndarray]:
+    """Mean inputs of a layer's output projections, by kind, float64 `[channel]`."""
+    statistics = run.read_statistics(layer)
+    return {kind: baseline_input(statistics.of(kind), form) for kind in ("attention", "mlp")}
