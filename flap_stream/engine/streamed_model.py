@@ -23,7 +23,7 @@ from flap_stream.errors import CorruptCheckpoint, InvalidOption, NonFinite, Unsu
 from flap_stream.model.architecture import family_of, require_sizes
 from flap_stream.model.checkpoint import FORWARD_DTYPES, Checkpoint, TensorEntry, row_ranges
 from flap_stream.model.skeleton import LayerCall, Skeleton
-from flap_stream.storage.run_directory import BatchReduction
+from flap_stream.storage.batch_reductions import BatchReduction
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from flap_stream.progress import Progress
 from flap_stream.storage import files, places
 from flap_stream.storage.differences import output_differences
 from flap_stream.storage.journal import Journal
-from flap_stream.storage.json_form import finite, has_form, natural, one_of, parsed
 from flap_stream.storage.run_directory import RunDirectory
+from flap_stream.storage.schema import finite, matches, natural, one_of, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,8 @@ def read_record(out: Path) -> dict[str, Any] | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        record = parsed(files.read_plain(out / RECORD_NAME))
-        if has_form(record, _RECORD):
+        record = parse_json(files.read_plain(out / RECORD_NAME))
+        if matches(record, _RECORD):
             return record
     except (OSError, ValueError, NotPlain):
         pass
@@ -90,7 +90,7 @@ def damaged_files(out: Path) -> list[str]:
 def _is_credible(path: Path) -> bool:
     """Whether a file of an output is no giant: of shards, the header says how large they are."""
     if path.suffix != ".safetensors":
-        return path.stat().st_size <= files.MOST_BYTES
+        return path.stat().st_size <= files.MAX_BYTES
     try:
         return bool(read_header(path))
     except CorruptCheckpoint:

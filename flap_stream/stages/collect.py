@@ -22,7 +22,8 @@ from flap_stream.errors import CorruptCheckpoint
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.stages.loss import keep_inputs
 from flap_stream.storage.loss import LossStore
-from flap_stream.storage.run_directory import LayerCost, RunDirectory
+from flap_stream.storage.run_directory import RunDirectory
+from flap_stream.storage.statistics import LayerCost
 
 _CHANNEL_BLOCK = 16
 # Means and m2s of a batch's windows, float32 [sample, channel], and the tokens of each.
@@ -45,7 +46,7 @@ def collect_statistics(
     to be one.
     """
     ranks = model.ranks
-    first = run.complete_layers()
+    first = run.statistics.complete_layers()
     count = len(model.layers)
     if first == count:
         with progress.stage("collect", count) as stage:
@@ -62,7 +63,7 @@ def collect_statistics(
                     _store(model, run, i, _layer_statistics(model, i, weights, {}), costs)
                 stage.advance(bytes_moved=model.layer_bytes(i))
             return
-        tokens = run.read_tokens()
+        tokens = run.tokens.read()
         own = ranks.share(len(tokens), placement.batch_size)
         hidden = stack.enter_context(model.hidden_states(placement.hidden_place, len(own), tokens.shape[1], run.path))
         batches = LayerPass(
@@ -109,7 +110,7 @@ def _store(model: StreamedModel, run: RunDirectory, index: int, statistics: Laye
     """Record a layer, unless the model's files were changed while it was taken."""
     model.checkpoint.require_unchanged()
     checksum = model.checkpoint.checksum(list(model.layer_entries[index].values()))
-    run.write_statistics(index, statistics, checksum, costs.of_layer())
+    run.statistics.write(index, statistics, checksum, costs.of_layer())
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class _Collection:
         shape = model.shapes[index]
         channels = shape.heads_per_group * shape.head_dim
         keep = model.ranks.from_first(
-            lambda: keep_in_layer(wanda_scores(self.run.read_statistics(index), channels), shape, decision)
+            lambda: keep_in_layer(wanda_scores(self.run.statistics.read(index), channels), shape, decision)
         )
         for part in model.family.parts(shape):
             output = part.kind.output

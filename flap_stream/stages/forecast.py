@@ -24,7 +24,7 @@ from flap_stream.output import pruned_checkpoint as output
 from flap_stream.restore.restoration import refit_sizes, refit_stored_bytes, require_refittable
 from flap_stream.stages import scaling
 from flap_stream.storage import files
-from flap_stream.storage import run_directory as store
+from flap_stream.storage.run_directory import stored_bytes
 from flap_stream.text.windows import calibration_text, check_text, load_tokenizer
 
 NETWORK_RATE = 1.25e9  # bytes per second: 10 Gbit/s
@@ -112,7 +112,7 @@ def forecast(
         hidden_traffic = len(streamed.layers) * job.hidden_bytes if placement.hidden_place == "disk" else 0
         work = work_of(streamed, options, placement.batch_size, hidden_traffic, refits)
         on_disk = 2 * job.hidden_bytes if hidden_traffic else 0
-        stored = store.stored_bytes(streamed.shapes, windows[0] * windows[1])
+        stored = stored_bytes(streamed.shapes, windows[0] * windows[1])
         stored += 0 if refits is None else refit_stored_bytes(streamed, options.refit_target)
         snapshots = 3 * job.hidden_bytes if windows[0] else 0  # one is written before the oldest of two goes
         found, operations = scaling.scale(work, rates, ranks, nodes), work.operations

@@ -388,8 +388,8 @@ def _begun_run(
     tokens = windows.tokens
     directory = RunDirectory.create(run, _manifest(model, options, windows, placement.batch_size))
     try:
-        if tokens.size and not directory.has_tokens():
-            directory.write_tokens(tokens)
+        if tokens.size and not directory.tokens.exists():
+            directory.tokens.write(tokens)
         require_same_weights(model.checkpoint, directory)
     except BaseException:
         directory.close()
@@ -506,7 +506,7 @@ def unit_scores(run: RunDirectory, options: PlanConfig) -> list[tuple[np.ndarray
         return [loss_scores(loss.read(i), shape) for i, shape in enumerate(run.layer_shapes)]
     scores = []
     for i, shape in enumerate(run.layer_shapes):
-        statistics, channels = run.read_statistics(i), shape.heads_per_group * shape.head_dim
+        statistics, channels = run.statistics.read(i), shape.heads_per_group * shape.head_dim
         if options.method == "flap":
             pair = flap_scores(statistics, options.metric, options.statistics, options.head_score, channels)
             _tell_unreached(i, shape, statistics.mlp.count)
@@ -524,7 +524,7 @@ def loss_scores(found: LossScores, shape: LayerShape) -> tuple[np.ndarray, np.nd
 def _store_plan(run: RunDirectory, decided: PlanResult) -> PlanResult:
     if decided.decoder_ratio == 0:
         raise InvalidOption(f"--ratio {decided.options.ratio} removes nothing from this model; raise it")
-    run.write_plan(decided.options, decided.layers)
+    run.plan.write(decided.options, decided.layers)
     return decided
 
 
@@ -548,7 +548,7 @@ def _rewrite(
     ranks: Ranks,
     snapshot_interval: int | None = None,
 ) -> PruneResult:
-    plan_options, keeps = run.read_plan()
+    plan_options, keeps = run.plan.read()
     restore = require_restoration(plan_options.method, options.restore)
     require_model_of(run, source, ranks)
     restoration = Restoration()
@@ -613,12 +613,12 @@ def _refitted(
     release(model.device)
     how, files_count = refit_record(options.refit_target), len(model.layers) + refit.has_head
     return ranks.from_first(
-        lambda: Restoration(refitted=refitted_tensors(run, files_count), digests=run.refit_digests(), how=how)
+        lambda: Restoration(refitted=refitted_tensors(run, files_count), digests=run.refits.digests(), how=how)
     )
 
 
 def _means(run: RunDirectory, layer: int, form: str) -> dict[str, np.ndarray]:
-    statistics = run.read_statistics(layer)
+    statistics = run.statistics.read(layer)
     return {kind: baseline_input(statistics.of(kind), form) for kind in ("attention", "mlp")}
 
 
