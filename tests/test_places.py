@@ -74,7 +74,7 @@ def test_other_results_without_a_usable_name_are_refused_at_once(verb: str, plac
 @pytest.mark.parametrize("run", ["out", "out/run", "out.partial", "../place/out", "link/out"])
 def test_a_run_directory_in_the_place_of_the_output_is_refused_at_once(run: str, place: Path, capsys) -> None:
     Path("link").symlink_to(".")
-    refuse(capsys, f"{PRUNE.format('out')} --run {run}", "is inside the output out", "--run")
+    refuse(capsys, f"{PRUNE.format('out')} --run {run}", "is at or inside the output out", "--run")
 
 
 def test_rewriting_into_the_run_directory_is_refused_at_once(place: Path, capsys) -> None:
@@ -91,7 +91,8 @@ def test_a_directory_that_may_not_be_written_is_told_of_at_once() -> None:
         if subprocess.run([*user, "test", "-w", closed], check=False, capture_output=True).returncode != 1:
             pytest.skip("cannot become another user")
         code = (
-            f"from pathlib import Path; from flap_stream import places; places.require_place(Path({closed!r}, 'out'))"
+            "from pathlib import Path; from flap_stream.storage.places import require_place; "
+            f"require_place(Path({closed!r}, 'out'))"
         )
         found = subprocess.run([*user, sys.executable, "-c", code], check=False, capture_output=True, text=True)
         assert f"StorageFailure: {closed} is not writable" in found.stderr

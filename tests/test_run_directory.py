@@ -110,7 +110,7 @@ PLANS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "group too large": (in_layer("kept_kv_groups", lambda u: [0, 2]), "KV groups of layer 1 are not all from 0 to 1"),
     "a truth value": (in_layer("kept_neurons", lambda u: [True]), "neurons of layer 1 are not all"),
     "nested": (in_layer("kept_neurons", lambda u: [[0]]), "neurons of layer 1 are not all"),
-    "a layer less": (lambda plan: plan["layers"].pop() and None, "it has 2 layers, the model 3"),
+    "a layer less": (lambda plan: plan["layers"].pop() and None, "it has 2 layers, the model has 3"),
     "no layers": (lambda plan: plan.pop("layers") and None, "it does not have the form of a plan"),
     "no object": (lambda plan: [1], "it does not have the form of a plan"),
     "deep": (lambda plan: plan.update(layers=json.loads("[" * 200 + "]" * 200)), "nested too deeply"),

@@ -29,8 +29,8 @@ from flap_stream.storage.run_manifest import tokens_digest
 from flap_stream.storage.snapshots import SnapshotStore
 from flap_stream.storage.statistics import LayerCost, StatisticsStore
 
-SHAPE = asdict(LayerShape(kv_groups=4, heads_per_group=1, head_dim=2, neurons=7, group_cost=32, neuron_cost=12))
-LAYERS = [{**SHAPE, "experts": []}, {**SHAPE, "experts": []}]
+SHAPE = LayerShape(kv_groups=4, heads_per_group=1, head_dim=2, neurons=7, group_cost=32, neuron_cost=12)
+LAYERS = [{**asdict(SHAPE), "experts": []}] * 2
 MANIFEST: dict[str, Any] = {
     "model": {"config": "abc", "shard_bytes": {"model.safetensors": 10}},
     "tokens": {"sha256": tokens_digest(random_tokens(3, 5)), "shape": [3, 5]},
@@ -174,13 +174,13 @@ def test_extreme_values_and_channels_without_weights_come_back_bit_equal(tmp_pat
         ),
         mlp=ChannelStatistics(count=np.full(5, 2**53 + 1), samples=1, **{name: odd for name in arrays}),
     )
-    shapes = [{**SHAPE, "experts": [], "kv_groups": 0, "neurons": 5}]
+    shapes = [{**asdict(SHAPE), "experts": [], "kv_groups": 0, "neurons": 5}]
     with RunDirectory.create(tmp_path / "run", {**MANIFEST, "layers": shapes}) as run:
         run.statistics.write(0, written, "")
         _assert_bit_equal(run.statistics.read(0), written)
 
 
-def test_a_store_is_one_checked_chunk_an_array_without_compression(tmp_path: Path) -> None:
+def test_an_array_is_one_uncompressed_chunk_with_a_checksum(tmp_path: Path) -> None:
     group = _filled(tmp_path / "run") / "statistics.zarr" / "layers" / "0000"
     mean = json.loads((group / "mlp" / "mean" / "zarr.json").read_bytes())
     assert [codec["name"] for codec in mean["codecs"]] == ["bytes", "crc32c"]

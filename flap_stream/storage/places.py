@@ -56,11 +56,11 @@ def _is_mount(place: Path) -> bool:
 
 
 def require_apart(out: Path, run: Path) -> None:
-    """Raise OutputConflict if the run directory is, or is inside, the output or its unfinished version."""
+    """Raise OutputConflict if the run directory is at or inside the output or its unfinished version."""
     place = run.resolve()
     for taken in (out.resolve(), files.partial_path(out).resolve()):
         if place == taken or taken in place.parents:
-            raise OutputConflict(f"the run directory {run} is inside the output {out}; name another with --run")
+            raise OutputConflict(f"the run directory {run} is at or inside the output {out}; name another with --run")
 
 
 def new_mark() -> str:

@@ -57,7 +57,7 @@ class RefitStore:
         A refitted head counts as one more layer.
         """
         count, entries = 0, self._entries()
-        while (entry := entries.get(layer_name(count))) and self.run_files.damage(self._committed(entry)) is None:
+        while (entry := entries.get(layer_name(count))) and self.run_files.damage_of(self._committed(entry)) is None:
             count += 1
         return count
 

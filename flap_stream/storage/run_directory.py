@@ -173,7 +173,7 @@ class RunDirectory:
 
     def damaged(self) -> list[str]:
         """Names of committed files and directories that are no longer as written, each with what is wrong."""
-        return [f"{item.name} is {damage}" for item in self.committed() if (damage := self.files.damage(item))]
+        return [f"{item.name} is {damage}" for item in self.committed() if (damage := self.files.damage_of(item))]
 
     def _require_same(self, manifest: dict[str, Any]) -> None:
         differences = run_differences(self.manifest, json.loads(json.dumps(manifest)))

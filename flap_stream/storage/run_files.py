@@ -52,7 +52,7 @@ class RunFiles:
         files.remove(target)  # not in the journal, so left over from a killed run
         files.commit_rename(temporary, target)
 
-    def damage(self, item: Committed) -> str | None:
+    def damage_of(self, item: Committed) -> str | None:
         """`missing` or `altered`; None if the file or directory is what was committed."""
         path = self.path / item.name
         if not path.exists():
@@ -64,7 +64,7 @@ class RunFiles:
 
     def require_intact(self, item: Committed, remedy: str = "delete the run directory and collect again") -> None:
         """Raise CorruptRun, ending in the remedy, unless the file or directory is what was committed."""
-        damage = self.damage(item)
+        damage = self.damage_of(item)
         if damage is not None:
             raise CorruptRun(f"{self.path / item.name} is {damage} since it was written; {remedy}")
 

@@ -32,7 +32,7 @@ class SweepStore:
         entry, path = self.run_files.journal.find("sweep", name), self.run_files.path / _path(name)
         if entry is None:
             return None
-        if (damage := self.run_files.damage(_committed(name, entry))) is not None:
+        if (damage := self.run_files.damage_of(_committed(name, entry))) is not None:
             logger.warning("%s is %s; what that sweep had found is not used", path, damage)
             return None
         try:
