@@ -23,7 +23,7 @@ from flap_stream.model.safetensors_format import DTYPE_BYTES, read_header
 from flap_stream.output.digests import DIGESTS_NAME, damaged_files
 from flap_stream.output.pruning_record import RECORD_NAME, read_record
 from flap_stream.storage import run_manifest
-from flap_stream.storage.journal import ENTRY_FORMS, Journal
+from flap_stream.storage.journal import ENTRY_SCHEMAS, Journal
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.text.windows import calibration_tokens
 
@@ -180,20 +180,20 @@ def read_run(manifest: bytes = sealed(MANIFEST), journal: bytes = b"") -> None:
     write("run/journal", journal)
     with RunDirectory(PLACE / "run") as run:
         (
-            run.complete_layers(),
+            run.statistics.complete_layers(),
             run.layer_shapes,
             run.snapshots.newest(),
-            run.pruned_snapshots.newest(),
-            run.complete_refits(),
+            run.refits.pruned_snapshots.newest(),
+            run.refits.complete_layers(),
             run.batch_reductions("collect").read(),
             run.damaged(),
         )
-        run.layer_costs(), run.sweep_names()
+        run.statistics.costs(), run.sweeps.names()
 
 
 def read_journal(body: bytes) -> None:
     journal = Journal(write("journal", body))
-    for kind in ENTRY_FORMS:
+    for kind in ENTRY_SCHEMAS:
         journal.find(kind, "0000")
 
 

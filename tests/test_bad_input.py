@@ -351,7 +351,7 @@ def test_another_checkpoint_at_the_output_is_left_alone(place: Path, capsys) -> 
         option, now = words.split()[0], words.split()[-1]
         refuse(capsys, f"{PRUNE} {option} {now}", f"out was pruned with other options: {words}")
     edit_config(rms_norm_eps=0.1)(place / "model")
-    refuse(capsys, PRUNE, "out was pruned from another model of the name model")
+    refuse(capsys, PRUNE, "out was pruned from another model named model")
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_another_checkpoint_at_the_output_is_left_alone(place: Path, capsys) -> 
         (
             lambda: write_npy("tokens.npy", random_tokens(6, 16, seed=9)),
             "",
-            ("tokens.npy gave other tokens then than now",),
+            ("tokens.npy produced different tokens then",),
         ),
         (lambda: None, "--samples 4", ("--samples was 1024, now 4",)),
         (lambda: None, "--dtype bfloat16", ("other options", "--dtype was float32, now bfloat16")),
@@ -382,9 +382,9 @@ def test_a_run_made_for_something_else_says_what_differs(change, options, words,
 
 
 def test_a_directory_that_is_no_run_is_refused(place: Path, capsys) -> None:
-    refuse(capsys, f"{PRUNE} --run model", "model exists and is no run directory")
-    refuse(capsys, "plan model", "is no run directory", "flap-stream collect")
-    refuse(capsys, "rewrite nowhere out", "is no run directory")
+    refuse(capsys, f"{PRUNE} --run model", "model exists and is not a run directory")
+    refuse(capsys, "plan model", "is not a run directory", "flap-stream collect")
+    refuse(capsys, "rewrite nowhere out", "is not a run directory")
     refuse(capsys, "inspect nowhere", "neither a run directory")
 
 
@@ -447,7 +447,7 @@ def test_a_link_in_the_place_of_the_output_is_refused_before_any_work(name, exis
 
 def test_a_run_directory_that_is_a_link_to_nowhere_is_refused_before_any_work(place: Path, capsys) -> None:
     Path("out.run").symlink_to("elsewhere")
-    refuse(capsys, PRUNE, "out.run is a link to elsewhere, which is not there")
+    refuse(capsys, PRUNE, "out.run is a link to elsewhere, which does not exist")
 
 
 def test_an_output_that_does_not_fit_is_refused_before_any_work(place: Path, capsys) -> None:

@@ -215,10 +215,10 @@ def test_layers_without_heads_or_neurons_load_and_generate(family: str, restore:
     )
     flap_stream.plan(tmp_path / "run", PlanConfig(ratio=0.4))
     with RunDirectory(tmp_path / "run") as run:  # a decision that empties layers, made by hand
-        plan_options, keeps = run.read_plan()
+        plan_options, keeps = run.plan.read()
         nothing = np.zeros(0, dtype=np.int64)
         keeps = [LayerKeep(nothing, keeps[0].neurons), LayerKeep(keeps[1].kv_groups, nothing), keeps[2]]
-        run.write_plan(plan_options, keeps)
+        run.plan.write(plan_options, keeps)
     record = flap_stream.rewrite(tmp_path / "run", tmp_path / "out", RewriteConfig(restore=restore)).record
     expected = expected_model(model, record, torch.from_numpy(tokens))
     if restore == "none":

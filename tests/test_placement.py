@@ -20,6 +20,7 @@ from flap_stream.errors import InsufficientMemory
 from flap_stream.model.shard_files import ShardFiles
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.storage.run_directory import RunDirectory
+from flap_stream.storage.statistics import StatisticsStore
 
 LAYERS = 4
 
@@ -131,14 +132,14 @@ class _Stop(Exception):
 
 
 def stop_at_layer(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
-    write = RunDirectory.write_statistics
+    write = StatisticsStore.write
 
-    def stop(run: RunDirectory, index: int, *values: Any) -> None:
+    def stop(statistics: StatisticsStore, index: int, *values: Any) -> None:
         if index == layer:
             raise _Stop
-        write(run, index, *values)
+        write(statistics, index, *values)
 
-    monkeypatch.setattr(RunDirectory, "write_statistics", stop)
+    monkeypatch.setattr(StatisticsStore, "write", stop)
 
 
 def limit_windows(monkeypatch: pytest.MonkeyPatch, allowed: Callable[[int], int]) -> list[tuple[int, int]]:
@@ -195,7 +196,7 @@ def test_a_failed_batch_of_a_mixture_counts_no_token_twice(
     flap_stream.collect(model, tmp_path / "run", options)
     with RunDirectory(tmp_path / "run") as run:
         for layer in range(2):
-            counts = run.read_statistics(layer).mlp.count.reshape(experts, -1)
+            counts = run.statistics.read(layer).mlp.count.reshape(experts, -1)
             assert counts[:, 0].sum() == per_token * tokens.size
 
 
@@ -231,7 +232,7 @@ def test_statistics_do_not_depend_on_the_place(
     flap_stream.collect(job[0], tmp_path / "disk", options)
     with RunDirectory(tmp_path / "host") as host, RunDirectory(tmp_path / "disk") as disk:
         for layer in range(LAYERS):
-            ours, theirs = host.read_statistics(layer), disk.read_statistics(layer)
+            ours, theirs = host.statistics.read(layer), disk.statistics.read(layer)
             for kind in ("attention", "mlp"):
                 np.testing.assert_array_equal(ours.of(kind).mean, theirs.of(kind).mean)
                 np.testing.assert_array_equal(ours.of(kind).m2, theirs.of(kind).m2)

@@ -57,7 +57,7 @@ def test_an_empty_mount_point_is_refused_at_once_and_a_place_in_it_serves(mounte
 
 @pytest.mark.parametrize("out", [".", "..", "/", "a/..", "x" * 250])
 def test_an_output_without_a_usable_name_is_refused_at_once(out: str, place: Path, capsys) -> None:
-    words = "is too long" if out.startswith("x") else "has no name"
+    words = "is too long" if out.startswith("x") else "does not end in a name"
     refuse(capsys, PRUNE.format(out), words)
     assert main(["collect", "model", "run", "--calibration", "tokens.npy", "--quiet"]) == 0
     assert main(["plan", "run", "--quiet"]) == 0
@@ -67,14 +67,14 @@ def test_an_output_without_a_usable_name_is_refused_at_once(out: str, place: Pat
 @pytest.mark.parametrize("verb", ["export-stock pruned {} --pad", "export-gguf pruned {}", "report pruned --html {}"])
 def test_other_results_without_a_usable_name_are_refused_at_once(verb: str, place: Path, capsys) -> None:
     assert main([*PRUNE.format("pruned").split(), "--quiet"]) == 0
-    refuse(capsys, verb.format("."), "has no name")
+    refuse(capsys, verb.format("."), "does not end in a name")
     refuse(capsys, verb.format("x" * 250), "is too long")
 
 
 @pytest.mark.parametrize("run", ["out", "out/run", "out.partial", "../place/out", "link/out"])
 def test_a_run_directory_in_the_place_of_the_output_is_refused_at_once(run: str, place: Path, capsys) -> None:
     Path("link").symlink_to(".")
-    refuse(capsys, f"{PRUNE.format('out')} --run {run}", "lies where the output out goes", "--run")
+    refuse(capsys, f"{PRUNE.format('out')} --run {run}", "is at or inside the output out", "--run")
 
 
 def test_rewriting_into_the_run_directory_is_refused_at_once(place: Path, capsys) -> None:
@@ -91,10 +91,11 @@ def test_a_directory_that_may_not_be_written_is_told_of_at_once() -> None:
         if subprocess.run([*user, "test", "-w", closed], check=False, capture_output=True).returncode != 1:
             pytest.skip("cannot become another user")
         code = (
-            f"from pathlib import Path; from flap_stream import places; places.require_place(Path({closed!r}, 'out'))"
+            "from pathlib import Path; from flap_stream.storage.places import require_place; "
+            f"require_place(Path({closed!r}, 'out'))"
         )
         found = subprocess.run([*user, sys.executable, "-c", code], check=False, capture_output=True, text=True)
-        assert f"StorageFailure: {closed} may not be written" in found.stderr
+        assert f"StorageFailure: {closed} is not writable" in found.stderr
 
 
 def begun(place: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:

@@ -26,7 +26,7 @@ from flap_stream.engine.ranks import Ranks, own_device, window_shares
 from flap_stream.errors import InvalidOption, RankLost
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.model.skeleton import Skeleton
-from flap_stream.storage.run_directory import BatchReduction
+from flap_stream.storage.batch_reductions import BatchReduction
 
 KILLS, REFIT_KILLS = 12, 5
 REFIT_LENGTH = 512  # so that each rank has products of its own
@@ -240,16 +240,16 @@ class StopAt:
         self.action, self.layer = action, layer
 
     def __call__(self) -> None:
-        from flap_stream.storage.run_directory import RunDirectory
+        from flap_stream.storage.statistics import StatisticsStore
 
-        write = RunDirectory.write_statistics
+        write = StatisticsStore.write
 
-        def stop(run: RunDirectory, index: int, *values: Any) -> None:
+        def stop(statistics: StatisticsStore, index: int, *values: Any) -> None:
             if index == self.layer:
                 raise KeyboardInterrupt
-            write(run, index, *values)
+            write(statistics, index, *values)
 
-        RunDirectory.write_statistics = stop
+        StatisticsStore.write = stop
         self.action()
 
 

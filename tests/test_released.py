@@ -94,7 +94,7 @@ def test_biases_equal_the_released_codes(model_and_run, tmp_path: Path, structur
 def test_exact_and_released_differ_where_the_recurrences_do(model_and_run) -> None:
     _, tokens, place = model_and_run
     with RunDirectory(place / "run") as run:
-        mlp = run.read_statistics(0).mlp
+        mlp = run.statistics.read(0).mlp
     exact, released = mlp.m2 / (mlp.count - 1), mlp.released_fluctuation / (mlp.samples - 1)
     assert np.all(
         released < exact * tokens.shape[1]

@@ -20,6 +20,7 @@ from flap_stream.cli import main
 from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, SweepConfig
 from flap_stream.errors import CorruptRun
 from flap_stream.storage.run_directory import RunDirectory
+from flap_stream.storage.statistics import StatisticsStore
 
 pytest.importorskip("matplotlib")
 from flap_stream.report import figures
@@ -111,8 +112,8 @@ def test_figures_have_the_pages_colours_and_names_for_those_who_do_not_see_them(
 def test_numbers_are_those_of_the_run_directory(run: Path, html: str) -> None:
     rows = Page(html).rows
     with RunDirectory(run, is_writer=False) as directory:
-        _, keeps = directory.read_plan()
-        shapes, costs = directory.layer_shapes, directory.layer_costs()
+        _, keeps = directory.plan.read()
+        shapes, costs = directory.layer_shapes, directory.statistics.costs()
         manifest = directory.manifest
     for i, (keep, shape) in enumerate(zip(keeps, shapes, strict=True)):
         assert [
@@ -177,15 +178,15 @@ def test_pictures_are_not_empty(run: Path) -> None:
 def test_a_run_that_is_under_way_shows_what_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    write = RunDirectory.write_statistics
+    write = StatisticsStore.write
 
-    def stop(directory: RunDirectory, layer: int, *values: object) -> None:
+    def stop(statistics: StatisticsStore, layer: int, *values: object) -> None:
         if layer == 2:
             raise KeyboardInterrupt
-        write(directory, layer, *values)
+        write(statistics, layer, *values)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RunDirectory, "write_statistics", stop)
+        patch.setattr(StatisticsStore, "write", stop)
         make(tmp_path)
     with RunDirectory(tmp_path / "run"):  # held by its writer
         code, out, _ = command(capsys, "report", tmp_path / "run", "--html", tmp_path / "r.html", "--json")

@@ -99,14 +99,20 @@ PLANS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "negative": (in_layer("kept_neurons", lambda u: [-1, *u]), "neurons of layer 1 are not all from 0 to 95"),
     "too large": (in_layer("kept_neurons", lambda u: [*u, 96]), "neurons of layer 1 are not all from 0 to 95"),
     "huge": (in_layer("kept_neurons", lambda u: [*u, 1 << 70]), "neurons of layer 1 are not all from 0 to 95"),
-    "twice": (in_layer("kept_neurons", lambda u: [u[0], *u]), "neurons of layer 1 are not in order, each once"),
-    "in no order": (in_layer("kept_kv_groups", lambda u: [1, 0]), "KV groups of layer 1 are not in order, each once"),
+    "twice": (
+        in_layer("kept_neurons", lambda u: [u[0], *u]),
+        "neurons of layer 1 are not in strictly ascending order",
+    ),
+    "in no order": (
+        in_layer("kept_kv_groups", lambda u: [1, 0]),
+        "KV groups of layer 1 are not in strictly ascending order",
+    ),
     "group too large": (in_layer("kept_kv_groups", lambda u: [0, 2]), "KV groups of layer 1 are not all from 0 to 1"),
     "a truth value": (in_layer("kept_neurons", lambda u: [True]), "neurons of layer 1 are not all"),
     "nested": (in_layer("kept_neurons", lambda u: [[0]]), "neurons of layer 1 are not all"),
-    "a layer less": (lambda plan: plan["layers"].pop() and None, "it has 2 layers, the model 3"),
-    "no layers": (lambda plan: plan.pop("layers") and None, "it has another form"),
-    "no object": (lambda plan: [1], "it has another form"),
+    "a layer less": (lambda plan: plan["layers"].pop() and None, "it has 2 layers, the model has 3"),
+    "no layers": (lambda plan: plan.pop("layers") and None, "it does not have the form of a plan"),
+    "no object": (lambda plan: [1], "it does not have the form of a plan"),
     "deep": (lambda plan: plan.update(layers=json.loads("[" * 200 + "]" * 200)), "nested too deeply"),
     "another option": (lambda plan: plan["options"].update(colour=1), "colour"),
     "an option of another type": (lambda plan: plan["options"].update(ratio="0.3"), "its option ratio is 0.3"),
@@ -120,7 +126,7 @@ def test_a_plan_that_cannot_be_is_refused(name: str, verb: str, place: Path, cap
     change, words = PLANS[name]
     change_plan(place / "run", change)
     said = refused(capsys, *(["rewrite", "run", "out"] if verb == "rewrite" else ["report", "run", "--html", "out"]))
-    assert "plan.json is no plan for this model" in said and words in said and "flap-stream plan" in said
+    assert "plan.json is not a plan for this model" in said and words in said and "flap-stream plan" in said
     assert not Path("out").exists() and not Path("out.partial").exists()
     flap_stream.plan(place / "run", PlanConfig(ratio=0.3))  # as it says
     assert main(["rewrite", "run", "out", "--quiet"]) == 0
@@ -268,7 +274,7 @@ def test_arrays_that_flap_stream_does_not_write_are_not_decoded(
             flap_stream.storage.run_directory.RunDirectory(run) as directory,
             pytest.raises(CorruptRun, match="is not what flap-str"),
         ):
-            directory.read_tokens()
+            directory.tokens.read()
     else:
         assert "is not what flap-stream writes" in refused(capsys, "plan", "run")
     assert not Path("ran").exists()

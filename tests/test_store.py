@@ -23,10 +23,11 @@ from flap_stream.config import PlanConfig, PruneConfig
 from flap_stream.engine.hidden_states import HiddenStates, make_hidden_states
 from flap_stream.errors import CorruptRun, RunLocked, RunMismatch
 from flap_stream.storage import files, run_manifest
-from flap_stream.storage import run_directory as store
 from flap_stream.storage.journal import Journal
-from flap_stream.storage.run_directory import RunDirectory, SnapshotStore
+from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.run_manifest import tokens_digest
+from flap_stream.storage.snapshots import SnapshotStore
+from flap_stream.storage.statistics import LayerCost, StatisticsStore
 
 SHAPE = LayerShape(kv_groups=4, heads_per_group=1, head_dim=2, neurons=7, group_cost=32, neuron_cost=12)
 LAYERS = [{**asdict(SHAPE), "experts": []}] * 2
@@ -132,31 +133,31 @@ KEEPS = [
 def _filled(path: Path) -> Path:
     """A run directory with tokens, two layers and a plan."""
     with RunDirectory.create(path, MANIFEST) as run:
-        run.write_tokens(random_tokens(3, 5))
+        run.tokens.write(random_tokens(3, 5))
         for layer in range(2):
-            run.write_statistics(layer, _statistics(layer), "")
-        run.write_plan(PLAN, KEEPS)
+            run.statistics.write(layer, _statistics(layer), "")
+        run.plan.write(PLAN, KEEPS)
     return path
 
 
 def test_what_layers_took_comes_back_where_it_was_recorded(tmp_path: Path) -> None:
-    cost = store.LayerCost(seconds=1.5, tokens=15, peak_host_bytes=7, peak_device_bytes=0)
+    cost = LayerCost(seconds=1.5, tokens=15, peak_host_bytes=7, peak_device_bytes=0)
     with RunDirectory.create(tmp_path / "run", MANIFEST) as run:
-        run.write_statistics(0, _statistics(0), "")
-        run.write_statistics(1, _statistics(1), "", cost)
+        run.statistics.write(0, _statistics(0), "")
+        run.statistics.write(1, _statistics(1), "", cost)
     with RunDirectory(tmp_path / "run") as run:
-        assert run.layer_costs() == [None, cost]
+        assert run.statistics.costs() == [None, cost]
 
 
 def test_everything_comes_back_bit_equal(tmp_path: Path) -> None:
     with RunDirectory(_filled(tmp_path / "run")) as run:
-        assert run.complete_layers() == 2
+        assert run.statistics.complete_layers() == 2
         for layer in range(2):
-            _assert_bit_equal(run.read_statistics(layer), _statistics(layer))
-        tokens = run.read_tokens()
+            _assert_bit_equal(run.statistics.read(layer), _statistics(layer))
+        tokens = run.tokens.read()
         assert tokens.dtype == np.int64
         np.testing.assert_array_equal(tokens, random_tokens(3, 5))
-        options, keeps = run.read_plan()
+        options, keeps = run.plan.read()
         assert options == PLAN
         for read, written in zip(keeps, KEEPS, strict=True):
             np.testing.assert_array_equal(read.kv_groups, written.kv_groups)
@@ -175,11 +176,11 @@ def test_extreme_values_and_channels_without_weights_come_back_bit_equal(tmp_pat
     )
     shapes = [{**asdict(SHAPE), "experts": [], "kv_groups": 0, "neurons": 5}]
     with RunDirectory.create(tmp_path / "run", {**MANIFEST, "layers": shapes}) as run:
-        run.write_statistics(0, written, "")
-        _assert_bit_equal(run.read_statistics(0), written)
+        run.statistics.write(0, written, "")
+        _assert_bit_equal(run.statistics.read(0), written)
 
 
-def test_a_store_is_one_checked_chunk_an_array_without_compression(tmp_path: Path) -> None:
+def test_an_array_is_one_uncompressed_chunk_with_a_checksum(tmp_path: Path) -> None:
     group = _filled(tmp_path / "run") / "statistics.zarr" / "layers" / "0000"
     mean = json.loads((group / "mlp" / "mean" / "zarr.json").read_bytes())
     assert [codec["name"] for codec in mean["codecs"]] == ["bytes", "crc32c"]
@@ -202,9 +203,9 @@ def test_altered_statistics_are_noticed(tmp_path: Path, harm: Callable[[Path], N
     harmed = path / "statistics.zarr" / "layers" / "0001" / file
     harm(harmed.with_name("stranger") if harm is Path.touch else harmed)
     with RunDirectory(path) as run:
-        run.read_statistics(0)
+        run.statistics.read(0)
         with pytest.raises(CorruptRun, match=r"layers/0001 is altered"):
-            run.read_statistics(1)
+            run.statistics.read(1)
 
 
 def test_statistics_that_are_gone_or_not_there_yet_are_told_apart(tmp_path: Path) -> None:
@@ -212,16 +213,16 @@ def test_statistics_that_are_gone_or_not_there_yet_are_told_apart(tmp_path: Path
     files.remove(path / "statistics.zarr" / "layers" / "0000")
     with RunDirectory(path) as run:
         with pytest.raises(CorruptRun, match=r"layers/0000 is missing"):
-            run.read_statistics(0)
+            run.statistics.read(0)
         with pytest.raises(CorruptRun, match=r"layers/0002 is not complete"):
-            run.read_statistics(2)
+            run.statistics.read(2)
 
 
 def test_altered_tokens_are_noticed(tmp_path: Path) -> None:
     path = _filled(tmp_path / "run")
     _flip(path / "tokens.zarr" / "tokens" / "c" / "0" / "0")
     with RunDirectory(path) as run, pytest.raises(CorruptRun, match=r"tokens\.zarr is altered"):
-        run.read_tokens()
+        run.tokens.read()
 
 
 @pytest.mark.parametrize(("harm", "state"), [(_flip, "altered"), (Path.unlink, "missing")])
@@ -232,9 +233,9 @@ def test_an_altered_plan_is_noticed_and_can_be_made_again(
     harm(path / "plan.json")
     with RunDirectory(path) as run:
         with pytest.raises(CorruptRun, match=rf"plan\.json is {state} .* flap-stream plan"):
-            run.read_plan()
-        run.write_plan(PLAN, KEEPS)
-        assert run.read_plan()[0] == PLAN
+            run.plan.read()
+        run.plan.write(PLAN, KEEPS)
+        assert run.plan.read()[0] == PLAN
 
 
 def test_a_run_without_a_plan_says_how_to_make_one(tmp_path: Path) -> None:
@@ -242,7 +243,7 @@ def test_a_run_without_a_plan_says_how_to_make_one(tmp_path: Path) -> None:
         RunDirectory.create(tmp_path / "run", MANIFEST) as run,
         pytest.raises(RunMismatch, match="flap-stream plan"),
     ):
-        run.read_plan()
+        run.plan.read()
 
 
 def test_what_the_journal_does_not_name_is_written_anew(tmp_path: Path) -> None:
@@ -251,10 +252,10 @@ def test_what_the_journal_does_not_name_is_written_anew(tmp_path: Path) -> None:
     (path / "journal").write_bytes(b"".join(whole[:3]))  # tokens, the group of layers and layer 0
     (path / "statistics.zarr" / "layers" / "0001.partial").mkdir()
     with RunDirectory(path) as run:
-        assert run.complete_layers() == 1
-        run.write_statistics(1, _statistics(5), "")
-        assert run.complete_layers() == 2
-        _assert_bit_equal(run.read_statistics(1), _statistics(5))
+        assert run.statistics.complete_layers() == 1
+        run.statistics.write(1, _statistics(5), "")
+        assert run.statistics.complete_layers() == 2
+        _assert_bit_equal(run.statistics.read(1), _statistics(5))
     assert sorted(p.name for p in (path / "statistics.zarr" / "layers").iterdir()) == ["0000", "0001", "zarr.json"]
 
 
@@ -278,9 +279,9 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, body: bytes) -> None:
 def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(RunMismatch, match="no run directory"):
+    with pytest.raises(RunMismatch, match="not a run directory"):
         RunDirectory(tmp_path / "mine")
-    with pytest.raises(RunMismatch, match="is no run directory"):
+    with pytest.raises(RunMismatch, match="is not a run directory"):
         RunDirectory.create(tmp_path / "mine", MANIFEST)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
@@ -293,7 +294,7 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
             "tokens",
             "shape",
             [3, 6],
-            "gave other tokens then than now (3 windows of 5 tokens, now 3 windows of 6 tokens",
+            "produced different tokens then (3 windows of 5 tokens, now 3 windows of 6 tokens",
         ),
         ("options", "batch_size", 8, "with other options: --batch-size was 4, now 8"),
         ("options", "new", 1, "with other options: --new was not given, now 1"),
@@ -310,7 +311,7 @@ def test_create_names_what_differs(tmp_path: Path, part: str, key: str, value: A
 
 def test_create_takes_up_what_was_made_for_the_same(tmp_path: Path) -> None:
     with RunDirectory.create(_filled(tmp_path / "run"), MANIFEST) as run:
-        assert run.complete_layers() == 2
+        assert run.statistics.complete_layers() == 2
 
 
 def test_a_removed_run_directory_leaves_nothing(tmp_path: Path) -> None:
@@ -376,7 +377,7 @@ def test_a_second_writer_is_refused_until_the_first_is_dead(tmp_path: Path) -> N
         process.send_signal(signal.SIGKILL)
         process.wait(30)
         with RunDirectory(path) as run:
-            assert run.complete_layers() == 2
+            assert run.statistics.complete_layers() == 2
             assert (path / "lock").read_text().startswith(f"pid {os.getpid()} ")
 
 
@@ -385,13 +386,13 @@ def test_a_lock_left_by_the_dead_is_taken_whoever_has_its_pid_now(tmp_path: Path
     path, pid = _filled(tmp_path / "run"), 1 if whose == "first" else os.getpid()
     (path / "lock").write_text(f"pid {pid} on {os.uname().nodename}")  # of before a reboot, or of another container
     with RunDirectory(path) as run:
-        assert run.complete_layers() == 2
+        assert run.statistics.complete_layers() == 2
 
 
 def test_what_a_writer_holds_may_be_looked_at(tmp_path: Path) -> None:
     path = _filled(tmp_path / "run")
     with _holder(path) as process, RunDirectory(path, is_writer=False) as run:
-        assert run.complete_layers() == 2
+        assert run.statistics.complete_layers() == 2
         process.kill()
 
 
@@ -445,15 +446,15 @@ def test_a_corrupted_snapshot_is_passed_over_with_a_warning(
     )
     expected = flap_stream.prune(model, tmp_path / "expected", options)
 
-    write = RunDirectory.write_statistics
+    write = StatisticsStore.write
 
-    def stop_at_layer_3(run: RunDirectory, layer: int, *values: Any) -> None:
+    def stop_at_layer_3(statistics: StatisticsStore, layer: int, *values: Any) -> None:
         if layer == 3:
             raise _Stop
-        write(run, layer, *values)
+        write(statistics, layer, *values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunDirectory, "write_statistics", stop_at_layer_3)
+        patch.setattr(StatisticsStore, "write", stop_at_layer_3)
         with pytest.raises(_Stop):
             flap_stream.prune(model, tmp_path / "out", options)
     for layer in harmed:

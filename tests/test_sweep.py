@@ -105,7 +105,7 @@ def test_the_stored_plan_and_statistics_stay_and_verify_checks_the_sweep(
     flap_stream.sweep(made.run, made.options())
     assert (identities(made.run / "statistics.zarr"), (made.run / "plan.json").read_bytes()) == before
     with RunDirectory(made.run) as run:
-        assert run.read_plan()[0].ratio == 0.4
+        assert run.plan.read()[0].ratio == 0.4
         (curve,) = ratio_sweep.read_curves(run)
     assert [point["ratio"] for point in curve["points"]] == list(RATIOS) and curve["text"]["shape"] == [5, 20]
     assert command(capsys, "inspect", made.run, "--verify")[0] == 0

@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def collected(model: Path, run: Path, **options) -> tuple[dict, np.ndarray]:
     flap_stream.collect(model, run, CollectConfig(calibration=(TEXT,), samples=8, sequence_length=16, **options))
     with flap_stream.storage.run_directory.RunDirectory(run) as directory:
-        return json.loads((run / "run.json").read_text()), directory.read_tokens()
+        return json.loads((run / "run.json").read_text()), directory.tokens.read()
 
 
 def test_run_json_says_how_windows_begin(model: Path, tmp_path: Path) -> None:

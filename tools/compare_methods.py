@@ -100,8 +100,8 @@ def published(bench: Bench, options: dict[str, Any], ratios: Sequence[float]) ->
     """
     run, found = bench.collected(), []
     with RunDirectory(run, is_writer=False) as directory:
-        windows = torch.from_numpy(directory.read_tokens())
-        statistics = [directory.read_statistics(i) for i in range(len(directory.layer_shapes))]
+        windows = torch.from_numpy(directory.tokens.read())
+        statistics = [directory.statistics.read(i) for i in range(len(directory.layer_shapes))]
         shapes = directory.layer_shapes
     for ratio in ratios:
         keeps = flap_stream.plan(run, PlanConfig(ratio=ratio, round_neurons_to=1)).layers

@@ -43,8 +43,8 @@ def _inspect_run(place: Path, as_json: bool, verifies: bool) -> None:
             "method": manifest["options"]["method"],
             "calibration": manifest["calibration"],
             "layers": total,
-            "complete_layers": directory.complete_layers(),
-            "has_plan": directory.journal.find("plan", "plan") is not None,
+            "complete_layers": directory.statistics.complete_layers(),
+            "has_plan": directory.plan.exists(),
             "versions": manifest["versions"],
         }
         if verifies:

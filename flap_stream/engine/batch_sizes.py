@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable
 
 from flap_stream.engine.ranks import Ranks
-from flap_stream.storage.run_directory import BatchReduction
+from flap_stream.storage.batch_reductions import BatchReduction
 
 
 class BatchSizes:

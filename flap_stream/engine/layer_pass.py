@@ -19,7 +19,8 @@ from flap_stream.engine.snapshots import Snapshots, resume
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InsufficientMemory
 from flap_stream.progress import Stage
-from flap_stream.storage.run_directory import BatchReductions, SnapshotStore
+from flap_stream.storage.batch_reductions import BatchReductions
+from flap_stream.storage.snapshots import SnapshotStore
 
 logger = logging.getLogger(__name__)
 

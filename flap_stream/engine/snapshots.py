@@ -8,7 +8,7 @@ from flap_stream.engine.hidden_states import HiddenStates
 from flap_stream.engine.ranks import Ranks
 from flap_stream.errors import CorruptRun
 from flap_stream.storage import files
-from flap_stream.storage.run_directory import SnapshotStore
+from flap_stream.storage.snapshots import SnapshotStore
 
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ def hindrance(path: Path, directory: Path) -> str | None:
     if not target.is_relative_to(own) and not target.is_relative_to(blobs):
         return f"it links to {target}, outside the model's directory; put a copy there if it belongs to the model"
     is_vocabulary = path.name.startswith(_LARGE_NAMES) or path.suffix in _LARGE_SUFFIXES
-    size, most = target.stat().st_size, files.MOST_BYTES if is_vocabulary else MOST_BYTES
+    size, most = target.stat().st_size, files.MAX_BYTES if is_vocabulary else MOST_BYTES
     return f"it has {size:,} bytes; the limit for such a file is {most:,}" if size > most else None
 
 

@@ -37,7 +37,7 @@ def damaged_files(out: Path) -> list[str]:
 def _is_credible(path: Path) -> bool:
     """Whether a file's size is plausible, so that it can be read; a shard's header says how large it is."""
     if path.suffix != ".safetensors":
-        return path.stat().st_size <= files.MOST_BYTES
+        return path.stat().st_size <= files.MAX_BYTES
     try:
         return bool(read_header(path))
     except CorruptCheckpoint:

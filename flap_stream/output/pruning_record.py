@@ -12,7 +12,7 @@ from flap_stream.errors import NotPlain, OutputConflict
 from flap_stream.output.model_card import base_name
 from flap_stream.output.pruned_model import PrunedModel
 from flap_stream.storage import files
-from flap_stream.storage.json_form import finite, has_form, natural, one_of, parsed
+from flap_stream.storage.schema import finite, matches, natural, one_of, parse_json
 
 RECORD_NAME = "pruning.json"
 RECORD_FORMAT, RECORD_VERSION = "flap-stream-pruning", 1
@@ -37,8 +37,8 @@ def read_record(out: Path) -> dict[str, Any] | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        record = parsed(files.read_plain(out / RECORD_NAME))
-        if has_form(record, _RECORD):
+        record = parse_json(files.read_plain(out / RECORD_NAME))
+        if matches(record, _RECORD):
             return record
     except (OSError, ValueError, NotPlain):
         pass

@@ -17,8 +17,10 @@ from flap_stream.model.dense import nothing_pruned
 from flap_stream.output.pruning_record import RECORD_NAME, read_record
 from flap_stream.stages.plan import unit_scores
 from flap_stream.stages.sweep import read_curves
-from flap_stream.storage.run_directory import LayerCost, RunDirectory
-from flap_stream.storage.run_manifest import plan_options
+from flap_stream.storage.plan import parse_plan_options
+from flap_stream.storage.run_directory import RunDirectory
+from flap_stream.storage.run_manifest import Manifest
+from flap_stream.storage.statistics import LayerCost
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,12 @@ def read_facts(place: Path) -> Facts:
 
 
 def _of_run(run: RunDirectory) -> Facts:
-    shapes, done, missing = run.layer_shapes, run.complete_layers(), []
+    shapes, done, missing = run.layer_shapes, run.statistics.complete_layers(), []
     again = f"flap-stream collect goes on with {run.path.name}"
     options: PlanConfig | None = None
     keeps: list[LayerKeep] | None = None
     try:
-        options, keeps = run.read_plan()
+        options, keeps = run.plan.read()
     except RunMismatch:
         missing.append(f"No plan yet, so nothing is marked as removed: flap-stream plan {run.path.name} --ratio R.")
     if done < len(shapes):
@@ -117,7 +119,7 @@ def _of_run(run: RunDirectory) -> Facts:
             known |= {"group_scores": scores[i][0], "neuron_scores": scores[i][1]}
             known |= _fluctuations(run, i, shape, metric)
         layers.append(LayerUnits(shape.kv_groups, shape.neurons, **known))
-    costs, curves = run.layer_costs(), read_curves(run)
+    costs, curves = run.statistics.costs(), read_curves(run)
     if not any(costs):
         missing.append("Time and memory by layer were not recorded.")
     if not curves:
@@ -162,7 +164,7 @@ def _of_record(place: Path, record: dict[str, Any]) -> Facts:
     known = {name: value for name, value in record["options"].items() if name in PlanConfig.__dataclass_fields__}
     parameters = record["parameters"]
     try:
-        options = plan_options(known)
+        options = parse_plan_options(known)
     except ValueError as error:
         raise CorruptCheckpoint(f"{place / RECORD_NAME} is no record of a pruning: {error}") from error
     return Facts(
@@ -193,7 +195,7 @@ def _mask(size: int, kept: np.ndarray) -> np.ndarray:
 
 
 def _fluctuations(run: RunDirectory, index: int, shape: LayerShape, options: PlanConfig) -> dict[str, np.ndarray]:
-    statistics = run.read_statistics(index)
+    statistics = run.statistics.read(index)
     if options.method == "magnitude-sp":
         attention, mlp = statistics.attention.weight_squared_norm, statistics.mlp.weight_squared_norm
     elif options.method == "wanda-sp":
@@ -207,7 +209,7 @@ def _fluctuations(run: RunDirectory, index: int, shape: LayerShape, options: Pla
 
 
 def _sizes(
-    manifest: dict[str, Any], shapes: Sequence[LayerShape], keeps: Sequence[LayerKeep], pruned: PrunedSizes
+    manifest: Manifest, shapes: Sequence[LayerShape], keeps: Sequence[LayerKeep], pruned: PrunedSizes
 ) -> list[Size]:
     """Whole-model quantities, dense and as planned."""
     sizes, before, after = manifest["sizes"], pruned.parameters_before, pruned.parameters_after
@@ -217,7 +219,7 @@ def _sizes(
         return sum(2 * shape.head_dim * count for shape, count in zip(shapes, groups, strict=True)) * item_bytes
 
     def operations(units: Sequence[tuple[int, int]]) -> float:
-        total = sizes["hidden"] * sizes["vocabulary"]
+        total: float = sizes["hidden"] * sizes["vocabulary"]
         for shape, (groups, neurons) in zip(shapes, units, strict=True):
             share = sizes["expert_share"] if shape.experts else 1
             total += groups * shape.group_cost + neurons * shape.neuron_cost * share

@@ -198,7 +198,7 @@ class _Half:
     def _sums(self, order: torch.Tensor, kept: int) -> MomentSums:
         """Of inputs in this order, and of the target; pass 1 knows how large they are in the dense model."""
         on = self.on
-        statistics = on.store.read_statistics(self.index).of(self.part.kind.name)
+        statistics = on.store.statistics.read(self.index).of(self.part.kind.name)
         squares = torch.from_numpy(statistics.m2 + statistics.count * np.square(statistics.mean))
         ordered = squares[order.cpu()]
         if on.dense is not None:

@@ -105,14 +105,14 @@ def refit_layers(
     ranks = model.ranks
     conditions = {"dtype": str(model.dtype), "device": model.device.type, "batch_size": placement.batch_size}
     if ranks.is_first:
-        run.begin_refit({**conditions, **refit_record(target)})
-    first, count = ranks.from_first(run.complete_refits), len(model.layers)
+        run.refits.begin({**conditions, **refit_record(target)})
+    first, count = ranks.from_first(run.refits.complete_layers), len(model.layers)
     if first < count + refits_head(model, target):
         with progress.stage("refit", count, device=model.device) as stage, torch.inference_mode(), ExitStack() as stack:
-            tokens = run.read_tokens()
+            tokens = run.tokens.read()
             samples, length = tokens.shape
             own = ranks.share(samples, product_windows(placement.batch_size, length))
-            stores = [run.pruned_snapshots] + ([run.dense_snapshots] if target != "own" else [])
+            stores = [run.refits.pruned_snapshots] + ([run.refits.dense_snapshots] if target != "own" else [])
             saved = [
                 (store, stack.enter_context(model.hidden_states(placement.hidden_place, len(own), length, run.path)))
                 for store in stores
@@ -129,24 +129,24 @@ def refit_layers(
             on = SecondPass(batches, run, samples, target)
             for i, weights in batches.layers(stage, first, snapshot_interval):
                 if i < first:
-                    refit_layer(on, i, weights, keeps[i], load_file(run.refit_path(i)))
+                    refit_layer(on, i, weights, keeps[i], load_file(run.refits.path(i)))
                 else:
                     is_read = i + 1 < count or refits_head(model, target)
                     refitted = refit_layer(on, i, weights, keeps[i], None, is_read)
                     model.checkpoint.require_unchanged()
                     if ranks.is_first:
-                        run.write_refit(i, _file_chunks(f"{model.family.layers}.{i}.", refitted))
+                        run.refits.write(i, _file_chunks(f"{model.family.layers}.{i}.", refitted))
             if refits_head(model, target):
                 head = refit_head(on)
                 model.checkpoint.require_unchanged()
                 if ranks.is_first:
-                    run.write_refit(count, _file_chunks("", {model.family.head: head}))
+                    run.refits.write(count, _file_chunks("", {model.family.head: head}))
     else:
         with progress.stage("refit", count) as stage:
             stage.skip(count)
     if ranks.is_first:
-        run.pruned_snapshots.drop()
-        run.dense_snapshots.drop()
+        run.refits.pruned_snapshots.drop()
+        run.refits.dense_snapshots.drop()
 
 
 def refitted_tensors(run: RunDirectory, count: int) -> dict[str, TensorEntry]:
@@ -155,12 +155,12 @@ def refitted_tensors(run: RunDirectory, count: int) -> dict[str, TensorEntry]:
     count: of files: a layer's each, and one of the head if that is refitted.
     Raises CorruptRun if any is missing or altered.
     """
-    complete = run.complete_refits()
+    complete = run.refits.complete_layers()
     if complete < count:
-        raise CorruptRun(f"{run.refit_path(complete)} is missing or altered; run the same command again to refit")
+        raise CorruptRun(f"{run.refits.path(complete)} is missing or altered; run the same command again to refit")
     tensors = {}
     for layer in range(count):
-        path = run.refit_path(layer)
+        path = run.refits.path(layer)
         for entry in read_header(path)[0]:
             tensors[entry.name] = replace(entry, file=str(path.absolute()))
     return tensors

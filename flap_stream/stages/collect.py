@@ -173,8 +173,8 @@ def _begun_run(
     """The run directory with its tokens stored, once the model's files have been compared with those recorded."""
     directory = RunDirectory.create(run, _manifest(model, options, windows, batch_size))
     try:
-        if windows.tokens.size and not directory.has_tokens():
-            directory.write_tokens(windows.tokens)
+        if windows.tokens.size and not directory.tokens.exists():
+            directory.tokens.write(windows.tokens)
         require_same_weights(model.checkpoint, directory)
     except BaseException:
         directory.close()

@@ -20,7 +20,8 @@ from flap_stream.progress import Progress, Stage, peak_device_bytes, peak_host_b
 from flap_stream.stages.input_moments import input_moments
 from flap_stream.stages.loss import keep_inputs
 from flap_stream.storage.loss import LossStore
-from flap_stream.storage.run_directory import LayerCost, RunDirectory
+from flap_stream.storage.run_directory import RunDirectory
+from flap_stream.storage.statistics import LayerCost
 
 
 def collect_statistics(
@@ -37,7 +38,7 @@ def collect_statistics(
     produce the next layer's input. All ranks of the model take part, each with its share of the windows; `run` is open
     for writing on rank 0. loss: where to keep the inputs of all layers for the backward sweep; None if there is none.
     """
-    first, count = run.complete_layers(), len(model.layers)
+    first, count = run.statistics.complete_layers(), len(model.layers)
     with progress.stage("collect", count, device=model.device) as stage, torch.inference_mode():
         if first == count:
             stage.skip(count)
@@ -68,7 +69,7 @@ def _collect_moments(
     loss: LossStore | None,
 ) -> None:
     """Collect statistics of the weights and of what output projections read, while the windows run through."""
-    ranks, first, tokens = model.ranks, run.complete_layers(), run.read_tokens()
+    ranks, first, tokens = model.ranks, run.statistics.complete_layers(), run.tokens.read()
     own = ranks.share(len(tokens), placement.batch_size)
     with model.hidden_states(placement.hidden_place, len(own), tokens.shape[1], run.path) as hidden:
         batches = LayerPass(
@@ -115,7 +116,7 @@ def _store(model: StreamedModel, run: RunDirectory, index: int, statistics: Laye
     """Store a layer's statistics, unless the model's files changed in the meantime."""
     model.checkpoint.require_unchanged()
     checksum = model.checkpoint.checksum(list(model.layer_entries[index].values()))
-    run.write_statistics(index, statistics, checksum, costs.of_layer())
+    run.statistics.write(index, statistics, checksum, costs.of_layer())
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class _Collection:
         shape = model.shapes[index]
         channels = shape.heads_per_group * shape.head_dim
         keep = model.ranks.from_first(
-            lambda: keep_in_layer(wanda_scores(self.run.read_statistics(index), channels), shape, decision)
+            lambda: keep_in_layer(wanda_scores(self.run.statistics.read(index), channels), shape, decision)
         )
         for part in model.family.parts(shape):
             removed = part.removed_channels(part.own(keep.of(part.kind.name)), shape)

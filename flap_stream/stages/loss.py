@@ -125,7 +125,7 @@ def require_inputs(model: StreamedModel, store: LossStore, placement: Placement,
     if not missing or ranks.from_first(store.complete) == count:
         return
     batch = placement.batch_size
-    tokens = run.read_tokens()[: -(-store.windows // batch) * batch]
+    tokens = run.tokens.read()[: -(-store.windows // batch) * batch]
     own = ranks.share(len(tokens), batch)
     with (
         progress.stage("loss inputs", count, device=model.device) as stage,
@@ -152,7 +152,7 @@ def collect_loss_scores(
     done = ranks.from_first(store.complete)
     if done < len(model.layers):
         model.forget_calls()
-        tokens = run.read_tokens()[: store.windows]
+        tokens = run.tokens.read()[: store.windows]
         own, length = ranks.share(len(tokens), placement.batch_size), tokens.shape[1]
         place = partial(model.hidden_states, placement.hidden_place, len(own), length, run.path)
         with (
@@ -192,7 +192,7 @@ def _mean_squares(found: Sequence[Scores]) -> LossScores:
 
 def _baselines(model: StreamedModel, run: RunDirectory, index: int) -> dict[str, np.ndarray]:
     """The mean of each output projection's inputs, float64 `[channel]`."""
-    statistics, shape = run.read_statistics(index), model.shapes[index]
+    statistics, shape = run.statistics.read(index), model.shapes[index]
     parts = model.family.parts(shape)
     return {part.kind.output.name: statistics.of(part.kind.name).mean[part.channels(shape)] for part in parts}
 

@@ -68,7 +68,7 @@ def mending(restore: str, model: StreamedModel, run: RunDirectory, form: str) ->
     assert restore == "bias"
 
     def mend(index: int, weights: Mapping[str, torch.Tensor], keep: LayerKeep) -> dict[str, torch.Tensor]:
-        statistics, found = run.read_statistics(index), {}
+        statistics, found = run.statistics.read(index), {}
         for part, removed in _removed(model, index, keep):
             name = part.kind.output.name
             if f"{name}.weight" in weights:

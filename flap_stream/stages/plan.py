@@ -96,7 +96,7 @@ def store_plan(run: RunDirectory, decided: PlanResult) -> PlanResult:
     """Store a plan in its run directory and return it. Raises InvalidOption if it removes nothing."""
     if decided.decoder_ratio == 0:
         raise InvalidOption(f"--ratio {decided.options.ratio} removes nothing from this model; raise it")
-    run.write_plan(decided.options, decided.layers)
+    run.plan.write(decided.options, decided.layers)
     return decided
 
 
@@ -110,7 +110,7 @@ def unit_scores(run: RunDirectory, options: PlanConfig) -> list[tuple[np.ndarray
         return [loss_scores(loss.read(i), shape) for i, shape in enumerate(run.layer_shapes)]
     scores = []
     for i, shape in enumerate(run.layer_shapes):
-        statistics, channels = run.read_statistics(i), shape.heads_per_group * shape.head_dim
+        statistics, channels = run.statistics.read(i), shape.heads_per_group * shape.head_dim
         if options.method == "flap":
             pair = flap_scores(statistics, options.metric, options.statistics, options.head_score, channels)
             _warn_of_unreached_experts(i, shape, statistics.mlp.count)

@@ -101,7 +101,7 @@ def rewrite_from(
 ) -> PruneResult:
     """Refit if the restoration asks for it, then write the checkpoint. run: open for writing on rank 0."""
     source, measured = session.source, session.measured
-    plan_options, keeps = run.read_plan()
+    plan_options, keeps = run.plan.read()
     restore = require_restoration(plan_options.method, options.restore)
     require_model_of(run, source, session.ranks)
     restoration = Restoration()
@@ -150,7 +150,7 @@ def _refitted(
     release(model.device)
     how, files_count = refit_record(options.refit_target), len(model.layers) + refit.has_head
     return session.ranks.from_first(
-        lambda: Restoration(refitted=refitted_tensors(run, files_count), digests=run.refit_digests(), how=how)
+        lambda: Restoration(refitted=refitted_tensors(run, files_count), digests=run.refits.digests(), how=how)
     )
 
 
@@ -164,5 +164,5 @@ def _collected_dtype(run: RunDirectory, options: RewriteConfig) -> str:
 
 def _means(run: RunDirectory, layer: int, form: str) -> dict[str, np.ndarray]:
     """Mean inputs of a layer's output projections, by kind, float64 `[channel]`."""
-    statistics = run.read_statistics(layer)
+    statistics = run.statistics.read(layer)
     return {kind: baseline_input(statistics.of(kind), form) for kind in ("attention", "mlp")}

@@ -59,7 +59,7 @@ def require_same_weights(source: Checkpoint, run: RunDirectory) -> None:
         if embedding != recorded["embedding"]:
             raise _mismatch(source, run, "its embedding")
         skeleton, family = Skeleton(source.config, source.source), family_of(source.config, source.source)
-        for i, checksum in enumerate(run.weights_checksums()):
+        for i, checksum in enumerate(run.statistics.weights_checksums()):
             names = [f"{family.layers}.{i}.{name}" for name in skeleton.layer_tensors(i)]
             if source.read_checksum([source.tensors[name] for name in names]) != checksum:
                 raise _mismatch(source, run, f"layer {i}")
@@ -77,10 +77,10 @@ def _mismatch(source: Checkpoint, run: RunDirectory, what: str) -> RunMismatch:
 
 def _embedding_checksum(source: Checkpoint, run: RunDirectory) -> str:
     """Checksum of the rows of the calibration tokens; empty if there are none."""
-    if not run.has_tokens():
+    if not run.tokens.exists():
         return ""
     entry = source.tensors[family_of(source.config, source.source).embedding]
-    row_bytes, ids = entry.nbytes // entry.shape[0], np.unique(run.read_tokens())
+    row_bytes, ids = entry.nbytes // entry.shape[0], np.unique(run.tokens.read())
     block = memoryview(bytearray(min(_ROWS, len(ids)) * row_bytes))
     for at in range(0, len(ids), _ROWS):
         ranges = list(row_ranges(ids[at : at + _ROWS], row_bytes))

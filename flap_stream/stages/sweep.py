@@ -28,9 +28,10 @@ from flap_stream.stages.masked_layers import Decision, masked, mending
 from flap_stream.stages.plan import PlanResult, decide
 from flap_stream.stages.same_source import require_model_of
 from flap_stream.storage import files
-from flap_stream.storage.json_form import finite, has_form, natural
-from flap_stream.storage.run_directory import RunDirectory, SnapshotStore
+from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.run_manifest import tokens_digest
+from flap_stream.storage.schema import finite, matches, natural
+from flap_stream.storage.snapshots import SnapshotStore
 from flap_stream.text.tokenization import load_tokenizer
 from flap_stream.text.windows import check_text, evaluation_text, evaluation_tokens
 
@@ -150,8 +151,8 @@ def read_curves(run: RunDirectory) -> list[dict[str, Any]]:
     Each has `options` (all of a plan's except the ratio), `restore`, `text` (sources, sha256 and shape of its windows),
     `dtype`, `device`, `dense_perplexity` and `points` in order of ratio, with the fields of `SweepPoint`.
     """
-    found = [run.read_sweep(name) for name in run.sweep_names()]
-    return [curve for curve in found if curve is not None and has_form(curve, _CURVE)]
+    found = [run.sweeps.read(name) for name in run.sweeps.names()]
+    return [curve for curve in found if curve is not None and matches(curve, _CURVE)]
 
 
 def _plan_options(options: SweepConfig, ratio: float) -> PlanConfig:
@@ -211,8 +212,8 @@ class _Curve:
         self._name = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
         job["text"]["sources"] = [Path(source).name for source in options.evaluate]
         fresh: dict[str, Any] = {**job, "dense_perplexity": None, "points": []}
-        stored = run.read_sweep(self._name)
-        self._body = stored if stored is not None and has_form(stored, _CURVE) else fresh
+        stored = run.sweeps.read(self._name)
+        self._body = stored if stored is not None and matches(stored, _CURVE) else fresh
         if self._body is fresh:
             same = ("text", "dtype", "device")
             alike = [curve for curve in read_curves(run) if all(curve[key] == job[key] for key in same)]
@@ -246,7 +247,7 @@ class _Curve:
             for first in readings:
                 for plan, perplexity in self._perplexities(missing[first : first + group], placement):
                     self._take(plan, perplexity)
-                self._run.write_sweep(self._name, self._body)
+                self._run.sweeps.write(self._name, self._body)
 
     def _take(self, plan: PlanResult | None, perplexity: float) -> None:
         """Record one perplexity; without a plan it is the dense model's."""
@@ -281,7 +282,7 @@ class _Curve:
     ) -> list[tuple[PlanResult | None, float]]:
         decisions = [None if plan is None else Decision(plan.layers, self._mend) for plan in plans]
         ratios = [0.0 if plan is None else plan.options.ratio for plan in plans]
-        store = self._run.sweep_snapshots(f"{self._name} {ratios} {placement.batch_size}")
+        store = self._run.sweeps.snapshots(f"{self._name} {ratios} {placement.batch_size}")
         found = perplexities(self._model, self.tokens, decisions, placement, store, self._progress)
         self._model.checkpoint.require_unchanged()
         return list(zip(plans, found, strict=True))

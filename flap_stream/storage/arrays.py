@@ -1,7 +1,7 @@
-"""Groups of arrays in a run directory, as zarr format 3: one checked chunk an array, without compression.
+"""Groups of arrays in a run directory, in zarr format 3: one uncompressed chunk per array, with a checksum.
 
-What is read must be exactly what is written here, metadata and sizes of files included, before zarr sees it: other
-metadata could name codecs that run code, or arrays that no memory holds.
+Metadata and file sizes must be exactly what this module writes before zarr sees them: other metadata could name codecs
+that run code, or arrays too large for any memory.
 """
 
 import json
@@ -16,14 +16,14 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 
 from flap_stream.errors import CorruptRun, NotPlain
 from flap_stream.storage import files
-from flap_stream.storage.json_form import has_form, parsed
+from flap_stream.storage.schema import Schema, matches, parse_json
 
-Form = tuple[str, tuple[int, ...]]  # dtype (int64 or float64) and shape of an array
+ArraySpec = tuple[str, tuple[int, ...]]  # dtype (int64 or float64) and shape of an array
 
-METADATA_BYTES = 1 << 16  # at most, of a zarr.json
+_METADATA_BYTES = 1 << 16  # limit on a zarr.json; those written here have under 1 kB
 _CHECKSUM_BYTES = 4
 _CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-_FURTHER: dict[str, tuple[Any, ...]] = {
+_OPTIONAL: dict[str, tuple[Any, ...]] = {
     "fill_value": (-1, "NaN"),
     "attributes": ({},),
     "storage_transformers": ([],),
@@ -34,7 +34,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
 def write_group(
     path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any], groups: tuple[str, ...] = ()
 ) -> None:
-    """Write a group to a new directory; it is not made durable. groups: names of empty groups in it."""
+    """Write a group to a new directory, without making it durable. groups: names of empty groups to create in it."""
     path.mkdir()  # does not follow a link
     group = zarr.create_group(path, attributes=dict(attributes), zarr_format=3)
     for child in groups:
@@ -53,62 +53,62 @@ def write_group(
         stored[...] = values
 
 
-def read_group(path: Path, forms: Mapping[str, Form], attributes: Any = None) -> tuple[list[np.ndarray], Any]:
-    """The arrays of a group, in the order of `forms`, and the group's attributes.
+def read_group(path: Path, specs: Mapping[str, ArraySpec], attributes: Schema = None) -> tuple[list[np.ndarray], Any]:
+    """The arrays of a group, in the order of `specs`, and the group's attributes.
 
-    attributes: their form, if there are any.
-    Raises CorruptRun unless all is as it is written here.
+    attributes: their schema, if there are any.
+    Raises CorruptRun unless everything is as this module writes it.
     """
     found = _metadata(path)
-    plain = {key: found.get(key) for key in ("zarr_format", "node_type")} == {"zarr_format": 3, "node_type": "group"}
+    is_group = {key: found.get(key) for key in ("zarr_format", "node_type")} == {"zarr_format": 3, "node_type": "group"}
     given = found.get("attributes", {})
-    if not plain or set(found) - {"zarr_format", "node_type", "attributes"} or not has_form(given, attributes or {}):
-        raise _not_ours(path)
-    return [_read_array(path / name, form) for name, form in forms.items()], given
+    if not is_group or set(found) - {"zarr_format", "node_type", "attributes"} or not matches(given, attributes or {}):
+        raise _foreign(path)
+    return [_read_array(path / name, spec) for name, spec in specs.items()], given
 
 
-def most_bytes(forms: Mapping[str, Form]) -> int:
-    """Most bytes of all files of a group."""
-    chunks = sum(_chunk_bytes(form) for form in forms.values())
-    return chunks + METADATA_BYTES * (2 * len(forms) + 1)
+def max_bytes(specs: Mapping[str, ArraySpec]) -> int:
+    """Maximum size of all files of a group together."""
+    chunks = sum(_chunk_bytes(spec) for spec in specs.values())
+    return chunks + _METADATA_BYTES * (2 * len(specs) + 1)
 
 
-def _read_array(path: Path, form: Form) -> np.ndarray:
-    dtype, shape = form
+def _read_array(path: Path, spec: ArraySpec) -> np.ndarray:
+    dtype, shape = spec
     found = _metadata(path)
     wanted = {
         **{"zarr_format": 3, "node_type": "array", "data_type": dtype, "shape": list(shape), "codecs": _CODECS},
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(_chunks(shape))}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
     }
-    further = {key: value for key, value in found.items() if key not in wanted}
+    optional = {key: value for key, value in found.items() if key not in wanted}
     is_same = json.dumps([found.get(key) for key in wanted], sort_keys=True) == json.dumps(
         list(wanted.values()), sort_keys=True
     )
-    if not is_same or any(value not in _FURTHER.get(key, ()) for key, value in further.items()):
-        raise _not_ours(path)
+    if not is_same or any(value not in _OPTIONAL.get(key, ()) for key, value in optional.items()):
+        raise _foreign(path)
     if prod(shape) == 0:
         return np.zeros(shape, dtype)
     chunk = path.joinpath("c", *["0"] * len(shape))
-    if not chunk.is_file() or chunk.stat().st_size != _chunk_bytes(form):  # zarr fills in what is missing
-        raise _not_ours(path)
+    if not chunk.is_file() or chunk.stat().st_size != _chunk_bytes(spec):  # zarr would fill in a missing chunk
+        raise _foreign(path)
     try:
         return np.asarray(zarr.open_array(path, mode="r", zarr_format=3))
     except ValueError as error:
-        raise _not_ours(path) from error
+        raise _foreign(path) from error
 
 
 def _metadata(path: Path) -> dict[str, Any]:
     try:
-        found = parsed(files.read_plain(path / "zarr.json", METADATA_BYTES))
+        found = parse_json(files.read_plain(path / "zarr.json", _METADATA_BYTES))
     except (OSError, ValueError, NotPlain) as error:
-        raise _not_ours(path) from error
+        raise _foreign(path) from error
     if not isinstance(found, dict):
-        raise _not_ours(path)
+        raise _foreign(path)
     return found
 
 
-def _not_ours(path: Path) -> CorruptRun:
+def _foreign(path: Path) -> CorruptRun:
     return CorruptRun(f"{path} is not what flap-stream writes; delete the run directory and collect again")
 
 
@@ -116,6 +116,6 @@ def _chunks(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(max(1, size) for size in shape)
 
 
-def _chunk_bytes(form: Form) -> int:
-    dtype, shape = form
+def _chunk_bytes(spec: ArraySpec) -> int:
+    dtype, shape = spec
     return prod(shape) * np.dtype(dtype).itemsize + _CHECKSUM_BYTES

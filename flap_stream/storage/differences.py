@@ -1,4 +1,4 @@
-"""How what was done before differs from what is asked for now, in words: model, text and options, then and now."""
+"""Describes in words how an earlier job differs from the one requested now: in model, text or options."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,20 +6,20 @@ from typing import Any
 from flap_stream.config.values import option_name, written
 
 _NAMES = {"sources": "calibration", "target": "refit-target"}
-_MOST_FILES = 3
+_MAX_FILES = 3  # named in a message
 
 
 def run_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """How two manifests of a run directory differ in what decides the statistics; None if they do not.
+    """How two manifests of a run directory differ in what determines the statistics; None if they do not.
 
-    What follows "was made " comes out: `from the model a, not b`, `with other options: --dtype was ..., now ...`.
+    Returns what follows "was made ": `from the model a, not b`, `with other options: --dtype was ..., now ...`.
     """
     if before["model"] != now["model"]:
         return model_differences(before, now)
     same_text = before["tokens"] == now["tokens"]
     texts = [{} if same_text else part["calibration"] for part in (before, now)]
     methods = [part["options"]["method"] for part in (before, now)]
-    if methods[0] != methods[1]:  # from which the other differences follow
+    if methods[0] != methods[1]:  # all other differences follow from this one
         return f"with other options: {option_differences({'method': methods[0]}, {'method': methods[1]})}"
     options = option_differences({**before["options"], **texts[0]}, {**now["options"], **texts[1]})
     if options:
@@ -28,23 +28,26 @@ def run_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | 
 
 
 def _text_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Of texts that go by the same names."""
+    """How two texts with the same names differ, worded as in `run_differences`."""
     names = written(now["calibration"].get("sources", ["the calibration text"]))
     shapes = [f"{' windows of '.join(map(str, part['tokens']['shape']))} tokens" for part in (before, now)]
     sizes = f" ({shapes[0]}, now {shapes[1]})" if shapes[0] != shapes[1] else ""
-    return f"from another text or with another tokenizer: {names} gave other tokens then than now{sizes}"
+    return f"from another text or with another tokenizer: {names} produced different tokens then{sizes}"
 
 
 def model_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """How the models of two manifests differ, as of `run_differences`. Of each: `source`, `model`, `parameters`."""
+    """How the models of two manifests differ, worded as in `run_differences`.
+
+    before, now: `source`, `model` and `parameters` of each, as in run.json.
+    """
     old, new = before["model"], now["model"]
     changed = ["config.json"] if old.get("config") != new.get("config") else []
     for kind in ("headers", "shard_bytes"):
         files = {**old.get(kind, {}), **new.get(kind, {})}
         changed += [name for name in files if old.get(kind, {}).get(name) != new.get(kind, {}).get(name)]
     names = list(dict.fromkeys(changed))
-    more = f" and {len(names) - _MOST_FILES} more files" if len(names) > _MOST_FILES else ""
-    which = f"{', '.join(names[:_MOST_FILES])}{more}"
+    more = f" and {len(names) - _MAX_FILES} more files" if len(names) > _MAX_FILES else ""
+    which = f"{', '.join(names[:_MAX_FILES])}{more}"
     if before["source"] != now["source"]:
         then, here = (f"{part['source']} ({part['parameters']:,} parameters)" for part in (before, now))
         return f"from the model {then}, not {here}, which differs in {which}"
@@ -52,17 +55,17 @@ def model_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def output_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """How two records of pruned checkpoints differ in what was asked for; None if they do not.
+    """How two records of pruned checkpoints differ in what was requested; None if they do not.
 
-    before, now: `base`, `options`, `restore`, `calibration` and, if there is one, `refit`, as of pruning.json.
-    What follows "was pruned " comes out.
+    before, now: `base`, `options`, `restore`, `calibration` and, if there is one, `refit`, as in pruning.json.
+    Returns what follows "was pruned ".
     """
     models = [part.get("base", {}) for part in (before, now)]
     if models[0].get("fingerprint") != models[1].get("fingerprint"):  # its name depends on the path
         names = [model.get("name") for model in models]
         if names[0] != names[1]:
             return f"from the model {names[0]}, not {names[1]}"
-        return f"from another model of the name {names[0]}: its config.json or its tensors differed"
+        return f"from another model named {names[0]}: its config.json or its tensors differed"
     flat = [
         {**part["options"], "restore": part["restore"], **part.get("refit", {}), **part.get("calibration", {})}
         for part in (before, now)
@@ -72,7 +75,7 @@ def output_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str
 
 
 def option_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """`--ratio was 0.2, now 0.3` for each option that is not the same, with commas between; empty if there is none."""
+    """`--ratio was 0.2, now 0.3` for each option that differs, separated by commas; empty if none does."""
     found = []
     for name in dict.fromkeys([*before, *now]):
         if before.get(name) != now.get(name):

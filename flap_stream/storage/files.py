@@ -1,13 +1,13 @@
-"""Every operation on files that must survive a kill or a power loss goes through here.
+"""File operations whose results must survive a kill or a power loss.
 
-A file is committed by writing it under a temporary name, fsync, rename, fsync of its directory. Whatever carries the
+A file is committed by writing it under a temporary name, fsync, rename, and fsync of its directory. Anything with the
 suffix `.partial` is unfinished and may be deleted by its owner. Nothing is written through a link that someone has
 put in its place.
 
-What is read whole is known to be a plain file, and not a giant, before a byte of it is.
+A file that is read whole is first checked to be a plain file of limited size.
 
-A failure of the operating system is raised as StorageFailure at once. Nothing is tried twice: after an fsync that
-failed, the kernel may have dropped what was to be written and say that all is well.
+A failure of the operating system is raised as StorageFailure immediately. Nothing is retried: after a failed fsync the
+kernel may have dropped the data, and a second fsync would report success.
 """
 
 import errno
@@ -28,18 +28,18 @@ from flap_stream.errors import NotPlain, OutputConflict, StorageFailure
 logger = logging.getLogger(__name__)
 
 PARTIAL_SUFFIX = ".partial"
-MOST_BYTES = 1 << 28  # of a file that is read whole: the largest tokenizer.json known has an eighth of it
-_READ_WHOLE = (".jinja", ".json", ".md", ".model", ".py", ".tiktoken", ".txt")  # in a model's folder, by libraries
+MAX_BYTES = 1 << 28  # of a file that is read whole: eight times the largest tokenizer.json known
+_READ_WHOLE = (".jinja", ".json", ".md", ".model", ".py", ".tiktoken", ".txt")  # by libraries, in a model's folder
 _NOT_READ = ("trainer_state.json",)
-_MOST_DEPTH = 16  # of directories in one of our own
-_READ_BYTES = 1 << 22
+_MAX_DEPTH = 16  # of nested directories; those created here have 6
+_READ_BYTES = 1 << 22  # at a time; not measured
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-_unsynced: set[int] = set()  # devices of which it has been said
+_unsynced: set[int] = set()  # devices already warned about
 
 
 @contextmanager
 def failures_of(path: Path) -> Iterator[None]:
-    """Raise StorageFailure, naming the path if the error does not, for any OSError inside."""
+    """Turn any OSError inside into a StorageFailure that names the path, unless the error names another."""
     try:
         yield
     except OSError as error:
@@ -47,12 +47,12 @@ def failures_of(path: Path) -> Iterator[None]:
 
 
 def partial_path(path: Path) -> Path:
-    """Where `path` is written until it is whole."""
+    """Where `path` is written until it is complete."""
     return path.with_name(path.name + PARTIAL_SUFFIX)
 
 
 def write_committed(path: Path, chunks: bytes | Iterable[bytes | memoryview]) -> str:
-    """Write a whole file, durably, replacing any older one; the sha256 of its bytes comes out."""
+    """Write a whole file durably, replacing any older one; returns the sha256 of its bytes."""
     digest = hashlib.sha256()
     temporary = partial_path(path)
     with (
@@ -70,7 +70,7 @@ def write_committed(path: Path, chunks: bytes | Iterable[bytes | memoryview]) ->
 
 
 def open_new(path: Path) -> BinaryIO:
-    """A new file to write. What stood there goes first: a link goes, and not what it points to."""
+    """Open a new file for writing. Anything of that name is deleted first; of a link, not what it points to."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags, 0o666)
@@ -81,14 +81,14 @@ def open_new(path: Path) -> BinaryIO:
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """Write every byte, whatever the kernel takes at a time."""
+    """Write every byte, however few the kernel accepts per call."""
     view = memoryview(data).cast("B")
     while len(view):
         view = view[os.write(descriptor, view) :]
 
 
 def append_committed(path: Path, data: bytes) -> None:
-    """Add bytes at the end of a file that is there, and wait until they are on the disk."""
+    """Append bytes to an existing file and wait until they are on the disk."""
     with failures_of(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         try:
@@ -99,16 +99,16 @@ def append_committed(path: Path, data: bytes) -> None:
 
 
 def commit_rename(source: Path, target: Path) -> None:
-    """Rename a file or directory whose contents are on the disk, and make the new name durable."""
+    """Rename a file or directory whose contents are already on the disk, and make the new name durable."""
     with failures_of(target):
         os.replace(source, target)
     sync_directory(target.parent)
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable, if its file system can; else say so once.
+    """Make the names in a directory durable; where the file system cannot, warn once.
 
-    Without it a kill does no harm, and what a power cut takes is missed by its digest and made again.
+    Without it a kill still loses nothing, and files lost in a power cut are noticed by their digests and made again.
     """
     try:
         _sync(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -121,14 +121,14 @@ def sync_directory(path: Path) -> None:
             _unsynced.add(device)
             logger.warning(
                 "the file system of %s cannot sync directories (%s): a kill still loses nothing, but a power cut may "
-                "take the newest files there",
+                "lose the newest files there",
                 path,
                 error.strerror,
             )
 
 
 def sync_tree(path: Path) -> None:
-    """Make a directory and all that it holds durable, leaves first."""
+    """Make a directory and everything in it durable, innermost first."""
     for directory, _, names in os.walk(path, topdown=False):
         for name in names:
             _sync(Path(directory, name), os.O_RDONLY)
@@ -154,22 +154,25 @@ def make_directory(path: Path) -> None:
 
 
 def make_own_directory(path: Path) -> None:
-    """Make a directory that only its owner can have filled; one that is there is taken if it is this user's.
+    """Make a directory, or accept an existing one that belongs to this user.
 
-    Raises OutputConflict if it is another user's, who could put links to anything in the way of what is written.
+    Raises OutputConflict if it belongs to another user, who could redirect what is written with links.
     """
     make_directory(path)
     owner = path.stat().st_uid
     if owner == os.geteuid():
         return
-    with suppress(OSError), tempfile.TemporaryFile(dir=path) as file:  # some file systems give every file one owner
+    with (
+        suppress(OSError),
+        tempfile.TemporaryFile(dir=path) as file,
+    ):  # on some file systems all files have one owner
         if os.fstat(file.fileno()).st_uid == owner:
             return
     raise OutputConflict(f"{path} belongs to another user (uid {owner}); name another place, or remove it")
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a whole directory if it is there, and make that durable."""
+    """Remove a file or a whole directory, if it exists, durably."""
     with failures_of(path):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -180,22 +183,20 @@ def remove(path: Path) -> None:
     sync_directory(path.parent)
 
 
-def require_plain(path: Path, most_bytes: int | None = None, *, may_have_holes: bool = True) -> None:
-    """Raise NotPlain unless `path` is, or links to, a plain file of at most so many bytes, without opening another.
+def require_plain(path: Path, max_bytes: int | None = None, *, may_have_holes: bool = True) -> None:
+    """Raise NotPlain unless `path` is, or links to, a plain file of at most `max_bytes`; nothing else is opened.
 
-    may_have_holes: whether parts of it may never have been written, as of a giant that takes no room on the disk.
+    may_have_holes: whether it may be sparse, like a huge file that takes no space on the disk.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise NotPlain(f"{path} is {_kind(status.st_mode)}, where a plain file is expected; replace it or name another")
-    if most_bytes is not None and status.st_size > most_bytes:
-        raise NotPlain(
-            f"{path} has {status.st_size:,} bytes, at most {most_bytes:,} are expected of such a file; replace it"
-        )
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise NotPlain(f"{path} has {status.st_size:,} bytes, where at most {max_bytes:,} are expected; replace it")
     if not may_have_holes and status.st_size > _READ_BYTES:
-        with open(path, "rb", buffering=0) as file, suppress(OSError):  # not every file system knows of holes
+        with open(path, "rb", buffering=0) as file, suppress(OSError):  # not every file system reports holes
             if os.lseek(file.fileno(), 0, os.SEEK_HOLE) < status.st_size:
-                raise NotPlain(f"{path} has holes, parts that were never written; it is no text, so name another")
+                raise NotPlain(f"{path} has holes (parts that were never written), so it cannot be text; name another")
 
 
 def _kind(mode: int) -> str:
@@ -203,33 +204,33 @@ def _kind(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
-def read_plain(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
-    """The bytes of a file that is read whole. Raises NotPlain as `require_plain` does, OSError if it cannot be read."""
-    require_plain(path, most_bytes)
+def read_plain(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """All bytes of a file. Raises NotPlain like `require_plain`, OSError if it cannot be read."""
+    require_plain(path, max_bytes)
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        return file.read(most_bytes)
+        return file.read(max_bytes)
 
 
 def require_plain_folder(path: Path) -> None:
-    """Raise NotPlain if a file of a model's folder that is read for its name would be no end of reading."""
+    """Raise NotPlain if a file that libraries read from a model's folder is too large or not a plain file."""
     for file in sorted(path.iterdir()):
         if file.suffix in (*_READ_WHOLE, ".safetensors") and file.exists() and not file.is_dir():
-            require_plain(file, MOST_BYTES if file.suffix in _READ_WHOLE and file.name not in _NOT_READ else None)
+            require_plain(file, MAX_BYTES if file.suffix in _READ_WHOLE and file.name not in _NOT_READ else None)
 
 
 def require_plain_tree(path: Path) -> None:
-    """Raise NotPlain if a directory holds anything but plain files and directories, at any depth."""
+    """Raise NotPlain if a directory contains anything but plain files and directories, at any depth."""
     pending = [(path, 0)]
     while pending:
         directory, depth = pending.pop()
-        with suppress(FileNotFoundError), os.scandir(directory) as entries:  # a running job removes some
+        with suppress(FileNotFoundError), os.scandir(directory) as entries:  # a running job may remove some
             for entry in entries:
-                if entry.is_dir(follow_symlinks=False) and depth < _MOST_DEPTH:
+                if entry.is_dir(follow_symlinks=False) and depth < _MAX_DEPTH:
                     pending.append((Path(entry.path), depth + 1))
                 elif not entry.is_file(follow_symlinks=False):
                     raise NotPlain(
-                        f"{entry.path} is {_kind(entry.stat(follow_symlinks=False).st_mode)}, which is nothing that "
-                        f"flap-stream puts there; remove {path}, or name another"
+                        f"{entry.path} is {_kind(entry.stat(follow_symlinks=False).st_mode)}, which flap-stream never "
+                        f"creates there; remove {path}, or name another"
                     )
 
 
@@ -243,7 +244,7 @@ def file_digest(path: Path) -> str:
 
 
 def tree_digest(path: Path) -> str:
-    """Sha256 over the relative names and contents of all files in a directory, in order of name."""
+    """Sha256 of the relative names and contents of all files in a directory, sorted by name."""
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         digest.update(f"{file.relative_to(path).as_posix()}\0{file_digest(file)}\n".encode())
@@ -251,21 +252,21 @@ def tree_digest(path: Path) -> str:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that an ordinary user can still write where `path` is or will be."""
+    """Free disk space for an ordinary user where `path` is or will be."""
     return shutil.disk_usage(existing_directory(path)).free
 
 
 def tree_bytes(path: Path) -> int:
-    """Bytes on the disk of all files below a directory; 0 if there is none."""
+    """Disk space taken by everything below a directory; 0 if it does not exist."""
     return sum(file.lstat().st_blocks * 512 for file in path.rglob("*")) if path.is_dir() else 0
 
 
 def tree_size(path: Path) -> int:
-    """Sum of the sizes of a file, or of all files below a directory, whatever they take on the disk."""
+    """Size of a file, or of all files below a directory together, regardless of the disk space they take."""
     inner = path.rglob("*") if path.is_dir() else (path,)
     return sum(status.st_size for status in map(Path.lstat, inner) if not stat.S_ISDIR(status.st_mode))
 
 
 def existing_directory(path: Path) -> Path:
-    """The path itself or its nearest parent, whichever is a directory."""
+    """The path itself or its nearest parent that is a directory."""
     return next(place for place in (path, *path.parents) if place.is_dir())

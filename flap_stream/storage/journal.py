@@ -7,11 +7,21 @@ from typing import Any
 
 from flap_stream.errors import CorruptRun
 from flap_stream.storage import files
-from flap_stream.storage.json_form import finite, has_form, hexadecimal, layer_name, natural, one_of, parsed, within
+from flap_stream.storage.schema import (
+    Schema,
+    finite,
+    hexadecimal,
+    layer_digits,
+    matches,
+    natural,
+    one_of,
+    parse_json,
+    within,
+)
 
 COST = {"seconds": finite, "tokens": natural, "peak_host_bytes": natural, "peak_device_bytes": natural}
-_SNAPSHOT = {"name": layer_name, "layer": within(0, 10**9), "digest": str}
-ENTRY_FORMS: dict[str, Any] = {
+_SNAPSHOT = {"name": layer_digits, "layer": within(0, 10**9), "digest": str}
+ENTRY_SCHEMAS: dict[str, Schema] = {
     "tokens": {"digest": str},
     "source": {"stamps": {str: list}, "embedding": str},
     "batch": {
@@ -19,14 +29,14 @@ ENTRY_FORMS: dict[str, Any] = {
         **{"size": within(1, 1 << 31), "stop?": natural},
     },
     "statistics-root": {},
-    "statistics": {"name": layer_name, "digest": str, "weights": str, "cost?": COST},
+    "statistics": {"name": layer_digits, "digest": str, "weights": str, "cost?": COST},
     "hidden": _SNAPSHOT,
     "loss-job": {"job": str, "batch_size": within(1, 1 << 31)},
-    "loss-inputs": {"name": layer_name, "job": str, "digest": str},
-    "loss": {"name": layer_name, "job": str, "digest": str},
+    "loss-inputs": {"name": layer_digits, "job": str, "digest": str},
+    "loss": {"name": layer_digits, "job": str, "digest": str},
     "hidden-loss": {"job": str, **_SNAPSHOT},
     "restoration": {"job": str},
-    "refit": {"name": layer_name, "job": str, "digest": str},
+    "refit": {"name": layer_digits, "job": str, "digest": str},
     "hidden-pruned": {"job": str, **_SNAPSHOT},
     "hidden-dense": {"job": str, **_SNAPSHOT},
     "plan": {"digest": str},
@@ -35,21 +45,21 @@ ENTRY_FORMS: dict[str, Any] = {
     "rewrite": {"place": str, "job": str, "restore": str, "mark?": str},
     "shard": {"job": str, "digest": str},
 }
-_MOST_BYTES = 1 << 26
+_MAX_BYTES = 1 << 26  # limit on reading a journal; not measured
 
 
 class Journal:
-    """An append-only list of what is complete: one checked JSON line an entry, on the disk before it counts.
+    """An append-only list of what is complete: one JSON line per entry, with a checksum, durable once appended.
 
-    A last line that was torn by a kill is dropped. The first entry that an opened journal takes rewrites it whole: what
-    an earlier process left may be in the page cache alone.
+    A last line torn by a kill is dropped. The first entry appended after opening rewrites the whole file: what an
+    earlier process left may only be in the page cache.
     Raises CorruptRun if any other line is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries: list[dict[str, Any]] = []
-        data = files.read_plain(path, _MOST_BYTES) if path.exists() else b""
+        data = files.read_plain(path, _MAX_BYTES) if path.exists() else b""
         self._lines: list[bytes] = []
         self._is_own = False
         at = 0
@@ -69,12 +79,11 @@ class Journal:
         if not line.endswith(b"\n") or hashlib.sha256(body).hexdigest()[:16].encode() != digest:
             return None
         try:
-            entry = parsed(body)
+            entry = parse_json(body)
         except ValueError:
             return None
-        known = has_form(entry, {"kind": one_of(*ENTRY_FORMS), "name": str})
-        known = known and has_form(entry, ENTRY_FORMS[entry["kind"]])
-        return entry if known else None
+        is_known = matches(entry, {"kind": one_of(*ENTRY_SCHEMAS), "name": str})
+        return entry if is_known and matches(entry, ENTRY_SCHEMAS[entry["kind"]]) else None
 
     def find(self, kind: str, name: str) -> dict[str, Any] | None:
         """The newest entry of that kind and name."""
@@ -85,11 +94,11 @@ class Journal:
         return [entry for entry in self.entries if entry["kind"] == kind]
 
     def append(self, kind: str, name: str, **values: Any) -> None:
-        """Record something that is on the disk already."""
+        """Record something that is already on the disk."""
         entry = {"kind": kind, "name": name, **values}
         body = json.dumps(entry, sort_keys=True).encode()
         line = hashlib.sha256(body).hexdigest()[:16].encode() + b" " + body + b"\n"
-        appends, self._is_own = self._is_own, False  # should this fail, the next entry rewrites it
+        appends, self._is_own = self._is_own, False  # if this append fails, the next rewrites the file
         if appends:
             files.append_committed(self.path, line)
         else:

@@ -1,0 +1,121 @@
+"""The plan of a run directory, and the format of plan.json: what is trusted of it when it is read."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+
+from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.config import PlanConfig
+from flap_stream.errors import CorruptRun, InvalidOption, RunMismatch
+from flap_stream.storage import files
+from flap_stream.storage.run_files import Committed, RunFiles
+from flap_stream.storage.schema import finite, matches, parse_json, within
+
+_NAME = "plan.json"
+
+
+@dataclass(frozen=True)
+class PlanStore:
+    """The current plan: which units each layer keeps, in plan.json.
+
+    shapes: those of all layers.
+    """
+
+    run_files: RunFiles
+    shapes: list[LayerShape]
+
+    def write(self, options: PlanConfig, layers: Iterable[LayerKeep]) -> None:
+        """Store a plan, replacing any earlier one."""
+        digest = files.write_committed(self.run_files.path / _NAME, _contents(options, list(layers)))
+        self.run_files.journal.append("plan", "plan", digest=digest)
+
+    def exists(self) -> bool:
+        """Whether a plan is stored."""
+        return self.run_files.journal.find("plan", "plan") is not None
+
+    def read(self) -> tuple[PlanConfig, list[LayerKeep]]:
+        """The options of the current plan and what it keeps of each layer.
+
+        Raises RunMismatch if there is none, CorruptRun if it is altered.
+        """
+        path = self.run_files.path / _NAME
+        found = self.committed()
+        if not found:
+            raise no_plan(self.run_files.path)
+        remedy = f"make it again with flap-stream plan {self.run_files.path} --ratio R"
+        self.run_files.require_intact(found[0], remedy)
+        try:
+            return _parse(files.read_plain(path), self.shapes)
+        except ValueError as error:
+            raise CorruptRun(f"{path} is not a plan for this model: {error}; {remedy}") from error
+
+    def committed(self) -> list[Committed]:
+        """The plan, if one is stored."""
+        entry = self.run_files.journal.find("plan", "plan")
+        return [] if entry is None else [Committed(_NAME, entry["digest"], _max_bytes(self.shapes))]
+
+
+def no_plan(run: Path) -> RunMismatch:
+    """The error for a run directory without a plan."""
+    return RunMismatch(f"{run} holds no plan yet; make one with flap-stream plan {run} --ratio R")
+
+
+def _contents(options: PlanConfig, layers: Sequence[LayerKeep]) -> bytes:
+    """The bytes of a plan.json."""
+    kept = [{"kept_kv_groups": keep.kv_groups.tolist(), "kept_neurons": keep.neurons.tolist()} for keep in layers]
+    return json.dumps({"options": asdict(options), "layers": kept}).encode()
+
+
+def _max_bytes(shapes: Sequence[LayerShape]) -> int:
+    """Maximum size of a plan.json: ten bytes for every unit (an index has at most 8 digits), and some for the rest."""
+    return sum(10 * (shape.kv_groups + shape.neurons) + 100 for shape in shapes) + 10_000
+
+
+def _parse(data: bytes, shapes: Sequence[LayerShape]) -> tuple[PlanConfig, list[LayerKeep]]:
+    """Options and kept units from the bytes of a plan.json for layers of these shapes.
+
+    Raises ValueError, saying what is wrong, unless each layer's kept units exist, are listed once and in ascending
+    order, and include at least one neuron of every expert.
+    """
+    body = parse_json(data)
+    if not matches(body, {"options": dict, "layers": [{"kept_kv_groups": list, "kept_neurons": list}]}):
+        raise ValueError("it does not have the form of a plan")
+    if len(body["layers"]) != len(shapes):
+        raise ValueError(f"it has {len(body['layers'])} layers, the model has {len(shapes)}")
+    keeps = []
+    for i, (layer, shape) in enumerate(zip(body["layers"], shapes, strict=True)):
+        groups = _indices(layer["kept_kv_groups"], shape.kv_groups, f"KV groups of layer {i}")
+        neurons = _indices(layer["kept_neurons"], shape.neurons, f"neurons of layer {i}")
+        bounds = np.cumsum((0, *shape.experts))
+        if np.any(np.diff(np.searchsorted(neurons, bounds)) == 0):
+            raise ValueError(f"an expert of layer {i} keeps no neuron")
+        keeps.append(LayerKeep(groups, neurons))
+    return parse_plan_options(body["options"]), keeps
+
+
+def _indices(values: list[Any], units: int, what: str) -> np.ndarray:
+    """Indices of units as int64 `[kept]`. Raises ValueError unless they are in range and strictly ascending."""
+    if not matches(values, [within(0, units - 1)]):
+        raise ValueError(f"the {what} are not all from 0 to {units - 1}")
+    indices = np.array(values, dtype=np.int64)
+    if np.any(np.diff(indices) <= 0):
+        raise ValueError(f"the {what} are not in strictly ascending order")
+    return indices
+
+
+def parse_plan_options(values: dict[str, Any]) -> PlanConfig:
+    """The options of a plan, from the values in a file. Raises ValueError for any value that is not allowed."""
+    for name, kind in get_type_hints(PlanConfig).items():
+        value = values.get(name)
+        has_type = finite(value) if kind is float else isinstance(value, kind) and not isinstance(value, bool)
+        if name in values and not has_type:
+            raise ValueError(f"its option {name} is {str(value)[:80]}")
+    try:
+        return PlanConfig(**values)
+    except (TypeError, InvalidOption) as error:  # an unknown option, or a value out of range
+        raise ValueError(str(error)) from error

@@ -1,0 +1,117 @@
+"""The statistics of a run directory: those of each layer, and what collecting them took."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.arithmetic.scoring import ChannelStatistics, LayerStatistics
+from flap_stream.storage import arrays, files
+from flap_stream.storage.journal import COST
+from flap_stream.storage.run_files import KINDS, Committed, RunFiles, layer_name
+from flap_stream.storage.schema import natural
+
+ARRAYS = ("count", "mean", "m2", "released_fluctuation", "released_baseline", "weight_squared_norm", "weight_abs_mean")
+_ROOT = "statistics.zarr"
+_ATTRIBUTES = {kind: {"samples": natural} for kind in KINDS}
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What collecting one layer took, from the end of the layer before it until its statistics were ready to write.
+
+    tokens: tokens run through the layer. peak_host_bytes, peak_device_bytes: of the process so far.
+    """
+
+    seconds: float
+    tokens: int
+    peak_host_bytes: int
+    peak_device_bytes: int
+
+
+@dataclass(frozen=True)
+class StatisticsStore:
+    """The statistics of each layer, in statistics.zarr.
+
+    shapes: those of all layers.
+    """
+
+    run_files: RunFiles
+    shapes: list[LayerShape]
+
+    def complete_layers(self) -> int:
+        """How many layers, counted from the first, have their statistics stored."""
+        done = {entry["name"] for entry in self.run_files.journal.of_kind("statistics")}
+        count = 0
+        while count < len(self.shapes) and layer_name(count) in done:
+            count += 1
+        return count
+
+    def write(self, layer: int, statistics: LayerStatistics, weights: str, cost: LayerCost | None = None) -> None:
+        """Store a layer's statistics, all or nothing.
+
+        weights: checksum of the weights they were collected with.
+        """
+        values: dict[str, np.ndarray] = {}
+        attributes: dict[str, dict[str, int]] = {}
+        for kind in KINDS:
+            channels = statistics.of(kind)
+            values |= {f"{kind}/{array}": getattr(channels, array) for array in ARRAYS}
+            attributes[kind] = {"samples": channels.samples}
+        journal = self.run_files.journal
+        if journal.find("statistics-root", "layers") is None:
+            self.run_files.commit_group(_ROOT, {}, {}, groups=("layers",))
+            journal.append("statistics-root", "layers")
+        name = _path(layer)
+        self.run_files.commit_group(name, values, attributes)
+        digest = files.tree_digest(self.run_files.path / name)
+        optional = {} if cost is None else {"cost": asdict(cost)}
+        journal.append("statistics", layer_name(layer), digest=digest, weights=weights, **optional)
+
+    def read(self, layer: int) -> LayerStatistics:
+        """A layer's statistics. Raises CorruptRun if they are missing or altered."""
+        entry = self.run_files.journal.find("statistics", layer_name(layer))
+        if entry is None:
+            raise self.run_files.incomplete(_path(layer))
+        self.run_files.require_intact(self._committed(layer, entry))
+        found, attributes = arrays.read_group(self.run_files.path / _path(layer), self._array_specs(layer), _ATTRIBUTES)
+        parts = {}
+        for i, kind in enumerate(KINDS):
+            values: dict[str, Any] = dict(zip(ARRAYS, found[i * len(ARRAYS) :], strict=False))
+            parts[kind] = ChannelStatistics(samples=attributes[kind]["samples"], **values)
+        return LayerStatistics(**parts)
+
+    def weights_checksums(self) -> list[str]:
+        """Checksums of the weights that the complete layers were collected with, by layer."""
+        return [entry["weights"] for entry in self._entries()]
+
+    def costs(self) -> list[LayerCost | None]:
+        """What collecting each complete layer took; None where that was not recorded."""
+        found = (entry.get("cost") for entry in self._entries())
+        return [None if cost is None else LayerCost(**{name: cost[name] for name in COST}) for cost in found]
+
+    def committed(self) -> list[Committed]:
+        """The statistics of all complete layers."""
+        return [self._committed(layer, entry) for layer, entry in enumerate(self._entries())]
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """The newest journal entry of each complete layer."""
+        newest = {entry["name"]: entry for entry in self.run_files.journal.of_kind("statistics")}
+        return [newest[layer_name(layer)] for layer in range(self.complete_layers())]
+
+    def _committed(self, layer: int, entry: dict[str, Any]) -> Committed:
+        return Committed(_path(layer), entry["digest"], arrays.max_bytes(self._array_specs(layer)))
+
+    def _array_specs(self, layer: int) -> dict[str, arrays.ArraySpec]:
+        shape = self.shapes[layer]
+        channels = {"attention": shape.kv_groups * shape.heads_per_group * shape.head_dim, "mlp": shape.neurons}
+        return {
+            f"{kind}/{array}": ("int64" if array == "count" else "float64", (channels[kind],))
+            for kind in KINDS
+            for array in ARRAYS
+        }
+
+
+def _path(layer: int) -> str:
+    return f"{_ROOT}/layers/{layer_name(layer)}"
