@@ -202,9 +202,9 @@ def test_a_pruned_checkpoint_alone_shows_less_and_says_so(tmp_path: Path, capsys
     tokens = save_tokens(tmp_path / "tokens.npy", random_tokens(8, 16))
     flap_stream.prune(model, tmp_path / "out", PruneConfig(ratio=0.3, calibration=(tokens,)))
     code, out, _ = command(capsys, "report", tmp_path / "out", "--html", tmp_path / "deep" / "r.html")
-    assert code == 0 and "pruning.json alone" in out
+    assert code == 0 and "pruning.json only" in out
     html = (tmp_path / "deep" / "r.html").read_text()
-    assert "Not shown" in html and "What stays in each layer" in html and "Scores and the cut" not in html
+    assert "Not shown" in html and "Kept in each layer" in html and "Scores and the cut" not in html
 
 
 @pytest.mark.parametrize(
@@ -213,6 +213,7 @@ def test_a_pruned_checkpoint_alone_shows_less_and_says_so(tmp_path: Path, capsys
         ("mixtral", {}, {"ratio": 0.5}),
         ("llama", {"method": "magnitude-sp"}, {"method": "magnitude-sp"}),
         ("llama", {"method": "wanda-sp"}, {"method": "wanda-sp"}),
+        ("llama", {"loss_windows": 4}, {"metric": "fisher"}),
         ("llama", {}, {"structure": "ul-mm", "remove_heads": 2, "metric": "ifv"}),
         ("llama", {}, {"min_heads": 0, "structure": "al-mm", "remove_heads": 4, "ratio": 0.6}),
     ],

@@ -14,7 +14,7 @@ try:
     import matplotlib
     from matplotlib.figure import Figure, SubFigure
 except ImportError as _error:
-    raise InvalidInput("a report is drawn with matplotlib: pip install 'flap-stream[plots]'") from _error
+    raise InvalidInput("report needs matplotlib; install it with pip install 'flap-stream[plots]'") from _error
 
 WIDTH, _OVERVIEW_WIDTH = 9.0, 6.0  # inches
 
@@ -23,7 +23,7 @@ Parent = Figure | SubFigure
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours by what they mean. ink, soft, rule: text, lesser text, lines; page: behind everything."""
+    """Colours by meaning. ink, soft, rule: text, secondary text, lines; gone: removed units; page: the background."""
 
     ink: str
     soft: str
@@ -35,7 +35,7 @@ class Palette:
 
 LIGHT = Palette(ink="#1d2126", soft="#5f6872", rule="#c9ced4", kept="#1f5f99", gone="#d1702a", page="#ffffff")
 DARK = Palette(ink="#e8eaed", soft="#a3abb5", rule="#464d56", kept="#79b4ea", gone="#f0a05c", page="#16191d")
-# Stand in an SVG for variables of the page around it; no figure uses such colours otherwise.
+# Placeholders in an SVG for the page's CSS variables; no figure uses these colours for anything else.
 _MARKS = Palette(ink="#010203", soft="#020304", rule="#030405", kept="#040506", gone="#050607", page="#060708")
 
 _STYLE: dict[str, Any] = {
@@ -60,8 +60,8 @@ class Table:
 class Drawing:
     """A figure for which the facts are sufficient.
 
-    name: of its file. caption: sentences for the page. height: inches. draw: puts its axes onto a figure or a part of
-    one, so that figures can be saved separately or together. tables: the same in numbers.
+    name: of its file. caption: sentences for the page. height: inches. draw: adds its axes to a figure or to a
+    part of one, so that figures can be saved separately or together. tables: the same in numbers.
     """
 
     name: str
@@ -73,27 +73,27 @@ class Drawing:
 
 
 def to_svg(facts: Facts, drawing: Drawing) -> str:
-    """An `<svg>` element whose colours are the page's variables (`var(--kept)`) and whose text is text."""
+    """An `<svg>` element whose colours are the page's variables (`var(--kept)`) and whose text is selectable."""
     body = _saved(facts, drawing, _MARKS, format="svg", transparent=True, metadata={"Date": None}).decode()
     body = body[body.index("<svg") :]
     for name, mark in vars(_MARKS).items():
         body = body.replace(mark, f"var(--{name})")
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", body)  # of groups: nothing refers to them, and figures repeat them
+    body = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", body)  # of groups: unused, and repeated in other figures
     for number, identity in enumerate(dict.fromkeys(re.findall(r' id="([^"]+)"', body))):
-        body = re.sub(rf'(["#]){identity}([")])', rf"\g<1>{drawing.name}-{number}\2", body)  # matplotlib's vary
+        body = re.sub(rf'(["#]){identity}([")])', rf"\g<1>{drawing.name}-{number}\2", body)  # matplotlib's own vary
     body = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", body)
     body = re.sub(r"(<svg[^>]*?) height=\"[^\"]*\"", r"\1", body, count=1)
     return re.sub(r"(<svg[^>]*?) width=\"[^\"]*\"", r'\1 width="100%"', body, count=1)
 
 
 def to_png(facts: Facts, drawing: Drawing) -> bytes:
-    """The figure in light colours."""
+    """The figure in light colours, as the bytes of a PNG file."""
     return _saved(facts, drawing, LIGHT, format="png", dpi=160, metadata={"Software": None})
 
 
 def overview_png(facts: Facts, drawings: Sequence[Drawing]) -> bytes:
-    """All figures on one PNG, two a row, the highest first."""
+    """All figures in one PNG, two to a row, the tallest first."""
     ordered = sorted(drawings, key=lambda drawing: -drawing.height)
     rows = [ordered[i : i + 2] for i in range(0, len(ordered), 2)]
     heights = [max(drawing.height for drawing in row) for row in rows]

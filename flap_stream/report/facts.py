@@ -1,4 +1,4 @@
-"""All that a report shows, read from a run directory, or from pruning.json where there is nothing else."""
+"""Everything a report shows, read from a run directory, or from pruning.json where there is no run directory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,7 +40,7 @@ class Units:
 
 @dataclass(frozen=True)
 class Size:
-    """A quantity of the whole model, dense and as planned."""
+    """A size of the whole model, before and after pruning."""
 
     name: str
     unit: str
@@ -87,10 +87,10 @@ class Facts:
 def read_facts(place: Path) -> Facts:
     """Facts of a run directory or a pruned checkpoint.
 
-    Raises InvalidInput if it is neither, CorruptRun if something in it is altered.
+    Raises InvalidInput if it is neither, CorruptRun if one of its files was altered.
     """
     if (place / "run.json").exists():
-        with RunDirectory(place, is_writer=False) as run:  # a running job may be looked at
+        with RunDirectory(place, is_writer=False) as run:  # another process may be writing it
             return _of_run(run)
     record = read_record(place) if (place / RECORD_NAME).exists() else None
     if record is None:
@@ -105,17 +105,18 @@ def _of_run(run: RunDirectory) -> Facts:
     try:
         options, keeps = run.read_plan()
     except RunMismatch:
-        missing.append(f"No plan yet, so nothing is marked as removed: flap-stream plan {run.path.name} --ratio R.")
+        missing.append(f"No plan yet, so nothing is marked as removed; run flap-stream plan {run.path.name} --ratio R.")
     if (done := run.complete_layers()) < len(shapes):
-        again = f"flap-stream collect goes on with {run.path.name}"
-        missing.append(f"Statistics of {done} of {len(shapes)} layers; {again}.")
+        missing.append(
+            f"Only {done} of {len(shapes)} layers have statistics; run flap-stream collect again to continue."
+        )
     metric = options or PlanConfig(method=run.manifest["options"]["method"])
     kv_groups, neurons = _units(run, metric, keeps)
     costs, curves = run.layer_costs(), read_curves(run)
     if not any(costs):
-        missing.append("Time and memory by layer were not recorded.")
+        missing.append("Time and memory per layer were not recorded.")
     if not curves:
-        missing.append(f"No sweep yet: flap-stream sweep {run.path.name} --ratios 0.1:0.6:0.1 --evaluate TEXT.")
+        missing.append(f"No sweep yet; run flap-stream sweep {run.path.name} --ratios 0.1:0.6:0.1 --evaluate TEXT.")
     pruned = None
     if options is not None and keeps is not None:
         pruned = pruned_sizes(shapes, keeps, run.manifest["parameters"], _restoration(run, options))
@@ -131,7 +132,7 @@ def _of_run(run: RunDirectory) -> Facts:
         decoder_ratio=None if pruned is None else pruned.decoder_ratio,
         model_ratio=None if pruned is None else pruned.model_ratio,
         sizes=[] if pruned is None or keeps is None else _sizes(run.manifest, shapes, keeps, pruned),
-        metric=metric.metric,
+        metric=_shown_metric(metric),
         costs=costs,
         curves=curves,
         missing=missing,
@@ -141,7 +142,7 @@ def _of_run(run: RunDirectory) -> Facts:
 def _units(
     run: RunDirectory, options: PlanConfig, keeps: Sequence[LayerKeep] | None
 ) -> tuple[list[Units], list[Units]]:
-    """KV groups and neurons of each layer, with what is known of them."""
+    """KV groups and neurons of each layer, with everything the run directory says about them."""
     shapes = run.layer_shapes
     kv_groups, neurons = [Units(shape.kv_groups) for shape in shapes], [Units(shape.neurons) for shape in shapes]
     if keeps is not None:
@@ -164,7 +165,7 @@ def _planned(dense: int, kept: np.ndarray) -> dict[str, Any]:
 
 
 def _restoration(run: RunDirectory, options: PlanConfig) -> str:
-    """Of the checkpoint that was last written from the run; without one, the method's own."""
+    """The restoration of the checkpoint last written from the run; the method's default if there is none."""
     written = [entry["restore"] for entry in run.journal.of_kind("rewrite")]
     return written[-1] if written else require_restoration(options.method, None)
 
@@ -176,7 +177,7 @@ def _of_record(place: Path, record: dict[str, Any]) -> Facts:
     try:
         options = plan_options(known)
     except ValueError as error:
-        raise CorruptCheckpoint(f"{place / RECORD_NAME} is no record of a pruning: {error}") from error
+        raise CorruptCheckpoint(f"{place / RECORD_NAME} is not a valid pruning record: {error}") from error
     return Facts(
         model=record["base"]["name"],
         place=place.name,
@@ -189,20 +190,25 @@ def _of_record(place: Path, record: dict[str, Any]) -> Facts:
         decoder_ratio=record["realised_ratio"]["decoder"],
         model_ratio=record["realised_ratio"]["model"],
         sizes=[Size("parameters", "", parameters["before"], parameters["after"])],
-        metric=record["options"]["metric"],
+        metric=options.metric,
         costs=[],
         curves=[],
         missing=[
-            "This is drawn from pruning.json alone. Scores, fluctuations, sweeps, time and memory by layer, and sizes "
-            "in bytes are in the run directory: prune with --keep-run, then give that directory."
+            "Drawn from pruning.json only. Scores, fluctuations, sweeps, time and memory per layer, and sizes in bytes "
+            "are in the run directory: prune with --keep-run, then report on that directory."
         ],
     )
+
+
+def _shown_metric(options: PlanConfig) -> str:
+    """The metric of channels that is drawn: fisher scores whole units, so FLAP's own is drawn for it."""
+    return "wifv" if options.metric == "fisher" else options.metric
 
 
 def _fluctuations(
     run: RunDirectory, index: int, shape: LayerShape, options: PlanConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of KV groups and of neurons, float64 `[unit]`: what the method computes of each channel."""
+    """Fluctuations of KV groups and of neurons, float64 `[unit]`: the method's metric before it becomes a score."""
     statistics = run.read_statistics(index)
     if options.method == "magnitude-sp":
         attention, mlp = statistics.attention.weight_squared_norm, statistics.mlp.weight_squared_norm
@@ -210,7 +216,8 @@ def _fluctuations(
         attention, mlp = (fluctuation(part, options.statistics) for part in (statistics.attention, statistics.mlp))
     else:
         attention, mlp = (
-            channel_metric(part, options.metric, options.statistics) for part in (statistics.attention, statistics.mlp)
+            channel_metric(part, _shown_metric(options), options.statistics)
+            for part in (statistics.attention, statistics.mlp)
         )
     grouped = attention.reshape(shape.kv_groups, -1) if shape.kv_groups else np.zeros((0, 1))
     return grouped.mean(axis=1), mlp
@@ -219,7 +226,7 @@ def _fluctuations(
 def _sizes(
     manifest: dict[str, Any], shapes: Sequence[LayerShape], keeps: Sequence[LayerKeep], pruned: PrunedSizes
 ) -> list[Size]:
-    """Whole-model quantities, dense and as planned."""
+    """Sizes of the whole model, dense and as planned."""
     sizes, before, after = manifest["sizes"], pruned.parameters_before, pruned.parameters_after
     item_bytes = sizes["weight_bytes"] / before
 
@@ -244,5 +251,5 @@ def _sizes(
 
 
 def _short(source: str) -> str:
-    """A Hub id, or the last two names of a path."""
+    """A Hub id, or the last two parts of a path."""
     return "/".join(Path(source).parts[-2:])

@@ -1,4 +1,4 @@
-"""One HTML page that asks nothing of the network: figures as SVG, numbers beside them; light, dark and on paper."""
+"""One self-contained HTML page: figures as SVG, their numbers as tables, styles for light, dark and print."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ footer {{ margin-top: 3rem; font-size: 0.85rem; color: var(--soft); }}
 
 @dataclass(frozen=True)
 class ReportResult:
-    """Files that were written, and sentences about what there was nothing to show of."""
+    """Files and figures written, and sentences saying what could not be shown."""
 
     html: Path | None
     pngs: list[Path]
@@ -62,11 +62,11 @@ class ReportResult:
 def write_report(place: str | Path, html: str | Path | None = None, png: str | Path | None = None) -> ReportResult:
     """Draw what a run directory or a pruned checkpoint holds.
 
-    html: the page; png: a directory for the same figures as PNG files and `overview.png`, all of them together.
-    Raises InvalidInput if there is nothing to draw, no place to draw it to, or no matplotlib.
+    html: file of the page. png: directory for the same figures as PNG files, and for `overview.png`, which has all of
+    them. Raises InvalidInput if `place` is neither, if html and png are both None, or without matplotlib.
     """
     if html is None and png is None:
-        raise InvalidOption("a report is written nowhere without --html FILE or --png DIR; give one of them")
+        raise InvalidOption("the report has nowhere to go; give --html FILE or --png DIR")
     if html is not None:
         places.require_name(Path(html))
     facts = read_facts(Path(place))
@@ -114,7 +114,9 @@ def _subtitle(facts: Facts) -> str:
     if facts.options is not None and facts.decoder_ratio is not None and facts.model_ratio is not None:
         options = facts.options
         parts.append(f"{options.method}, structure {options.structure}, metric {options.metric}, {options.statistics}.")
-        parts.append(f"{facts.decoder_ratio:.2%} of the prunable weights go, {facts.model_ratio:.2%} of the model.")
+        parts.append(
+            f"{facts.decoder_ratio:.2%} of the prunable weights removed, {facts.model_ratio:.2%} of the model."
+        )
     calibration = facts.calibration
     if {"samples", "sequence_length", "sources"} <= calibration.keys():
         sources = ", ".join(map(str, calibration["sources"]))

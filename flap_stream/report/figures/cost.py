@@ -22,7 +22,7 @@ def drawing(facts: Facts) -> Drawing | None:
         if cost is not None
     ]
     tables = [Table(("layer", "seconds", "tokens", "peak host bytes", "peak device bytes"), rows)]
-    return Drawing("cost", "Time and memory by layer", _caption(facts), 2.4, _draw, tables)
+    return Drawing("cost", "Time and memory per layer", _caption(facts), 2.4, _draw, tables)
 
 
 def _caption(facts: Facts) -> str:
@@ -31,7 +31,7 @@ def _caption(facts: Facts) -> str:
     rate = f", {tokens * len(known) / seconds:,.0f} tokens/s through a layer" if tokens and seconds else ""
     device = max(cost.peak_device_bytes for cost in known)
     return (
-        f"Pass 1 over {len(known)} layers took {_seconds(seconds)}{rate}; peak memory "
+        f"Collection over {len(known)} layers took {_seconds(seconds)}{rate}; peak memory "
         f"{quantity(max(cost.peak_host_bytes for cost in known), 'B')}"
         + (f", on the device {quantity(device, 'B')}." if device else ".")
     )

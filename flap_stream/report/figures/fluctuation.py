@@ -35,9 +35,9 @@ def _metric_name(facts: Facts) -> str:
 
 
 def _caption(facts: Facts) -> str:
-    line = " What is right of the white line goes." if facts.has_plan else ""
-    scale = f"By colour, on a logarithmic scale: {_metric_name(facts)}."
-    return f"{scale} In each layer units stand by score, the best left.{line}"
+    line = " Units to the right of the white line are removed." if facts.has_plan else ""
+    scale = f"Colour, on a logarithmic scale: {_metric_name(facts)}."
+    return f"{scale} Within each layer, units are sorted by score, the best on the left.{line}"
 
 
 def _draw(parent: Parent, facts: Facts, palette: Palette) -> None:

@@ -19,15 +19,15 @@ def drawing(facts: Facts) -> Drawing | None:
         for i, (groups, neurons) in enumerate(zip(facts.kv_groups, facts.neurons, strict=True))
     ]
     tables = [Table(("layer", "KV groups", "neurons"), rows)]
-    return Drawing("kept", "What stays in each layer", _caption(facts), 2.5, _draw, tables)
+    return Drawing("kept", "Kept in each layer", _caption(facts), 2.5, _draw, tables)
 
 
 def _caption(facts: Facts) -> str:
     groups, neurons = ([layer.kept or 0 for layer in layers] for layers in (facts.kv_groups, facts.neurons))
     all_groups, all_neurons = (sum(layer.dense for layer in layers) for layers in (facts.kv_groups, facts.neurons))
     return (
-        f"{sum(groups):,} of {all_groups:,} KV groups stay (by layer {min(groups)} to {max(groups)}), "
-        f"and {sum(neurons):,} of {all_neurons:,} neurons ({min(neurons):,} to {max(neurons):,})."
+        f"{sum(groups):,} of {all_groups:,} KV groups are kept ({min(groups)} to {max(groups)} per layer) "
+        f"and {sum(neurons):,} of {all_neurons:,} neurons ({min(neurons):,} to {max(neurons):,} per layer)."
     )
 
 

@@ -47,12 +47,22 @@ def scored(layers: Sequence[Units]) -> list[Scored]:
 
 def _caption(facts: Facts) -> str:
     cut = cut_score(facts)
-    what = "Each unit's score, standardised within its layer, the better the higher."
+    is_standardised = (facts.options is None or facts.options.method == "flap") and not _is_fisher(facts)
+    what = f"Each unit's score{', standardised within its layer' if is_standardised else ''}; higher is better."
     if not facts.has_plan:
-        return f"{what} Without a plan nothing is cut."
+        return f"{what} Without a plan there is no cut."
     if cut is None:
-        return f"{what} Every layer, or kind of unit, has a cut of its own."
-    return f"{what} One sort over all layers and both kinds, cut at {cut:.3f}."
+        return f"{what} Each layer or each kind of unit is cut separately."
+    return f"{what} All layers and both kinds are sorted together and cut at {_number(cut, 3, facts)}."
+
+
+def _number(cut: float, digits: int, facts: Facts) -> str:
+    """The cut with fixed decimals; with significant digits for fisher, whose scores are far below 1."""
+    return f"{cut:.{digits}{'g' if _is_fisher(facts) else 'f'}}"
+
+
+def _is_fisher(facts: Facts) -> bool:
+    return facts.options is not None and facts.options.metric == "fisher"
 
 
 def _draw(parent: Parent, facts: Facts, palette: Palette) -> None:
@@ -80,7 +90,7 @@ def _draw(parent: Parent, facts: Facts, palette: Palette) -> None:
         ax.set_xlabel("score" + (f" ({beyond:,} beyond the right edge)" if beyond else ""))
         if cut is not None and low - margin < cut < high + margin:
             ax.axvline(cut, color=palette.ink, linewidth=0.8, linestyle=DASHED)
-            label_line(ax, cut, f"cut {cut:.2f}".replace("-", MINUS), palette)
+            label_line(ax, cut, f"cut {_number(cut, 2, facts)}".replace("-", MINUS), palette)
         if facts.has_plan:
             _add_key(ax, palette)
 

@@ -21,8 +21,8 @@ def _caption(facts: Facts) -> str:
     if len(facts.sizes) == 1:
         return "Parameters of the whole model."
     return (
-        "Of the whole model, in the checkpoint's own dtype, without the biases of a restoration. FLOPs are the "
-        "products of one token with weights, those of the output head included."
+        "The whole model in the checkpoint's own dtype, without the biases that a restoration adds. FLOPs are those of "
+        "one token's products with weights, including the output head."
     )
 
 

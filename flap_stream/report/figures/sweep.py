@@ -60,7 +60,7 @@ def _caption(facts: Facts) -> str:
         for point in _spread(newest["points"], 4)
     ]
     return (
-        f"Perplexity rises by {', '.join(rises)} ({curve_name(newest)}). On {text['shape'][0]:,} windows of "
+        f"Perplexity changes by {', '.join(rises)} ({curve_name(newest)}). On {text['shape'][0]:,} windows of "
         f"{text['shape'][1]} tokens of {', '.join(text['sources'])}, in {newest['dtype'].removeprefix('torch.')}."
     )
 
