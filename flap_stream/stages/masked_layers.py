@@ -15,7 +15,7 @@ from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.scoring import baseline_input
 from flap_stream.arithmetic.surgery import baseline_shift
 from flap_stream.engine.streamed_model import StreamedModel
-from flap_stream.model.safetensors_format import FORWARD_DTYPES
+from flap_stream.model.dtypes import stored_dtype
 from flap_stream.model.units import Part
 from flap_stream.storage.run_directory import RunDirectory
 
@@ -112,4 +112,4 @@ def _shifted_bias(
     if bias is not None:
         total += bias
     entry = model.layer_entries[index][f"{name}.weight" if bias is None else f"{name}.bias"]
-    return total.to(getattr(torch, FORWARD_DTYPES[entry.dtype])).to(model.dtype)
+    return total.to(stored_dtype(entry)).to(model.dtype)
