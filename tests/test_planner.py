@@ -21,7 +21,7 @@ from flap_stream.engine import placement as planner
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InsufficientMemory, InvalidOption
 from flap_stream.model.checkpoint import open_checkpoint
-from flap_stream.restore.restoration import refit_sizes
+from flap_stream.restore.requirements import refit_sizes
 from flap_stream.stages.forecast import forecast
 
 LLAMA_65B = {

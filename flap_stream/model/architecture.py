@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
 from flap_stream.errors import InvalidModel, UnsupportedModel
 
 ROWS, COLUMNS = 0, 1
@@ -67,7 +67,7 @@ class UnitKind:
     outputs; None if nothing does, or it is not known.
     """
 
-    name: str
+    name: Sublayer
     projections: tuple[Projection, ...]
     norm: str | None = None
 
@@ -114,7 +114,7 @@ class Part:
 
 
 _ATTENTION = UnitKind(
-    "attention",
+    Sublayer.ATTENTION,
     (
         Projection("self_attn.q_proj", ROWS, ("query",)),
         Projection("self_attn.k_proj", ROWS, ("key_value",)),
@@ -124,7 +124,7 @@ _ATTENTION = UnitKind(
     norm="input_layernorm",
 )
 _FUSED_ATTENTION = UnitKind(
-    "attention",
+    Sublayer.ATTENTION,
     (
         Projection("self_attn.qkv_proj", ROWS, ("query", "key_value", "key_value")),
         Projection("self_attn.o_proj", COLUMNS, ("query",)),
@@ -132,7 +132,7 @@ _FUSED_ATTENTION = UnitKind(
     norm="input_layernorm",
 )
 _MLP = UnitKind(
-    "mlp",
+    Sublayer.MLP,
     (
         Projection("mlp.gate_proj", ROWS, ("neuron",)),
         Projection("mlp.up_proj", ROWS, ("neuron",)),
@@ -141,7 +141,7 @@ _MLP = UnitKind(
     norm="post_attention_layernorm",
 )
 _FUSED_MLP = UnitKind(
-    "mlp",
+    Sublayer.MLP,
     (
         Projection("mlp.gate_up_proj", ROWS, ("neuron", "neuron")),
         Projection("mlp.down_proj", COLUMNS, ("neuron",)),
@@ -149,7 +149,7 @@ _FUSED_MLP = UnitKind(
     norm="post_attention_layernorm",
 )
 _EXPERT = UnitKind(
-    "mlp",
+    Sublayer.MLP,
     (
         Projection("mlp.experts.each.{}.gate", ROWS, ("neuron",)),
         Projection("mlp.experts.each.{}.up", ROWS, ("neuron",)),
@@ -185,7 +185,7 @@ class Family:
         """The modules of a layer that units belong to."""
         found = []
         for kind in self.kinds:
-            if kind.name == "mlp" and shape.experts:
+            if kind.name == Sublayer.MLP and shape.experts:
                 assert self.experts is not None
                 firsts = np.cumsum([0, *shape.experts]).tolist()
                 found += [Part(self.experts.numbered(i), firsts[i], n) for i, n in enumerate(shape.experts)]

@@ -21,7 +21,7 @@ from flap_stream.model.architecture import ROWS
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.output import pruned_checkpoint as output
-from flap_stream.restore.restoration import refit_sizes, refit_stored_bytes, require_refittable
+from flap_stream.restore.requirements import refit_sizes, refit_stored_bytes, require_refittable
 from flap_stream.stages import scaling
 from flap_stream.storage import files
 from flap_stream.storage import run_directory as store

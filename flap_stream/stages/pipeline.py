@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from flap_stream.arithmetic.allocation import LayerKeep, allocate, require_minimum
-from flap_stream.arithmetic.layer_shape import LayerShape
-from flap_stream.arithmetic.scoring import baseline_input, flap_scores, magnitude_scores, wanda_scores
+from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
+from flap_stream.arithmetic.scoring import LayerScores, baseline_input, flap_scores, magnitude_scores, wanda_scores
 from flap_stream.arithmetic.sizes import PrunedSizes, pruned_sizes
 from flap_stream.config import (
     CollectConfig,
@@ -36,14 +36,8 @@ from flap_stream.model.skeleton import Skeleton
 from flap_stream.output import pruned_checkpoint as output
 from flap_stream.output.shards import Restoration
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
-from flap_stream.restore.restoration import (
-    refit_layers,
-    refit_record,
-    refit_sizes,
-    refit_stored_bytes,
-    refitted_tensors,
-    require_refittable,
-)
+from flap_stream.restore.refit_layers import RefitJob, refit_layers, refitted_tensors
+from flap_stream.restore.requirements import refit_record, refit_sizes, refit_stored_bytes, require_refittable
 from flap_stream.stages.collect import collect_statistics
 from flap_stream.stages.job_header import engine_rows, model_row
 from flap_stream.stages.loss import collect_loss_scores, require_inputs
@@ -375,7 +369,7 @@ def _sweep_loss(
 def _require_possible(model: StreamedModel, options: PruneConfig) -> None:
     """Raise what planning and refitting would for this model, whatever the scores turn out to be."""
     require_minimum(model.shapes, options)
-    nothing = [(np.zeros(shape.kv_groups), np.zeros(shape.neurons)) for shape in model.shapes]
+    nothing = [LayerScores(np.zeros(shape.kv_groups), np.zeros(shape.neurons)) for shape in model.shapes]
     allocate(nothing, model.shapes, part_of(options, PlanConfig))
     if options.refits:
         require_refittable(model.family, model.shapes, options.refit_target, model.checkpoint.source)
@@ -496,7 +490,7 @@ def decide(run: RunDirectory, options: PlanConfig, restore: str | None = None) -
     )
 
 
-def unit_scores(run: RunDirectory, options: PlanConfig) -> list[tuple[np.ndarray, np.ndarray]]:
+def unit_scores(run: RunDirectory, options: PlanConfig) -> list[LayerScores]:
     """A layer's scores of its KV groups and of its neurons, float64 `[group]`, `[neuron]`, the better the higher.
 
     Raises CorruptRun if the statistics are incomplete or altered.
@@ -516,9 +510,9 @@ def unit_scores(run: RunDirectory, options: PlanConfig) -> list[tuple[np.ndarray
     return scores
 
 
-def loss_scores(found: LossScores, shape: LayerShape) -> tuple[np.ndarray, np.ndarray]:
+def loss_scores(found: LossScores, shape: LayerShape) -> LayerScores:
     """F of each unit for each weight that goes with it, float64 `[group]`, `[neuron]`; comparable across layers."""
-    return found.attention / max(shape.group_cost, 1), found.mlp / max(shape.neuron_cost, 1)
+    return LayerScores(found.attention / max(shape.group_cost, 1), found.mlp / max(shape.neuron_cost, 1))
 
 
 def _store_plan(run: RunDirectory, decided: PlanResult) -> PlanResult:
@@ -609,7 +603,7 @@ def _refitted(
         progress.header(engine_rows(model, placement, samples, length))
     measured.placement = placement if first is None else first.together(placement)
     with cpu_threads(run.manifest["threads"]):
-        refit_layers(model, run, keeps, options.refit_target, placement, progress, snapshot_interval)
+        refit_layers(model, run, RefitJob(keeps, options.refit_target, placement, snapshot_interval), progress)
     release(model.device)
     how, files_count = refit_record(options.refit_target), len(model.layers) + refit.has_head
     return ranks.from_first(
@@ -619,7 +613,7 @@ def _refitted(
 
 def _means(run: RunDirectory, layer: int, form: str) -> dict[str, np.ndarray]:
     statistics = run.read_statistics(layer)
-    return {kind: baseline_input(statistics.of(kind), form) for kind in ("attention", "mlp")}
+    return {kind: baseline_input(statistics.of(kind), form) for kind in Sublayer}
 
 
 def _require_same_job(source: checkpoints.Checkpoint, out: Path, record: dict[str, Any], options: PruneConfig) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
 from flap_stream.errors import RunMismatch
 from flap_stream.storage import arrays, files
 from flap_stream.storage.run_directory import RunDirectory, SnapshotStore, layer_name
 
-KINDS = ("attention", "mlp")
+KINDS = tuple(Sublayer)
 _INPUTS, _SCORES = "loss-inputs", "loss"
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from flap_stream.arithmetic.allocation import LayerKeep
-from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
 from flap_stream.arithmetic.scoring import ChannelStatistics, LayerStatistics
 from flap_stream.config import PlanConfig
 from flap_stream.errors import CorruptRun, RunMismatch, UnsuitableFileSystem
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 4096  # of most file systems
 _MOST_SWEEP_BYTES = 1 << 26
-_KINDS = ("attention", "mlp")
+_KINDS = tuple(Sublayer)
 _ARRAYS = ("count", "mean", "m2", "released_fluctuation", "released_baseline", "weight_squared_norm", "weight_abs_mean")
 _TAKEN = {kind: {"samples": natural} for kind in _KINDS}  # attributes of a layer's statistics
 
