@@ -19,27 +19,27 @@ from flap_stream.errors import FlapStreamError, StorageFailure
 from flap_stream.progress import printable
 
 VERBS = {
-    "prune": "the main job: prune a model into a checkpoint; run it again after any interruption and it goes on",
-    "collect": "pass 1 alone: the statistics of every layer",
-    "plan": "decide what stays, in seconds; prints what would remain, layer by layer",
-    "sweep": "one collection, many ratios: what would remain at each, and its perplexity",
-    "rewrite": "pass 2 alone: write the pruned checkpoint that the plan describes",
-    "export-gguf": "a GGUF file for llama.cpp",
-    "export-stock": "a pruned checkpoint that loads without remote code",
-    "evaluate": "perplexity of a dense or pruned model, one layer in memory at a time",
-    "report": "figures of a run directory or a pruned checkpoint, as one page and as PNG files",
-    "bench-inference": "what the pruning is worth: speed and memory of both models through transformers",
-    "inspect": "what is in a run directory or a pruned checkpoint",
-    "demo": "the main job on the bundled model and text, offline",
+    "prune": "prune a model (collect, plan and rewrite in one); rerun after an interruption to continue",
+    "evaluate": "measure perplexity of a dense or pruned model, one layer in memory at a time",
+    "demo": "prune and evaluate the bundled model, offline",
+    "collect": "collect the statistics of every layer into a run directory",
+    "plan": "decide what each layer keeps, in seconds, and print it",
+    "sweep": "plan many ratios from one collection, and measure perplexity at each",
+    "rewrite": "write the pruned checkpoint that a plan describes",
+    "inspect": "show what is in a run directory, a pruned checkpoint or a dense model",
+    "report": "draw a run directory or a pruned checkpoint, as one page or as PNG files",
+    "bench-inference": "compare speed and memory of the dense and the pruned model in transformers",
+    "export-gguf": "write a GGUF file for llama.cpp",
+    "export-stock": "write a pruned checkpoint that loads without remote code",
 }
-TOGETHER = ("prune", "collect", "rewrite", "evaluate")  # what all ranks do; rank 0 does the rest by itself
-NO_READER = 141  # of what was printed, as shells say it of a process that SIGPIPE has ended
+TOGETHER = ("prune", "collect", "rewrite", "evaluate")  # verbs that all ranks run; the others run on rank 0 only
+NO_READER = 141  # exit code when the reader of stdout is gone, as shells report a process ended by SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; the exit code comes out (0 done, 1 may pass on a rerun, 2 wrong use or input, 130 interrupted)."""
+    """Run one verb and return the exit code: 0 done, 1 may pass on a rerun, 2 wrong use or input, 130 interrupted."""
     parser = Parser(
-        prog="flap-stream", description="Structured pruning of LLMs that do not fit, streamed from disk (FLAP)."
+        prog="flap-stream", description="Structured pruning of LLMs too large for memory, streamed from disk (FLAP)."
     )
     parser.add_argument("--version", action="version", version=f"flap-stream {version('flap-stream')}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.verb not in TOGETHER:
         if not _is_first_rank():
             return 0
-        os.environ.pop("WORLD_SIZE", None)  # what else it calls need not wait for the others
+        os.environ.pop("WORLD_SIZE", None)  # so that nothing it calls waits for the others
     elif not _is_first_rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     quiet = getattr(options, "quiet", False) or not _is_first_rank()
@@ -61,16 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("flap_stream").setLevel(level)
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints are for users of its models, not for ours
-    if options.verb != "bench-inference":  # which times models as their users run them
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints are for users who call it themselves
+    if options.verb != "bench-inference":  # which must time models as their users run them
         _sleep_while_waiting()
     with redirect_stdout(cast(TextIO, _Output(sys.stdout))):
         return reported(lambda: _module_of(options.verb).run(options), goes_on=_goes_on(options))
 
 
 def _goes_on(options: argparse.Namespace) -> bool:
-    """Whether the same command goes on where it was stopped; all else starts anew."""
+    """Whether the same command continues where it stopped; all others start over."""
     if options.verb == "prune":
         return not options.dry_run
     if options.verb in ("sweep", "demo"):
@@ -79,45 +79,45 @@ def _goes_on(options: argparse.Namespace) -> bool:
 
 
 def _sleep_while_waiting() -> None:
-    """Have OpenMP's threads sleep while one waits for another, unless the environment says how they wait.
+    """Make OpenMP's threads sleep while they wait for each other, unless the environment says how they wait.
 
-    Otherwise they spin, and on a busy machine they spin away the time of the one that they wait for. Libgomp, which
-    torch brings along, reads this when it is loaded, so torch must not be yet.
+    Otherwise they spin, and on a busy machine take time from the thread they wait for. Libgomp, which is part of torch,
+    reads this when it is loaded, so this must run before torch is imported.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
         os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def reported(action: Callable[[], object], goes_on: bool = True) -> int:
-    """Exit code of an action; an error of ours or of the system is one sentence on stderr.
+    """Run an action and return its exit code; our errors and the system's become one sentence on stderr.
 
-    goes_on: whether the action, called again, goes on where it was stopped.
+    goes_on: whether the action, called again, continues where it stopped.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     interruption.begun()
     try:
         action()
-        sys.stdout.flush()  # which may fail: to a full disk, or to nobody
-    except BrokenPipeError:  # whoever read it has enough
+        sys.stdout.flush()  # which may fail: the disk may be full, or the reader gone
+    except BrokenPipeError:  # the reader has closed the pipe
         return NO_READER
     except FlapStreamError as error:
         return _tell_failure(error, goes_on)
     except OSError as error:
         return _tell_failure(_named(error), goes_on)
     except KeyboardInterrupt as error:
-        again = "nothing is lost, run the same command again to go on" if goes_on else "the same command starts anew"
+        again = "nothing is lost, run the same command again to continue" if goes_on else "a rerun starts over"
         _tell(error, f"interrupted; {again}", before="\n")
         return interruption.EXIT_CODE
     return 0
 
 
 def _tell_failure(error: FlapStreamError, goes_on: bool) -> int:
-    _tell(error, printable(f"{error}: it goes on" if goes_on and error.goes_on else str(error)))
+    _tell(error, printable(f"{error} (it resumes where it stopped)" if goes_on and error.goes_on else str(error)))
     return error.exit_code
 
 
 def _named(error: OSError) -> StorageFailure:
-    """The failure in a sentence, with what is noted of the rank that it came upon."""
+    """The failure in a sentence, with the notes of the rank it happened on."""
     failure = StorageFailure.of(error)
     for note in getattr(error, "__notes__", []):
         failure.add_note(note)
@@ -125,7 +125,7 @@ def _named(error: OSError) -> StorageFailure:
 
 
 class _Output:
-    """Standard output, whose failures say that it is the one that failed."""
+    """Standard output, whose failures are named as such."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -138,7 +138,7 @@ class _Output:
         return self._naming(lambda: self._stream.write(text))
 
     def flush(self) -> None:
-        """Print what is left."""
+        """Print what is buffered."""
         self._naming(self._stream.flush)
 
     def _naming(self, action: Callable[[], Any]) -> Any:
@@ -151,13 +151,13 @@ class _Output:
 
 
 def _close_output() -> None:
-    """Print into nothing from now on, so that the end of the process does not fail to."""
+    """Discard all further output, so that the flush at exit does not fail again."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _OneLine(logging.Formatter):
-    """Messages of ours, which quote names from files, in one line that commands nothing; of others, line by line."""
+    """Escape control characters; our own messages, which quote names from files, stay on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
@@ -166,9 +166,9 @@ class _OneLine(logging.Formatter):
 
 
 def _tell(error: BaseException, message: str, before: str = "") -> None:
-    """Print what a person needs to know, in a job of several ranks once.
+    """Print an error's message, only once in a job of several ranks.
 
-    The error of a rank carries a note if it is the one that ended the job; without it, all ranks have the same.
+    The error that ended the job carries a note of its rank; an error without one is the same on all ranks.
     """
     notes = getattr(error, "__notes__", [])
     if notes or _is_first_rank():

@@ -10,7 +10,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flap_stream.commands import interruption
 from flap_stream.config.values import shortened
 from flap_stream.errors import InvalidOption
 
@@ -184,14 +183,6 @@ class Progress:
         if wanted is not None and not isinstance(wanted, bool):
             raise InvalidOption(f"progress is {shortened(wanted)}; expected True, False or a Progress")
         return cls("auto" if wanted else "silent")
-
-    @contextmanager
-    def loading(self) -> Iterator[None]:
-        """Modules are imported inside, which takes its time; an interruption leaves at once."""
-        if sys.stderr.isatty():  # in a log nobody waits for it
-            self.say("loading torch and transformers")
-        with interruption.loading():
-            yield
 
     @contextmanager
     def job(self, weights: Sequence[tuple[str, float]]) -> Iterator[None]:

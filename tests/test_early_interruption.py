@@ -41,14 +41,14 @@ def _interrupted(module: str, sent: str, *arguments: str, ignores: bool = False)
 def test_an_interruption_while_loading_is_one_sentence(module: str, tmp_path: Path) -> None:
     code, out, errors = _interrupted(module, "SIGINT", "demo", "--quiet", "--out", str(tmp_path / "out"))
     assert (code, out) == (130, "")
-    assert errors.strip() == "flap-stream: interrupted before it had begun"
+    assert errors.strip() == "flap-stream: interrupted while loading; nothing was started"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_termination_while_loading_is_one_sentence_too(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     code, _, errors = _interrupted("torch.nn", "SIGTERM", "demo", "--quiet", "--out", out)
-    assert code == 130 and errors.strip() == "flap-stream: interrupted before it had begun"
+    assert code == 130 and errors.strip() == "flap-stream: interrupted while loading; nothing was started"
 
 
 def test_the_installed_command_begins_where_interruptions_are_met() -> None:
@@ -65,4 +65,4 @@ def test_an_interruption_after_loading_says_that_nothing_is_lost(tmp_path: Path)
     out = str(tmp_path / "out")
     code, _, errors = _interrupted("flap_stream.modeling", "SIGINT", "demo", "--quiet", "--out", out)
     assert code == 130
-    assert "run the same command again to go on" in errors and "Traceback" not in errors
+    assert "run the same command again to continue" in errors and "Traceback" not in errors

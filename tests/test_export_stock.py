@@ -76,7 +76,7 @@ def test_biases_find_a_class_or_are_refused(family: str, structure: str, tmp_pat
         assert result.model_class in allowed
         require_equal(out, tmp_path / "stock")
     else:
-        with pytest.raises(UnsupportedModel, match=r"_proj\.bias of .*; a checkpoint pruned with --restore none"):
+        with pytest.raises(UnsupportedModel, match=r"_proj\.bias of .*; prune with --restore none"):
             export_stock(out, tmp_path / "stock", options)
         assert not (tmp_path / "stock").exists()
 

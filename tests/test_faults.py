@@ -66,8 +66,8 @@ FAULTS: dict[str, tuple[Callable[[str], None], bool, int, str, int]] = {
     "read-only file system (EROFS), from some operation on": (READ_ONLY, True, FAILED, "is out of bounds", 6),
     "an operation fails (EIO)": (INPUT_OUTPUT, False, FAILED, "see to the disk", 12),
     "an operation is not permitted (EACCES)": (NO_ACCESS, False, FAILED, "is out of bounds", 6),
-    "SIGINT": (interrupt, False, INTERRUPTED, "run the same command again to go on", 8),
-    "SIGTERM": (terminate, False, INTERRUPTED, "run the same command again to go on", 8),
+    "SIGINT": (interrupt, False, INTERRUPTED, "run the same command again to continue", 8),
+    "SIGTERM": (terminate, False, INTERRUPTED, "run the same command again to continue", 8),
 }
 
 
@@ -326,7 +326,7 @@ def test_a_file_system_without_locks_is_named_and_a_run_directory_elsewhere_is_e
     assert job.run(place, fault) == REFUSED
     said = job.said(place)
     assert f"the file system of {place / 'out.run'} has no file locks ({os.strerror(number)})" in said
-    assert "--run DIR" in said and is_one_sentence(said) and "goes on" not in said
+    assert "--run DIR" in said and is_one_sentence(said) and "it resumes" not in said
     assert list(place.iterdir()) == []
     assert job.run(place, fault, run=elsewhere / "run") == 0
     assert contents(place / "out") == job.expected
@@ -340,7 +340,7 @@ def test_a_file_system_that_cannot_sync_directories_is_warned_of_once(number: in
     assert contents(place / "out") == job.expected
 
 
-# --- "it goes on" is said where it is true ---
+# --- resuming is promised where it is true ---
 
 COMMANDS = {  # what takes the place of the verb, and whether the same command goes on
     "prune MODEL OUT --calibration TOKENS": True,
@@ -358,9 +358,9 @@ COMMANDS = {  # what takes the place of the verb, and whether the same command g
     "demo": False,
 }
 STOPS: list[tuple[Exception | type[BaseException], str]] = [
-    (OSError(errno.EIO, "Input/output error", "/a/file"), "it goes on"),
-    (OSError(errno.ENOSPC, "No space left on device", "/a/file"), "it goes on"),
-    (KeyboardInterrupt, "run the same command again to go on"),
+    (OSError(errno.EIO, "Input/output error", "/a/file"), "it resumes"),
+    (OSError(errno.ENOSPC, "No space left on device", "/a/file"), "it resumes"),
+    (KeyboardInterrupt, "run the same command again to continue"),
 ]
 
 
@@ -392,4 +392,4 @@ def test_a_full_disk_behind_standard_output_is_named(job: Job) -> None:
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert ended.returncode == FAILED
     assert "the disk of standard output is full" in ended.stderr and is_one_sentence(ended.stderr)
-    assert "goes on" not in ended.stderr
+    assert "it resumes" not in ended.stderr

@@ -179,7 +179,7 @@ def test_an_interrupted_command_exits_130_and_the_same_command_completes_it(
                 break
         errors = process.stderr.read()
     assert process.returncode == 130
-    assert "run the same command again to go on" in errors and "Traceback" not in errors
+    assert "run the same command again to continue" in errors and "Traceback" not in errors
     assert not out.exists()
     said = _finish(command, out).splitlines()
     recorded = next(int(found[1]) for line in said if (found := re.match(r"collect: (\d+) of 24 layers done al", line)))

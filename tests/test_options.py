@@ -211,7 +211,7 @@ def test_the_package_is_typed_and_names_its_functions_without_importing_torch() 
         ("rewrite run out --refit-target joint --restore bias", "goes with --restore least-squares"),
         ("sweep run --samples 8", "goes with --evaluate TEXT"),
         ("sweep run --evaluate tokens.npy --resolution 0.01", "goes with --max-perplexity-increase"),
-        ("prune model out --calibration tokens.npy --ranks 2", "goes with --dry-run"),
+        ("prune model out --calibration tokens.npy --ranks 2", "only valid with --dry-run"),
         ("prune model out --calibration tokens.npy --min-heads 99", "no layer has more than 4 query heads"),
         ("prune model out --calibration tokens.npy --min-heads 99 --dry-run", "no layer has more than 4 query heads"),
         ("plan run --min-neurons 97", "no layer has more than 96 neurons"),

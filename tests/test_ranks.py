@@ -270,7 +270,7 @@ def test_an_interrupted_rank_ends_all_and_says_so_once(job: RankJob, ranks: int)
     place = job.place(f"interrupted-{ranks}")
     ended = launch(place, ranks, StopAt(job.action(f"interrupted-{ranks}", keep_run=True), 2))
     assert ended.codes == [130] * ranks
-    assert len(ended.sentences) == 1 and "run the same command again to go on" in ended.sentences[0]
+    assert len(ended.sentences) == 1 and "run the same command again to continue" in ended.sentences[0]
     assert job.trouble(f"interrupted-{ranks}", 5 - ranks) is None
 
 

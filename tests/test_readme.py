@@ -23,18 +23,18 @@ from test_placement import test_a_device_too_small_for_a_single_window_is_refuse
 from test_placement import test_out_of_device_memory_halves_the_batch_and_a_resumed_run_repeats_it as out_of_memory
 from test_store import test_a_second_writer_is_refused_until_the_first_is_dead as second_writer
 
-from flap_stream.export.gguf import _THROUGH_STOCK, _WITH_NORMS
+from flap_stream.export.gguf_architecture import CONVERTIBLE_FROM_STOCK, WITH_QK_NORMS
 from flap_stream.model.architecture import FAMILIES
 
 README = Path(__file__).parent.parent / "README.md"
 
 
 def gguf_cell(family: str) -> str:
-    if family in _WITH_NORMS:
+    if family in WITH_QK_NORMS:
         return "one size, no biases"
     if family in WRITTEN:
         return "yes"
-    return "through stock" if family in _THROUGH_STOCK else "no"
+    return "through stock" if family in CONVERTIBLE_FROM_STOCK else "no"
 
 
 GOES_ON, SAME = "says so; the same command goes on", "nothing changes"

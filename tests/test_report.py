@@ -22,8 +22,11 @@ from flap_stream.errors import CorruptRun
 from flap_stream.storage.run_directory import RunDirectory
 
 pytest.importorskip("matplotlib")
-from flap_stream.report import figures
+from flap_stream.report import drawing
 from flap_stream.report.facts import Facts, read_facts
+from flap_stream.report.figures import drawings
+from flap_stream.report.figures.scores import cut_score, scored
+from flap_stream.report.figures.sweep import curve_name
 from flap_stream.report.page import page, write_report
 
 ALL = ["sizes", "sweep", "kept", "scores", "fluctuation", "cost"]
@@ -98,9 +101,9 @@ def test_the_page_stands_alone(html: str) -> None:
 
 
 def test_figures_have_the_pages_colours_and_names_for_those_who_do_not_see_them(html: str) -> None:
-    for mark in vars(figures._MARKS).values():
+    for mark in vars(drawing._MARKS).values():
         assert mark not in html
-    assert set(re.findall(r"var\(--(\w+)\)", html)) == {*vars(figures.LIGHT), "font"}
+    assert set(re.findall(r"var\(--(\w+)\)", html)) == {*vars(drawing.LIGHT), "font"}
     svgs = re.findall(r"<svg[^>]*>", html)
     assert len(svgs) == len(ALL) and all('role="img"' in tag and "aria-label=" in tag for tag in svgs)
     fixed = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", html))
@@ -143,10 +146,10 @@ def test_numbers_are_those_of_the_run_directory(run: Path, html: str) -> None:
 
 def test_what_is_marked_as_removed_is_what_the_plan_removes(run: Path) -> None:
     facts = read_facts(run)
-    cut = figures._cut(facts)
+    cut = cut_score(facts)
     assert cut is not None
-    for kind in (0, 1):
-        for scores, stays in figures._scored(facts, kind):
+    for layers in (facts.kv_groups, facts.neurons):
+        for scores, stays in scored(layers):
             assert (scores[~stays] <= cut).all()
             unprotected = np.sort(scores[stays])[:-1]  # the best of a layer stays whatever its score
             assert (unprotected >= cut).all()
@@ -169,9 +172,9 @@ def test_pictures_are_not_empty(run: Path) -> None:
     from matplotlib.image import imread
 
     facts = read_facts(run)
-    for drawing in figures.drawings(facts):
-        pixels = imread(io.BytesIO(figures.png(facts, drawing)))[..., :3]
-        assert (np.ptp(pixels, axis=2) > 0.2).mean() > 0.002, drawing.name  # coloured ink, not lines and text alone
+    for figure in drawings(facts):
+        pixels = imread(io.BytesIO(drawing.to_png(facts, figure)))[..., :3]
+        assert (np.ptp(pixels, axis=2) > 0.2).mean() > 0.002, figure.name  # coloured ink, not lines and text alone
 
 
 def test_a_run_that_is_under_way_shows_what_is_there(
@@ -199,9 +202,9 @@ def test_a_pruned_checkpoint_alone_shows_less_and_says_so(tmp_path: Path, capsys
     tokens = save_tokens(tmp_path / "tokens.npy", random_tokens(8, 16))
     flap_stream.prune(model, tmp_path / "out", PruneConfig(ratio=0.3, calibration=(tokens,)))
     code, out, _ = command(capsys, "report", tmp_path / "out", "--html", tmp_path / "deep" / "r.html")
-    assert code == 0 and "pruning.json alone" in out
+    assert code == 0 and "pruning.json only" in out
     html = (tmp_path / "deep" / "r.html").read_text()
-    assert "Not shown" in html and "What stays in each layer" in html and "Scores and the cut" not in html
+    assert "Not shown" in html and "Kept in each layer" in html and "Scores and the cut" not in html
 
 
 @pytest.mark.parametrize(
@@ -210,6 +213,7 @@ def test_a_pruned_checkpoint_alone_shows_less_and_says_so(tmp_path: Path, capsys
         ("mixtral", {}, {"ratio": 0.5}),
         ("llama", {"method": "magnitude-sp"}, {"method": "magnitude-sp"}),
         ("llama", {"method": "wanda-sp"}, {"method": "wanda-sp"}),
+        ("llama", {"loss_windows": 4}, {"metric": "fisher"}),
         ("llama", {}, {"structure": "ul-mm", "remove_heads": 2, "metric": "ifv"}),
         ("llama", {}, {"min_heads": 0, "structure": "al-mm", "remove_heads": 4, "ratio": 0.6}),
     ],
@@ -226,14 +230,14 @@ def test_names_from_files_are_text_and_nothing_else(run: Path) -> None:
     curve = {**facts.curves[-1], "restore": nasty, "text": {**facts.curves[-1]["text"], "sources": [nasty]}}
     curve["points"] = [*curve["points"], {**curve["points"][-1], "ratio": 0.9, "perplexity": float("inf")}]
     facts = replace(facts, model=nasty, place=nasty, versions={nasty: nasty}, curves=[curve], missing=[nasty])
-    assert "<script" not in page(facts, figures.drawings(facts))
+    assert "<script" not in page(facts, drawings(facts))
 
 
 def test_curves_are_named_by_what_tells_them_apart(run: Path) -> None:
     none, bias = read_facts(run).curves
-    assert [figures.curve_name(curve) for curve in (none, bias)] == ["flap, no restoration", "flap, bias"]
+    assert [curve_name(curve) for curve in (none, bias)] == ["flap, no restoration", "flap, bias"]
     other = {**bias, "options": {**bias["options"], "metric": "ifv", "min_heads": 2}}
-    assert figures.curve_name(other) == "flap, ifv, min_heads 2, bias"
+    assert curve_name(other) == "flap, ifv, min_heads 2, bias"
 
 
 def test_many_layers_and_curves_are_drawn(run: Path) -> None:
@@ -242,8 +246,10 @@ def test_many_layers_and_curves_are_drawn(run: Path) -> None:
         {**facts.curves[-1], "restore": f"way {i}", "text": {**facts.curves[-1]["text"], "sha256": str(i // 3)}}
         for i in range(6)
     ]
-    many: Facts = replace(facts, layers=facts.layers * 30, costs=facts.costs * 30, curves=curves)
-    assert page(many, figures.drawings(many)).count("<svg") == len(ALL)
+    many: Facts = replace(
+        facts, kv_groups=facts.kv_groups * 30, neurons=facts.neurons * 30, costs=facts.costs * 30, curves=curves
+    )
+    assert page(many, drawings(many)).count("<svg") == len(ALL)
 
 
 @pytest.mark.parametrize(

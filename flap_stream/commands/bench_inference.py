@@ -11,24 +11,34 @@ from flap_stream.progress import format_bytes
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("dense", metavar="DENSE", help="the dense model: a directory or a Hub id")
-    parser.add_argument("out", metavar="OUT", help="the pruned checkpoint")
-    parser.add_argument("--batch-sizes", default=(1, 8), metavar="N,N", help="default: 1,8")
-    parser.add_argument("--prompt-lengths", default=(512,), metavar="N,N", help="default: 512")
-    parser.add_argument("--generate", type=int, default=64, metavar="N", help="tokens after each prompt (default: 64)")
-    parser.add_argument("--rounds", type=int, default=5, help="times that both are run, in turn (default: 5)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--dtype", type=dtype_name, default="auto", choices=DTYPES, help="default: the model's")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let code that comes with the models run")
-    shared.add_revision(parser)
+    parser.add_argument("dense", metavar="DENSE", help="dense model: a directory or a Hub id")
+    parser.add_argument("out", metavar="OUT", help="pruned checkpoint")
+    group = parser.add_argument_group("what to time")
+    group.add_argument(
+        "--batch-sizes", default=(1, 8), metavar="N,N", help="prompts at once, for each setting (default: 1,8)"
+    )
+    group.add_argument(
+        "--prompt-lengths", default=(512,), metavar="N,N", help="tokens of a prompt, for each setting (default: 512)"
+    )
+    group.add_argument("--generate", type=int, default=64, metavar="N", help="tokens after each prompt (default: 64)")
+    group.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="times to run both models, in turn (default: 5)"
+    )
+    group = parser.add_argument_group("device and models")
+    group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
+    group.add_argument(
+        "--dtype", type=dtype_name, default="auto", choices=DTYPES, help="dtype of both (default: auto, the model's)"
+    )
+    shared.add_revision(group)
+    group.add_argument("--trust-remote-code", action="store_true", help="allow code that comes with the models to run")
     shared.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Time both models, and print before and after."""
+    """Time both models and print their figures next to each other."""
     config = shared.values(options, BenchInferenceConfig)
     progress = shared.progress_of(options)
-    with progress.loading():
+    with shared.loading(progress):
         from flap_stream.stages.bench_inference import bench_inference
 
     result = bench_inference(shared.model_of(options.dense, options), options.out, config, progress)

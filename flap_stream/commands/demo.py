@@ -13,20 +13,20 @@ from flap_stream.progress import format_bytes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument(
-        "--out", metavar="OUT", help="where the pruned checkpoint goes (default: a new temporary folder)"
+        "--out", metavar="OUT", help="directory to write the pruned checkpoint to (default: a new temporary one)"
     )
-    parser.add_argument("--ratio", default=0.2, metavar="SHARE", help="default: 0.2")
+    parser.add_argument("--ratio", default=0.2, metavar="SHARE", help="share of the weights to remove (default: 0.2)")
     shared.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prune the bundled model, print perplexity and sizes before and after."""
+    """Prune the bundled model and print perplexity and sizes before and after."""
     out = Path(options.out or Path(tempfile.mkdtemp(prefix="flap-stream-demo-")) / "pruned")
     progress = shared.progress_of(options)
     with as_file(files("flap_stream") / "demo") as bundle:
         model, text = str(bundle / "model"), (str(bundle / "evaluation.txt"),)
         config = PruneConfig(ratio=options.ratio, calibration=(str(bundle / "calibration.txt"),), dtype="float32")
-        with progress.loading():
+        with shared.loading(progress):
             from flap_stream.stages.evaluate import evaluate
             from flap_stream.stages.pipeline import prune
 

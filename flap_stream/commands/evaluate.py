@@ -9,22 +9,18 @@ from flap_stream.config import EvaluateConfig
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("model", metavar="MODEL", help="a directory or a Hub id, dense or pruned")
-    parser.add_argument("--text", nargs="+", default=["wikitext2"], metavar="TEXT", help="as --calibration of prune")
-    parser.add_argument("--sequence-length", type=int, default=128, help="tokens a window (default: 128)")
-    parser.add_argument("--samples", type=int, help="at most so many windows (default: all)")
-    shared.add_text(parser)
-    shared.add_engine(parser)
-    shared.add_revision(parser)
+    parser.add_argument("model", metavar="MODEL", help="dense or pruned model: a directory or a Hub id")
+    shared.add_evaluation(parser.add_argument_group("text"), "--text", ["wikitext2"])
+    shared.add_revision(shared.add_engine(parser))
     shared.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluate, and print the perplexity."""
+    """Evaluate and print the perplexity."""
     config = shared.values(options, EvaluateConfig)
     shared.check_text(config)
     progress = shared.progress_of(options)
-    with progress.loading():
+    with shared.loading(progress):
         from flap_stream.stages.evaluate import evaluate
 
     result = evaluate(shared.model_of(options.model, options), config, progress)

@@ -11,23 +11,27 @@ from flap_stream.progress import format_bytes
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("out", metavar="OUT", help="a pruned checkpoint (or a dense one, to compare)")
-    parser.add_argument("file", metavar="FILE.gguf", help="the file to write")
+    parser.add_argument("out", metavar="OUT", help="pruned checkpoint, or a dense one to compare with")
+    parser.add_argument("file", metavar="FILE.gguf", help="file to write")
     parser.add_argument(
         "--type",
         type=gguf_type,
         choices=GGUF_TYPES,
-        help="of the matrices (default: the checkpoint's; llama-quantize makes K-quants from bf16 or f16)",
+        help="type of the matrices (default: the checkpoint's; for K-quants, run llama-quantize on bf16 or f16)",
     )
-    parser.add_argument("--tokenizer-pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer")
+    parser.add_argument(
+        "--tokenizer-pre",
+        metavar="NAME",
+        help="llama.cpp's pre-tokenizer (default: found from tokenizer.json)",
+    )
     shared.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Export, and print what was written."""
+    """Export and print what was written."""
     config = shared.values(options, ExportGgufConfig)
     progress = shared.progress_of(options)
-    with progress.loading():
+    with shared.loading(progress):
         from flap_stream.export.gguf import export_gguf
 
     result = export_gguf(options.out, options.file, config, progress)

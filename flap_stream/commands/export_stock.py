@@ -10,18 +10,18 @@ from flap_stream.progress import format_bytes
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("out", metavar="OUT", help="a pruned checkpoint")
-    parser.add_argument("directory", metavar="DIR", help="where the checkpoint without remote code goes")
-    parser.add_argument("--pad", action="store_true", help="fill layers up with zeros to the size of the widest")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
+    parser.add_argument("out", metavar="OUT", help="pruned checkpoint")
+    parser.add_argument("directory", metavar="DIR", help="directory to write the checkpoint without remote code to")
+    parser.add_argument("--pad", action="store_true", help="pad all layers with zeros to the size of the largest")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="size of a shard file (default: 5GB)")
     shared.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Export, and print what padding costs."""
+    """Export and print what padding costs."""
     config = shared.values(options, ExportStockConfig)
     progress = shared.progress_of(options)
-    with progress.loading():
+    with shared.loading(progress):
         from flap_stream.export.stock import export_stock
 
     result = export_stock(options.out, options.directory, config, progress)
@@ -33,5 +33,5 @@ def run(options: argparse.Namespace) -> None:
         f"class        {result.model_class}, {result.kv_groups} KV groups and {result.neurons} neurons in every layer"
     )
     print(f"parameters   {result.parameters_before:,} -> {result.parameters_after:,}")
-    print(f"KV cache     {format_bytes(before)} -> {format_bytes(after)} a token")
+    print(f"KV cache     {format_bytes(before)} -> {format_bytes(after)} per token")
     shared.show(f"result       {result.directory}")

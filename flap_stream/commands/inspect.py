@@ -10,14 +10,14 @@ from flap_stream.progress import format_bytes
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("place", metavar="RUN|OUT", help="a run directory, a pruned checkpoint or a dense model")
-    parser.add_argument("--verify", action="store_true", help="check every digest; exit code 1 if one is wrong")
+    parser.add_argument("place", metavar="RUN|OUT", help="run directory, pruned checkpoint or dense model")
+    parser.add_argument("--verify", action="store_true", help="check every file's digest; exit code 1 if one is wrong")
     shared.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print what is there: progress of a run, sizes and kept shares of a checkpoint, sizes of a dense model."""
-    with shared.progress_of(options).loading():
+    """Print the progress of a run, the sizes and kept units of a pruned checkpoint, or the sizes of a dense model."""
+    with shared.loading(shared.progress_of(options)):
         import flap_stream.output.pruned_checkpoint
         import flap_stream.storage.run_directory  # noqa: F401
 
@@ -34,7 +34,7 @@ def _inspect_run(place: Path, as_json: bool, verifies: bool) -> None:
     from flap_stream.errors import CorruptRun
     from flap_stream.storage.run_directory import RunDirectory
 
-    with RunDirectory(place, is_writer=verifies) as directory:  # a running job may be looked at, not checked
+    with RunDirectory(place, is_writer=verifies) as directory:  # a running job can be inspected, but not verified
         manifest, total = directory.manifest, len(directory.layer_shapes)
         body = {
             "run": str(place),
@@ -50,8 +50,8 @@ def _inspect_run(place: Path, as_json: bool, verifies: bool) -> None:
             wrong = directory.damaged()
             if wrong:
                 raise CorruptRun(
-                    f"{place}: {'; '.join(wrong)}; snapshots and plans are made anew by the command that made them, "
-                    "for anything else delete the run directory and collect again"
+                    f"{place}: {'; '.join(wrong)}; snapshots and plans are rebuilt by rerunning the command that "
+                    "created them; for anything else delete the run directory and collect again"
                 )
             body["verified"] = True
     if as_json:
@@ -59,9 +59,9 @@ def _inspect_run(place: Path, as_json: bool, verifies: bool) -> None:
         return
     shared.show(f"run of {body['model']}, method {body['method']}")
     print(f"statistics   {body['complete_layers']} of {total} layers")
-    print(f"plan         {'there' if body['has_plan'] else 'none yet'}")
+    print(f"plan         {'made' if body['has_plan'] else 'none yet'}")
     if verifies:
-        print("verified: everything complete is as it was written")
+        print("verified: every completed part is unchanged since it was written")
 
 
 def _inspect_output(place: Path, as_json: bool, verifies: bool) -> None:
@@ -87,7 +87,7 @@ def _inspect_output(place: Path, as_json: bool, verifies: bool) -> None:
         groups, neurons = len(layer["kept_kv_groups"]), len(layer["kept_neurons"])
         print(f"{i:5d}   {groups:4d} of {layer['kv_groups']:<6d}  {neurons:6d} of {layer['neurons']}")
     if verifies:
-        print("verified: every file is what was written")
+        print("verified: every file is unchanged since it was written")
 
 
 def _inspect_dense(place: Path, as_json: bool) -> None:
@@ -101,11 +101,11 @@ def _inspect_dense(place: Path, as_json: bool) -> None:
         shared.print_json({"model": str(place), "is_dense": True, **asdict(model)})
         return
     groups = model.kv_heads or model.heads
-    print(printable(f"{place} is {model}: nothing was pruned"))
+    print(printable(f"{place} is {model}, not pruned"))
     if model.heads is not None and model.neurons is not None:
         print(f"each layer   {model.heads} heads in {groups} KV groups, {model.neurons} neurons")
     print(f"weights      {format_bytes(model.weight_bytes)}")
     if model.is_prunable:
         print(printable(f"next: flap-stream prune {place} OUT --ratio 0.2"))
     else:
-        print(printable(f"model_type {model.model_type} is none of those that flap-stream prunes"))
+        print(printable(f"flap-stream does not prune model_type {model.model_type}"))

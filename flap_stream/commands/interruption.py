@@ -1,6 +1,6 @@
-"""Ctrl-C while the program is still loading: there is nothing to give up yet, so the process leaves at once.
+"""Ctrl-C while the program is still loading: nothing can be lost yet, so the process exits at once.
 
-An exception raised in the middle of an import ends in a traceback, or in whatever the import makes of it.
+An exception raised in the middle of an import ends in a traceback, or in whatever the importing code turns it into.
 """
 
 import os
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_CODE = 130
-_is_command = False  # whether this process is ours, so that its handlers are
+_is_command = False  # whether this process was started as the command, so that its signal handlers are ours
 
 
 def arm() -> None:
-    """This process is the command line: until `begun`, and while `loading`, an interruption ends it in a sentence.
+    """Until `begun`, and inside `loading`, an interruption ends this process with one line.
 
-    A process that was told to ignore interruptions, such as one in the background of a script, still does.
+    A process that was told to ignore interruptions, such as a background job of a script, still ignores them.
     """
     global _is_command
     _is_command = signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -24,20 +24,20 @@ def arm() -> None:
 
 
 def begun() -> None:
-    """From here on an interruption is a KeyboardInterrupt."""
+    """From here on an interruption raises KeyboardInterrupt."""
     if _is_command:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def disarm() -> None:
-    """All is said: while the interpreter shuts down, an interruption ends it without a traceback."""
+    """During interpreter shutdown an interruption ends the process without a traceback."""
     if _is_command and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Modules are imported inside."""
+    """Modules are imported inside; an interruption ends the process at once."""
     numbers = (signal.SIGINT, signal.SIGTERM) if _is_command else ()
     before = {number: signal.signal(number, _leave) for number in numbers}
     try:
@@ -49,5 +49,5 @@ def loading() -> Iterator[None]:
 
 def _leave(_signal: int, _frame: object) -> None:
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, b"\nflap-stream: interrupted before it had begun\n")
+        os.write(2, b"\nflap-stream: interrupted while loading; nothing was started\n")
     os._exit(EXIT_CODE)

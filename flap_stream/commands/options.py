@@ -1,13 +1,17 @@
-"""Options that several verbs share, and what they print."""
+"""What several verbs share: their options, checks before heavy imports, and what they print."""
 
 import argparse
 import json
 import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flap_stream import config
+from flap_stream.commands import interruption
 from flap_stream.config.values import dtype_name
 from flap_stream.errors import InvalidOption
 from flap_stream.progress import Progress, format_bytes, printable
@@ -20,13 +24,14 @@ def batch_size(text: str) -> str | None:
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     """--json and --quiet."""
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout at the end")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    group = parser.add_argument_group("printing")
+    group.add_argument("--json", action="store_true", help="print one JSON object on stdout at the end")
+    group.add_argument("--quiet", action="store_true", help="print no progress on stderr")
 
 
-def add_revision(parser: argparse.ArgumentParser) -> None:
-    """--revision, beside MODEL."""
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id (also MODEL@REV)")
+def add_revision(group: argparse._ActionsContainer) -> None:
+    """--revision, for verbs with a MODEL."""
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id (same as MODEL@REV)")
 
 
 def model_of(model: Any, options: argparse.Namespace) -> Any:
@@ -34,23 +39,38 @@ def model_of(model: Any, options: argparse.Namespace) -> Any:
     if options.revision is None:
         return model
     if model is None or Path(model).exists() or "@" in model:
-        what = "no MODEL is named" if model is None else f"{model} is not the Hub id of a model without one"
-        raise InvalidOption(f"--revision {options.revision}: {what}; give it beside a Hub id such as name/model")
+        what = "no MODEL is named" if model is None else f"{model} is not a Hub id without a revision"
+        raise InvalidOption(f"--revision {options.revision}: {what}; use it with a Hub id such as name/model")
     return f"{model}@{options.revision}"
 
 
-def add_engine(parser: argparse.ArgumentParser) -> None:
-    """How layers are run."""
-    group = parser.add_argument_group("how layers are run")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+def add_engine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """How layers are run, and within how much memory."""
+    group = parser.add_argument_group("device and memory")
+    group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
     group.add_argument(
-        "--dtype", type=dtype_name, default="auto", choices=config.DTYPES, help="of the forward (default: the model's)"
+        "--dtype",
+        type=dtype_name,
+        default="auto",
+        choices=config.DTYPES,
+        help="dtype of the forward pass (default: auto, the model's)",
     )
-    group.add_argument("--batch-size", type=batch_size, default=None, metavar="auto|N", help="windows at once")
-    group.add_argument("--host-memory", metavar="SIZE", help="most to take, such as 8GiB (default: what is free)")
-    group.add_argument("--device-memory", metavar="SIZE", help="the same of the GPU's memory")
+    group.add_argument(
+        "--host-memory", metavar="SIZE", help="most host memory to use, such as 8GiB (default: what is free)"
+    )
+    group.add_argument("--device-memory", metavar="SIZE", help="most GPU memory to use (default: what is free)")
+    group.add_argument(
+        "--batch-size",
+        type=batch_size,
+        default=None,
+        metavar="auto|N",
+        help="windows that run through a layer at once (default: auto)",
+    )
     group.add_argument("--prefetch", type=int, metavar="0|1", help="layers to read ahead (default: 1 if it fits)")
-    group.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run the model's own code")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="allow the tokenizer to run code that comes with the model"
+    )
+    return group
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
@@ -61,87 +81,157 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["wikitext2"],
         metavar="TEXT",
-        help="wikitext2, c4, ptb; or .txt, .jsonl, .json, .parquet files (.gz, .bz2, .xz, .zst, too) or directories "
-        "of them; or one .npy of int tokens [sample, token], used in order (default: wikitext2)",
+        help="wikitext2, c4 or ptb; or .txt, .jsonl, .json, .parquet files (also .gz, .bz2, .xz, .zst) or directories "
+        "of them; or one .npy of integer tokens [sample, token], used in order (default: wikitext2)",
     )
-    group.add_argument("--samples", type=int, default=1024, help="calibration windows (default: 1024)")
-    group.add_argument("--sequence-length", type=int, default=128, help="tokens a window (default: 128)")
-    group.add_argument("--seed", type=int, default=0, help="of the window sampling (default: 0)")
+    group.add_argument("--samples", type=int, default=1024, metavar="N", help="calibration windows (default: 1024)")
+    add_sequence_length(group)
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the window sampling (default: 0)")
     group.add_argument(
         "--loss-windows",
         type=int,
         default=0,
         metavar="N",
-        help=f"windows whose loss is swept back, for --metric fisher (default: 0, of prune {config.LOSS_WINDOWS})",
+        help="windows whose loss is differentiated, for --metric fisher (default: 0; "
+        f"prune with --metric fisher: {config.LOSS_WINDOWS})",
     )
+    add_text(group)
+
+
+def add_sequence_length(group: argparse._ActionsContainer) -> None:
+    """--sequence-length."""
+    group.add_argument(
+        "--sequence-length", type=int, default=128, metavar="N", help="tokens in each window (default: 128)"
+    )
+
+
+def add_evaluation(group: argparse._ActionsContainer, option: str, default: Sequence[str]) -> None:
+    """What perplexity is measured on. option: name of the one that takes the texts."""
+    shown = f" (default: {' '.join(default)})" if default else ""
+    group.add_argument(
+        option,
+        nargs="+",
+        default=[*default],
+        metavar="TEXT",
+        help=f"text to measure perplexity on, in the forms that prune takes as --calibration{shown}",
+    )
+    group.add_argument("--samples", type=int, metavar="N", help="use at most N windows (default: all)")
+    add_sequence_length(group)
     add_text(group)
 
 
 def add_text(group: argparse._ActionsContainer) -> None:
     """How text becomes windows."""
     group.add_argument(
-        "--bos",
-        default="auto",
-        choices=config.BOS,
-        help="begin every window with the beginning-of-text token (default: auto, where the tokenizer adds one)",
-    )
-    group.add_argument(
         "--text-column",
         metavar="NAME",
-        help="of files with rows (default: text, else content, else messages, else the only one of strings)",
+        help="column or key to read (default: text, else content, else messages, else the only one with strings)",
     )
     group.add_argument(
         "--chat-template",
         default="auto",
         choices=config.CHAT_TEMPLATE,
-        help="put messages through the tokenizer's chat template (default: auto, where there is no text)",
+        help="format messages with the tokenizer's chat template (default: auto, if there is no text)",
+    )
+    group.add_argument(
+        "--bos",
+        default="auto",
+        choices=config.BOS,
+        help="start each window with the beginning-of-text token (default: auto, if the tokenizer adds one)",
     )
 
 
 def add_method(parser: argparse.ArgumentParser, *, one_ratio: bool = True) -> None:
-    """What collecting and planning must agree on."""
-    group = parser.add_argument_group("decision")
+    """What to remove, on which collecting and planning must agree."""
+    group = parser.add_argument_group("what to remove")
     if one_ratio:
         group.add_argument(
-            "--ratio", default=0.2, metavar="SHARE", help="share of the prunable weights to remove (default: 0.2)"
+            "--ratio",
+            default=0.2,
+            metavar="SHARE",
+            help="share of the prunable weights to remove, such as 0.2 or 20%% (default: 0.2)",
         )
-    group.add_argument("--method", default="flap", choices=config.METHODS, help="default: flap")
-    group.add_argument("--min-heads", type=int, default=1, help="query heads that stay in every layer (default: 1)")
-    group.add_argument("--min-neurons", type=int, default=1, help="neurons that stay in every layer (default: 1)")
-    group.add_argument("--round-heads-to", type=int, default=1, metavar="N", help="a multiple of N heads in each layer")
+    group.add_argument("--method", default="flap", choices=config.METHODS, help="pruning method (default: flap)")
+    group.add_argument(
+        "--min-heads", type=int, default=1, metavar="N", help="query heads that every layer keeps (default: 1)"
+    )
+    group.add_argument(
+        "--min-neurons", type=int, default=1, metavar="N", help="neurons that every layer keeps (default: 1)"
+    )
+    group.add_argument(
+        "--round-heads-to",
+        type=int,
+        default=1,
+        metavar="N",
+        help="keep a multiple of N query heads in each layer (default: 1)",
+    )
     group.add_argument(
         "--round-neurons-to",
         type=int,
         metavar="N",
-        help="the same of neurons (default: 8, and heads times head_dim too, as GPUs need it; 1: the published sizes, "
-        "which --statistics released implies; quantised formats need 32 or 256)",
+        help="keep a multiple of N neurons in each layer (default: 8, also for heads times head_dim, for GPU speed; 1 "
+        "for the published sizes, implied by --statistics released; quantised formats need 32 or 256)",
     )
     group.add_argument(
-        "--tensor-parallel", type=int, default=1, metavar="N", help="sizes that N ranks can divide among themselves"
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="keep sizes that N tensor-parallel ranks can divide evenly (default: 1)",
     )
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
     """The rest of the decision."""
-    group = parser.add_argument_group("decision, in detail")
-    group.add_argument("--metric", default="wifv", choices=config.METRICS, help="default: wifv")
-    group.add_argument("--structure", choices=config.STRUCTURES, help="default: al-am (flap), ul-um (the baselines)")
-    group.add_argument("--head-score", default="mean-z", choices=config.HEAD_SCORES, help="default: mean-z")
-    group.add_argument("--statistics", default="exact", choices=config.STATISTICS, help="default: exact")
-    group.add_argument("--remove-heads", type=int, metavar="N", help="query heads to remove in all (al-mm, ul-mm)")
+    group = parser.add_argument_group("how to score and compare units")
+    group.add_argument("--metric", default="wifv", choices=config.METRICS, help="score of a unit (default: wifv)")
+    group.add_argument(
+        "--structure",
+        choices=config.STRUCTURES,
+        help="al-am: one ranking over all layers, attention and MLP together; al-mm: separately; ul-mm, ul-um: every "
+        "layer keeps the same numbers (default: al-am for flap, ul-um for the others)",
+    )
+    group.add_argument(
+        "--head-score",
+        default="mean-z",
+        choices=config.HEAD_SCORES,
+        help="how the channels of a KV group make one score (default: mean-z)",
+    )
+    group.add_argument(
+        "--statistics",
+        default="exact",
+        choices=config.STATISTICS,
+        help="exact moments, or those of the released FLAP code (default: exact)",
+    )
+    group.add_argument(
+        "--remove-heads", type=int, metavar="N", help="query heads to remove in total (only al-mm and ul-mm)"
+    )
 
 
 def add_rewrite(parser: argparse.ArgumentParser) -> None:
-    """How the output is written."""
-    group = parser.add_argument_group("output")
-    group.add_argument("--restore", choices=config.RESTORATIONS, help="default: bias (flap), none (the baselines)")
+    """How the pruned checkpoint is made."""
+    group = parser.add_argument_group("restoration and output")
+    group.add_argument(
+        "--restore",
+        choices=config.RESTORATIONS,
+        help="how to compensate for what was removed (default: bias for flap, none for the others)",
+    )
     group.add_argument(
         "--refit-target",
         default="own",
         choices=config.REFIT_TARGETS,
-        help="what least-squares refits to; each is better than the one before and takes longer (default: own)",
+        help="what least-squares fits; each is better and slower than the one before (default: own)",
     )
-    group.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
+    group.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="size of a shard file (default: 5GB)")
+
+
+@contextmanager
+def loading(progress: Progress) -> Iterator[None]:
+    """Modules are imported inside, which takes seconds; an interruption ends the process at once."""
+    if sys.stderr.isatty():  # in a log nobody waits for it
+        progress.say("loading torch and transformers")
+    with interruption.loading():
+        yield
 
 
 def values(options: argparse.Namespace, kind: type) -> Any:
@@ -153,7 +243,7 @@ def values(options: argparse.Namespace, kind: type) -> Any:
 
 
 def check_text(options: Any) -> None:
-    """Refuse texts that cannot serve, before torch is imported; ranks, which start together, do it once they know."""
+    """Refuse unusable texts before torch is imported; with several ranks that is left to the stage."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return
     from flap_stream.text.windows import calibration_text, check_text, evaluation_text
@@ -166,32 +256,32 @@ def check_text(options: Any) -> None:
 
 
 def progress_of(options: argparse.Namespace) -> Progress:
-    """Progress on stderr, unless --quiet; of several ranks, the first one's."""
+    """Progress on stderr, unless --quiet; with several ranks only on the first."""
     is_first = int(os.environ.get("RANK", 0)) == 0
     return Progress("auto" if is_first and not options.quiet else "silent")
 
 
 def show(line: str) -> None:
-    """Print a line that may quote a name from a file or a folder: no terminal takes it for a command."""
+    """Print a line that may quote names from files, with terminal control characters escaped."""
     print(printable(line))
 
 
 def print_json(body: dict[str, Any]) -> None:
-    """The one object that --json promises."""
+    """Print the object that --json promises."""
     print(json.dumps(body))
 
 
 def print_sizes(record: dict[str, Any]) -> None:
-    """Parameters and ratios of a pruning.json, or of what has the same form, for people."""
+    """Print parameters and ratios of a pruning.json, or of anything with the same fields."""
     parameters, ratios = record["parameters"], record["realised_ratio"]
     added = parameters.get("added_biases", 0)
-    biases = f", {added:,} of them in biases that make up for what is gone" if added else ""
+    biases = f", {added:,} of them biases that compensate for what was removed" if added else ""
     print(f"parameters   {parameters['before']:,} -> {parameters['after']:,}{biases}")
     print(f"removed      {ratios['decoder']:.2%} of the prunable weights, {ratios['model']:.2%} of the model")
 
 
 def totals(result: Any) -> dict[str, Any]:
-    """Totals of a PruneResult, as `--json` gives them."""
+    """Totals of a PruneResult, as printed by `--json`."""
     record, measured = result.record, result.measured
     return {
         "out": str(result.out),
@@ -208,7 +298,7 @@ def totals(result: Any) -> dict[str, Any]:
 
 
 def print_result(result: Any) -> None:
-    """A PruneResult, for people."""
+    """Print a PruneResult in lines."""
     print_sizes(result.record)
     if result.measured.seconds:
         spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.measured.seconds.items())

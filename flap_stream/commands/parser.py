@@ -12,7 +12,7 @@ _SEVERAL = ("+", "*")
 
 
 def whole_number(text: str) -> int:
-    """What `type=int` of an argument reads, `1e3` among it."""
+    """What `type=int` of an argument accepts, including `1e3`."""
     try:
         return parse_count(text)
     except InvalidOption as error:
@@ -20,7 +20,7 @@ def whole_number(text: str) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Of the whole command line or of one verb.
+    """The parser of the whole command line or of one verb.
 
     An option that takes several values leaves to the positional arguments what they need, so that
     `prune --calibration text.txt MODEL OUT` is `prune MODEL OUT --calibration text.txt`.
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         self._meant = ""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As of argparse, what is unknown being an error of the verb that it was given to."""
+        """As in argparse, but an unknown argument is an error of the verb it was given to."""
         if args is None or self._subparsers is not None:
             return super().parse_known_args(args, namespace)
         options, left = super().parse_known_args(self._with_positionals(args), namespace)
@@ -55,9 +55,9 @@ class Parser(argparse.ArgumentParser):
         self._meant = next(iter(get_close_matches(written, list(known), n=1)), "")
 
     def _with_positionals(self, arguments: Sequence[str]) -> list[str]:
-        """The arguments, those before an option that it would take although positional arguments need them."""
+        """The arguments, with those moved ahead of an option that it would take although positionals need them."""
         parts: list[list[str]] = []  # positional arguments one by one, options with all that they take
-        several: list[int] = []  # parts that took as much as they could
+        several: list[int] = []  # indices of the parts that took as much as they could
         at = 0
         while at < len(arguments):
             if arguments[at] == "--":
@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
         return argument.startswith("-") and len(argument) > 1 and not self._negative_number_matcher.match(argument)
 
     def _option_of(self, argument: str) -> argparse.Action:
-        """What an option does. An unknown one ends the program."""
+        """The action of an option. An unknown option ends the program."""
         name = argument.partition("=")[0]
         if name not in self._option_string_actions:
             self._suggest(name, self._option_string_actions)

@@ -8,16 +8,16 @@ from flap_stream.config import PlanConfig
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("run_directory", metavar="RUN", help="a run directory whose collection is complete")
+    parser.add_argument("run_directory", metavar="RUN", help="run directory with complete statistics")
     shared.add_method(parser)
     shared.add_plan(parser)
     shared.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Plan, and print what would remain, layer by layer."""
+    """Plan and print what each layer would keep."""
     config = shared.values(options, PlanConfig)
-    with shared.progress_of(options).loading():
+    with shared.loading(shared.progress_of(options)):
         from flap_stream.arithmetic.sizes import width_note
         from flap_stream.stages.pipeline import plan
 

@@ -12,26 +12,28 @@ from flap_stream.progress import format_bytes
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("model", metavar="MODEL", help="a directory or a Hub id")
-    parser.add_argument("out", metavar="OUT", help="where the pruned checkpoint goes")
-    parser.add_argument("--run", metavar="DIR", help="run directory, kept at the end (default: OUT.run, removed)")
-    parser.add_argument("--keep-run", action="store_true", help="keep OUT.run at the end")
-    parser.add_argument("--dry-run", action="store_true", help="say what it would take (config.json is enough)")
-    ranks = parser.add_argument_group("with --dry-run")
-    ranks.add_argument("--ranks", type=int, metavar="N", help="processes that it would be launched as")
-    ranks.add_argument("--nodes", type=int, metavar="M", help="machines, all like this one, that have them")
-    ranks.add_argument("--network", metavar="SIZE", help="a second, of each (default: 1.25GB)")
+    parser.add_argument("model", metavar="MODEL", help="dense model: a directory or a Hub id")
+    parser.add_argument("out", metavar="OUT", help="directory to write the pruned checkpoint to")
     shared.add_method(parser)
     shared.add_calibration(parser)
-    shared.add_plan(parser)
     shared.add_rewrite(parser)
-    shared.add_engine(parser)
-    shared.add_revision(parser)
+    shared.add_plan(parser)
+    shared.add_revision(shared.add_engine(parser))
+    group = parser.add_argument_group("run directory")
+    group.add_argument("--run", metavar="DIR", help="run directory, kept at the end (default: OUT.run, removed)")
+    group.add_argument("--keep-run", action="store_true", help="keep OUT.run at the end")
+    group = parser.add_argument_group("dry run")
+    group.add_argument(
+        "--dry-run", action="store_true", help="only predict memory, disk and time (config.json is enough)"
+    )
+    group.add_argument("--ranks", type=int, metavar="N", help="processes that the job would use (default: 1)")
+    group.add_argument("--nodes", type=int, metavar="N", help="machines like this one with these ranks (default: 1)")
+    group.add_argument("--network", metavar="SIZE", help="bytes per second of each machine (default: 1.25GB)")
     shared.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prune, and print what came out."""
+    """Prune and print the result."""
     config = shared.values(options, PruneConfig)
     shared.check_text(config)
     if options.dry_run:
@@ -39,9 +41,9 @@ def run(options: argparse.Namespace) -> None:
         return
     for name in ("ranks", "nodes", "network"):
         if (value := getattr(options, name)) is not None:
-            raise InvalidOption(f"--{name} {value} would have no effect: it goes with --dry-run")
+            raise InvalidOption(f"--{name} {value} would have no effect: it is only valid with --dry-run")
     progress = shared.progress_of(options)
-    with progress.loading():
+    with shared.loading(progress):
         from flap_stream.stages.pipeline import prune
 
     model = shared.model_of(options.model, options)
@@ -53,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _dry_run(options: argparse.Namespace, config: PruneConfig) -> None:
-    with shared.progress_of(options).loading():
+    with shared.loading(shared.progress_of(options)):
         from flap_stream.stages.forecast import NETWORK_RATE, forecast
 
     network = NETWORK_RATE if options.network is None else parse_size(options.network)
@@ -65,24 +67,24 @@ def _dry_run(options: argparse.Namespace, config: PruneConfig) -> None:
         shared.print_json({**asdict(found), "rates": known})
         return
     placement, limits, rates = found.placement, found.limits, found.rates
-    origin = "headers" if found.has_headers else "config.json alone"
+    origin = "tensor headers" if found.has_headers else "config.json only"
     print(f"model          {found.parameters:,} parameters in {found.layers} layers, from {origin}")
     each = ""
     if found.ranks > 1:
-        each = " by each rank"
+        each = " to each rank"
         idle = found.ranks - found.busy_ranks
-        shares = f"; {idle} have no windows, so lower --batch-size" if idle and placement.batch_size > 1 else ""
+        shares = f"; {idle} would have no windows; lower --batch-size" if idle and placement.batch_size > 1 else ""
         print(f"ranks          {found.ranks} on {found.nodes} machines like this one{shares}")
-        print(f"network        {format_bytes(found.network_bytes)} out of each machine")
+        print(f"network        {format_bytes(found.network_bytes)} sent by each machine")
     host = format_bytes(placement.host_bytes)
-    print(f"host memory    {host} at its peak; {format_bytes(limits.host)} may be used{each}")
+    print(f"host memory    {host} at its peak; {format_bytes(limits.host)} available{each}")
     if limits.device:
         device = format_bytes(placement.device_bytes)
-        print(f"device memory  {device} at its peak; {format_bytes(limits.device)} may be used{each}")
+        print(f"device memory  {device} at its peak; {format_bytes(limits.device)} available{each}")
     how = f"{placement.prefetch} layer read ahead, hidden states on the {placement.hidden_place}"
     print(f"run as         {placement.batch_size} windows at once, {how}")
     print(f"read, written  {format_bytes(found.bytes_read)}, {format_bytes(found.bytes_written)}")
-    print(f"free disk      {format_bytes(found.disk_bytes)} needed; {format_bytes(found.free_disk_bytes)} are there")
+    print(f"free disk      {format_bytes(found.disk_bytes)} needed; {format_bytes(found.free_disk_bytes)} available")
     print(f"run directory  {format_bytes(found.run_directory_bytes)} at most, while the job runs")
     print(f"operations     {found.operations / 1e12:,.2f} TFLOP")
     disk = f"disk {format_bytes(rates.disk_read)}/s read, {format_bytes(rates.disk_write)}/s written"

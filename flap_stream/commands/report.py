@@ -8,15 +8,15 @@ from flap_stream.commands import options as shared
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("place", metavar="RUN|OUT", help="a run directory, or a pruned checkpoint (shows less)")
-    parser.add_argument("--html", metavar="FILE", help="one page with everything in it")
-    parser.add_argument("--png", metavar="DIR", help="the figures as PNG files, and overview.png")
+    parser.add_argument("place", metavar="RUN|OUT", help="run directory, or pruned checkpoint (shows less)")
+    parser.add_argument("--html", metavar="FILE", help="write one self-contained page")
+    parser.add_argument("--png", metavar="DIR", help="write each figure as a PNG file, and all of them as overview.png")
     shared.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Draw, and say what was written and what is missing."""
-    with shared.progress_of(options).loading():
+    """Draw and print what was written and what is missing."""
+    with shared.loading(shared.progress_of(options)):
         from flap_stream.report.page import write_report
 
     result = write_report(options.place, options.html, options.png)

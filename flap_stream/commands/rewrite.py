@@ -8,20 +8,19 @@ from flap_stream.config import RewriteConfig
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("run_directory", metavar="RUN", help="a run directory that holds a plan")
-    parser.add_argument("out", metavar="OUT", help="where the pruned checkpoint goes")
-    parser.add_argument("--model", metavar="MODEL", help="where the dense model is now (default: where it was)")
+    parser.add_argument("run_directory", metavar="RUN", help="run directory with a plan")
+    parser.add_argument("out", metavar="OUT", help="directory to write the pruned checkpoint to")
+    parser.add_argument("--model", metavar="MODEL", help="the dense model, if it has moved (default: where it was)")
     shared.add_rewrite(parser)
-    shared.add_engine(parser)
-    shared.add_revision(parser)
+    shared.add_revision(shared.add_engine(parser))
     shared.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Rewrite, and print what came out."""
+    """Rewrite and print the result."""
     config = shared.values(options, RewriteConfig)
     progress = shared.progress_of(options)
-    with progress.loading():
+    with shared.loading(progress):
         from flap_stream.stages.pipeline import rewrite
 
     model = shared.model_of(options.model, options)

@@ -10,37 +10,43 @@ from flap_stream.config import SWEPT_RESTORATIONS, SweepConfig
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("run_directory", metavar="RUN", help="a run directory whose collection is complete")
-    parser.add_argument(
+    parser.add_argument("run_directory", metavar="RUN", help="run directory with complete statistics")
+    group = parser.add_argument_group("ratios")
+    group.add_argument(
         "--ratios",
         default="0.1:0.6:0.1",
         metavar="LIST",
-        help="start:stop:step, both ends included, or 0.2,0.3,0.5 (default: 0.1:0.6:0.1)",
+        help="start:stop:step, both ends included, or a list such as 0.2,0.3,0.5 (default: 0.1:0.6:0.1)",
     )
-    parser.add_argument("--model", metavar="MODEL", help="where the dense model is now (default: where it was)")
-    group = parser.add_argument_group("perplexity")
-    group.add_argument("--evaluate", nargs="+", default=[], metavar="TEXT", help="as --calibration of prune")
-    group.add_argument("--sequence-length", type=int, default=128, help="tokens a window (default: 128)")
-    group.add_argument("--samples", type=int, help="at most so many windows (default: all)")
-    shared.add_text(group)
-    group.add_argument("--restore", choices=SWEPT_RESTORATIONS, help="default: bias (flap), none (the baselines)")
     group.add_argument(
-        "--max-perplexity-increase", metavar="SHARE", help="find the largest ratio that stays within, such as 5%%"
+        "--max-perplexity-increase",
+        metavar="SHARE",
+        help="also find the largest ratio whose perplexity rises by at most SHARE, such as 5%%",
     )
-    group.add_argument("--resolution", default=0.005, metavar="SHARE", help="how closely to find it (default: 0.005)")
+    group.add_argument(
+        "--resolution", default=0.005, metavar="SHARE", help="precision of that largest ratio (default: 0.005)"
+    )
+    group = parser.add_argument_group("perplexity")
+    shared.add_evaluation(group, "--evaluate", [])
+    group.add_argument(
+        "--restore",
+        choices=SWEPT_RESTORATIONS,
+        help="how to compensate for what was removed (default: bias for flap, none for the others)",
+    )
     shared.add_method(parser, one_ratio=False)
     shared.add_plan(parser)
-    shared.add_engine(parser)
-    shared.add_revision(parser)
+    group = shared.add_engine(parser)
+    group.add_argument("--model", metavar="MODEL", help="the dense model, if it has moved (default: where it was)")
+    shared.add_revision(group)
     shared.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Sweep, and print a row a ratio."""
+    """Sweep and print a row for each ratio."""
     config = shared.values(options, SweepConfig)
     shared.check_text(config)
     progress = shared.progress_of(options)
-    with progress.loading():
+    with shared.loading(progress):
         from flap_stream.stages.sweep import sweep
 
     model = shared.model_of(options.model, options)
@@ -62,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _sentence(limit: Any) -> str:
-    """What the search for the largest ratio came to."""
+    """The outcome of the search for the largest ratio."""
     within = f"within {limit.increase:.1%} of the dense perplexity ({limit.perplexity:.4f} at most)"
     if limit.ratio is None:
         return f"no ratio down to {limit.resolution:g} stays {within}"

@@ -1,1 +1,4 @@
-"""Pruned checkpoints in the forms that other programs read."""
+"""Exports: write a checkpoint in the form that another program reads, GGUF or a stock class of transformers.
+
+Imports `output`, `engine` and below.
+"""

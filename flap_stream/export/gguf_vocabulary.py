@@ -20,8 +20,8 @@ _TEKKEN = (
     r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SEED = _WORDS + r"\p{N}{1}| ?[^\s\p{L}\p{N}" + "\r\n" + r"]+|\s*[" + "\r\n" + r"]+|\s+(?!\S)|\s+"
-# What a tokenizer splits text with before its merges, to the name that llama.cpp has for it, whether the merges are
-# ignored for whole words or not. Source: the patterns in llama.cpp's src/llama-vocab.cpp.
+# The steps that split text before merges, to llama.cpp's names for them: {whether whole words ignore merges: name}.
+# Source: the patterns in llama.cpp's src/llama-vocab.cpp.
 _PRE_TOKENIZERS: dict[tuple[str, ...], dict[bool, str]] = {
     (_BYTE_LEVEL,): {False: "gpt-2"},
     ("Digits", _BYTE_LEVEL): {False: "smollm"},
@@ -35,24 +35,23 @@ _PRE_TOKENIZERS: dict[tuple[str, ...], dict[bool, str]] = {
 def add_vocabulary(writer: GGUFWriter, directory: Path, vocab_size: int, pre: str | None) -> None:
     """Add the tokens, merges or scores, special tokens and chat template of a checkpoint directory.
 
-    pre: llama.cpp's name for what splits text before the merges; None finds it. A checkpoint without a tokenizer gives
-    a file that takes token ids alone.
+    pre: llama.cpp's name for the pre-tokenizer; None derives it. Without a tokenizer the file accepts only token ids.
     Raises UnsupportedModel if llama.cpp has no such tokenizer.
     """
     path = directory / "tokenizer.json"
     if not path.is_file():
         if (directory / "tokenizer.model").is_file():
             raise UnsupportedModel(
-                f"{directory} has tokenizer.model alone; make tokenizer.json of it once, with "
+                f"{directory} has tokenizer.model but no tokenizer.json; create it with "
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
             )
-        logger.warning("%s has no tokenizer.json; the file will take token ids, no text", directory)
+        logger.warning("%s has no tokenizer.json; the file will accept only token ids, not text", directory)
         writer.add_tokenizer_model("none")
         return
     tokenizer = json.loads(path.read_bytes())
     model = tokenizer["model"]
     if model.get("type", "BPE") != "BPE":
-        raise UnsupportedModel(f"{path} is a {model['type']} tokenizer; export-gguf knows BPE alone")
+        raise UnsupportedModel(f"{path} is a {model['type']} tokenizer; export-gguf supports only BPE")
     is_bytes = not model.get("byte_fallback", False)
     tokens, types = _tokens(tokenizer, vocab_size, is_bytes)
     if is_bytes:
@@ -69,7 +68,7 @@ def add_vocabulary(writer: GGUFWriter, directory: Path, vocab_size: int, pre: st
 
 
 def _tokens(tokenizer: dict[str, Any], vocab_size: int, is_bytes: bool) -> tuple[list[str], list[TokenType]]:
-    """Text and type of every id; ids that the tokenizer does not use get names of their own."""
+    """Text and type of every id; ids unused by the tokenizer get placeholder names."""
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
     unknown = tokenizer["model"].get("unk_token")
@@ -83,7 +82,7 @@ def _tokens(tokenizer: dict[str, Any], vocab_size: int, is_bytes: bool) -> tuple
     for added in tokenizer.get("added_tokens", []):
         i, token = added["id"], added["content"]
         if i < vocab_size and types[i] != TokenType.UNKNOWN:
-            # llama.cpp takes the text of such tokens as it stands in the input.
+            # llama.cpp matches the text of such tokens literally in the input.
             tokens[i] = token if added["special"] else token.replace("▁", " ")
             types[i] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     return tokens, types
@@ -95,14 +94,14 @@ def _pre_tokenizer(tokenizer: dict[str, Any], path: Path) -> str:
     name = names.get(bool(tokenizer["model"].get("ignore_merges", False)))
     if name is None:
         raise UnsupportedModel(
-            f"{path} splits text with {' then '.join(found) or 'nothing'}, for which export-gguf knows no name of "
-            "llama.cpp's; if there is one, give it with --tokenizer-pre"
+            f"{path} splits text with {' then '.join(found) or 'nothing'}, for which export-gguf knows no "
+            "llama.cpp name; if llama.cpp has one, name it with --tokenizer-pre"
         )
     return name
 
 
 def _steps(pre: dict[str, Any] | None) -> list[str]:
-    """What is done in turn: patterns, and the kinds of pre-tokenizers that have none."""
+    """The steps in order: the pattern of a step, or its type if it has none."""
     if pre is None:
         return []
     if pre["type"] == "Sequence":
@@ -115,9 +114,9 @@ def _steps(pre: dict[str, Any] | None) -> list[str]:
 
 
 def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
-    """Scores that make llama.cpp merge in the order of the list: the earlier, the higher.
+    """Scores that make llama.cpp merge in the order of the list: earlier merges score higher.
 
-    Tokens that no merge makes never compete.
+    Tokens that no merge produces score lowest.
     """
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
@@ -127,7 +126,7 @@ def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
 
 
 def _adds_space(tokenizer: dict[str, Any]) -> bool:
-    """Whether text gets a space in front."""
+    """Whether a space is prepended to text."""
     parts = [tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")]
     while parts:
         part = parts.pop()

@@ -1,7 +1,7 @@
-"""A pruned checkpoint without code of its own: layers of one size, in a class that transformers itself has.
+"""A pruned checkpoint that loads without remote code: layers of one size, in one of transformers' own classes.
 
-Which class that is transformers decides: of the candidates below, the first whose tensors take in all that the
-checkpoint holds, what they have beyond it being biases, which are then zero.
+It is the first of the candidates below that has a tensor for each one of the checkpoint; the only tensors it may have
+besides are biases, which are then zero.
 """
 
 import json
@@ -31,8 +31,9 @@ from flap_stream.storage import files, places
 
 logger = logging.getLogger(__name__)
 
-# Families whose layers compute what Llama's do, so that Llama's class, or SeedOss's with any number of heads, serves.
-_LLAMA_LIKE = ("llama", "ministral", "mistral", "qwen2", "seed_oss")
+# Families whose layers compute exactly what Llama's do, so that Llama's class, or SeedOss's with any number of heads,
+# can hold them too.
+_LOADABLE_AS_LLAMA = ("llama", "ministral", "mistral", "qwen2", "seed_oss")
 _BIAS_FLAGS = ("attention_bias", "attention_out_bias", "mlp_bias")
 _SHARED_KEYS = (
     "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "head_dim", "hidden_act", "hidden_size",
@@ -40,14 +41,14 @@ _SHARED_KEYS = (
     "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "use_cache", "vocab_size",
 )  # fmt: skip
 _PRUNED_KEYS = ("per_layer_config", "auto_map", "allow_global_per_layer_attribute_access", "pruned_output_bias")
-_MARK = ".flap-stream-export"  # in a directory that an export has begun to write
+_MARK = ".flap-stream-export"  # in a directory whose export has not finished
 
 
 @dataclass(frozen=True)
 class ExportStockResult:
-    """A checkpoint that needs no code of its own, and what padding its layers to one size costs.
+    """A checkpoint that loads without remote code, and what padding its layers to one size costs.
 
-    parameters_before: of the pruned checkpoint. kv_cache_bytes: a token's keys and values, before and after.
+    parameters_before: of the pruned checkpoint. kv_cache_bytes: keys and values of one token, before and after.
     """
 
     directory: Path
@@ -70,15 +71,15 @@ def export_stock(
     """Write the pruned checkpoint `out` into `directory` as one that loads without remote code.
 
     keywords: the fields of `ExportStockConfig`, in place of `options`. progress: True shows it on stderr.
-    Raises UnsupportedModel, naming the reason and the way out, if no class of transformers can hold it, OutputConflict
-    if something is at `directory`, InsufficientSpace if there is no room.
+    Raises UnsupportedModel, naming the reason and what to do instead, if no class of transformers can hold it,
+    OutputConflict if `directory` exists, InsufficientSpace if the disk has too little room.
     """
     options = options_of(ExportStockConfig, "export_stock", options, keywords)
     directory, progress = Path(directory), Progress.of(progress)
     _require_free(directory)
     with open_checkpoint(out) as source:
         if "per_layer_config" not in source.config:
-            raise InvalidInput(f"{out} is no checkpoint that flap-stream has pruned; it is in stock form already")
+            raise InvalidInput(f"{out} was not pruned by flap-stream; it needs no export to load without remote code")
         if source.wrapper is not None:
             raise UnsupportedModel(f"{out} is a multimodal model; only language models by themselves are exported")
         record = _record(source)
@@ -86,7 +87,7 @@ def export_stock(
         model = StreamedModel(source, EngineConfig(device="cpu"))
         shapes, source = model.shapes, _without_ignored(source, model.skeleton)
         if any(shape.experts for shape in shapes):
-            raise UnsupportedModel(f"{out} has experts, which transformers' own classes hold in another form")
+            raise UnsupportedModel(f"{out} has experts, which transformers' own classes store in another form")
         widest = _common_shape(shapes, options.pad, str(out))
         skeleton, widest = _choose_class(source, widest, options.pad)
         plan = group_shards(_padded(source, skeleton, shapes, widest), options.max_shard_bytes)
@@ -106,12 +107,12 @@ def export_stock(
 
 
 def _without_ignored(source: Checkpoint, skeleton: Skeleton) -> Checkpoint:
-    """The checkpoint without tensors that its own class has no place for, which transformers leaves unread."""
+    """The checkpoint without the tensors that its own class does not have, which transformers ignores as well."""
     held = skeleton.tensors()
     ignored = [name for name in source.tensors if name not in held]
     if ignored:
         logger.warning(
-            "%d tensors that the class of %s has no place for are left out, %r among them",
+            "%d tensors that the class of %s does not have are left out, such as %r",
             len(ignored),
             source.source,
             ignored[0],
@@ -120,7 +121,7 @@ def _without_ignored(source: Checkpoint, skeleton: Skeleton) -> Checkpoint:
 
 
 def _common_shape(shapes: Sequence[LayerShape], pad: bool, where: str) -> LayerShape:
-    """The shape that all layers have or, padded, will have."""
+    """The shape that all layers have, or will have when padded. Raises UnsupportedModel if there is none."""
     groups, neurons = max(shape.kv_groups for shape in shapes), max(shape.neurons for shape in shapes)
     widest = replace(shapes[0], kv_groups=groups, neurons=neurons)
     sizes = [(shape.kv_groups, shape.neurons) for shape in shapes]
@@ -128,7 +129,7 @@ def _common_shape(shapes: Sequence[LayerShape], pad: bool, where: str) -> LayerS
     if odd is not None and not pad:
         raise UnsupportedModel(
             f"layer {odd} of {where} has {sizes[odd][0]} KV groups and {sizes[odd][1]} neurons, others up to {groups} "
-            f"and {neurons}, but no class of transformers has layers of different sizes; add --pad to fill up with "
+            f"and {neurons}, but no class of transformers has layers of different sizes; add --pad to pad with "
             "zeros, or prune with --structure ul-um, which gives all layers one size"
         )
     if not groups or not neurons:
@@ -139,7 +140,8 @@ def _common_shape(shapes: Sequence[LayerShape], pad: bool, where: str) -> LayerS
 def _choose_class(source: Checkpoint, widest: LayerShape, pad: bool) -> tuple[Skeleton, LayerShape]:
     """The model in the first stock class that can hold every tensor, and the shape of its layers.
 
-    Some classes want the heads to divide the hidden size: padding goes on, at most to the dense model's, to suit them.
+    Some classes require a number of heads that divides the hidden size: with `pad`, heads are added up to the dense
+    model's number until one fits. Raises UnsupportedModel if none does.
     """
     dense_groups = source.config.get("num_key_value_heads") or source.config["num_attention_heads"]
     misfits: list[str] = []
@@ -149,7 +151,7 @@ def _choose_class(source: Checkpoint, widest: LayerShape, pad: bool) -> tuple[Sk
             try:
                 skeleton = Skeleton(config, source.source)
             except InvalidModel:
-                continue  # its class takes no such sizes
+                continue  # its class does not accept these sizes
             held = skeleton.tensors()
             misfits = [name for name in source.tensors if name not in held]
             absent = [name for name in held if name not in source.tensors]
@@ -159,17 +161,17 @@ def _choose_class(source: Checkpoint, widest: LayerShape, pad: bool) -> tuple[Sk
     family = source.config["model_type"]
     if misfits:
         raise UnsupportedModel(
-            f"no class of transformers for {family} has tensor {misfits[0]} of {source.source}; a checkpoint pruned "
-            "with --restore none has no biases of its own and does fit"
+            f"no class of transformers for {family} has tensor {misfits[0]} of {source.source}; prune with --restore "
+            "none, which adds no biases"
         )
     raise UnsupportedModel(
-        f"no class of transformers for {family} takes {widest.kv_groups * widest.heads_per_group} heads beside hidden "
-        f"size {source.config['hidden_size']}; add --pad, which goes on to a number that it takes"
+        f"no class of transformers for {family} accepts {widest.kv_groups * widest.heads_per_group} heads with hidden "
+        f"size {source.config['hidden_size']}; add --pad, which adds heads until the class accepts their number"
     )
 
 
 def _emptied_modules(source: Checkpoint, family: Family) -> tuple[str, ...]:
-    """Path prefixes of the modules that have lost all units."""
+    """Path prefixes of the modules that have no units left."""
     layers = range(source.config["num_hidden_layers"])
     return tuple(
         f"{family.layers}.{i}.{kind.module}."
@@ -194,7 +196,7 @@ def _candidates(config: Mapping[str, Any], widest: LayerShape) -> Iterator[dict[
     flags = {flag: True for flag in _BIAS_FLAGS if hasattr(known, flag)}
     if flags:
         yield _named(own | flags)
-    if config["model_type"] in _LLAMA_LIKE and not _has_window(known):
+    if config["model_type"] in _LOADABLE_AS_LLAMA and not _has_window(known):
         given = {**known.to_dict(), **config}
         shared = {key: given[key] for key in _SHARED_KEYS if given.get(key) is not None} | sizes
         flags = dict.fromkeys(_BIAS_FLAGS, True)
@@ -215,7 +217,7 @@ def _has_window(known: PreTrainedConfig) -> bool:
 def _padded(
     source: Checkpoint, skeleton: Skeleton, shapes: Sequence[LayerShape], widest: LayerShape
 ) -> Iterator[OutputTensor]:
-    """Every tensor of the stock class: from the checkpoint, filled up with zeros, or zero altogether."""
+    """Every tensor of the stock class: from the checkpoint, padded with zeros if smaller, all zeros if absent."""
     family, first = skeleton.family, next(iter(source.tensors.values()))
     projections = {
         f"{family.layers}.{i}.{projection.name}.{part}": (projection, i, kind)
@@ -248,7 +250,7 @@ def _require_free(directory: Path) -> None:
     places.require_place(directory)
     staging = files.partial_path(directory)
     if staging.exists() and not (staging / _MARK).exists():
-        raise OutputConflict(f"{staging} exists and was not made by an export; move it away or name another DIR")
+        raise OutputConflict(f"{staging} exists and was not written by an export; move it away or name another DIR")
 
 
 def _record(source: Checkpoint) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Entry points that other programs find: lm-evaluation-harness and vLLM.
+"""Entry points for other programs: lm-evaluation-harness and vLLM.
 
 Imports `stages` and below.
 """

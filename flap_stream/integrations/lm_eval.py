@@ -1,6 +1,6 @@
-"""The model `flap_stream` of lm-evaluation-harness: scores tasks on models that do not fit, layer by layer.
+"""The model `flap_stream` of lm-evaluation-harness: scores tasks on models too large for memory, layer by layer.
 
-The harness finds no models of other packages by itself, so this module is its command line with one model more:
+The harness does not discover models of other packages, so this module is its command line with one more model:
 
     python -m flap_stream.integrations.lm_eval run --model flap_stream --model_args pretrained=DIR --tasks hellaswag
 
@@ -28,23 +28,26 @@ from flap_stream.progress import Progress
 from flap_stream.stages.evaluate import score_tokens
 from flap_stream.text.tokenization import described, pretrained_tokenizer, window_prefix
 
-_SHORTEST, _DEFAULT_LENGTH = 16, 2048
+_SHORTEST = 16  # tokens of the shortest group, so that very short requests share one; not measured
+_DEFAULT_LENGTH = 2048  # where neither config nor tokenizer has a maximum; the harness's own default
 
-Request = tuple[Any, list[int], list[int]]  # what was asked, tokens of the context, tokens of the continuation
+Request = tuple[Any, list[int], list[int]]  # the request's text, tokens of the context and of the continuation
 
 
 @register_model("flap_stream")
 class FlapStreamLM(TemplateLM):
-    """Log-likelihoods by a model of which one decoder layer at a time is in memory.
+    """Log-likelihoods of a model that has one decoder layer in memory at a time.
 
-    Requests are grouped by length, up to a power of two, and a group's windows filled up to that length: so at most
-    half of what is computed is padding, and every group reads the model once.
-    pretrained: a directory or a Hub id (of a `revision`), dense or pruned.
+    Requests are grouped by length, rounded up to a power of two, and padded within their group: at most half of the
+    computation is padding, and each group reads the model once.
+    pretrained: a directory or a Hub id (at `revision`), dense or pruned.
     max_length: tokens of the longest window; None is the model's.
     host_memory, device_memory: sizes such as `20GiB`; the other options are those of `flap-stream evaluate`. As there,
-    `bos` begins all windows, so also those that begin in the middle of a text, in which the harness's `hf` has none.
+    `bos` starts every window, including those in the middle of a text, where the harness's `hf` adds none.
     """
 
+    # More parameters than elsewhere in this package: the harness passes --model_args as keywords, so that each
+    # parameter is an option that its users write.
     def __init__(
         self,
         pretrained: str,
@@ -83,16 +86,16 @@ class FlapStreamLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token in front of a text without a context, as of the harness's own `hf`."""
+        """The token before a text without a context, the same as in the harness's `hf`."""
         return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     @property
     def tokenizer_name(self) -> str:
-        """A name for the harness's cache of requests."""
+        """A name for the harness's request cache."""
         return self._model.checkpoint.source.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text, by the tokenizer's template."""
+        """A conversation as text, formatted by the tokenizer's template."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -101,7 +104,7 @@ class FlapStreamLM(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids, special tokens added as the tokenizer does unless told otherwise or there already."""
+        """Token ids, with special tokens as the tokenizer adds them, unless told otherwise or already there."""
         if add_special_tokens is None and self._bos == "never":
             add_special_tokens = False
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
@@ -112,12 +115,12 @@ class FlapStreamLM(TemplateLM):
         return [*self._prefix, *tokens] if is_bare else tokens
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows that do not overlap in what they predict."""
+        """Log-likelihoods of whole texts, in windows that predict each token once."""
         windows, owners = [], []
         for owner, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
             pieces = self._rolling(tokens, self.max_length)
-            if self._prefix and len(pieces) > 1:  # room for it in those that begin in the middle
+            if self._prefix and len(pieces) > 1:  # windows in the middle of the text need room for it
                 pieces = self._rolling(tokens, self.max_length - len(self._prefix))
                 pieces[1:] = [([*self._prefix, *context], continuation) for context, continuation in pieces[1:]]
             windows += [(None, context, continuation) for context, continuation in pieces]
@@ -128,26 +131,26 @@ class FlapStreamLM(TemplateLM):
         return totals
 
     def _rolling(self, tokens: list[int], length: int) -> list[tuple[list[int], list[int]]]:
-        """Contexts and continuations of consecutive windows of at most so many tokens."""
+        """Contexts and continuations of consecutive windows of at most `length` tokens."""
         pieces = utils.get_rolling_token_windows(
             token_list=tokens, prefix_token=self.prefix_token_id, max_seq_len=length, context_len=1
         )
         return list(map(utils.make_disjoint_window, pieces))
 
     def _begins(self, tokens: list[int]) -> bool:
-        """Whether tokens begin as every window does."""
+        """Whether the tokens begin with the prefix of every window."""
         return tokens[: len(self._prefix)] == self._prefix
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Refused: every token would read the whole model."""
+        """Not supported: each token would read the whole model. Raises InvalidInput."""
         raise InvalidInput(
-            "the model flap_stream scores log-likelihoods; generating would read the whole model from disk for every "
-            "token, so run generation tasks with --model hf"
+            "the model flap_stream only scores log-likelihoods; generation would read the whole model from disk for "
+            "every token, so run generation tasks with --model hf"
         )
 
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: Any) -> list[tuple[float, bool]]:
-        """Sum of log-probabilities of each continuation, and whether all its tokens are the likeliest."""
+        """Summed log-probabilities of each continuation, and whether greedy decoding would produce it."""
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         for chosen, tokens, wanted in self._groups(requests):
             placement = self._model.place(self._options, self._model.job(*tokens.shape, head=True))
@@ -160,10 +163,10 @@ class FlapStreamLM(TemplateLM):
         return results
 
     def _groups(self, requests: Sequence[Request]) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-        """Requests of about one length: their numbers, tokens `[request, token]`, predictions to score.
+        """Requests of similar length: their indices, int64 tokens and a bool for each prediction to score.
 
-        Too long ones lose the beginning of their context, but not BOS. What follows a window does not change what is
-        before it.
+        Tokens are `[request, token]`, padded on the right, which does not affect the predictions before it. Requests
+        that are too long lose the beginning of their context, but not BOS.
         """
         groups: dict[int, list[int]] = defaultdict(list)
         windows = [self._fitting(context + continuation, len(continuation)) for _, context, continuation in requests]
@@ -181,7 +184,7 @@ class FlapStreamLM(TemplateLM):
             yield numbers, tokens, wanted
 
     def _fitting(self, window: list[int], scored: int) -> list[int]:
-        """What is left of a window that is too long: its end, after what every window begins with."""
+        """The window, shortened to its prefix and its end if it is too long. scored: tokens at the end to predict."""
         most = self.max_length + 1
         if len(window) <= most or scored + len(self._prefix) >= most or not self._begins(window):
             return window[-most:]

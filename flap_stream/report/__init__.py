@@ -1,1 +1,4 @@
-"""Figures of a run or of a pruned checkpoint: what is drawn, how, and the page around it."""
+"""Reports: read a run directory or a pruned checkpoint, draw its figures, and lay them out on one HTML page.
+
+Imports `stages` and below.
+"""

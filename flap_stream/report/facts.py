@@ -1,7 +1,7 @@
-"""All that a report shows, read from a run directory, or from pruning.json where there is nothing else."""
+"""Everything a report shows, read from a run directory, or from pruning.json where there is no run directory."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +22,25 @@ from flap_stream.storage.run_manifest import plan_options
 
 
 @dataclass(frozen=True)
-class LayerUnits:
-    """Units of one layer: how many, how many stay, and, where statistics are known, what decided.
+class Units:
+    """Units of one kind, KV groups or MLP neurons, in one layer.
 
-    groups, neurons: dense counts. kept_groups, kept_neurons: None without a plan.
-    group_scores, neuron_scores, group_fluctuations, neuron_fluctuations: float64 `[unit]`; a group's fluctuation is the
-    mean over its channels. stays: bool `[unit]` of the groups, of the neurons.
+    dense: how many the dense model has. kept: how many the plan keeps; None without a plan.
+    keep: bool `[unit]`, True survives; None where the plan was not read.
+    scores, fluctuations: float64 `[unit]`; a KV group's fluctuation is the mean over its channels. None until the
+    statistics of all layers are there.
     """
 
-    groups: int
-    neurons: int
-    kept_groups: int | None = None
-    kept_neurons: int | None = None
-    group_scores: np.ndarray | None = None
-    neuron_scores: np.ndarray | None = None
-    group_fluctuations: np.ndarray | None = None
-    neuron_fluctuations: np.ndarray | None = None
-    stays: tuple[np.ndarray, np.ndarray] | None = None
+    dense: int
+    kept: int | None = None
+    keep: np.ndarray | None = None
+    scores: np.ndarray | None = None
+    fluctuations: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Size:
-    """A quantity of the whole model, dense and as planned."""
+    """A size of the whole model, before and after pruning."""
 
     name: str
     unit: str
@@ -53,10 +50,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Facts:
-    """What there is to show. missing: sentences about what there is not, and how to get it.
+    """Everything a report can show.
 
-    decoder_ratio, model_ratio: removed share of the prunable weights and of all parameters. metric: name of what the
-    fluctuations are. costs: by layer, None where it was not recorded. curves: as of `ratio_sweep.read_curves`.
+    kv_groups, neurons: a value for each layer. decoder_ratio, model_ratio: removed share of the prunable weights and of
+    all parameters. metric: name of the fluctuations. costs: a value for each layer, None where none was recorded.
+    curves: see `read_curves`. missing: sentences saying what cannot be shown, and how to get it.
     """
 
     model: str
@@ -65,7 +63,8 @@ class Facts:
     calibration: dict[str, Any]
     versions: dict[str, str]
     heads_per_group: int
-    layers: list[LayerUnits]
+    kv_groups: list[Units]
+    neurons: list[Units]
     decoder_ratio: float | None
     model_ratio: float | None
     sizes: list[Size]
@@ -76,17 +75,22 @@ class Facts:
 
     @property
     def has_plan(self) -> bool:
-        """Whether it is decided what stays."""
-        return bool(self.layers) and self.layers[0].kept_groups is not None
+        """Whether it is decided what each layer keeps."""
+        return bool(self.kv_groups) and self.kv_groups[0].kept is not None
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether the units' scores and fluctuations are known."""
+        return bool(self.kv_groups) and self.kv_groups[0].scores is not None
 
 
 def read_facts(place: Path) -> Facts:
     """Facts of a run directory or a pruned checkpoint.
 
-    Raises InvalidInput if it is neither, CorruptRun if something in it is altered.
+    Raises InvalidInput if it is neither, CorruptRun if one of its files was altered.
     """
     if (place / "run.json").exists():
-        with RunDirectory(place, is_writer=False) as run:  # a running job may be looked at
+        with RunDirectory(place, is_writer=False) as run:  # another process may be writing it
             return _of_run(run)
     record = read_record(place) if (place / RECORD_NAME).exists() else None
     if record is None:
@@ -95,33 +99,24 @@ def read_facts(place: Path) -> Facts:
 
 
 def _of_run(run: RunDirectory) -> Facts:
-    shapes, done, missing = run.layer_shapes, run.complete_layers(), []
-    again = f"flap-stream collect goes on with {run.path.name}"
+    shapes, missing = run.layer_shapes, []
     options: PlanConfig | None = None
     keeps: list[LayerKeep] | None = None
     try:
         options, keeps = run.read_plan()
     except RunMismatch:
-        missing.append(f"No plan yet, so nothing is marked as removed: flap-stream plan {run.path.name} --ratio R.")
-    if done < len(shapes):
-        missing.append(f"Statistics of {done} of {len(shapes)} layers; {again}.")
+        missing.append(f"No plan yet, so nothing is marked as removed; run flap-stream plan {run.path.name} --ratio R.")
+    if (done := run.complete_layers()) < len(shapes):
+        missing.append(
+            f"Only {done} of {len(shapes)} layers have statistics; run flap-stream collect again to continue."
+        )
     metric = options or PlanConfig(method=run.manifest["options"]["method"])
-    scores = unit_scores(run, metric) if done == len(shapes) else []
-    layers = []
-    for i, shape in enumerate(shapes):
-        known: dict[str, Any] = {}
-        if keeps is not None:
-            known |= {"kept_groups": len(keeps[i].kv_groups), "kept_neurons": len(keeps[i].neurons)}
-            known |= {"stays": (_mask(shape.kv_groups, keeps[i].kv_groups), _mask(shape.neurons, keeps[i].neurons))}
-        if scores:
-            known |= {"group_scores": scores[i][0], "neuron_scores": scores[i][1]}
-            known |= _fluctuations(run, i, shape, metric)
-        layers.append(LayerUnits(shape.kv_groups, shape.neurons, **known))
+    kv_groups, neurons = _units(run, metric, keeps)
     costs, curves = run.layer_costs(), read_curves(run)
     if not any(costs):
-        missing.append("Time and memory by layer were not recorded.")
+        missing.append("Time and memory per layer were not recorded.")
     if not curves:
-        missing.append(f"No sweep yet: flap-stream sweep {run.path.name} --ratios 0.1:0.6:0.1 --evaluate TEXT.")
+        missing.append(f"No sweep yet; run flap-stream sweep {run.path.name} --ratios 0.1:0.6:0.1 --evaluate TEXT.")
     pruned = None
     if options is not None and keeps is not None:
         pruned = pruned_sizes(shapes, keeps, run.manifest["parameters"], _restoration(run, options))
@@ -132,39 +127,57 @@ def _of_run(run: RunDirectory) -> Facts:
         calibration=run.manifest["calibration"],
         versions=run.manifest["versions"],
         heads_per_group=shapes[0].heads_per_group if shapes else 1,
-        layers=layers,
+        kv_groups=kv_groups,
+        neurons=neurons,
         decoder_ratio=None if pruned is None else pruned.decoder_ratio,
         model_ratio=None if pruned is None else pruned.model_ratio,
         sizes=[] if pruned is None or keeps is None else _sizes(run.manifest, shapes, keeps, pruned),
-        metric=metric.metric,
+        metric=_shown_metric(metric),
         costs=costs,
         curves=curves,
         missing=missing,
     )
 
 
+def _units(
+    run: RunDirectory, options: PlanConfig, keeps: Sequence[LayerKeep] | None
+) -> tuple[list[Units], list[Units]]:
+    """KV groups and neurons of each layer, with everything the run directory says about them."""
+    shapes = run.layer_shapes
+    kv_groups, neurons = [Units(shape.kv_groups) for shape in shapes], [Units(shape.neurons) for shape in shapes]
+    if keeps is not None:
+        for i, keep in enumerate(keeps):
+            kv_groups[i] = replace(kv_groups[i], **_planned(kv_groups[i].dense, keep.kv_groups))
+            neurons[i] = replace(neurons[i], **_planned(neurons[i].dense, keep.neurons))
+    if run.complete_layers() == len(shapes):
+        for i, scores in enumerate(unit_scores(run, options)):
+            of_groups, of_neurons = _fluctuations(run, i, shapes[i], options)
+            kv_groups[i] = replace(kv_groups[i], scores=scores[0], fluctuations=of_groups)
+            neurons[i] = replace(neurons[i], scores=scores[1], fluctuations=of_neurons)
+    return kv_groups, neurons
+
+
+def _planned(dense: int, kept: np.ndarray) -> dict[str, Any]:
+    """Fields of `Units`. kept: indices of the units that the plan keeps."""
+    keep = np.zeros(dense, dtype=bool)
+    keep[kept] = True
+    return {"kept": len(kept), "keep": keep}
+
+
 def _restoration(run: RunDirectory, options: PlanConfig) -> str:
-    """Of the checkpoint that was last written from the run; without one, the method's own."""
+    """The restoration of the checkpoint last written from the run; the method's default if there is none."""
     written = [entry["restore"] for entry in run.journal.of_kind("rewrite")]
     return written[-1] if written else require_restoration(options.method, None)
 
 
 def _of_record(place: Path, record: dict[str, Any]) -> Facts:
-    layers = [
-        LayerUnits(
-            groups=layer["kv_groups"],
-            neurons=layer["neurons"],
-            kept_groups=len(layer["kept_kv_groups"]),
-            kept_neurons=len(layer["kept_neurons"]),
-        )
-        for layer in record["layers"]
-    ]
+    layers = record["layers"]
     known = {name: value for name, value in record["options"].items() if name in PlanConfig.__dataclass_fields__}
     parameters = record["parameters"]
     try:
         options = plan_options(known)
     except ValueError as error:
-        raise CorruptCheckpoint(f"{place / RECORD_NAME} is no record of a pruning: {error}") from error
+        raise CorruptCheckpoint(f"{place / RECORD_NAME} is not a valid pruning record: {error}") from error
     return Facts(
         model=record["base"]["name"],
         place=place.name,
@@ -172,27 +185,30 @@ def _of_record(place: Path, record: dict[str, Any]) -> Facts:
         calibration=record.get("calibration", {}),
         versions={},
         heads_per_group=1,
-        layers=layers,
+        kv_groups=[Units(layer["kv_groups"], len(layer["kept_kv_groups"])) for layer in layers],
+        neurons=[Units(layer["neurons"], len(layer["kept_neurons"])) for layer in layers],
         decoder_ratio=record["realised_ratio"]["decoder"],
         model_ratio=record["realised_ratio"]["model"],
         sizes=[Size("parameters", "", parameters["before"], parameters["after"])],
-        metric=record["options"]["metric"],
+        metric=options.metric,
         costs=[],
         curves=[],
         missing=[
-            "This is drawn from pruning.json alone. Scores, fluctuations, sweeps, time and memory by layer, and sizes "
-            "in bytes are in the run directory: prune with --keep-run, then give that directory."
+            "Drawn from pruning.json only. Scores, fluctuations, sweeps, time and memory per layer, and sizes in bytes "
+            "are in the run directory: prune with --keep-run, then report on that directory."
         ],
     )
 
 
-def _mask(size: int, kept: np.ndarray) -> np.ndarray:
-    mask = np.zeros(size, dtype=bool)
-    mask[kept] = True
-    return mask
+def _shown_metric(options: PlanConfig) -> str:
+    """The metric of channels that is drawn: fisher scores whole units, so FLAP's own is drawn for it."""
+    return "wifv" if options.metric == "fisher" else options.metric
 
 
-def _fluctuations(run: RunDirectory, index: int, shape: LayerShape, options: PlanConfig) -> dict[str, np.ndarray]:
+def _fluctuations(
+    run: RunDirectory, index: int, shape: LayerShape, options: PlanConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fluctuations of KV groups and of neurons, float64 `[unit]`: the method's metric before it becomes a score."""
     statistics = run.read_statistics(index)
     if options.method == "magnitude-sp":
         attention, mlp = statistics.attention.weight_squared_norm, statistics.mlp.weight_squared_norm
@@ -200,16 +216,17 @@ def _fluctuations(run: RunDirectory, index: int, shape: LayerShape, options: Pla
         attention, mlp = (fluctuation(part, options.statistics) for part in (statistics.attention, statistics.mlp))
     else:
         attention, mlp = (
-            channel_metric(part, options.metric, options.statistics) for part in (statistics.attention, statistics.mlp)
+            channel_metric(part, _shown_metric(options), options.statistics)
+            for part in (statistics.attention, statistics.mlp)
         )
     grouped = attention.reshape(shape.kv_groups, -1) if shape.kv_groups else np.zeros((0, 1))
-    return {"group_fluctuations": grouped.mean(axis=1), "neuron_fluctuations": mlp}
+    return grouped.mean(axis=1), mlp
 
 
 def _sizes(
     manifest: dict[str, Any], shapes: Sequence[LayerShape], keeps: Sequence[LayerKeep], pruned: PrunedSizes
 ) -> list[Size]:
-    """Whole-model quantities, dense and as planned."""
+    """Sizes of the whole model, dense and as planned."""
     sizes, before, after = manifest["sizes"], pruned.parameters_before, pruned.parameters_after
     item_bytes = sizes["weight_bytes"] / before
 
@@ -234,5 +251,5 @@ def _sizes(
 
 
 def _short(source: str) -> str:
-    """A Hub id, or the last two names of a path."""
+    """A Hub id, or the last two parts of a path."""
     return "/".join(Path(source).parts[-2:])

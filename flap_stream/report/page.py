@@ -1,16 +1,15 @@
-"""One HTML page that asks nothing of the network: figures as SVG, numbers beside them; light, dark and on paper."""
+"""One self-contained HTML page: figures as SVG, their numbers as tables, styles for light, dark and print."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from flap_stream.errors import InvalidOption
-from flap_stream.report import figures
+from flap_stream.report.drawing import DARK, LIGHT, Drawing, Palette, Table, overview_png, to_png, to_svg
 from flap_stream.report.facts import Facts, read_facts
-from flap_stream.report.figures import Drawing, Palette, change, quantity
+from flap_stream.report.figures import drawings
 from flap_stream.storage import files, places
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', 'DejaVu Sans', sans-serif"
@@ -21,8 +20,8 @@ def _variables(palette: Palette) -> str:
 
 
 _CSS = f"""
-:root {{ color-scheme: light dark; --font: {_FONT}; {_variables(figures.LIGHT)} }}
-@media (prefers-color-scheme: dark) {{ :root {{ {_variables(figures.DARK)} }} }}
+:root {{ color-scheme: light dark; --font: {_FONT}; {_variables(LIGHT)} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)} }} }}
 * {{ box-sizing: border-box; }}
 body {{ margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 60rem; background: var(--page); color: var(--ink);
   font: 1rem/1.5 var(--font); font-variant-numeric: tabular-nums; }}
@@ -41,7 +40,7 @@ summary:focus-visible {{ outline: 2px solid var(--kept); }}
 .scroll {{ overflow-x: auto; }}
 footer {{ margin-top: 3rem; font-size: 0.85rem; color: var(--soft); }}
 @media print {{
-  :root {{ color-scheme: light; {_variables(figures.LIGHT)} }}
+  :root {{ color-scheme: light; {_variables(LIGHT)} }}
   body {{ max-width: none; padding: 0; font-size: 10pt; }}
   section {{ margin-top: 1.2rem; }}
   details {{ display: none; }}
@@ -52,7 +51,7 @@ footer {{ margin-top: 3rem; font-size: 0.85rem; color: var(--soft); }}
 
 @dataclass(frozen=True)
 class ReportResult:
-    """Files that were written, and sentences about what there was nothing to show of."""
+    """Files and figures written, and sentences saying what could not be shown."""
 
     html: Path | None
     pngs: list[Path]
@@ -63,23 +62,23 @@ class ReportResult:
 def write_report(place: str | Path, html: str | Path | None = None, png: str | Path | None = None) -> ReportResult:
     """Draw what a run directory or a pruned checkpoint holds.
 
-    html: the page; png: a directory for the same figures as PNG files and `overview.png`, all of them together.
-    Raises InvalidInput if there is nothing to draw, no place to draw it to, or no matplotlib.
+    html: file of the page. png: directory for the same figures as PNG files, and for `overview.png`, which has all of
+    them. Raises InvalidInput if `place` is neither, if html and png are both None, or without matplotlib.
     """
     if html is None and png is None:
-        raise InvalidOption("a report is written nowhere without --html FILE or --png DIR; give one of them")
+        raise InvalidOption("the report has nowhere to go; give --html FILE or --png DIR")
     if html is not None:
         places.require_name(Path(html))
     facts = read_facts(Path(place))
-    drawn = figures.drawings(facts)
+    drawn = drawings(facts)
     pngs = []
     if html is not None:
         files.make_directory(Path(html).absolute().parent)
         files.write_committed(Path(html), page(facts, drawn).encode())
     if png is not None:
         files.make_directory(Path(png))
-        images = {drawing.name: figures.png(facts, drawing) for drawing in drawn}
-        images |= {"overview": figures.overview(facts, drawn)} if drawn else {}
+        images = {drawing.name: to_png(facts, drawing) for drawing in drawn}
+        images |= {"overview": overview_png(facts, drawn)} if drawn else {}
         for name, image in images.items():
             pngs.append(Path(png) / f"{name}.png")
             files.write_committed(pngs[-1], image)
@@ -115,7 +114,9 @@ def _subtitle(facts: Facts) -> str:
     if facts.options is not None and facts.decoder_ratio is not None and facts.model_ratio is not None:
         options = facts.options
         parts.append(f"{options.method}, structure {options.structure}, metric {options.metric}, {options.statistics}.")
-        parts.append(f"{facts.decoder_ratio:.2%} of the prunable weights go, {facts.model_ratio:.2%} of the model.")
+        parts.append(
+            f"{facts.decoder_ratio:.2%} of the prunable weights removed, {facts.model_ratio:.2%} of the model."
+        )
     calibration = facts.calibration
     if {"samples", "sequence_length", "sources"} <= calibration.keys():
         sources = ", ".join(map(str, calibration["sources"]))
@@ -126,65 +127,19 @@ def _subtitle(facts: Facts) -> str:
 
 def _section(facts: Facts, drawing: Drawing) -> str:
     caption = escape(drawing.caption)
-    image = figures.svg(facts, drawing)
+    image = to_svg(facts, drawing)
     image = image.replace("<svg", f'<svg role="img" aria-label="{escape(drawing.title)}. {caption}"', 1)
     return (
         f'<section id="{drawing.name}">\n<h2>{escape(drawing.title)}</h2>\n<p>{caption}</p>\n{image}\n'
-        f"{_numbers(facts, drawing.name)}</section>"
+        f"{''.join(map(_table, drawing.tables))}</section>"
     )
 
 
-def _numbers(facts: Facts, name: str) -> str:
-    """The figure's numbers as tables that can be opened."""
-    if name == "sizes":
-        rows = [
-            (
-                size.name,
-                quantity(size.before, size.unit),
-                quantity(size.after, size.unit),
-                change(size.before, size.after),
-            )
-            for size in facts.sizes
-        ]
-        return _table(("", "dense", "pruned", "change"), rows)
-    if name == "kept":
-        kept = [
-            (i, f"{layer.kept_groups} of {layer.groups}", f"{layer.kept_neurons:,} of {layer.neurons:,}")
-            for i, layer in enumerate(facts.layers)
-        ]
-        return _table(("layer", "KV groups", "neurons"), kept)
-    if name == "sweep":
-        return "".join(_curve_table(curve) for curves in figures.curves_by_text(facts) for curve in curves)
-    if name == "cost":
-        costs = [
-            (i, f"{cost.seconds:.3f}", f"{cost.tokens:,}", f"{cost.peak_host_bytes:,}", f"{cost.peak_device_bytes:,}")
-            for i, cost in enumerate(facts.costs)
-            if cost is not None
-        ]
-        return _table(("layer", "seconds", "tokens", "peak host bytes", "peak device bytes"), costs)
-    return ""
-
-
-def _curve_table(curve: dict[str, Any]) -> str:
-    dense = curve["dense_perplexity"]
-    rows = [
-        (
-            f"{point['ratio']:g}",
-            f"{point['decoder_ratio']:.2%}",
-            f"{point['parameters']:,}",
-            f"{point['perplexity']:.4f}",
-            change(dense, point["perplexity"]),
-        )
-        for point in curve["points"]
-    ]
-    heads = ("ratio", "of prunable", "parameters", "perplexity", f"over {dense:.4f}")
-    return _table(heads, rows, f"Numbers: {figures.curve_name(curve)}")
-
-
-def _table(heads: Iterable[str], rows: Iterable[Iterable[object]], summary: str = "Numbers") -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+def _table(table: Table) -> str:
+    """A table behind a summary that opens it."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in table.heads)
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in table.rows)
     return (
-        f'<details><summary>{escape(summary)}</summary><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<details><summary>{escape(table.summary)}</summary><div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div></details>\n"
     )

@@ -1,13 +1,13 @@
-"""vLLM runs pruned checkpoints without the trust flag once this package is installed beside it.
+"""vLLM runs pruned checkpoints without --trust-remote-code when this package is installed in its environment.
 
-vLLM calls `register` through the entry point group `vllm.general_plugins`; nothing here is imported before.
+vLLM calls `register` through the entry point group `vllm.general_plugins`; nothing here is imported before that.
 """
 
 _TYPES = ("llama", "ministral", "mistral", "qwen2", "qwen3", "seed_oss")
 
 
 def register() -> None:
-    """Tell vLLM which class runs the architectures that pruned checkpoints name, and what their config is."""
+    """Register the architectures of pruned checkpoints with vLLM, and their configs with transformers."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from vllm import ModelRegistry
 

@@ -1,4 +1,4 @@
-"""Layers with sizes of their own in vLLM, for families that compute what Llama's layers do, with or without q/k norms.
+"""Pruned layers in vLLM, for families that compute what Llama's layers do, with or without query and key norms.
 
 Sizes and biases come from config.json as `modeling_flap_stream.py` reads them.
 """
@@ -19,7 +19,7 @@ _SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 class OutputBias(nn.Module):
-    """A sublayer without units: gives the bias of its output projection, or zeros."""
+    """A sublayer without units: returns the bias of its output projection, or zeros."""
 
     def __init__(self, projection: str, hidden_size: int, bias: bool) -> None:
         super().__init__()
@@ -29,13 +29,13 @@ class OutputBias(nn.Module):
         self.get_submodule(projection).register_parameter("bias", values)
 
     def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """`[token, hidden]`, in memory of its own: the next norm writes into it."""
+        """`[token, hidden]`, newly allocated: the next norm writes into it."""
         bias = getattr(self, self.projection).bias
         return torch.zeros_like(hidden_states) if bias is None else bias.repeat(hidden_states.shape[0], 1)
 
 
 class NormedAttention(LlamaAttention):
-    """Llama's attention with a norm over every query and key head."""
+    """Llama's attention with norms over each query and key head."""
 
     def __init__(self, config: Any, **keywords: Any) -> None:
         super().__init__(config=config, **keywords)
@@ -62,7 +62,7 @@ def make_attention(config: Any, **keywords: Any) -> nn.Module:
 
 
 class PrunedDecoderLayer(LlamaDecoderLayer):
-    """A decoder layer with its own number of heads and neurons."""
+    """A decoder layer whose numbers of heads and neurons come from its own config."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = layer_config(vllm_config.model_config.hf_config, extract_layer_index(prefix))
@@ -83,7 +83,7 @@ class PrunedDecoderLayer(LlamaDecoderLayer):
 def layer_config(config: Any, layer: int) -> LayerConfig:
     """The config of one layer, as Llama's classes in vLLM read it.
 
-    There `qkv_bias` is the bias of q_proj, k_proj and v_proj, `attention_bias` that of o_proj.
+    In vLLM `qkv_bias` is the bias of q_proj, k_proj and v_proj, `attention_bias` that of o_proj.
     """
     flag = getattr(config, "attention_bias", False)
     return LayerConfig(
@@ -95,7 +95,7 @@ def layer_config(config: Any, layer: int) -> LayerConfig:
 
 
 class PrunedForCausalLM(LlamaForCausalLM):
-    """A causal language model whose layers have sizes of their own."""
+    """A causal language model whose layers differ in size."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=PrunedDecoderLayer)
