@@ -234,7 +234,7 @@ def test_what_would_not_do_what_it_says_is_refused(
         ("collect model long --calibration long.npy", "300 tokens are longer than the 256 positions"),
         ("prune model weights --method magnitude-sp --seed 3", "--seed 3 has no effect"),
         ("collect model tokens --calibration tokens.npy --ratio 0.3", "--ratio 0.3 has no effect"),
-        ("evaluate model --text tokens.npy --sequence-length 8", "a .npy has windows of its own"),
+        ("evaluate model --text tokens.npy --sequence-length 8", "a .npy already holds windows"),
         ("collect model tokens --calibration tokens.npy --samples 64", "only 6 windows"),
         ("rewrite planned rewritten --dtype fp32", "--dtype float32 has no effect"),
         ("sweep run --batch-size 2", "--batch-size 2 has no effect"),
