@@ -1,25 +1,25 @@
 """Every error that this package raises on purpose.
 
-    FlapStreamError                 exit code 1: a failure that a rerun may pass
+    FlapStreamError                 exit code 1: a rerun may succeed
     ├── RunLocked                   another process is writing the run directory
-    ├── CorruptRun                  a committed file is not what the journal says
+    ├── CorruptRun                  a committed file differs from what the journal recorded
     ├── StorageFailure              the disk or the file system failed, or is full
-    ├── RankLost                    another process of the same job has ended
-    ├── HubFailure                  the Hub cannot be reached, or fails
+    ├── RankLost                    another process of the same job exited unexpectedly
+    ├── HubFailure                  the Hub cannot be reached, or reports a failure
     └── InvalidInput                exit code 2: wrong use, or an input that cannot be pruned
-        ├── InvalidOption           an option's value is out of its range or contradicts another
-        ├── InvalidModel            no such model, or not one that can be read
-        │   ├── UnsupportedModel    a readable model that this package does not prune
-        │   └── CorruptCheckpoint   missing, truncated or lying tensors
-        ├── InvalidText             text or tokens that cannot serve
-        ├── NotPlain                a FIFO, a device, a link or a giant where a plain file belongs
+        ├── InvalidOption           an option is out of range or contradicts another
+        ├── InvalidModel            the model does not exist or cannot be read
+        │   ├── UnsupportedModel    the model can be read, but this package does not prune it
+        │   └── CorruptCheckpoint   missing, truncated or inconsistent tensors
+        ├── InvalidText             text or tokens that cannot be used
+        ├── NotPlain                not a regular file (a FIFO, device or link), or far too large
         ├── NonFinite               NaN or infinity in weights or hidden states
-        ├── ShapeMismatch           statistics or plans of different sizes meet
+        ├── ShapeMismatch           statistics, plans or tensors of different sizes were combined
         ├── RunMismatch             the run directory belongs to another model, text or options
-        ├── OutputConflict          something that is not ours stands where the output goes
-        ├── UnsuitableFileSystem    a file system that lacks what a run directory needs
-        ├── InsufficientSpace       not enough room on a disk
-        └── InsufficientMemory      no way to run the job within the memory allowed
+        ├── OutputConflict          the output path holds something that this run did not write
+        ├── UnsuitableFileSystem    the file system lacks what a run directory needs
+        ├── InsufficientSpace       not enough disk space
+        └── InsufficientMemory      the job cannot run within the allowed memory
 
 A message says what was found, what was expected, where, and what to do next.
 """
@@ -31,7 +31,7 @@ class FlapStreamError(Exception):
     """Base of all errors raised on purpose; the command line prints it as one line."""
 
     exit_code = 1
-    goes_on = False  # whether a job that saves what it has done goes on when it is run again
+    goes_on = False  # whether rerunning a resumable job continues it after this error
 
 
 class RunLocked(FlapStreamError):
@@ -43,13 +43,13 @@ class CorruptRun(FlapStreamError):
 
 
 class RankLost(FlapStreamError):
-    """Another rank of the job has ended without saying why."""
+    """Another rank of the job exited unexpectedly."""
 
     goes_on = True
 
 
 class HubFailure(FlapStreamError):
-    """The Hub cannot be reached or answers with a failure of its own, and its cache does not serve."""
+    """The Hub cannot be reached or reports a failure, and its local cache does not hold what is needed."""
 
 
 class StorageFailure(FlapStreamError):
@@ -59,13 +59,13 @@ class StorageFailure(FlapStreamError):
 
     @classmethod
     def of(cls, error: OSError, path: object = None) -> "StorageFailure":
-        """The failure in a sentence. path: what was worked on, where the error itself does not say."""
+        """The failure in a sentence. path: the file, if the error does not name it."""
         where, reason = error.filename or path or "a file", error.strerror or str(error) or type(error).__name__
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return cls(f"the disk of {where} is full ({reason}); make room and run the same command again")
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return cls(f"{where} is out of bounds ({reason}); give access to it or name another place, then run again")
-        return cls(f"{where} failed ({reason}); see to the disk, then run the same command again")
+            return cls(f"{where} is not accessible ({reason}); grant access or name another place, then run again")
+        return cls(f"{where} failed ({reason}); check the disk, then run the same command again")
 
 
 class InvalidInput(FlapStreamError):
@@ -75,7 +75,7 @@ class InvalidInput(FlapStreamError):
 
 
 class InvalidOption(InvalidInput):
-    """An option's value is out of its range or contradicts another option."""
+    """An option's value is out of range or contradicts another option."""
 
 
 class InvalidModel(InvalidInput):
@@ -87,15 +87,15 @@ class UnsupportedModel(InvalidModel):
 
 
 class CorruptCheckpoint(InvalidModel):
-    """A shard or a tensor of the checkpoint is missing, truncated or of the wrong form."""
+    """A shard or a tensor of the checkpoint is missing, truncated or inconsistent."""
 
 
 class InvalidText(InvalidInput):
-    """Calibration or evaluation text, or tokens, that cannot serve."""
+    """Calibration or evaluation text, or tokens, that cannot be used."""
 
 
 class NotPlain(InvalidInput):
-    """A FIFO, a device, a link or a giant stands where a plain file belongs."""
+    """A FIFO, device, link or far too large file stands where a regular file is expected."""
 
 
 class NonFinite(InvalidInput):
@@ -103,7 +103,7 @@ class NonFinite(InvalidInput):
 
 
 class ShapeMismatch(InvalidInput):
-    """Statistics, plans or tensors of different sizes were put together."""
+    """Statistics, plans or tensors of different sizes were combined."""
 
 
 class RunMismatch(InvalidInput):
@@ -111,7 +111,7 @@ class RunMismatch(InvalidInput):
 
 
 class OutputConflict(InvalidInput):
-    """Something that this run did not make stands where its output goes."""
+    """The output path holds something that this run did not write."""
 
 
 class UnsuitableFileSystem(InvalidInput):
@@ -119,8 +119,8 @@ class UnsuitableFileSystem(InvalidInput):
 
 
 class InsufficientSpace(InvalidInput):
-    """What has to be written does not fit on the disk."""
+    """What must be written does not fit on the disk."""
 
 
 class InsufficientMemory(InvalidInput):
-    """No way to run the job keeps within the memory allowed."""
+    """The job cannot run within the allowed memory."""

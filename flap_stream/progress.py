@@ -1,4 +1,4 @@
-"""Telling a person on stderr how far a job is: bars on a terminal, lines elsewhere."""
+"""Progress on stderr: bars on a terminal, lines elsewhere."""
 
 import sys
 import time
@@ -13,38 +13,38 @@ from tqdm import tqdm
 from flap_stream.config.values import shortened
 from flap_stream.errors import InvalidOption
 
-_LONGEST = 1000
+_LONGEST = 1000  # characters of a message
 _LABEL_WIDTH = 15
 
 
 def printable(message: str) -> str:
-    """One line of reasonable length, whatever names from a file it quotes: those may hold a terminal's commands."""
+    """The message as one line of limited length, with control characters escaped: quoted file names may hold some."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
 def peak_host_bytes() -> int:
-    """Largest resident memory of this process so far."""
+    """Peak resident memory of this process, in bytes."""
     try:
         status = Path("/proc/self/status").read_text()
         return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
     except (OSError, StopIteration):
-        import resource  # its figure starts from the parent's, where a process is started by vfork
+        import resource  # its figure includes the parent's if the process was started by vfork
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def peak_device_bytes(device: Any) -> int:
-    """Most memory that torch had reserved on a device (or its name); 0 if it is not a CUDA device, or None."""
-    torch = sys.modules.get("torch")  # not imported for a progress line's sake
+    """Peak memory that torch reserved on a device (or its name); 0 for None or a device other than CUDA."""
+    torch = sys.modules.get("torch")  # not imported just for a progress line
     if torch is None or not str(device).startswith("cuda") or not torch.cuda.is_initialized():
         return 0
     return torch.cuda.max_memory_reserved(device)
 
 
 def format_bytes(count: float) -> str:
-    """A size for people, in powers of 1024."""
+    """A readable size, in powers of 1024."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -53,7 +53,7 @@ def format_bytes(count: float) -> str:
 
 
 def _in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook, whose stderr is no terminal but shows a bar."""
+    """Whether this process is a notebook's kernel, whose stderr is not a terminal but can show bars."""
     shell = sys.modules.get("IPython")
     return shell is not None and "IPKernelApp" in getattr(shell.get_ipython(), "config", {})
 
@@ -73,7 +73,7 @@ def _bar_class() -> type[tqdm]:
 
 @dataclass
 class Job:
-    """Several stages that belong together. weights: about how long each takes, beside the others."""
+    """Several stages that belong together. weights: roughly how long each takes, relative to the others."""
 
     weights: Sequence[tuple[str, float]]
     bar: Any = None
@@ -81,11 +81,11 @@ class Job:
     share: float = 0.0
 
     def share_of(self, stage: str) -> float:
-        """What one stage of that name is of the job."""
+        """The share of the job that a stage is, by its name."""
         return dict(self.weights).get(stage, 0.0) / sum(weight for _, weight in self.weights)
 
     def reach(self, share: float) -> None:
-        """So much of the job is done."""
+        """Show that this share of the job is done."""
         self.share = share
         if self.bar is not None:
             self.bar.n = round(100 * share)
@@ -96,7 +96,7 @@ class Job:
 class Stage:
     """One stage under way, counted in layers (or shards).
 
-    job: which it is a part of. line_every: so many units to a line. device: which runs it, if it has memory of its own.
+    job: the one it is part of. line_every: units per line. device: the one it runs on, to report its peak memory.
     """
 
     name: str
@@ -114,7 +114,7 @@ class Stage:
     started: float = field(default_factory=time.monotonic)
 
     def advance(self, tokens: int = 0, bytes_moved: int = 0) -> None:
-        """One more layer is done, after so many tokens and bytes."""
+        """Count one more layer. tokens, bytes_moved: what it took."""
         self.done += 1
         self.tokens += tokens
         self.bytes_moved += bytes_moved
@@ -128,27 +128,27 @@ class Stage:
             _say(f"{self.name}: {self.done}/{self.total}, {self.rates()}, {left:.0f} s left{job}")
 
     def skip(self, count: int, recorded: int | None = None) -> None:
-        """So many layers were done by an earlier run, and need not be run again.
+        """Count layers that an earlier run did and that are not run again.
 
-        recorded: layers whose results it has stored, if they are more: what enters them has been lost.
+        recorded: layers whose results it stored, if more: their inputs are lost, so they run again.
         """
         self.done = self.skipped = count
         self.started = time.monotonic()
         recorded = count if recorded is None else recorded
         if self.bar is not None:
-            self.bar.n = self.bar.initial = count  # so that rates are of what this run does
+            self.bar.n = self.bar.initial = count  # so that rates only count this run
             self.bar.refresh()
         self._tell_job()
         if recorded and (self.lines or self.bar is not None):
-            again = f"; going on from layer {count}, where the newest snapshot is" if recorded > count else ""
-            _say(f"{self.name}: {recorded} of {self.total} {self.unit}s done already{again}")
+            again = f"; resuming from layer {count}, at the newest snapshot" if recorded > count else ""
+            _say(f"{self.name}: {recorded} of {self.total} {self.unit}s already done{again}")
 
     def _tell_job(self) -> None:
         if self.job is not None:
             self.job.reach(self.job.finished + self.job.share_of(self.name) * self.done / max(self.total, 1))
 
     def rates(self) -> str:
-        """Tokens and bytes a second in this run, and peaks of memory."""
+        """Tokens and bytes per second in this run, and peak memory."""
         seconds = max(time.monotonic() - self.started, 1e-9)
         parts = [f"{self.tokens / seconds:,.0f} tokens/s"] if self.tokens else []
         parts += [f"{format_bytes(self.bytes_moved / seconds)}/s"] if self.bytes_moved else []
@@ -159,25 +159,25 @@ class Stage:
 
 
 class Progress:
-    """Where stages report. `mode` is `auto` (bars on a terminal, else lines) or `silent`."""
+    """What stages report to. `mode` is `auto` (bars on a terminal, else lines) or `silent`."""
 
     def __init__(self, mode: str = "silent") -> None:
         self._mode = mode
         self._job: Job | None = None
 
     def say(self, message: str) -> None:
-        """A line between stages."""
+        """Print a line between stages."""
         if self._mode != "silent":
             _say(message)
 
     def header(self, rows: Mapping[str, str]) -> None:
-        """What the job is, a labelled line each."""
+        """Print what the job is, one labelled line each."""
         for label, text in rows.items():
             self.say(f"{label:{_LABEL_WIDTH}}{text}")
 
     @classmethod
     def of(cls, wanted: "Progress | bool | None") -> "Progress":
-        """What a stage was given as `progress`: True is `auto`, False and None are silent."""
+        """The argument `progress` of a stage: True is `auto`, False and None are silent."""
         if isinstance(wanted, Progress):
             return wanted
         if wanted is not None and not isinstance(wanted, bool):
@@ -186,7 +186,7 @@ class Progress:
 
     @contextmanager
     def job(self, weights: Sequence[tuple[str, float]]) -> Iterator[None]:
-        """The stages inside, in this order, are one job. weights: stage and about how long it takes, in any unit."""
+        """Group the stages inside into one job. weights: each stage in order, and roughly how long it takes."""
         with self._bar(100, "job", bar_format="{l_bar}{bar}| {elapsed}") as bar:
             self._job = Job(weights, bar)
             try:
@@ -200,7 +200,7 @@ class Progress:
     ) -> Iterator[Stage]:
         """A stage of `total` layers (or other units).
 
-        most_lines: about how many lines to write of it. device: which runs it.
+        most_lines: roughly how many lines to print. device: the one it runs on.
         """
         every = 1 if most_lines is None else max(1, total // most_lines)
         with self._bar(total, name, unit=unit, leave=self._job is None) as bar:
@@ -209,16 +209,16 @@ class Progress:
         if self._job is not None:
             self._job.finished += self._job.share_of(name)
             self._job.reach(self._job.finished)
-            if bar is not None and stage.done > stage.skipped:  # its bar is gone
+            if bar is not None and stage.done > stage.skipped:  # its bar has been removed
                 self.say(f"{name}: {stage.done}/{total}, {stage.rates()}")
 
     def _bar(self, total: int, name: str, **how: Any) -> Any:
-        """A bar on a terminal, to be closed at the end; elsewhere None."""
+        """A context manager: a bar on a terminal, else None."""
         if self._mode == "silent" or not _shows_bars():
             return nullcontext()
         return _bar_class()(total=total, desc=name, file=sys.stderr, dynamic_ncols=True, **how)
 
 
 def _say(message: str) -> None:
-    write = tqdm.write if _shows_bars() else print  # tqdm's knows of its bars
+    write = tqdm.write if _shows_bars() else print  # tqdm.write does not break its bars
     write(printable(message), file=sys.stderr)

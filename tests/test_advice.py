@@ -19,7 +19,7 @@ from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InsufficientMemory
 from flap_stream.model.checkpoint import describe
 from flap_stream.model.skeleton import Skeleton
-from flap_stream.restore.restoration import refit_sizes
+from flap_stream.restore.requirements import refit_sizes
 
 MIB = 1 << 20
 BASE = 400 * MIB

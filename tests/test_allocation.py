@@ -5,6 +5,7 @@ import pytest
 
 from flap_stream.arithmetic.allocation import allocate
 from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.arithmetic.scoring import LayerScores
 from flap_stream.arithmetic.sizes import pruned_sizes
 from flap_stream.config import PlanConfig, PruneConfig
 from flap_stream.errors import InvalidOption, ShapeMismatch
@@ -18,7 +19,7 @@ def kept(scores, shapes, round_neurons_to=1, **options):
 
 
 def pair(groups, neurons):
-    return np.array(groups, float), np.array(neurons, float)
+    return LayerScores(np.array(groups, float), np.array(neurons, float))
 
 
 def test_the_prefix_nearest_to_the_budget_stays() -> None:
@@ -91,7 +92,7 @@ def test_a_released_cut_removes_the_unit_at_the_cut_too() -> None:
 def test_planning_80_layers_of_a_65b_model_is_quick() -> None:
     shape = LayerShape(64, 1, 128, 22016, 4 * 8192 * 128, 3 * 8192)
     draw = np.random.default_rng(0)
-    scores = [(draw.normal(size=64), draw.normal(size=22016)) for _ in range(80)]
+    scores = [LayerScores(draw.normal(size=64), draw.normal(size=22016)) for _ in range(80)]
     result = allocate(scores, [shape] * 80, PlanConfig(ratio=0.2))
     share = sum(keep.cost(shape) for keep in result) / (80 * shape.prunable)
     assert share == pytest.approx(0.8, abs=1e-4)
@@ -99,7 +100,10 @@ def test_planning_80_layers_of_a_65b_model_is_quick() -> None:
 
 def rounded(structure, shape, layers=6, ratio=0.3, seed=1, **options):
     draw = np.random.default_rng(seed)
-    scores = [(draw.normal(i / 4, 1, shape.kv_groups), draw.normal(i / 4, 1, shape.neurons)) for i in range(layers)]
+    scores = [
+        LayerScores(*(draw.normal(i / 4, 1, units) for units in (shape.kv_groups, shape.neurons)))
+        for i in range(layers)
+    ]
     if structure.endswith("mm"):
         options["remove_heads"] = round(ratio * layers * shape.kv_groups) * shape.heads_per_group
     keeps = allocate(scores, [shape] * layers, PlanConfig(ratio=ratio, structure=structure, **options))
@@ -141,7 +145,7 @@ def test_tensor_parallel_ranks_can_divide_every_layer() -> None:
 def test_rounding_that_no_layer_can_meet_is_refused() -> None:
     with pytest.raises(InvalidOption, match=r"layer 0 has 8 KV groups.*multiple of 16"):
         rounded("al-am", GROUPED, tensor_parallel=16)
-    with pytest.raises(InvalidOption, match=r"remove at least 0\.\d+ of the weights, more than --ratio 0\.02"):
+    with pytest.raises(InvalidOption, match=r"removes at least 0\.\d+ of the weights, more than --ratio 0\.02"):
         rounded("al-am", GROUPED, ratio=0.02, round_neurons_to=512)
     with pytest.raises(InvalidOption, match="released"):
         PlanConfig(statistics="released", round_neurons_to=32)
@@ -197,7 +201,7 @@ def test_every_rank_has_a_multiple_of_8_and_what_ranks_cannot_divide_does_not_st
 def test_each_expert_keeps_a_multiple_of_8() -> None:
     shape = LayerShape(4, 2, 16, 3 * 52, 6144, 192, experts=(52, 52, 52))
     draw = np.random.default_rng(3)
-    scores = [(draw.normal(size=4), draw.normal(size=156)) for _ in range(3)]
+    scores = [LayerScores(draw.normal(size=4), draw.normal(size=156)) for _ in range(3)]
     scores[1][1][52:104] = np.inf  # an expert that no token reached
     keeps = allocate(scores, [shape] * 3, PlanConfig(ratio=0.4))
     sizes = [np.diff(np.searchsorted(keep.neurons, [0, 52, 104, 156])).tolist() for keep in keeps]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
 from flap_stream.errors import UnsupportedModel
 from flap_stream.model.architecture import FAMILIES, family_of, layer_shape
 from flap_stream.model.units import COLUMNS, ROWS, Part, Projection, UnitKind
@@ -25,7 +25,7 @@ def test_a_fused_projection_is_cut_block_by_block() -> None:
 
 def test_channels_of_a_part_are_kept_or_removed() -> None:
     output = Projection("o", COLUMNS, ("query",))
-    part, kept = Part(UnitKind("attention", (output,)), 0, 3), np.array([1])
+    part, kept = Part(UnitKind(Sublayer.ATTENTION, (output,)), 0, 3), np.array([1])
     assert part.removed_channels(kept, SHAPE).tolist() == [*range(8), *range(16, 24)]
     both = [*part.removed_channels(kept, SHAPE), *output.kept_indices(kept, 3, SHAPE)]
     assert sorted(both) == list(range(output.size(3, SHAPE)))

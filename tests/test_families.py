@@ -11,6 +11,7 @@ from transformers import AutoModel
 
 import flap_stream
 from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.layer_shape import Sublayer
 from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
 from flap_stream.errors import UnsupportedModel
 from flap_stream.model.architecture import FAMILIES, Family
@@ -180,7 +181,7 @@ def test_a_family_is_added_by_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         flap_stream.prune(path, tmp_path / "out", options)
     attention, _ = FAMILIES["llama"].kinds
     ungated = UnitKind(
-        "mlp", (Projection("mlp.up_proj", ROWS, ("neuron",)), Projection("mlp.down_proj", COLUMNS, ("neuron",)))
+        Sublayer.MLP, (Projection("mlp.up_proj", ROWS, ("neuron",)), Projection("mlp.down_proj", COLUMNS, ("neuron",)))
     )
     monkeypatch.setitem(FAMILIES, "arcee", Family("ArceeForCausalLM", kinds=(attention, ungated)))
     record = flap_stream.prune(path, tmp_path / "out", options).record

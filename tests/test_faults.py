@@ -63,9 +63,9 @@ def some(steps: list[int], count: int, seed: int = 0) -> list[int]:
 
 FAULTS: dict[str, tuple[Callable[[str], None], bool, int, str, int]] = {
     "disk full (ENOSPC), from some operation on": (DISK_FULL, True, FAILED, "is full", 12),
-    "read-only file system (EROFS), from some operation on": (READ_ONLY, True, FAILED, "is out of bounds", 6),
-    "an operation fails (EIO)": (INPUT_OUTPUT, False, FAILED, "see to the disk", 12),
-    "an operation is not permitted (EACCES)": (NO_ACCESS, False, FAILED, "is out of bounds", 6),
+    "read-only file system (EROFS), from some operation on": (READ_ONLY, True, FAILED, "is not accessible", 6),
+    "an operation fails (EIO)": (INPUT_OUTPUT, False, FAILED, "check the disk", 12),
+    "an operation is not permitted (EACCES)": (NO_ACCESS, False, FAILED, "is not accessible", 6),
     "SIGINT": (interrupt, False, INTERRUPTED, "run the same command again to continue", 8),
     "SIGTERM": (terminate, False, INTERRUPTED, "run the same command again to continue", 8),
 }

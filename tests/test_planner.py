@@ -23,7 +23,7 @@ from flap_stream.engine.placement.prediction import predict
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InsufficientMemory, InvalidOption
 from flap_stream.model.opening import open_checkpoint
-from flap_stream.restore.restoration import refit_sizes
+from flap_stream.restore.requirements import refit_sizes
 from flap_stream.stages.forecast import forecast
 
 LLAMA_65B = {

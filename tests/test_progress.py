@@ -59,7 +59,7 @@ def test_a_bar_that_goes_on_begins_where_it_was(place: Path, tmp_path: Path) -> 
     text = (str(place / "tokens.npy"),)
     flap_stream.collect(place / "model", tmp_path / "out.run", CollectConfig(calibration=text, ratio=0.3))
     printed = _on_a_terminal("prune", place / "model", tmp_path / "out", "--calibration", *text, "--ratio", 0.3)
-    assert "collect: 5 of 5 layers done already" in printed
+    assert "collect: 5 of 5 layers already done" in printed
     shares = [int(found[1]) for found in re.finditer(r"job: +(\d+)%", printed)]
     assert min(share for share in shares if share) > 50
 
@@ -75,9 +75,9 @@ def test_shards_and_refits_that_are_there_are_told_of(
     out.rename(tmp_path / "out.partial")  # as a job that was interrupted in its last shard leaves it
     flap_stream.prune(place / "model", out, options, progress=Progress("auto"))
     said = capsys.readouterr().err
-    assert "collect: 5 of 5 layers done already" in said
-    assert "refit: 5 of 5 layers done already" in said
-    assert f"rewrite: {count - 1} of {count} shards done already" in said
+    assert "collect: 5 of 5 layers already done" in said
+    assert "refit: 5 of 5 layers already done" in said
+    assert f"rewrite: {count - 1} of {count} shards already done" in said
     assert re.findall(r"rewrite: (\d+)/", said) == [str(count)]
 
 
@@ -111,5 +111,5 @@ def test_rates_and_times_are_of_what_this_run_does(capsys: pytest.CaptureFixture
         stage.started -= 10
         stage.advance(tokens=500)
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == "collect: 999 of 1000 layers done already; going on from layer 998, where the newest snapshot is"
+    assert said[0] == "collect: 999 of 1000 layers already done; resuming from layer 998, at the newest snapshot"
     assert said[1].startswith("collect: 999/1000, 50 tokens/s") and said[1].endswith(", 10 s left")

@@ -269,7 +269,7 @@ def test_what_is_no_list_of_ratios_is_refused(text: str) -> None:
         ("--ratios 0:0.5:0.1", "--ratios is 0.0"),
         ("--ratios 0.2,nan", "no list of ratios"),
         ("--ratios 0.2,1.5", "--ratios is 1.5"),
-        ("--ratios 0.999", "--ratio 0.999 would take what must stay"),
+        ("--ratios 0.999", "--ratio 0.999 would remove units that must be kept"),
         ("--max-perplexity-increase 5%", "needs --evaluate"),
         ("--max-perplexity-increase much --evaluate text.npy", "no share"),
         ("--max-perplexity-increase 0% --evaluate text.npy", "above 0"),

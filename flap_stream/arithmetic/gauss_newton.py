@@ -1,31 +1,34 @@
 """A Gauss-Newton step for what an MLP's neurons read, beyond what any refit of their outputs can restore.
 
-A neuron's output z is a function of what its rows r of gate and up give, and of nothing else, so that to first order
-the MLP's output changes with those rows' weights by
+A neuron's output z depends only on the outputs r of its rows of gate and up, so that to first order the MLP's output
+changes with those rows' weights by
 
     J dW = down ((dz/dr) * (x dW^T)), summed over a neuron's rows.
 
 The step minimises |error - J dW|^2 over all tokens. It is found by conjugate gradients, which need only products with J
-and its transpose, summed over tokens batch by batch. To be quick they search in coordinates in which the inputs x are
-uncorrelated and each row matters as much as any other: dW = scale * V * U^-T, with U the Cholesky factor of the second
-moments of x. Stopping early keeps out of directions that calibration says little about.
+and its transpose, summed over tokens batch by batch. To converge fast they search in coordinates in which the inputs x
+are uncorrelated and all rows matter equally: dW = scale * V * U^-T, with U the Cholesky factor of the second moments of
+x. Stopping early avoids directions that calibration says little about.
 """
 
 import torch
 
 from flap_stream.arithmetic.least_squares import DAMPING, cholesky_factor, workspace_bytes
 
+# Per step. On the bundled model, the share of the bias's rise in perplexity that is left: three directions 0.318, six
+# 0.294 at a ratio of 50 %; six 0.336, twelve 0.324 at 30 %.
 DIRECTIONS = 6
 
-_LEAST_EFFECT = 1e-3  # of the mean: rows with less barely move
+# Of the mean effect: rows with less are scaled as if they had this much, so that they barely move. Not measured.
+_LEAST_EFFECT = 1e-3
 
 
 class ConjugateGradients:
-    """The step of least squares for rows `[row, hidden]`, damped, direction by direction.
+    """The damped least-squares step for rows `[row, hidden]`, direction by direction.
 
     inputs: second moments of what rows read, summed over the tokens, float32 `[hidden, hidden]`, upper triangle; used
-    up. gradient: J^T errors, summed likewise, float32 `[row, hidden]`. effects: roots of the mean squares by which the
-    MLP's output changes with what each row gives, float32 `[row]`.
+    up. gradient: J^T errors, summed likewise, float32 `[row, hidden]`. effects: root mean square change of the MLP's
+    output with the output of each row, float32 `[row]`.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class ConjugateGradients:
         return self._weights(self._towards)
 
     def advance(self, product: torch.Tensor) -> None:
-        """Go as far as is best. product: J^T J direction, float32 `[row, hidden]`."""
+        """Move along the direction to its minimum. product: J^T J direction, float32 `[row, hidden]`."""
         if not self._square:
             return
         product = self._pulled(product).add_(self._towards, alpha=self._damping)
@@ -59,7 +62,7 @@ class ConjugateGradients:
         self._towards.div_(self._length or 1.0)
 
     def step(self) -> torch.Tensor:
-        """The best found, float32 `[row, hidden]`."""
+        """The step found so far, float32 `[row, hidden]`."""
         return self._weights(self._found)
 
     def _pulled(self, sums: torch.Tensor) -> torch.Tensor:
@@ -72,11 +75,11 @@ class ConjugateGradients:
 def step_workspace_bytes(
     rows: int, neurons: int, hidden_size: int, tokens: int, item_bytes: int, on_cpu: bool
 ) -> tuple[int, int]:
-    """Most bytes that a step of so many rows takes: while a batch of tokens is summed, and between such sums."""
+    """Upper bound on the bytes of a step for `rows` rows: while a batch of tokens is summed, and between such sums."""
     sums, _ = workspace_bytes(rows, hidden_size, hidden_size, item_bytes, True, on_cpu)
-    search = 3 * 4 * rows * hidden_size  # what is left, found and searched
+    search = 3 * 4 * rows * hidden_size  # residual, step and direction
     weights = 2 * item_bytes * rows * hidden_size  # those in use, and a direction
-    # What rows give, their slopes or what is pulled, half of it at once; the neurons' outputs and what is pulled back.
+    # The rows' outputs, their slopes or what is pulled back, half of it at once; the neurons' outputs and gradients.
     batch = tokens * item_bytes * (5 * rows // 2 + 2 * neurons + 4 * hidden_size)
     return sums + search + weights + batch, sums + 2 * search + weights + 4 * hidden_size * hidden_size
 

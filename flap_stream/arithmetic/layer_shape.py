@@ -1,6 +1,27 @@
-"""Sizes of one decoder layer, as all decisions and counts see it."""
+"""The two sublayers of a decoder layer, and the sizes of a layer as every decision and count sees them."""
 
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Sublayer(StrEnum):
+    """The two halves of a decoder layer; their names are those of stored arrays.
+
+    The units of attention are KV groups: a KV head and the query heads that read it. Those of an MLP are neurons.
+    """
+
+    ATTENTION = "attention"
+    MLP = "mlp"
+
+    @property
+    def units(self) -> str:
+        """What its units are called in messages."""
+        return "KV groups" if self is Sublayer.ATTENTION else "neurons"
+
+    @property
+    def minimum_option(self) -> str:
+        """The option for how many of them every layer keeps."""
+        return "--min-heads" if self is Sublayer.ATTENTION else "--min-neurons"
 
 
 @dataclass(frozen=True)
@@ -8,10 +29,10 @@ class LayerShape:
     """Sizes of one decoder layer.
 
     heads_per_group: query heads that read one KV head; 1 is multi-head attention.
-    group_cost, neuron_cost: weights that go with one KV group, with one neuron.
-    group_biases, neuron_biases: elements of biases that go with them.
-    attention_rest, mlp_rest: elements of other tensors of the module, which go with its last unit.
-    added_biases: elements of the output biases that a restoration adds, where there are none.
+    group_cost, neuron_cost: weights that are removed with one KV group, with one neuron.
+    group_biases, neuron_biases: elements of biases that are removed with them.
+    attention_rest, mlp_rest: elements of other tensors of the module, which are removed with its last unit.
+    added_biases: elements of the output biases that a restoration adds where the model has none.
     experts: neurons of each expert, one after another in `neurons`; empty for an MLP without experts.
     """
 
@@ -33,10 +54,14 @@ class LayerShape:
         """Weights of the layer's pruned projections."""
         return self.kv_groups * self.group_cost + self.neurons * self.neuron_cost
 
-    def units(self, kind: str) -> int:
-        """How many units of a kind (`attention` or `mlp`) the layer has."""
-        return self.kv_groups if kind == "attention" else self.neurons
+    def units(self, sublayer: Sublayer) -> int:
+        """How many units one of its sublayers has."""
+        return self.kv_groups if sublayer == Sublayer.ATTENTION else self.neurons
+
+    def unit_cost(self, sublayer: Sublayer) -> int:
+        """Weights that are removed with one unit."""
+        return self.group_cost if sublayer == Sublayer.ATTENTION else self.neuron_cost
 
     def block_size(self, block: str) -> int:
-        """Rows or columns that one unit has in a block of a projection."""
+        """Rows or columns of one unit in a block of a projection: `query`, `key_value` or `neuron`."""
         return {"query": self.heads_per_group * self.head_dim, "key_value": self.head_dim, "neuron": 1}[block]

@@ -1,17 +1,18 @@
 """Least-squares refit of the columns that an output projection keeps. Pure torch arithmetic.
 
-FLAP's bias restores the mean of what removed inputs gave. What the kept inputs can predict beyond it is restored here.
-With G the second moments about the mean, P what stays, R what goes, and D = damping * mean(diag(G[P, P])) * I:
+FLAP's bias restores the mean contribution of removed inputs. This also recovers whatever the kept inputs can predict of
+the remainder. With G the second moments about the mean, P the kept inputs, R the removed ones, and
+D = damping * mean(diag(G[P, P])) * I:
 
     target `own`, the projection's dense output:    W_new = W[:, P] + W[:, R] G[R, P] (G[P, P] + D)^-1
                                                     b_new = b + W mean - W_new mean[P]
-    target T, anything that the output should be:   W_new = (G[T, P] + W[:, P] D) (G[P, P] + D)^-1
+    target T, any other wanted output:              W_new = (G[T, P] + W[:, P] D) (G[P, P] + D)^-1
                                                     b_new = mean(T) - W_new mean[P]
 
-What reads hidden states has no bias in most models, so that these are brought nearer to the dense ones (the target)
-with moments about zero, by a square matrix W_new that has the identity for W.
+Projections that read hidden states have no bias in most models. They are aligned with moments about zero: a square
+matrix W_new, with the identity for W, maps the pruned hidden states to the dense ones (the target).
 
-The damping draws towards the dense columns, not towards zero: a channel that calibration leaves silent keeps its
+The damping pulls towards the dense columns, not towards zero: a channel that calibration leaves silent keeps its
 weights.
 """
 
@@ -26,22 +27,22 @@ from torch.nn import functional
 
 logger = logging.getLogger(__name__)
 
-DAMPING = 1e-3
+DAMPING = 1e-3  # of the mean second moment; other values were not measured
 PRODUCT_TOKENS = 4096  # tokens in one float32 product: few enough to round little, many enough to add up rarely
-BLOCK_CHANNELS = 512
+BLOCK_CHANNELS = 512  # rows of the symmetric part that are held and multiplied together; not measured
 
-_HARDER = 10.0
-_GROWTH = 2.0**16  # by how much sums of squares may exceed what was expected and still be added up exactly
-_LEAST_SHARE = 2.0**-24  # of the largest sum of squares that is expected of any channel
-_ROUNDED_ROWS = 32
+_HARDER = 10.0  # factor on a damping that did not suffice; rarely needed, so not measured
+_GROWTH = 2.0**16  # how far sums of squares may exceed the expected ones and still be exact; ample, not measured
+_LEAST_SHARE = 2.0**-24  # of the largest expected sum of squares, float32's rounding; smaller ones are rounded like it
+_ROUNDED_ROWS = 32  # rows rounded at once, so that the temporary grid stays small; not measured
 
 
 @dataclass(frozen=True)
 class KeptMoments:
-    """Second moments about the mean, or about zero, of a linear's kept inputs and between them and what is beside them.
+    """Second moments, about the mean or zero, of a linear's kept inputs, and between them and the other channels.
 
-    mean: float64 `[kept + beside]`. kept: float32 `[kept, kept]`, only its upper triangle is set.
-    cross: float32 `[kept, beside]`.
+    mean: float64 `[kept + other]`. kept: float32 `[kept, kept]`, only its upper triangle is set.
+    cross: float32 `[kept, other]`.
     """
 
     mean: torch.Tensor
@@ -50,23 +51,23 @@ class KeptMoments:
 
 
 def product_windows(batch_size: int, tokens: int) -> int:
-    """Windows of which the tokens are multiplied apart from others': whole batches, of `tokens` a window."""
+    """Number of windows per independent matrix product: whole batches, of `tokens` tokens a window."""
     return batch_size * max(1, PRODUCT_TOKENS // (batch_size * tokens))
 
 
 class MomentSums:
-    """Sums over tokens from which KeptMoments come.
+    """Sums over tokens from which `KeptMoments` are computed.
 
-    kept: how many channels of a token are kept; those that are removed, or what is to be predicted, stand beside them.
-    squares: float64 `[kept + beside]`, what the sums of squares over all `tokens` will roughly be. It is known before
-    any token, on every rank the same, and decides only how finely sums are rounded.
-    block_tokens: after so many, a new product begins. Sums of the tokens of such blocks can be taken apart, on any
-    number of ranks in any order, and added up: the result is the same to the last bit.
+    kept: how many channels are kept; the others, removed inputs or the target, follow them.
+    squares: float64 `[kept + other]`, rough sums of squares over all `tokens`. They are known before any token, are the
+    same on every rank, and decide only how finely sums are rounded.
+    block_tokens: after this many, a new product begins. Blocks can be summed separately, on any number of ranks and in
+    any order, and added up: the result is the same to the last bit.
 
-    Products of token blocks are float32 and are added up in float64. Each is first rounded to a multiple of a step that
-    is smaller than float32's own, and so large that float64 holds every sum of such multiples exactly (Demmel & Nguyen,
-    Fast Reproducible Floating-Point Summation, 2013).
-    Of the symmetric part only block rows from the diagonal on are held: kept * (kept / 2 + beside) numbers in all.
+    Products of token blocks are float32 and are summed in float64. Each is first rounded to a multiple of a step that
+    is finer than float32's own, yet coarse enough for float64 to hold every sum of such multiples exactly (Demmel &
+    Nguyen, Fast Reproducible Floating-Point Summation, 2013).
+    Of the symmetric part only block rows from the diagonal on are held: kept * (kept / 2 + other) numbers in all.
     """
 
     def __init__(
@@ -77,18 +78,18 @@ class MomentSums:
             torch.zeros(min(BLOCK_CHANNELS, kept - at), self.channels - at, dtype=torch.float64, device=device)
             for at in range(0, kept, BLOCK_CHANNELS)
         ]
-        self._total = torch.zeros(self.channels + 1, dtype=torch.float64, device=device)  # the last counts tokens
+        self._total = torch.zeros(self.channels + 1, dtype=torch.float64, device=device)  # the last entry counts tokens
         self._sizes = _sizes(squares.to(device))
         self._many = _sizes(squares.new_tensor([tokens])).to(device)
         self._is_bf16 = dtype == torch.bfloat16
         if device.type == "cpu":
             dtype = torch.float32  # products of bf16 would be rounded to bf16
-        # Channels first: on CPUs products then take 7 % less time, which is more than the copy takes.
+        # Channels first: CPU products are then 7 % faster, which more than pays for the copy.
         self._pending = torch.empty(self.channels, PRODUCT_TOKENS, dtype=dtype, device=device)
         self._waiting, self._block_tokens, self._left = 0, block_tokens, block_tokens
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Take in tokens, `[token, kept + beside]`; the sums do not depend on the portions in which they come."""
+        """Add tokens, `[token, kept + other]`; the sums do not depend on how they are split over calls."""
         while len(inputs):
             part = inputs[: min(PRODUCT_TOKENS - self._waiting, self._left)]
             self._pending[:, self._waiting : self._waiting + len(part)].copy_(part.T)
@@ -112,13 +113,13 @@ class MomentSums:
                 _add_rounded(row, _product(block[rows], block[at:]), self._sizes[rows], self._sizes[at:])
 
     def parts(self) -> list[torch.Tensor]:
-        """All sums, once every token has been taken in: those of other ranks may be added to them, in place."""
+        """All sums, once every token has been added: those of other ranks may be added to them, in place."""
         if self._waiting:
             self._multiply()
         return [self._total, *self._rows]
 
     def finish(self, about_mean: bool = True) -> KeptMoments:
-        """The moments; nothing can be added any more."""
+        """The moments; the sums are used up."""
         self.parts()
         del self._pending
         count = self._total[-1]
@@ -136,7 +137,7 @@ class MomentSums:
 
 
 def _sizes(squares: torch.Tensor) -> torch.Tensor:
-    """Powers of two that the roots of sums of squares will not reach, float64 `[channel]`."""
+    """Powers of two above the square roots of the sums of squares, float64 `[channel]`."""
     largest = float(squares.max()) if len(squares) else 0.0
     exponents = torch.frexp(_GROWTH * squares.clamp(min=_LEAST_SHARE * (largest or 1.0))).exponent
     return torch.pow(2.0, torch.ceil(exponents.double() / 2))
@@ -175,10 +176,10 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a, b.T, out_dtype=torch.float32)
 
 
-def refit_to_own(weight: torch.Tensor, moments: KeptMoments, damping: float = DAMPING) -> torch.Tensor:
-    """The kept columns, refitted to the projection's dense output; float32 `[out, kept]`.
+def solve_for_dense_output(weight: torch.Tensor, moments: KeptMoments, damping: float = DAMPING) -> torch.Tensor:
+    """The kept columns that best reproduce the projection's dense output; float32 `[out, kept]`.
 
-    weight: `[out, kept + removed]`, any floating dtype. moments: with the removed channels beside; they are used up.
+    weight: `[out, kept + removed]`, any floating dtype. moments: their other channels are the removed ones; used up.
     """
     kept = moments.kept.shape[0]
     dense, removed = weight[:, :kept].float(), weight[:, kept:].float()
@@ -190,10 +191,10 @@ def refit_to_own(weight: torch.Tensor, moments: KeptMoments, damping: float = DA
     return dense + torch.cholesky_solve(shift, factor, upper=True).T
 
 
-def refit_to_target(kept_weight: torch.Tensor, moments: KeptMoments, damping: float = DAMPING) -> torch.Tensor:
-    """The kept columns, refitted to a target of the output; float32 `[out, kept]`.
+def solve_for_target(kept_weight: torch.Tensor, moments: KeptMoments, damping: float = DAMPING) -> torch.Tensor:
+    """The kept columns whose output is closest to a target; float32 `[out, kept]`.
 
-    kept_weight: `[out, kept]`, any floating dtype. moments: with the target `[out]` beside; they are used up.
+    kept_weight: `[out, kept]`, any floating dtype. moments: their other channels are the target `[out]`; used up.
     """
     factor, added = cholesky_factor(moments.kept, damping)
     wanted = moments.cross.add_(kept_weight.T.float(), alpha=added)
@@ -201,9 +202,9 @@ def refit_to_target(kept_weight: torch.Tensor, moments: KeptMoments, damping: fl
 
 
 def cholesky_factor(kept: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
-    """Upper Cholesky factor of a matrix whose upper triangle is given, and what its diagonal was raised by.
+    """Upper Cholesky factor of a matrix whose upper triangle is given, and how much was added to its diagonal.
 
-    Where the damping does not suffice, it is raised, and that is logged.
+    A damping that does not suffice is raised, with a warning.
     """
     diagonal = kept.diagonal()
     scale, before = float(diagonal.mean()) if len(kept) else 0.0, diagonal.clone()
@@ -224,7 +225,7 @@ def product_with_mean(weight: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
 
 
 def row_blocks(weight: torch.Tensor, elements: int = 1 << 24) -> Iterator[slice]:
-    """Rows of a matrix in blocks of about so many elements."""
+    """Rows of a matrix in blocks of about `elements` elements."""
     rows = max(1, elements // max(1, prod(weight.shape[1:])))
     for start in range(0, len(weight), rows):
         yield slice(start, start + rows)
@@ -233,18 +234,18 @@ def row_blocks(weight: torch.Tensor, elements: int = 1 << 24) -> Iterator[slice]
 def workspace_bytes(
     out: int, channels: int, kept: int, item_bytes: int, has_target: bool, on_cpu: bool
 ) -> tuple[int, int]:
-    """Most bytes that a refit of one projection `[out, channel]` takes, its weight and kept inputs aside.
+    """Upper bound on the bytes that fitting one projection `[out, channel]` takes, besides its weight and kept inputs.
 
-    Two figures: while moments are taken, and while the refit is solved; both are largest where all channels are kept.
+    Returns two figures: while moments are summed, and while the fit is solved. Both are largest if all are kept.
     """
-    beside = out if has_target else channels - kept
-    width = kept + beside
+    other = out if has_target else channels - kept
+    width = kept + other
     blocks = range(0, kept, BLOCK_CHANNELS)
     sums = 8 * sum(min(BLOCK_CHANNELS, kept - at) * (width - at) for at in blocks)
     adding = sums + PRODUCT_TOKENS * width * (4 if on_cpu else item_bytes)
     adding += (4 * BLOCK_CHANNELS + 24 * _ROUNDED_ROWS) * width
     matrices = 4 * kept * width
     weights = out * channels * (item_bytes + 4)
-    # LAPACK's factor is made in a copy of its own.
-    solving = weights + matrices + 2 * 4 * kept * kept + 4 * kept * (2 * min(beside, out) + out)
+    # LAPACK factors into a separate copy.
+    solving = weights + matrices + 2 * 4 * kept * kept + 4 * kept * (2 * min(other, out) + out)
     return adding, max(sums + matrices, solving)

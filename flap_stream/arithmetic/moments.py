@@ -1,4 +1,4 @@
-"""Moments of a linear's inputs: taken per window on the device, combined on the host in float64."""
+"""Moments of a linear's inputs: computed per window on the device, combined on the host in float64."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ import torch
 
 from flap_stream.errors import ShapeMismatch
 
-_ROW_BLOCK = 256
-# Elements that are widened to float32 at once: so few that they stay in cache, so many that small steps are not slow.
+_ROW_BLOCK = 256  # rows of a weight that are reduced at once; not measured
+# Elements that are widened to float32 at once: few enough to stay in cache, enough that per-call overhead is small.
 _BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
@@ -34,7 +34,7 @@ def window_moments(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _long_window_moments(window: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of one window `[token, channel]`, so many tokens at a time."""
+    """The same for one window `[token, channel]`, `rows` tokens at a time."""
     total = window.new_zeros(window.shape[1], dtype=torch.float32)
     for block in window.split(rows):
         total += block.sum(dim=0, dtype=torch.float32)
@@ -65,7 +65,7 @@ class Moments:
         return cls(0, 0, *(np.zeros(channels) for _ in range(4)))
 
     def add_windows(self, means: np.ndarray, m2s: np.ndarray, tokens: int) -> None:
-        """Take in windows, in order.
+        """Add windows, in order.
 
         means, m2s: float32 `[sample, channel]` from `window_moments`; tokens: of each window.
         Raises ShapeMismatch if channel counts differ.
@@ -73,7 +73,8 @@ class Moments:
         The fluctuation is that of lib/layerwrapper.py:70-81 of the released code in closed form: with b_k the mean of
         the first k + 1 window means and S_k = sum over tokens of (x - b_k)^2, counted from 0,
         F = 1/(N - 1) * sum_{k=1..N-1} S_k * k/(k + 1). The sum is kept here and divided when it is read.
-        The baseline is its running mean in float32, rounding included, since it is cut to half before use there.
+        The baseline is its running mean in float32, rounding included, since the released code rounds it
+        to half precision before use.
         """
         if means.shape[1:] != self.mean.shape:
             raise ShapeMismatch(f"windows have {means.shape[1]} channels, the moments {self.mean.shape[0]}")
@@ -96,7 +97,7 @@ class Moments:
 
 
 def joined_channels(parts: Sequence[Moments]) -> Moments:
-    """Moments of all channels, from those of some of them each, of the same windows."""
+    """The moments of several groups of channels over the same windows, concatenated."""
     filled = [part for part in parts if len(part.mean)] or parts[:1]
     arrays = {
         name: np.concatenate([getattr(part, name) for part in filled])

@@ -1,10 +1,12 @@
-"""From statistics to one score a unit. Pure numpy in float64; nothing here knows where statistics are stored."""
+"""One score per unit, from statistics. Pure numpy in float64; nothing here knows where statistics are stored."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from flap_stream.arithmetic.layer_shape import Sublayer
 from flap_stream.errors import NonFinite
 
 
@@ -12,7 +14,7 @@ from flap_stream.errors import NonFinite
 class ChannelStatistics:
     """All that decisions and biases need to know of one linear (o_proj or down_proj) of one layer.
 
-    count: int64 `[channel]`, tokens behind the moments; 0 where only weights were read, or no token came by.
+    count: int64 `[channel]`, tokens behind the moments; 0 where only weights were read, or no token reached an expert.
     samples: windows behind the moments.
     mean, m2, released_fluctuation, released_baseline: float64 `[channel]` as in `moments.Moments`.
     weight_squared_norm: float64 `[channel]`, sum over rows of W[:, j]^2.
@@ -30,30 +32,41 @@ class ChannelStatistics:
 
 
 def concatenated(parts: Sequence[ChannelStatistics]) -> ChannelStatistics:
-    """The channels of several modules one after another."""
+    """The statistics of several modules, their channels concatenated."""
     arrays = {
         name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0]) if name != "samples"
     }
     return ChannelStatistics(samples=max(part.samples for part in parts), **arrays)
 
 
+class LayerScores(NamedTuple):
+    """Scores of one layer's KV groups and neurons, float64 `[group]` and `[neuron]`; higher is better."""
+
+    kv_groups: np.ndarray
+    neurons: np.ndarray
+
+    def of(self, sublayer: Sublayer) -> np.ndarray:
+        """Those of one sublayer."""
+        return self.kv_groups if sublayer == Sublayer.ATTENTION else self.neurons
+
+
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of both kinds of units of one decoder layer."""
+    """Statistics of both sublayers of one decoder layer."""
 
     attention: ChannelStatistics
     mlp: ChannelStatistics
 
-    def of(self, kind: str) -> ChannelStatistics:
-        """Those of a kind of unit."""
-        return self.attention if kind == "attention" else self.mlp
+    def of(self, sublayer: Sublayer) -> ChannelStatistics:
+        """Those of one sublayer."""
+        return self.attention if sublayer == Sublayer.ATTENTION else self.mlp
 
 
 def fluctuation(statistics: ChannelStatistics, form: str) -> np.ndarray:
     """Variance of the inputs (IFV), float64 `[channel]`.
 
     form: `exact` is the n-1 variance over tokens; `released` is what the released code accumulates (ALGORITHM items
-    1 and 2: divided by windows, not tokens; the first window gives nothing).
+    1 and 2: divided by windows, not tokens; the first window contributes nothing).
     """
     if form == "released":
         return statistics.released_fluctuation / max(statistics.samples - 1, 1)
@@ -61,9 +74,9 @@ def fluctuation(statistics: ChannelStatistics, form: str) -> np.ndarray:
 
 
 def baseline_input(statistics: ChannelStatistics, form: str) -> np.ndarray:
-    """Mean of the inputs, which compensates for what is removed; float64 `[channel]`.
+    """Mean of the inputs, which stands for removed inputs in the bias; float64 `[channel]`.
 
-    form: `exact`, or `released`, which cuts it to half precision (lib/prune.py:349 of the released code).
+    form: `exact`, or `released`, which rounds it to half precision (lib/prune.py:349 of the released code).
     """
     if form == "released":
         return statistics.released_baseline.astype(np.float16).astype(np.float64)
@@ -71,7 +84,7 @@ def baseline_input(statistics: ChannelStatistics, form: str) -> np.ndarray:
 
 
 def root_mean_square(statistics: ChannelStatistics) -> np.ndarray:
-    """Root of the inputs' mean square over tokens, float64 `[channel]`."""
+    """Root mean square of the inputs over tokens, float64 `[channel]`."""
     return np.sqrt(statistics.m2 / np.maximum(statistics.count, 1) + np.square(statistics.mean))
 
 
@@ -88,7 +101,7 @@ def channel_metric(statistics: ChannelStatistics, metric: str, form: str) -> np.
 
 
 def standardise(metric: np.ndarray) -> np.ndarray:
-    """(x - mean) / std with the n-1 std over channels; zeros where all channels are alike.
+    """(x - mean) / std with the n-1 std over channels; zeros if all channels are equal.
 
     Raises NonFinite if the metric holds NaN or infinity.
     """
@@ -101,12 +114,12 @@ def standardise(metric: np.ndarray) -> np.ndarray:
 
 def flap_scores(
     layer: LayerStatistics, metric: str, form: str, head_score: str, channels_per_group: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Standardised scores of one layer's KV groups and neurons, float64 `[group]`, `[neuron]`.
+) -> LayerScores:
+    """Standardised scores of one layer's KV groups and neurons.
 
     The attention metric is squared, the MLP metric is not (lib/prune.py:249 of the released code, and the authors'
     answer in its issue 6). `mean-z`: square, standardise, mean over the group's channels. `l2`: square, standardise,
-    square, sum, root. Neurons of experts that no token reached score infinity: nothing is known of them, so they stay.
+    square, sum, root. Neurons of experts that no token reached score infinity and are kept: nothing is known of them.
     Raises NonFinite if statistics hold NaN or infinity.
     """
     attention = standardise(np.square(channel_metric(layer.attention, metric, form)))
@@ -114,26 +127,29 @@ def flap_scores(
     groups = grouped.mean(axis=1) if head_score == "mean-z" else np.sqrt(np.square(grouped).sum(axis=1))
     seen, neurons = layer.mlp.count > 0, channel_metric(layer.mlp, metric, form)
     if seen.all() or not seen.any():
-        return groups, standardise(neurons)
+        return LayerScores(groups, standardise(neurons))
     scores = np.full(len(neurons), np.inf)
     scores[seen] = standardise(neurons[seen])
-    return groups, scores
+    return LayerScores(groups, scores)
 
 
-def wanda_scores(layer: LayerStatistics, channels_per_group: int) -> tuple[np.ndarray, np.ndarray]:
+def wanda_scores(layer: LayerStatistics, channels_per_group: int) -> LayerScores:
     """Wanda-sp: mean_i |W[i, j]| * ||X[:, j]||, summed over a group's channels (lib/prune.py, prune_wanda_sp)."""
     attention = layer.attention.weight_abs_mean * root_mean_square(layer.attention)
     mlp = layer.mlp.weight_abs_mean * root_mean_square(layer.mlp)
-    return _finite(attention.reshape(-1, channels_per_group).sum(axis=1)), _finite(mlp)
+    return LayerScores(_finite(attention.reshape(-1, channels_per_group).sum(axis=1)), _finite(mlp))
 
 
-def magnitude_scores(layer: LayerStatistics, channels_per_group: int) -> tuple[np.ndarray, np.ndarray]:
+def magnitude_scores(layer: LayerStatistics, channels_per_group: int) -> LayerScores:
     """Magnitude-sp: L2 norm of a column, summed over a group's channels (lib/prune.py, prune_magnitude_sp)."""
     attention = np.sqrt(layer.attention.weight_squared_norm)
-    return _finite(attention.reshape(-1, channels_per_group).sum(axis=1)), np.sqrt(layer.mlp.weight_squared_norm)
+    groups = _finite(attention.reshape(-1, channels_per_group).sum(axis=1))
+    return LayerScores(groups, np.sqrt(layer.mlp.weight_squared_norm))
 
 
 def _finite(scores: np.ndarray) -> np.ndarray:
     if not np.isfinite(scores).all():
-        raise NonFinite("the statistics give NaN or infinite scores; collect again in float32 (--dtype float32)")
+        raise NonFinite(
+            "the scores from these statistics are NaN or infinite; collect again in float32 (--dtype float32)"
+        )
     return scores

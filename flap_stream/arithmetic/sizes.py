@@ -1,4 +1,4 @@
-"""What a decision comes to: parameters, removed shares, widths. Whatever is printed or stored of them is from here."""
+"""The sizes that a decision leads to: parameters, removed shares, widths. All that is printed or stored of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ class PrunedSizes:
     """Sizes of a pruned model.
 
     decoder_ratio: removed share of the decoder layers' prunable weights. parameters_before, parameters_after: elements
-    of all tensors in the files, added_biases among them, which a restoration adds; model_ratio: the share by which they
-    become fewer. width_multiple: the largest number of which every width is a multiple (KV groups times head_dim,
-    neurons, each expert's); 0 if nothing stays.
+    of all tensors in the files, including the added_biases of a restoration; model_ratio: the share of them that is
+    removed. width_multiple: the largest number of which every width is a multiple (KV groups times head_dim, neurons,
+    each expert's); 0 if nothing is kept.
     """
 
     decoder_ratio: float
@@ -48,12 +48,12 @@ class PrunedSizes:
 def pruned_sizes(
     shapes: Sequence[LayerShape], keeps: Sequence[LayerKeep], parameters: int, restore: str
 ) -> PrunedSizes:
-    """Sizes of a model of so many parameters after a decision, with a restoration (`none` adds no biases)."""
+    """Sizes of a model of `parameters` parameters after a decision, with a restoration (`none` adds no biases)."""
     pairs = list(zip(shapes, keeps, strict=True))
     prunable = sum(shape.prunable for shape in shapes)
     removed = prunable - sum(keep.cost(shape) for shape, keep in pairs)
     added = 0 if restore == "none" else sum(shape.added_biases for shape in shapes)
-    after = parameters + added - removed - sum(_beside_weights(shape, keep) for shape, keep in pairs)
+    after = parameters + added - removed - sum(_removed_besides(shape, keep) for shape, keep in pairs)
     return PrunedSizes(
         decoder_ratio=removed / prunable,
         model_ratio=(parameters - after) / parameters,
@@ -64,8 +64,8 @@ def pruned_sizes(
     )
 
 
-def _beside_weights(shape: LayerShape, keep: LayerKeep) -> int:
-    """Elements that go beside the pruned weights: biases of units, and norms of a module that loses all of them."""
+def _removed_besides(shape: LayerShape, keep: LayerKeep) -> int:
+    """Elements removed besides the pruned weights: biases of units, and norms of a module that loses all its units."""
     groups, neurons = len(keep.kv_groups), len(keep.neurons)
     biases = (shape.kv_groups - groups) * shape.group_biases + (shape.neurons - neurons) * shape.neuron_biases
     return biases + (0 if groups else shape.attention_rest) + (0 if neurons else shape.mlp_rest)
@@ -80,7 +80,7 @@ def _width_multiple(pairs: Sequence[tuple[LayerShape, LayerKeep]]) -> int:
 
 
 def width_note(width_multiple: int) -> str:
-    """What the widths mean for speed, for people."""
+    """What the widths mean for speed, as a sentence."""
     if width_multiple % FAST_MULTIPLE == 0:
         return f"every width is a multiple of {FAST_MULTIPLE}, which GPUs need in bf16 and fp16: {_SLOW_WIDTH}"
     return (

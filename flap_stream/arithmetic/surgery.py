@@ -1,4 +1,4 @@
-"""Cutting rows and columns out of tensors, and the bias that makes up for them. Pure torch arithmetic."""
+"""Cutting rows and columns out of tensors, and the bias that compensates for them. Pure torch arithmetic."""
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ def select_columns(rows: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 
 def baseline_shift(rows: torch.Tensor, removed: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """What the removed columns give on average, float64 `[row]`: W[:, R] @ mean[R].
+    """The mean contribution of the removed columns, float64 `[row]`: W[:, R] @ mean[R].
 
     rows: a block of the dense weight `[row, column]`; removed: int64 `[removed column]`; mean: float64 `[column]`.
     Source: the bias compensation of FLAP, arXiv 2312.11983, section 3.4; accumulated in float64.

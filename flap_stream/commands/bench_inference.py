@@ -15,19 +15,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="pruned checkpoint")
     group = parser.add_argument_group("what to time")
     group.add_argument(
-        "--batch-sizes", default=(1, 8), metavar="N,N", help="prompts at once, for each setting (default: 1,8)"
+        "--batch-sizes",
+        default=BenchInferenceConfig.batch_sizes,
+        metavar="N,N",
+        help="prompts at once, for each setting (default: 1,8)",
     )
     group.add_argument(
-        "--prompt-lengths", default=(512,), metavar="N,N", help="tokens of a prompt, for each setting (default: 512)"
+        "--prompt-lengths",
+        default=BenchInferenceConfig.prompt_lengths,
+        metavar="N,N",
+        help="tokens of a prompt, for each setting (default: 512)",
     )
-    group.add_argument("--generate", type=int, default=64, metavar="N", help="tokens after each prompt (default: 64)")
     group.add_argument(
-        "--rounds", type=int, default=5, metavar="N", help="times to run both models, in turn (default: 5)"
+        "--generate",
+        type=int,
+        default=BenchInferenceConfig.generate,
+        metavar="N",
+        help="tokens after each prompt (default: %(default)s)",
+    )
+    group.add_argument(
+        "--rounds",
+        type=int,
+        default=BenchInferenceConfig.rounds,
+        metavar="N",
+        help="times to run both models, in turn (default: %(default)s)",
     )
     group = parser.add_argument_group("device and models")
-    group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
     group.add_argument(
-        "--dtype", type=dtype_name, default="auto", choices=DTYPES, help="dtype of both (default: auto, the model's)"
+        "--device",
+        default=BenchInferenceConfig.device,
+        metavar="NAME",
+        help="auto, cpu, cuda or cuda:N (default: auto)",
+    )
+    group.add_argument(
+        "--dtype",
+        type=dtype_name,
+        default=BenchInferenceConfig.dtype,
+        choices=DTYPES,
+        help="dtype of both (default: auto, the model's)",
     )
     shared.add_revision(group)
     group.add_argument("--trust-remote-code", action="store_true", help="allow code that comes with the models to run")

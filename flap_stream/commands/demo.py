@@ -15,7 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="OUT", help="directory to write the pruned checkpoint to (default: a new temporary one)"
     )
-    parser.add_argument("--ratio", default=0.2, metavar="SHARE", help="share of the weights to remove (default: 0.2)")
+    parser.add_argument(
+        "--ratio",
+        default=PruneConfig.ratio,
+        metavar="SHARE",
+        help="share of the weights to remove (default: %(default)s)",
+    )
     shared.add_output(parser)
 
 

@@ -13,7 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="pruned checkpoint")
     parser.add_argument("directory", metavar="DIR", help="directory to write the checkpoint without remote code to")
     parser.add_argument("--pad", action="store_true", help="pad all layers with zeros to the size of the largest")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="size of a shard file (default: 5GB)")
+    parser.add_argument(
+        "--max-shard-size",
+        default=ExportStockConfig.max_shard_bytes,
+        metavar="SIZE",
+        help="size of a shard file (default: 5GB)",
+    )
     shared.add_output(parser)
 
 

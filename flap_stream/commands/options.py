@@ -47,11 +47,13 @@ def model_of(model: Any, options: argparse.Namespace) -> Any:
 def add_engine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """How layers are run, and within how much memory."""
     group = parser.add_argument_group("device and memory")
-    group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
+    group.add_argument(
+        "--device", default=config.EngineConfig.device, metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
     group.add_argument(
         "--dtype",
         type=dtype_name,
-        default="auto",
+        default=config.EngineConfig.dtype,
         choices=config.DTYPES,
         help="dtype of the forward pass (default: auto, the model's)",
     )
@@ -79,18 +81,30 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calibration",
         nargs="+",
-        default=["wikitext2"],
+        default=[*config.CollectConfig.calibration],
         metavar="TEXT",
         help="wikitext2, c4 or ptb; or .txt, .jsonl, .json, .parquet files (also .gz, .bz2, .xz, .zst) or directories "
         "of them; or one .npy of integer tokens [sample, token], used in order (default: wikitext2)",
     )
-    group.add_argument("--samples", type=int, default=1024, metavar="N", help="calibration windows (default: 1024)")
+    group.add_argument(
+        "--samples",
+        type=int,
+        default=config.CollectConfig.samples,
+        metavar="N",
+        help="calibration windows (default: %(default)s)",
+    )
     add_sequence_length(group)
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the window sampling (default: 0)")
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=config.CollectConfig.seed,
+        metavar="N",
+        help="seed of the window sampling (default: %(default)s)",
+    )
     group.add_argument(
         "--loss-windows",
         type=int,
-        default=0,
+        default=config.CollectConfig.loss_windows,
         metavar="N",
         help="windows whose loss is differentiated, for --metric fisher (default: 0; "
         f"prune with --metric fisher: {config.LOSS_WINDOWS})",
@@ -101,7 +115,11 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 def add_sequence_length(group: argparse._ActionsContainer) -> None:
     """--sequence-length."""
     group.add_argument(
-        "--sequence-length", type=int, default=128, metavar="N", help="tokens in each window (default: 128)"
+        "--sequence-length",
+        type=int,
+        default=config.CollectConfig.sequence_length,
+        metavar="N",
+        help="tokens in each window (default: %(default)s)",
     )
 
 
@@ -129,13 +147,13 @@ def add_text(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--chat-template",
-        default="auto",
+        default=config.TextConfig.chat_template,
         choices=config.CHAT_TEMPLATE,
         help="format messages with the tokenizer's chat template (default: auto, if there is no text)",
     )
     group.add_argument(
         "--bos",
-        default="auto",
+        default=config.TextConfig.bos,
         choices=config.BOS,
         help="start each window with the beginning-of-text token (default: auto, if the tokenizer adds one)",
     )
@@ -147,23 +165,36 @@ def add_method(parser: argparse.ArgumentParser, *, one_ratio: bool = True) -> No
     if one_ratio:
         group.add_argument(
             "--ratio",
-            default=0.2,
+            default=config.PlanConfig.ratio,
             metavar="SHARE",
-            help="share of the prunable weights to remove, such as 0.2 or 20%% (default: 0.2)",
+            help="share of the prunable weights to remove, such as 0.2 or 20%% (default: %(default)s)",
         )
-    group.add_argument("--method", default="flap", choices=config.METHODS, help="pruning method (default: flap)")
     group.add_argument(
-        "--min-heads", type=int, default=1, metavar="N", help="query heads that every layer keeps (default: 1)"
+        "--method",
+        default=config.PlanConfig.method,
+        choices=config.METHODS,
+        help="pruning method (default: %(default)s)",
     )
     group.add_argument(
-        "--min-neurons", type=int, default=1, metavar="N", help="neurons that every layer keeps (default: 1)"
+        "--min-heads",
+        type=int,
+        default=config.PlanConfig.min_heads,
+        metavar="N",
+        help="query heads that every layer keeps (default: %(default)s)",
+    )
+    group.add_argument(
+        "--min-neurons",
+        type=int,
+        default=config.PlanConfig.min_neurons,
+        metavar="N",
+        help="neurons that every layer keeps (default: %(default)s)",
     )
     group.add_argument(
         "--round-heads-to",
         type=int,
-        default=1,
+        default=config.PlanConfig.round_heads_to,
         metavar="N",
-        help="keep a multiple of N query heads in each layer (default: 1)",
+        help="keep a multiple of N query heads in each layer (default: %(default)s)",
     )
     group.add_argument(
         "--round-neurons-to",
@@ -175,16 +206,21 @@ def add_method(parser: argparse.ArgumentParser, *, one_ratio: bool = True) -> No
     group.add_argument(
         "--tensor-parallel",
         type=int,
-        default=1,
+        default=config.PlanConfig.tensor_parallel,
         metavar="N",
-        help="keep sizes that N tensor-parallel ranks can divide evenly (default: 1)",
+        help="keep sizes that N tensor-parallel ranks can divide evenly (default: %(default)s)",
     )
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
     """The rest of the decision."""
     group = parser.add_argument_group("how to score and compare units")
-    group.add_argument("--metric", default="wifv", choices=config.METRICS, help="score of a unit (default: wifv)")
+    group.add_argument(
+        "--metric",
+        default=config.PlanConfig.metric,
+        choices=config.METRICS,
+        help="score of a unit (default: %(default)s)",
+    )
     group.add_argument(
         "--structure",
         choices=config.STRUCTURES,
@@ -193,15 +229,15 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--head-score",
-        default="mean-z",
+        default=config.PlanConfig.head_score,
         choices=config.HEAD_SCORES,
-        help="how the channels of a KV group make one score (default: mean-z)",
+        help="how the channels of a KV group make one score (default: %(default)s)",
     )
     group.add_argument(
         "--statistics",
-        default="exact",
+        default=config.PlanConfig.statistics,
         choices=config.STATISTICS,
-        help="exact moments, or those of the released FLAP code (default: exact)",
+        help="exact moments, or those of the released FLAP code (default: %(default)s)",
     )
     group.add_argument(
         "--remove-heads", type=int, metavar="N", help="query heads to remove in total (only al-mm and ul-mm)"
@@ -218,11 +254,16 @@ def add_rewrite(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--refit-target",
-        default="own",
+        default=config.RewriteConfig.refit_target,
         choices=config.REFIT_TARGETS,
-        help="what least-squares fits; each is better and slower than the one before (default: own)",
+        help="what least-squares fits; each is better and slower than the one before (default: %(default)s)",
     )
-    group.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="size of a shard file (default: 5GB)")
+    group.add_argument(
+        "--max-shard-size",
+        default=config.RewriteConfig.max_shard_bytes,
+        metavar="SIZE",
+        help="size of a shard file (default: 5GB)",
+    )
 
 
 @contextmanager

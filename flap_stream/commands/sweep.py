@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("ratios")
     group.add_argument(
         "--ratios",
-        default="0.1:0.6:0.1",
+        default=SweepConfig.ratios,
         metavar="LIST",
         help="start:stop:step, both ends included, or a list such as 0.2,0.3,0.5 (default: 0.1:0.6:0.1)",
     )
@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also find the largest ratio whose perplexity rises by at most SHARE, such as 5%%",
     )
     group.add_argument(
-        "--resolution", default=0.005, metavar="SHARE", help="precision of that largest ratio (default: 0.005)"
+        "--resolution",
+        default=SweepConfig.resolution,
+        metavar="SHARE",
+        help="precision of that largest ratio (default: %(default)s)",
     )
     group = parser.add_argument_group("perplexity")
     shared.add_evaluation(group, "--evaluate", [])

@@ -1,4 +1,4 @@
-"""The options that a stage is called with: as a config or as keywords, each with an effect."""
+"""The options that a stage is called with, as a config or as keywords; those without an effect are reported."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -6,16 +6,9 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
-from flap_stream.config import (
-    CollectConfig,
-    EngineConfig,
-    EvaluateConfig,
-    PlanConfig,
-    PruneConfig,
-    RewriteConfig,
-    SweepConfig,
-    changed_options,
-)
+from flap_stream.config.measuring import EvaluateConfig, SweepConfig
+from flap_stream.config.options import EngineConfig, changed_options
+from flap_stream.config.pruning import CollectConfig, PlanConfig, PruneConfig, RewriteConfig
 from flap_stream.config.values import option_name, shortened, written
 from flap_stream.errors import InvalidOption
 
@@ -24,7 +17,7 @@ logger = logging.getLogger(__name__)
 _Config = TypeVar("_Config")
 
 _ENGINE = tuple(field.name for field in fields(EngineConfig))
-FED_ON = (  # what decides the pruned layers that wanda-sp feeds the next
+FED_ON = (  # what decides the pruned layers whose outputs wanda-sp feeds to the next
     "ratio",
     "min_heads",
     "min_neurons",
@@ -38,8 +31,8 @@ FED_ON = (  # what decides the pruned layers that wanda-sp feeds the next
 class Rule:
     """Options of some configs that have an effect only together with something else.
 
-    needs: what that is, for a message. holds: whether it is there. is_refused: refused where it is not, since the
-    result would not be what was asked for; else a warning is enough.
+    needs: what that is, for a message. holds: whether it is present. is_refused: refused if it is not, since the result
+    would not be what was asked for; otherwise a warning is enough.
     """
 
     kinds: tuple[type, ...]
@@ -76,7 +69,7 @@ RULES = (
     Rule(
         (CollectConfig, EvaluateConfig, SweepConfig),
         ("sequence_length", "seed"),
-        "a text; a .npy has windows of its own",
+        "a text; a .npy already holds windows",
         lambda o: not _has_ready_tokens(o),
         is_refused=False,
     ),
@@ -91,7 +84,7 @@ RULES = (
     Rule(
         (RewriteConfig,),
         _ENGINE,
-        "--restore least-squares, which alone runs layers here",
+        "--restore least-squares; nothing else runs layers here",
         lambda o: o.refits or isinstance(o, PruneConfig),
         is_refused=False,
     ),
@@ -99,13 +92,13 @@ RULES = (
 
 
 def options_of(kind: type[_Config], stage: str, options: Any, keywords: Mapping[str, Any]) -> _Config:
-    """The options of a stage, given as a config or as keywords; those that would have no effect are not passed over.
+    """The options of a stage, given as a config or as keywords; those without an effect are reported.
 
     kind: the config that the stage takes. stage: the function's name.
-    Raises InvalidOption for anything else, and by `RULES`; TypeError for a keyword that is no option.
+    Raises InvalidOption for anything else, and by `RULES`; TypeError for a keyword that is not an option.
     """
     if options is not None and keywords:
-        raise InvalidOption(f"{stage} got a config and {', '.join(keywords)} besides; put all options into one of them")
+        raise InvalidOption(f"{stage} got a config and {', '.join(keywords)} as well; put all options into one of them")
     if options is not None and not isinstance(options, kind):
         raise InvalidOption(
             f"{stage} takes its options as a {kind.__name__} or by name, such as {_example(kind)}; "
@@ -123,7 +116,7 @@ def options_of(kind: type[_Config], stage: str, options: Any, keywords: Mapping[
 
 
 def require_effect(options: Any) -> None:
-    """Raise InvalidOption, or warn, if an option was changed that means nothing with the others."""
+    """Raise InvalidOption, or warn, if an option was changed that has no effect with the others."""
     for rule in RULES:
         if not isinstance(options, rule.kinds) or rule.holds(options):
             continue
@@ -131,17 +124,17 @@ def require_effect(options: Any) -> None:
             if name in rule.names:
                 given = f"--{option_name(name)} {written(value)}"
                 if rule.is_refused:
-                    raise InvalidOption(f"{given} would have no effect: it goes with {rule.needs}")
-                logger.warning("%s has no effect: it goes with %s", given, rule.needs)
+                    raise InvalidOption(f"{given} would have no effect: it is only valid with {rule.needs}")
+                logger.warning("%s has no effect: it is only valid with %s", given, rule.needs)
 
 
 def warn_of_positions(config: Mapping[str, Any], length: int) -> None:
-    """Warn of windows that are longer than the model was made for. config: of the language model."""
+    """Warn of windows that are longer than the model was built for. config: of the language model."""
     most = config.get("max_position_embeddings")
     if isinstance(most, int) and length > most:
         logger.warning(
-            "windows of %d tokens are longer than the %d positions that the model was made for; what it computes "
-            "beyond them may be worthless, so lower --sequence-length",
+            "windows of %d tokens are longer than the %d positions that the model was built for; what it computes "
+            "beyond them may be meaningless, so lower --sequence-length",
             length,
             most,
         )

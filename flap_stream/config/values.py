@@ -1,4 +1,4 @@
-"""What a user wrote for an option, as the value that the option takes: one reading for Python and the command line."""
+"""Parsing of option values, the same for Python and the command line."""
 
 import os
 import re
@@ -19,7 +19,7 @@ GgufType = Annotated[str, "gguf"]  # as `dtype`, by its short name; in capitals,
 
 _MOST_RATIOS = 1000
 _SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-# A letter alone is a power of 1024, as it is to Docker, Slurm, systemd and the GNU tools.
+# A single letter is a power of 1024, as it is to Docker, Slurm, systemd and the GNU tools.
 _SIZE_UNITS |= {f"{letter}{rest}": 1 << 10 * i for i, letter in enumerate("KMGT", start=1) for rest in ("", "IB")}
 _DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16"}
 _DTYPE_NAMES |= {"fp32": "float32", "f32": "float32", "float": "float32"}
@@ -36,7 +36,7 @@ def option_name(field: str) -> str:
 def parse_size(text: str) -> int:
     """Bytes in a size such as `5GB` (10^9), `20GiB` or `20G` (2^30).
 
-    Raises InvalidOption if the text is no positive size.
+    Raises InvalidOption if the text is not a positive size.
     """
     return _read("size", text)
 
@@ -50,22 +50,22 @@ def parse_ratios(text: str) -> tuple[float, ...]:
 
 
 def parse_count(text: str) -> int:
-    """A whole number, `1e3` among them. Raises InvalidOption for anything else."""
+    """A whole number, also written as `1e3`. Raises InvalidOption for anything else."""
     return _read(int, text)
 
 
 def dtype_name(text: str) -> str:
-    """The long name of a dtype: `bf16` is `bfloat16`; any other text stays as it is."""
+    """The long name of a dtype: `bf16` is `bfloat16`; any other text is returned unchanged."""
     return _DTYPE_NAMES.get(text.lower(), text)
 
 
 def gguf_type(text: str) -> str:
-    """The name of a type of GGUF: `fp16` is `f16`, `Q8_0` is `q8_0`; any other text stays as it is."""
+    """The name of a type of GGUF: `fp16` is `f16`, `Q8_0` is `q8_0`; any other text is returned unchanged."""
     return _GGUF_NAMES.get(dtype_name(text), text.lower())
 
 
 def converted(owner: type, field: str, value: Any) -> Any:
-    """`value` as the annotation of a field of the dataclass `owner` asks for; one that says nothing lets it pass.
+    """`value` converted to the annotated type of a field of the dataclass `owner`; unchanged if that has no reader.
 
     Raises InvalidOption, naming the option, what was given and what was expected.
     """
@@ -87,7 +87,7 @@ def _read(kind: Any, value: Any, option: str | None = None) -> Any:
 
 
 def shortened(value: object) -> str:
-    """A value for a message: texts in quotes, others with their type, both cut off where they are long."""
+    """A value for a message: strings in quotes, others with their type, both truncated if long."""
     if isinstance(value, str | bool | NoneType):
         text = repr(value)
     elif isinstance(value, Real):
@@ -113,7 +113,7 @@ def _hints(owner: type) -> dict[str, Any]:
 
 
 def _decimal(value: object) -> Decimal | None:
-    """A finite number, given as one or as a text."""
+    """A finite number, given as one or as a string."""
     if isinstance(value, bool) or not isinstance(value, str | Real | Decimal):
         return None
     try:
@@ -180,7 +180,7 @@ def _read_path(value: object) -> str | None:
 
 
 def _read_several(value: object, read: Callable[[object], Any], single: tuple[type, ...]) -> tuple[Any, ...] | None:
-    """A tuple of what is read one by one; one by itself is a tuple of one, never a sequence of its characters."""
+    """A tuple of items read one by one; a single one becomes a tuple of one, never a sequence of its characters."""
     if isinstance(value, single):
         items: list[object] = [value]
     elif isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray | Mapping | Set):
@@ -220,15 +220,15 @@ def _read_ratios(value: object) -> tuple[float, ...] | None:
 
 _READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
     "size": (_read_size, "is not a size; write a number with a unit, such as 5GB or 20GiB"),
-    "share": (_read_share, "is no share; write it as 5% or 0.05"),
-    "ratios": (_read_ratios, "is no list of ratios; write 0.2,0.3,0.5 or start:stop:step, such as 0.1:0.6:0.1"),
-    "dtype": (_read_dtype, "is no name of a dtype; write one such as bfloat16"),
-    "gguf": (_read_gguf_type, "is no name of a type; write one such as q8_0"),
-    int: (_read_count, "is no whole number; write one such as 1000"),
-    float: (_read_number, "is no number; write one such as 0.5"),
+    "share": (_read_share, "is not a percentage; write it as 5% or 0.05"),
+    "ratios": (_read_ratios, "is not a list of ratios; write 0.2,0.3,0.5 or start:stop:step, such as 0.1:0.6:0.1"),
+    "dtype": (_read_dtype, "is not the name of a dtype; write one such as bfloat16"),
+    "gguf": (_read_gguf_type, "is not the name of a type; write one such as q8_0"),
+    int: (_read_count, "is not a whole number; write one such as 1000"),
+    float: (_read_number, "is not a number; write one such as 0.5"),
     bool: (_read_bool, "is neither True nor False; give one of them"),
-    str: (_read_text, "is no text; give a string"),
-    tuple[str, ...]: (_read_paths, "is no text; name a file or a list of them"),
-    tuple[int, ...]: (_read_counts, "is no list of whole numbers; write it as 1,8"),
-    tuple[float, ...]: (_read_numbers, "is no list of numbers; write it as 0.2,0.3"),
+    str: (_read_text, "is not a string; give one"),
+    tuple[str, ...]: (_read_paths, "is not a file name; name a file or a list of them"),
+    tuple[int, ...]: (_read_counts, "is not a list of whole numbers; write it as 1,8"),
+    tuple[float, ...]: (_read_numbers, "is not a list of numbers; write it as 0.2,0.3"),
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
 from flap_stream.errors import InvalidModel, UnsupportedModel
 from flap_stream.model.units import COLUMNS, ROWS, Part, Projection, UnitKind
 
@@ -20,7 +20,7 @@ PRUNED_TYPE = "flap_stream_"  # before the dense model's model_type in the confi
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 _ATTENTION = UnitKind(
-    "attention",
+    Sublayer.ATTENTION,
     (
         Projection("self_attn.q_proj", ROWS, ("query",)),
         Projection("self_attn.k_proj", ROWS, ("key_value",)),
@@ -30,7 +30,7 @@ _ATTENTION = UnitKind(
     norm="input_layernorm",
 )
 _FUSED_ATTENTION = UnitKind(
-    "attention",
+    Sublayer.ATTENTION,
     (
         Projection("self_attn.qkv_proj", ROWS, ("query", "key_value", "key_value")),
         Projection("self_attn.o_proj", COLUMNS, ("query",)),
@@ -38,7 +38,7 @@ _FUSED_ATTENTION = UnitKind(
     norm="input_layernorm",
 )
 _MLP = UnitKind(
-    "mlp",
+    Sublayer.MLP,
     (
         Projection("mlp.gate_proj", ROWS, ("neuron",)),
         Projection("mlp.up_proj", ROWS, ("neuron",)),
@@ -47,7 +47,7 @@ _MLP = UnitKind(
     norm="post_attention_layernorm",
 )
 _FUSED_MLP = UnitKind(
-    "mlp",
+    Sublayer.MLP,
     (
         Projection("mlp.gate_up_proj", ROWS, ("neuron", "neuron")),
         Projection("mlp.down_proj", COLUMNS, ("neuron",)),
@@ -55,7 +55,7 @@ _FUSED_MLP = UnitKind(
     norm="post_attention_layernorm",
 )
 _EXPERT = UnitKind(
-    "mlp",
+    Sublayer.MLP,
     (
         Projection("mlp.experts.each.{}.gate", ROWS, ("neuron",)),
         Projection("mlp.experts.each.{}.up", ROWS, ("neuron",)),
@@ -91,7 +91,7 @@ class Family:
         """The modules of a layer that units belong to."""
         found = []
         for kind in self.kinds:
-            if kind.name == "mlp" and shape.experts:
+            if kind.name == Sublayer.MLP and shape.experts:
                 assert self.experts is not None
                 firsts = np.cumsum([0, *shape.experts]).tolist()
                 found += [Part(self.experts.numbered(i), firsts[i], n) for i, n in enumerate(shape.experts)]

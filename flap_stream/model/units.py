@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
 
 ROWS, COLUMNS = 0, 1
 HOLE = -1  # in place of an index: a row or column of zeros
@@ -58,7 +58,7 @@ class UnitKind:
     None if there is none, or it is not known.
     """
 
-    name: str
+    name: Sublayer
     projections: tuple[Projection, ...]
     norm: str | None = None
 

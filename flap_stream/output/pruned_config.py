@@ -3,7 +3,7 @@
 from typing import Any
 
 from flap_stream.arithmetic.allocation import LayerKeep
-from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
 from flap_stream.model.architecture import PRUNED_TYPE, Family
 from flap_stream.model.model_code import MODELING_NAME
 from flap_stream.output.pruned_model import PrunedModel
@@ -71,4 +71,5 @@ def _layer_sizes(shape: LayerShape, keep: LayerKeep) -> dict[str, int]:
 
 def _expert_sizes(family: Family, shape: LayerShape, keep: LayerKeep) -> list[int]:
     """Neurons kept in each expert of a layer; none for a dense MLP."""
-    return [len(part.own(keep.neurons)) for part in family.parts(shape) if shape.experts and part.kind.name == "mlp"]
+    parts = family.parts(shape) if shape.experts else []
+    return [len(part.own(keep.neurons)) for part in parts if part.kind.name == Sublayer.MLP]

@@ -1,4 +1,8 @@
-"""What compensates for removed units beyond a bias: refits of what remains, layer by layer.
+"""Least-squares restoration: refits what is left of each layer on the inputs that the pruned layers before it produce.
 
-Imports `output` and below.
+`refit_layers.py` is the loop over layers, `sublayer.py` runs and refits attention and MLP one after the other,
+`output_projection.py` fits o_proj and down_proj, `mlp_step.py` takes the Gauss-Newton step of `joint`, and
+`requirements.py` says which models can be refitted and what that takes. The arithmetic is in `arithmetic/`.
+
+Imports `output` and the rooms below it.
 """

@@ -1,4 +1,4 @@
-"""Modules that stand in for a decoder layer's own while pass 2 refits it."""
+"""Modules that stand in for a decoder layer's own while it is refitted."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from flap_stream.arithmetic.layer_shape import Sublayer
 from flap_stream.engine.layer_pass import StandIn
 from flap_stream.model.units import UnitKind
 
 
 class Captures(nn.Module):
-    """Stands in for an output projection: keeps its inputs, gives zeros."""
+    """Stands in for an output projection: keeps its inputs, outputs zeros."""
 
     inputs: torch.Tensor
 
@@ -28,26 +29,27 @@ class Captures(nn.Module):
 
 
 class Supplies(StandIn):
-    """Stands in for attention or an MLP: gives what the refitted projection makes of inputs taken before.
+    """Stands in for attention or an MLP: outputs what the refitted projection makes of inputs captured earlier.
 
-    weight: `[hidden, kept]`, or None for zeros. bias: `[hidden]` or None. inputs: gives those of so many windows from
-    the first of a batch on. read: what the module was last given.
+    weight: `[hidden, kept]`, or None for zeros. bias: `[hidden]` or None. inputs: called with the first window of a
+    batch and their number; returns the projection's inputs, `[sample, token, kept]`. read: the last hidden states that
+    the module was called with.
     """
 
     read: torch.Tensor
 
     def __init__(
         self,
-        kind: str,
+        kind: Sublayer,
         weight: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
         inputs: Callable[[int, int], torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self._is_attention, self._weight, self._bias, self._inputs = kind == "attention", weight, bias, inputs
+        self._is_attention, self._weight, self._bias, self._inputs = kind is Sublayer.ATTENTION, weight, bias, inputs
 
     def forward(self, *args: torch.Tensor, **kwargs: Any) -> Any:
-        """In the form that the module has."""
+        """In the return form of the module: attention returns a pair."""
         self.read = hidden = args[0] if args else kwargs["hidden_states"]
         if self._weight is not None:
             assert self._inputs is not None
@@ -57,8 +59,8 @@ class Supplies(StandIn):
         return (output, None) if self._is_attention else output
 
 
-class _Gives(nn.Module):
-    """Stands in for a linear: gives values that were set before."""
+class _Preset(nn.Module):
+    """Stands in for a linear layer: outputs values that were set before."""
 
     values: torch.Tensor
 
@@ -67,12 +69,13 @@ class _Gives(nn.Module):
 
 
 class LinearisedMlp(nn.Module):
-    """Stands in for an MLP of which some neurons are left: what a step needs of it is kept, zeros come out.
+    """Stands in for an MLP of which some neurons are left: keeps what a step needs, outputs zeros.
 
     mlp: the module of transformers. kind: its units.
 
-    Of the last call: inputs `[token, hidden]`, outputs `[token, neuron]` (of the neurons) and slopes `[token, row]`, by
-    how much a neuron's output rises with what each of its rows gives. Rows stand in blocks of one a neuron each.
+    Of the last call: inputs `[token, hidden]`, outputs `[token, neuron]` (of the neurons, before down_proj) and slopes
+    `[token, row]`, the derivative of a neuron's output with respect to the output of each of its rows. Rows come in
+    blocks, gate before up, with one row per neuron in each.
     """
 
     inputs: torch.Tensor
@@ -82,36 +85,39 @@ class LinearisedMlp(nn.Module):
     def __init__(self, mlp: nn.Module, kind: UnitKind, hidden_size: int) -> None:
         super().__init__()
         self._mlp, self._captures = copy.deepcopy(mlp), Captures(hidden_size)
-        self._gives = {projection.name: _Gives() for projection in kind.readers}
+        self._presets = {projection.name: _Preset() for projection in kind.readers}
         self._tensors: Mapping[str, torch.Tensor] = {}
-        for path, module in (*self._gives.items(), (kind.output.name, self._captures)):
+        for path, module in (*self._presets.items(), (kind.output.name, self._captures)):
             setattr(self._mlp, path.removeprefix(f"{kind.module}."), module)
 
     def use(self, readers: Mapping[str, torch.Tensor]) -> None:
-        """Weights, and biases if there are any, of what reads hidden states, by name: rows of the neurons left."""
+        """Set weights, and biases if any, of what reads hidden states, by name: the rows of the neurons left."""
         self._tensors = readers
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[sample, token, hidden]` to zeros of that shape."""
         self.inputs = hidden_states.flatten(0, -2)
         with torch.inference_mode(False), torch.enable_grad():
-            for path, gives in self._gives.items():
+            for path, preset in self._presets.items():
                 weight, bias = self._tensors[f"{path}.weight"], self._tensors.get(f"{path}.bias")
-                gives.values = functional.linear(self.inputs, weight, bias).requires_grad_()
+                preset.values = functional.linear(self.inputs, weight, bias).requires_grad_()
             self._mlp(self.inputs)
             outputs = self._captures.inputs
-            slopes = torch.autograd.grad(outputs.sum(), [gives.values for gives in self._gives.values()])
-        for gives in self._gives.values():
-            del gives.values
+            slopes = torch.autograd.grad(outputs.sum(), [preset.values for preset in self._presets.values()])
+        for preset in self._presets.values():
+            del preset.values
         self.outputs, self.slopes = outputs.detach(), torch.cat(slopes, dim=-1)
         return torch.zeros_like(hidden_states)
 
     def pushed(self, weights: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        """J weights: what the MLP's output changes by with the rows, `[token, hidden]`. weights: `[row, hidden]`."""
+        """J weights, the change of the MLP's output, `[token, hidden]`. weights: changes of rows, `[row, hidden]`."""
         changes = self.slopes * functional.linear(self.inputs, weights)
         return functional.linear(changes.unflatten(-1, (-1, down.shape[1])).sum(dim=-2), down)
 
     def pulled(self, errors: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        """What, times the inputs and summed over tokens, is J^T errors: `[token, row]`. errors: `[token, hidden]`."""
+        """The factor, `[token, row]`, that multiplied by the inputs and summed over tokens is J^T errors.
+
+        errors: `[token, hidden]`.
+        """
         back = (errors @ down).unsqueeze(-2)
         return (self.slopes.unflatten(-1, (-1, down.shape[1])) * back).flatten(-2)

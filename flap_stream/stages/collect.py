@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from flap_stream.arithmetic.allocation import allocate, require_minimum
+from flap_stream.arithmetic.scoring import LayerScores
 from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, changed_options, part_of
 from flap_stream.config.rules import FED_ON, options_of, warn_of_positions
 from flap_stream.engine.device import cpu_threads, release
@@ -19,7 +20,7 @@ from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.output.destination import estimated_bytes, require_space
 from flap_stream.progress import Progress
-from flap_stream.restore.restoration import refit_sizes, refit_stored_bytes, require_refittable
+from flap_stream.restore.requirements import refit_sizes, refit_stored_bytes, require_refittable
 from flap_stream.stages.job_header import engine_rows, model_row
 from flap_stream.stages.layer_statistics import collect_statistics
 from flap_stream.stages.loss import collect_loss_scores, require_inputs
@@ -122,7 +123,7 @@ def calibration_record(options: CollectConfig) -> dict[str, Any]:
 def _require_possible(model: StreamedModel, options: PruneConfig) -> None:
     """Raise what planning and refitting would raise for this model whatever the scores."""
     require_minimum(model.shapes, options)
-    nothing = [(np.zeros(shape.kv_groups), np.zeros(shape.neurons)) for shape in model.shapes]
+    nothing = [LayerScores(np.zeros(shape.kv_groups), np.zeros(shape.neurons)) for shape in model.shapes]
     allocate(nothing, model.shapes, part_of(options, PlanConfig))
     if options.refits:
         require_refittable(model.family, model.shapes, options.refit_target, model.checkpoint.source)

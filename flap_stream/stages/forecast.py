@@ -18,7 +18,7 @@ from flap_stream.model.opening import has_shards, open_checkpoint, read_config
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.model.units import ROWS
 from flap_stream.output.destination import estimated_bytes
-from flap_stream.restore.restoration import refit_sizes, refit_stored_bytes, require_refittable
+from flap_stream.restore.requirements import refit_sizes, refit_stored_bytes, require_refittable
 from flap_stream.stages.machine_rates import measure_rates
 from flap_stream.stages.scaling import Rates, RefitWork, Work, scale
 from flap_stream.storage import files

@@ -23,8 +23,9 @@ from flap_stream.errors import NonFinite
 from flap_stream.model.units import Part
 from flap_stream.progress import Progress
 from flap_stream.storage import files
-from flap_stream.storage.loss import KINDS, LossScores, LossStore
+from flap_stream.storage.loss import LossScores, LossStore
 from flap_stream.storage.run_directory import RunDirectory
+from flap_stream.storage.run_files import KINDS
 
 _LOGIT_BYTES = 1 << 26  # of a chunk of float32 logits; not measured
 

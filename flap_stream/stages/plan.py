@@ -9,7 +9,7 @@ import numpy as np
 
 from flap_stream.arithmetic.allocation import LayerKeep, allocate, require_minimum
 from flap_stream.arithmetic.layer_shape import LayerShape
-from flap_stream.arithmetic.scoring import flap_scores, magnitude_scores, wanda_scores
+from flap_stream.arithmetic.scoring import LayerScores, flap_scores, magnitude_scores, wanda_scores
 from flap_stream.arithmetic.sizes import PrunedSizes, pruned_sizes
 from flap_stream.config import PlanConfig, require_restoration
 from flap_stream.config.rules import FED_ON, options_of
@@ -100,7 +100,7 @@ def store_plan(run: RunDirectory, decided: PlanResult) -> PlanResult:
     return decided
 
 
-def unit_scores(run: RunDirectory, options: PlanConfig) -> list[tuple[np.ndarray, np.ndarray]]:
+def unit_scores(run: RunDirectory, options: PlanConfig) -> list[LayerScores]:
     """The scores of each layer's KV groups and neurons, float64 `[group]`, `[neuron]`; higher is better.
 
     Raises CorruptRun if the statistics are incomplete or altered.
@@ -120,9 +120,9 @@ def unit_scores(run: RunDirectory, options: PlanConfig) -> list[tuple[np.ndarray
     return scores
 
 
-def loss_scores(found: LossScores, shape: LayerShape) -> tuple[np.ndarray, np.ndarray]:
+def loss_scores(found: LossScores, shape: LayerShape) -> LayerScores:
     """F of each unit per weight that is removed with it, float64 `[group]`, `[neuron]`; comparable across layers."""
-    return found.attention / max(shape.group_cost, 1), found.mlp / max(shape.neuron_cost, 1)
+    return LayerScores(found.attention / max(shape.group_cost, 1), found.mlp / max(shape.neuron_cost, 1))
 
 
 def _require_fitting_statistics(run: RunDirectory, options: PlanConfig) -> None:

@@ -14,7 +14,7 @@ from flap_stream.output.carried import tell_left_out
 from flap_stream.output.destination import require_own_place
 from flap_stream.output.pruning_record import fingerprint_digest, options_record, read_record
 from flap_stream.progress import Progress
-from flap_stream.restore.restoration import refit_record
+from flap_stream.restore.requirements import refit_record
 from flap_stream.stages.collect import calibration_record, check_calibration, collect_into
 from flap_stream.stages.plan import decide, store_plan
 from flap_stream.stages.rewrite import PruneResult, progress_weights, rewrite_from

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.layer_shape import Sublayer
 from flap_stream.arithmetic.scoring import baseline_input
 from flap_stream.config import RewriteConfig, require_restoration
 from flap_stream.config.rules import options_of
@@ -21,13 +22,8 @@ from flap_stream.output.pruned_checkpoint import write_checkpoint
 from flap_stream.output.pruned_model import PrunedModel, Restoration
 from flap_stream.output.pruning_record import read_record
 from flap_stream.progress import Progress
-from flap_stream.restore.restoration import (
-    refit_layers,
-    refit_record,
-    refit_sizes,
-    refitted_tensors,
-    require_refittable,
-)
+from flap_stream.restore.refit_layers import RefitJob, refit_layers, refitted_tensors
+from flap_stream.restore.requirements import refit_record, refit_sizes, require_refittable
 from flap_stream.stages.job_header import engine_rows, model_row
 from flap_stream.stages.measured import Measured
 from flap_stream.stages.same_source import require_model_of
@@ -138,15 +134,16 @@ def _refitted(
     samples, length = run.manifest["tokens"]["shape"]
     refit = refit_sizes(model, options.refit_target, keeps)
     collected = measured.placement  # of a collection in this process: the slack in it covers what it left in memory
-    job = replace(
+    whole = replace(
         model.job(samples, length, refit=refit), base_bytes=None if collected is None else collected.base_bytes
     )
-    placement = model.place(options, job, recorded=run.manifest["options"]["batch_size"])
+    placement = model.place(options, whole, recorded=run.manifest["options"]["batch_size"])
     if placement != collected:
         session.progress.header(engine_rows(model, placement, samples, length))
     measured.placement = placement if collected is None else collected.together(placement)
     with cpu_threads(run.manifest["threads"]):
-        refit_layers(model, run, keeps, options.refit_target, placement, session.progress, snapshot_interval)
+        job = RefitJob(keeps, options.refit_target, placement, snapshot_interval)
+        refit_layers(model, run, job, session.progress)
     release(model.device)
     how, files_count = refit_record(options.refit_target), len(model.layers) + refit.has_head
     return session.ranks.from_first(
@@ -165,4 +162,4 @@ def _collected_dtype(run: RunDirectory, options: RewriteConfig) -> str:
 def _means(run: RunDirectory, layer: int, form: str) -> dict[str, np.ndarray]:
     """Mean inputs of a layer's output projections, by kind, float64 `[channel]`."""
     statistics = run.statistics.read(layer)
-    return {kind: baseline_input(statistics.of(kind), form) for kind in ("attention", "mlp")}
+    return {kind: baseline_input(statistics.of(kind), form) for kind in Sublayer}

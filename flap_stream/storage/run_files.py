@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from flap_stream.arithmetic.layer_shape import Sublayer
 from flap_stream.errors import CorruptRun
 from flap_stream.storage import arrays, files
 from flap_stream.storage.journal import Journal
 
-KINDS = ("attention", "mlp")
+KINDS = tuple(Sublayer)
 
 
 def layer_name(layer: int) -> str:

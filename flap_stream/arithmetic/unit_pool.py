@@ -1,0 +1,136 @@
+"""The units of all layers as one table, from which the decision selects."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+
+from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
+from flap_stream.arithmetic.scoring import LayerScores
+from flap_stream.config import PlanConfig
+from flap_stream.errors import InvalidOption, ShapeMismatch
+
+
+@dataclass(frozen=True)
+class UnitPool:
+    """Units, or blocks of them, that compete in one sort. All arrays are `[unit]`.
+
+    layer, in_attention: the sublayer of each. unit: its index there, or that of a block's first unit. size: units in
+    each. module: ascending number of what it belongs to: the attention or the MLP of a layer, or an expert.
+    """
+
+    score: np.ndarray
+    cost: np.ndarray
+    size: np.ndarray
+    layer: np.ndarray
+    unit: np.ndarray
+    in_attention: np.ndarray
+    module: np.ndarray
+
+    @classmethod
+    def of(cls, scores: Sequence[LayerScores], shapes: Sequence[LayerShape]) -> "UnitPool":
+        """All KV groups in order of layers, then all neurons, as the released code concatenates them.
+
+        Raises ShapeMismatch if a layer has more or fewer scores than units.
+        """
+        parts, module = [], 0
+        for sublayer in Sublayer:
+            for i, (own, shape) in enumerate(zip(scores, shapes, strict=True)):
+                score, size = own.of(sublayer), shape.units(sublayer)
+                if len(score) != size:
+                    raise ShapeMismatch(f"layer {i} has {size} {sublayer.units}, but {len(score)} scores for them")
+                modules = shape.experts if shape.experts and sublayer is Sublayer.MLP else (size,)
+                parts.append(
+                    cls(
+                        score=score,
+                        cost=np.full(size, shape.unit_cost(sublayer)),
+                        size=np.ones(size, dtype=np.int64),
+                        layer=np.full(size, i),
+                        unit=np.arange(size),
+                        in_attention=np.full(size, sublayer is Sublayer.ATTENTION),
+                        module=np.repeat(np.arange(module, module + len(modules)), modules),
+                    )
+                )
+                module += len(modules)
+        return cls(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in cls.__annotations__})
+
+    def belongs_to(self, sublayer: Sublayer) -> np.ndarray:
+        """Which units are of attention, or of the MLP; bool `[unit]`."""
+        return self.in_attention == (sublayer is Sublayer.ATTENTION)
+
+    def sublayer_of(self, index: int) -> Sublayer:
+        """The sublayer of one unit."""
+        return Sublayer.ATTENTION if self.in_attention[index] else Sublayer.MLP
+
+    def modules(self) -> list[np.ndarray]:
+        """Indices of the units of each module that has any."""
+        starts = np.flatnonzero(np.diff(self.module)) + 1
+        return np.split(np.arange(len(self.module)), starts) if len(self.module) else []
+
+    def protected(self, shapes: Sequence[LayerShape], options: PlanConfig) -> np.ndarray:
+        """The best-scored units of each module, up to the minimum that every layer keeps; bool `[unit]`.
+
+        Each expert keeps its minimum of neurons, at least one. Units that score infinity, of which nothing is known,
+        are protected too.
+        """
+        protected = np.isposinf(self.score)
+        for own in self.modules():
+            shape = shapes[self.layer[own[0]]]
+            if self.in_attention[own[0]]:
+                least = ceil(options.min_heads / shape.heads_per_group)
+            else:
+                least = max(options.min_neurons, 1) if shape.experts else options.min_neurons
+            ranked = own[np.argsort(-self.score[own], kind="stable")]
+            protected[ranked[np.cumsum(self.size[ranked]) - self.size[ranked] < least]] = True
+        return protected
+
+
+def nearest_prefix(pool: UnitPool, protected: np.ndarray, budget: float, options: PlanConfig) -> np.ndarray:
+    """The prefix of the descending sort whose cost is nearest to the budget; bool `[unit]`.
+
+    Protected units come first, so that the same budget pays for them.
+    Raises InvalidOption if it is not enough for these.
+    """
+    order = np.lexsort((-pool.score, ~protected))
+    spent = np.cumsum(pool.cost[order])
+    length = int(np.argmin(np.abs(spent - budget))) + 1
+    if length < protected.sum():
+        rounding = f"{rounding_options(options)}, " if options.rounds else ""
+        needed = 1 - (1 - options.ratio) * spent[protected.sum() - 1] / budget
+        raise InvalidOption(
+            f"--ratio {options.ratio} would remove units that must be kept (--min-heads {options.min_heads}, "
+            f"--min-neurons {options.min_neurons}, {rounding}experts that no token reached), which allows a ratio of "
+            f"at most {needed:.4f}"
+        )
+    keep = np.zeros(len(order), dtype=bool)
+    keep[order[:length]] = True
+    return keep
+
+
+def neurons_to_remove(shapes: Sequence[LayerShape], groups: int, options: PlanConfig) -> int:
+    """Neurons to remove in these layers together, next to `groups` KV groups, to meet the ratio.
+
+    Raises InvalidOption if the groups alone exceed it.
+    Source: cal_remove_neuron, lib/prune.py:226-237, in its order of multiplication.
+    """
+    prunable = sum(shape.prunable for shape in shapes)
+    group_cost, neuron_cost = (max(shape.unit_cost(sublayer) for shape in shapes) for sublayer in Sublayer)
+    removed_cost = len(shapes) * options.ratio * (prunable / len(shapes))
+    neurons = int((removed_cost - groups * group_cost) / neuron_cost)
+    if neurons < 0:
+        raise InvalidOption(
+            f"--remove-heads {options.remove_heads} alone removes more than --ratio {options.ratio} of the weights; "
+            "lower it or raise the ratio"
+        )
+    return neurons
+
+
+def rounding_options(options: PlanConfig) -> str:
+    """The rounding options in force, for messages."""
+    multiples = {
+        "--round-heads-to": options.round_heads_to,
+        "--round-neurons-to": options.neuron_multiple,
+        "--tensor-parallel": options.tensor_parallel,
+    }
+    return ", ".join(f"{name} {multiple}" for name, multiple in multiples.items() if multiple > 1)

@@ -1,0 +1,202 @@
+"""The options of pruning: the decision, the collection before it, the rewrite after it, and all three together."""
+
+from dataclasses import dataclass
+
+from flap_stream.config.options import (
+    FAST_MULTIPLE,
+    HEAD_SCORES,
+    LOSS_WINDOWS,
+    METHODS,
+    METRICS,
+    REFIT_TARGETS,
+    RESTORATIONS,
+    STATISTICS,
+    STRUCTURES,
+    EngineConfig,
+    Options,
+    TextConfig,
+    require_at_least,
+    require_choice,
+    require_ratio,
+)
+from flap_stream.config.values import Share, Size
+from flap_stream.errors import InvalidOption
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PlanConfig(Options):
+    """The decision: which KV groups and neurons are kept.
+
+    ratio: share of the decoder layers' prunable weights (q k v o gate up down) to remove.
+    remove_heads: query heads to remove in all layers together, only for `al-mm` and `ul-mm`.
+    min_heads, min_neurons: every layer keeps at least that many.
+    round_heads_to, round_neurons_to: every layer keeps a multiple of this many query heads or neurons. None is
+    `FAST_MULTIPLE` neurons, or 1 with `statistics="released"`. 1 keeps what the scores say, as published; above it, KV
+    groups times head_dim is a multiple of `FAST_MULTIPLE`, too.
+    tensor_parallel: KV groups and neurons of every layer can be divided among this many ranks.
+    structure: None is the method's own (`al-am` for flap, `ul-um` for the baselines).
+    """
+
+    method: str = "flap"
+    ratio: Share = 0.2
+    metric: str = "wifv"
+    structure: str | None = None
+    head_score: str = "mean-z"
+    statistics: str = "exact"
+    remove_heads: int | None = None
+    min_heads: int = 1
+    min_neurons: int = 1
+    round_heads_to: int = 1
+    round_neurons_to: int | None = None
+    tensor_parallel: int = 1
+
+    @property
+    def rounds(self) -> bool:
+        """Whether sizes are rounded."""
+        return max(self.round_heads_to, self.neuron_multiple, self.tensor_parallel) > 1
+
+    @property
+    def neuron_multiple(self) -> int:
+        """The multiple in force."""
+        return self.round_neurons_to or FAST_MULTIPLE
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range and combinations that mean nothing."""
+        if self.structure is None:
+            object.__setattr__(self, "structure", "al-am" if self.method == "flap" else "ul-um")
+        if self.round_neurons_to is None:
+            object.__setattr__(self, "round_neurons_to", 1 if self.statistics == "released" else FAST_MULTIPLE)
+        super().__post_init__()
+        require_choice("method", self.method, METHODS)
+        require_choice("metric", self.metric, METRICS)
+        require_choice("structure", str(self.structure), STRUCTURES)
+        require_choice("head-score", self.head_score, HEAD_SCORES)
+        require_choice("statistics", self.statistics, STATISTICS)
+        require_ratio(self.ratio)
+        require_at_least("min-heads", self.min_heads, 0)
+        require_at_least("min-neurons", self.min_neurons, 0)
+        for name in ("round_heads_to", "round_neurons_to", "tensor_parallel"):
+            require_at_least(name.replace("_", "-"), getattr(self, name), 1)
+        if self.rounds and self.method == "flap" and self.statistics == "released":
+            raise InvalidOption("--statistics released decides as the released code does, which does not round sizes")
+        if self.method != "flap" and self.structure != "ul-um":
+            raise InvalidOption(
+                f"--structure {self.structure} is not valid with --method {self.method}, which is ul-um"
+            )
+        needs_heads = str(self.structure).endswith("-mm")
+        if needs_heads and self.remove_heads is None:
+            raise InvalidOption(
+                f"--structure {self.structure} needs --remove-heads N, the query heads to remove in all"
+            )
+        if not needs_heads and self.remove_heads is not None:
+            raise InvalidOption(f"--remove-heads is only valid with al-mm and ul-mm, not with {self.structure}")
+        if self.remove_heads is not None:
+            require_at_least("remove-heads", self.remove_heads, 0)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CollectConfig(TextConfig, EngineConfig):
+    """The collection: what the statistics are computed from.
+
+    calibration: `wikitext2`, `c4` or `ptb`, or files (.txt, .jsonl, .json, .parquet, packed or not, a directory of
+    them, or one .npy).
+    sequence_length: tokens in a calibration window.
+    loss_windows: windows of which the loss's gradient is swept back through the layers, for `metric="fisher"`.
+    ratio and the fields after it, up to tensor_parallel: only for `wanda-sp`, whose pruned layers feed the next.
+    Their defaults are those of `PlanConfig`.
+    snapshot_interval: layers between two snapshots of the hidden states; None chooses it by their cost.
+    """
+
+    calibration: tuple[str, ...] = ("wikitext2",)
+    samples: int = 1024
+    sequence_length: int = 128
+    seed: int = 0
+    loss_windows: int = 0
+    method: str = PlanConfig.method
+    ratio: Share = PlanConfig.ratio
+    min_heads: int = PlanConfig.min_heads
+    min_neurons: int = PlanConfig.min_neurons
+    round_heads_to: int = PlanConfig.round_heads_to
+    round_neurons_to: int | None = PlanConfig.round_neurons_to
+    tensor_parallel: int = PlanConfig.tensor_parallel
+    snapshot_interval: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        super().__post_init__()
+        if self.round_neurons_to is None:
+            object.__setattr__(self, "round_neurons_to", FAST_MULTIPLE)
+        require_choice("method", self.method, METHODS)
+        require_at_least("samples", self.samples, 1)
+        require_at_least("sequence-length", self.sequence_length, 2)
+        require_at_least("loss-windows", self.loss_windows, 0)
+        if self.loss_windows and self.method != "flap":
+            raise InvalidOption(f"--loss-windows is only valid with --method flap, not with {self.method}")
+        require_ratio(self.ratio)
+        if not self.calibration:
+            raise InvalidOption("--calibration names nothing; give wikitext2, c4, ptb or at least one file")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RewriteConfig(EngineConfig):
+    """The rewrite: how the pruned checkpoint is written.
+
+    restore: `bias` adds W[:, removed]·mean[removed]; `least-squares` refits what o_proj and down_proj keep, running
+    the layers again (the engine's options are for that); None is the method's own (`bias` for flap, else
+    `none`).
+    refit_target: what `least-squares` refits to: `own`, the projection's dense output for the inputs that it gets in
+    the pruned model; `dense`, the dense model's hidden states, which takes about twice as long; `aligned`, which
+    also refits what reads hidden states (q, k, v, gate, up, and the head unless it is the embedding) to what it
+    reads in the dense model; or `joint`, which also lets gate and up compensate for removed neurons.
+    max_shard_bytes: no shard is larger, except one that holds a single larger tensor.
+    """
+
+    restore: str | None = None
+    refit_target: str = "own"
+    max_shard_bytes: Size = 5 * 10**9
+
+    @property
+    def refits(self) -> bool:
+        """Whether projections are refitted, for which the layers are run again."""
+        return self.restore == "least-squares"
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        super().__post_init__()
+        if self.restore is not None:
+            require_choice("restore", self.restore, RESTORATIONS)
+        require_choice("refit-target", self.refit_target, REFIT_TARGETS)
+        require_at_least("max-shard-size", self.max_shard_bytes, 1)
+
+
+def require_restoration(method: str, restore: str | None) -> str:
+    """The restoration in force: the one asked for, else the method's own.
+
+    Raises InvalidOption for any with a baseline method, which is defined without one.
+    """
+    if method != "flap" and restore not in (None, "none"):
+        what = "a bias" if restore == "bias" else "a refit"
+        raise InvalidOption(f"--restore {restore} is only valid with --method flap; {method} is defined without {what}")
+    return restore or ("bias" if method == "flap" else "none")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PruneConfig(PlanConfig, CollectConfig, RewriteConfig):
+    """The whole job: all options of the three stages.
+
+    `statistics="released"` runs one window at a time unless a batch size is given, and adds no beginning-of-text
+    token, as the released code does.
+    """
+
+    keep_run: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range, and a restoration that the method has no statistics for."""
+        super().__post_init__()
+        require_restoration(self.method, self.restore)
+        if self.metric == "fisher" and not self.loss_windows:
+            object.__setattr__(self, "loss_windows", LOSS_WINDOWS)
+        if self.statistics == "released":
+            self._have_released_windows()
+            if self.batch_size is None:
+                object.__setattr__(self, "batch_size", 1)
