@@ -15,14 +15,15 @@ import numpy as np
 from hypothesis import strategies as st
 from models import save, tiny_config, tiny_model
 
-from flap_stream.config import CollectConfig
+from flap_stream.config import CollectConfig, TextConfig
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.model.checkpoint import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, open_checkpoint, read_header
 from flap_stream.output.pruned_checkpoint import DIGESTS_NAME, RECORD_NAME, damaged_files, read_record
 from flap_stream.storage import run_manifest
 from flap_stream.storage.journal import ENTRY_FORMS, Journal
 from flap_stream.storage.run_directory import RunDirectory
-from flap_stream.text.windows import calibration_tokens
+from flap_stream.text.tokenization import Tokenizer
+from flap_stream.text.windows import TextWanted, calibration_tokens
 
 PLACE = Path(tempfile.mkdtemp(prefix="flap-stream-hostile-"))
 
@@ -215,8 +216,13 @@ def read_digests(body: bytes) -> None:
     damaged_files(PLACE / "sums")
 
 
+def load_nothing() -> Tokenizer:
+    raise AssertionError("ready tokens need no tokenizer")
+
+
 def read_tokens(body: bytes) -> None:
-    calibration_tokens([str(write("tokens.npy", body))], 4, 4, 0, lambda: lambda text: [], 50)
+    wanted = TextWanted([str(write("tokens.npy", body))], 4, 4, TextConfig())
+    calibration_tokens(wanted, 0, load_nothing, 50)
 
 
 def npy(shape: str, dtype: str, data: bytes) -> bytes:
