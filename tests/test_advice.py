@@ -4,6 +4,8 @@ import json
 import re
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, assume, event, given, settings
@@ -29,14 +31,16 @@ def jobs(sizes: tuple[int, int, int], tokens: int, target: str | None, device: s
     """Pass 1 of a model of these sizes, and pass 2 if it is refitted; no weights are needed."""
     hidden, neurons, layers = sizes
     config = tiny_config(hidden_size=hidden, intermediate_size=neurons, layers=layers, vocab_size=5000).to_dict()
-    with describe("model", tmp, json.loads(json.dumps(config)), Skeleton(config, "model").tensors(), "float32") as made:
+    with describe(
+        "model", Path(tmp), json.loads(json.dumps(config)), Skeleton(config, "model").tensors(), "float32"
+    ) as made:
         model = StreamedModel(made, EngineConfig(device="cpu"))
         first = replace(model.job(1, tokens), device=device, base_bytes=BASE)
         then = [] if target is None else [model.refit_after(first, refit_sizes(model, target))]
     return [first, *then]
 
 
-def followed(advice: str, limits: Limits, batch_size: int | None, prefetch: int | None) -> tuple:
+def followed(advice: str, limits: Limits, batch_size: int | None, prefetch: int | None) -> tuple[Any, ...]:
     """Limits and wishes, and tokens in a window if it names them, after one way that a refusal names."""
     for option, value in re.findall(r"--([a-z-]+) (\d+)", advice):
         match option:
@@ -65,7 +69,18 @@ def followed(advice: str, limits: Limits, batch_size: int | None, prefetch: int 
     drift=st.integers(0, 7 * MIB),
 )
 def test_what_a_refusal_advises_is_not_refused(
-    sizes, tokens, samples, target, device, batch_size, prefetch, is_recorded, host, on_device, drift, tmp_path_factory
+    sizes: Any,
+    tokens: Any,
+    samples: Any,
+    target: Any,
+    device: Any,
+    batch_size: Any,
+    prefetch: Any,
+    is_recorded: Any,
+    host: Any,
+    on_device: Any,
+    drift: Any,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     made = jobs(sizes, tokens, target, device, str(tmp_path_factory.getbasetemp()))
     first, *then = (replace(job, samples=samples) for job in made)

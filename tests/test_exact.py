@@ -1,6 +1,7 @@
 """`--statistics exact` equals a float64 computation over the whole array of inputs."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from flap_stream.config import PruneConfig
 RATIO = 0.35
 
 
-def whole_array_decision(model, inputs, head_score: str):
+def whole_array_decision(model: Any, inputs: Any, head_score: str) -> Any:
     """al-am with wifv, written out over whole float64 arrays; masks and biases of every layer."""
     config = model.config
     group_channels = config.num_attention_heads // config.num_key_value_heads * model.model.layers[0].self_attn.head_dim
@@ -36,7 +37,9 @@ def whole_array_decision(model, inputs, head_score: str):
     entries.sort(key=lambda entry: -entry[0])
     spent = np.cumsum([entry[1] for entry in entries])
     length = int(np.argmin(np.abs(spent - (1 - RATIO) * spent[-1]))) + 1
-    kept = {(i, kind): [] for i in range(len(inputs)) for kind in ("attention", "mlp")}
+    kept: dict[tuple[int, str], list[Any]] = {
+        (i, kind): [] for i in range(len(inputs)) for kind in ("attention", "mlp")
+    }
     for _, _, i, kind, unit in entries[:length]:
         kept[i, kind].append(unit)
     biases = {}
@@ -54,7 +57,9 @@ def whole_array_decision(model, inputs, head_score: str):
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("head_score", ["mean-z", "l2"])
-def test_exact_equals_the_float64_whole_array_for_every_batch_size(tmp_path: Path, kv_heads, head_score) -> None:
+def test_exact_equals_the_float64_whole_array_for_every_batch_size(
+    tmp_path: Path, kv_heads: int, head_score: str
+) -> None:
     model = tiny_model(tiny_config(kv_heads=kv_heads), seed=kv_heads)
     tokens = random_tokens(9, 24)
     path, text = save(model, tmp_path / "model"), save_tokens(tmp_path / "tokens.npy", tokens)

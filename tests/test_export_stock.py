@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ WITH_BIASES = {
 }
 
 
-def pruned(place: Path, family: str, structure: str, restore: str, kv_heads: int = 2, **options) -> Path:
+def pruned(place: Path, family: str, structure: str, restore: str, kv_heads: int = 2, **options: Any) -> Path:
     model = tiny_model(tiny_config(family, kv_heads, family.startswith("gemma"), **options), seed=3)
     tokens = save_tokens(place / "tokens.npy", random_tokens(8, 24))
     config = PruneConfig(ratio=0.5, structure=structure, restore=restore, calibration=(tokens,), max_shard_bytes=60_000)

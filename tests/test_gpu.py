@@ -24,7 +24,6 @@ from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.engine.weight_stream import slab_bytes
 from flap_stream.errors import InsufficientMemory
 from flap_stream.model.checkpoint import open_checkpoint
-from flap_stream.stages import pipeline
 
 pytestmark = pytest.mark.gpu
 
@@ -55,7 +54,7 @@ def test_on_cuda_neither_reading_ahead_nor_the_place_of_hidden_states_matters(
     for hidden_place in PLACES:
         for prefetch in (0, 1):
             how = {"hidden_place": hidden_place, "prefetch": prefetch}
-            monkeypatch.setattr(pipeline.planner, "place", lambda *a, how=how: replace(place(*a), **how))
+            monkeypatch.setattr(planner, "place", lambda *a, how=how: replace(place(*a), **how))
             outs.append(tmp_path / f"{hidden_place}-{prefetch}")
             flap_stream.prune(path, outs[-1], options)
     for out in outs[1:]:

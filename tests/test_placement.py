@@ -18,7 +18,6 @@ from flap_stream.engine import placement as planner
 from flap_stream.errors import InsufficientMemory
 from flap_stream.model import checkpoint
 from flap_stream.model.skeleton import Skeleton
-from flap_stream.stages import pipeline
 from flap_stream.storage.run_directory import RunDirectory
 
 LAYERS = 4
@@ -49,7 +48,7 @@ def assert_same(out: Path, expected: Path) -> None:
 def placed(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     """Have the pipeline place jobs as before, but for `changes`."""
     place = planner.place
-    monkeypatch.setattr(pipeline.planner, "place", lambda *arguments: replace(place(*arguments), **changes))
+    monkeypatch.setattr(planner, "place", lambda *arguments: replace(place(*arguments), **changes))
 
 
 def slow_reads(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> list[int]:
@@ -114,7 +113,11 @@ def test_hidden_states_on_disk_change_nothing(
 
 @pytest.mark.parametrize("places", [("disk", "host"), ("host", "disk")])
 def test_a_run_goes_on_in_another_place(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job: tuple[Path, PruneConfig], expected: Path, places: tuple[str]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    job: tuple[Path, PruneConfig],
+    expected: Path,
+    places: tuple[str, str],
 ) -> None:
     with monkeypatch.context() as patch:
         placed(patch, hidden_place=places[0])

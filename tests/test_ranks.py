@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fork_server import KILLED
 from launchers import ALONE, accelerate, finish, ranks_of, start, torchrun, two_hosts, wait_for
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
-from rank_jobs import KILLED, LENGTH, WINDOWS, RankJob, contents, launch
+from rank_jobs import LENGTH, WINDOWS, RankJob, contents, launch
 
 import flap_stream
 from flap_stream.arithmetic.moments import Moments, joined_channels
@@ -160,10 +161,11 @@ class OnDisk:
         self.action = action
 
     def __call__(self) -> None:
-        from flap_stream.engine import streamed_model as layers
+        from flap_stream.engine import streamed_model
+        from flap_stream.engine.hidden_states import make_hidden_states
 
-        made = layers.make_hidden_states
-        layers.make_hidden_states = lambda place, *sizes: made("disk", *sizes)
+        on_disk: Any = lambda place, *sizes: make_hidden_states("disk", *sizes)  # noqa: E731
+        streamed_model.make_hidden_states = on_disk  # type: ignore[attr-defined]
         self.action()
 
 
@@ -213,7 +215,7 @@ class Smaller:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return output
 
-        Skeleton.run_layer = limited
+        Skeleton.run_layer = limited  # type: ignore[method-assign, assignment]
         self.action()
 
 
@@ -249,7 +251,7 @@ class StopAt:
                 raise KeyboardInterrupt
             write(run, index, *values)
 
-        RunDirectory.write_statistics = stop
+        RunDirectory.write_statistics = stop  # type: ignore[method-assign, assignment]
         self.action()
 
 
@@ -292,7 +294,7 @@ class KilledOnLeaving:
                 os.kill(os.getpid(), signal.SIGKILL)
             leave(job, own)
 
-        ranks._Job.leave = die
+        ranks._Job.leave = die  # type: ignore[method-assign, assignment]
         self.action()
 
 

@@ -104,9 +104,9 @@ def _statistics(seed: int, groups: int = 2, neurons: int = 7) -> LayerStatistics
     draw = np.random.default_rng(seed)
 
     def channel(size: int) -> ChannelStatistics:
-        counts = {"count": np.full(size, 15 + seed), "samples": 3}
+        counts: dict[str, Any] = {"count": np.full(size, 15 + seed), "samples": 3}
         names = [field.name for field in fields(ChannelStatistics) if field.name not in counts]
-        return ChannelStatistics(**counts, **{name: draw.standard_normal(size) for name in names})
+        return ChannelStatistics(**counts | {name: draw.standard_normal(size) for name in names})
 
     return LayerStatistics(attention=channel(4 * groups), mlp=channel(neurons))
 
