@@ -14,10 +14,11 @@ from transformers import AutoTokenizer
 
 import flap_stream
 from flap_stream.cli import main
-from flap_stream.config import ExportGgufConfig, PruneConfig
+from flap_stream.config import ExportGgufConfig, ExportStockConfig, PruneConfig
 from flap_stream.errors import OutputConflict, UnsupportedModel
-from flap_stream.export.gguf import export_gguf
+from flap_stream.export.gguf import _THROUGH_STOCK, export_gguf
 from flap_stream.export.gguf_vocabulary import _PRE_TOKENIZERS, _TEKKEN
+from flap_stream.export.stock import export_stock
 from flap_stream.model.architecture import FAMILIES
 
 CASES: dict[str, tuple[str, int, bool, dict[str, Any]]] = {
@@ -92,6 +93,18 @@ def test_query_and_key_norms_go_with_one_size_and_no_biases(tmp_path: Path) -> N
     out = pruned(tmp_path, "qwen3", changes=changes, structure="ul-um", restore="none")
     assert export_gguf(out, tmp_path / "model.gguf", ExportGgufConfig(type="f32")).architecture == "qwen3"
     require_equal(out, tmp_path / "model.gguf", random_tokens(1, 20, seed=5)[0])
+
+
+@pytest.mark.parametrize("family", _THROUGH_STOCK)
+def test_families_that_go_through_stock_are_told_so_and_stock_takes_them(family: str, tmp_path: Path) -> None:
+    """What llama.cpp's own converter then reads: the family's own class, all layers of one size, without biases."""
+    out = pruned(tmp_path, family, structure="ul-um", restore="none")
+    with pytest.raises(UnsupportedModel, match="prune with --structure ul-um --restore none, then export-stock"):
+        export_gguf(out, tmp_path / "model.gguf", ExportGgufConfig())
+    assert not (tmp_path / "model.gguf").exists()
+    result = export_stock(out, tmp_path / "stock", ExportStockConfig())
+    assert result.model_class == FAMILIES[family].causal_class
+    assert result.parameters_after == result.parameters_before
 
 
 @pytest.mark.parametrize("options", [{"structure": "ul-um"}, {"structure": "al-am", "restore": "none"}])

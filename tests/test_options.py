@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -157,7 +158,18 @@ flap_stream.evaluate({model!r}, text={text!r}, progress=True)
 """
 
 
-def test_a_notebook_shows_a_bar(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_kernel_of_a_notebook_shows_a_bar(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shell = SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    flap_stream.evaluate(place / "model", text=place / "tokens.npy", progress=True)
+    shown = capsys.readouterr().err
+    assert "evaluate" in shown and "3/3" in shown and "\r" in shown
+    assert "s left" not in shown
+
+
+def test_a_real_notebook_shows_a_bar(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ipykernel")
     from jupyter_client.manager import start_new_kernel
 

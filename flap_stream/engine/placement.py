@@ -382,7 +382,7 @@ class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that operations make, for as long as anyone holds them."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.live = self.peak = self.small_live = self.small_peak = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
