@@ -21,6 +21,8 @@ from flap_stream.model.checkpoint import describe
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.restore.restoration import refit_sizes
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 BASE = 400 * MIB
 SIZES = ((64, 96, 2), (256, 1024, 3), (512, 4096, 2))

@@ -43,6 +43,7 @@ def test_importing_the_package_and_its_help_load_no_torch() -> None:
     assert all(verb in result.stdout for verb in VERBS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="torch brings libgomp along on Linux alone")
 @pytest.mark.parametrize(
     ("given", "policy", "spins"),

@@ -17,6 +17,8 @@ import flap_stream
 from flap_stream.config import EvaluateConfig, PlanConfig, PruneConfig
 from flap_stream.errors import InvalidOption
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("mixtral", "qwen3_moe")
 TOKENS = random_tokens(8, 24)
 

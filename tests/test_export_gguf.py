@@ -21,6 +21,8 @@ from flap_stream.export.gguf_vocabulary import _PRE_TOKENIZERS, _TEKKEN
 from flap_stream.export.stock import export_stock
 from flap_stream.model.architecture import FAMILIES
 
+pytestmark = pytest.mark.slow
+
 CASES: dict[str, tuple[str, int, bool, dict[str, Any]]] = {
     "llama-grouped": ("llama", 2, False, {}),
     "llama-multi-head": ("llama", 4, False, {}),

@@ -16,6 +16,8 @@ from flap_stream.errors import OutputConflict, UnsupportedModel
 from flap_stream.export.stock import export_stock
 from flap_stream.model.architecture import FAMILIES
 
+pytestmark = pytest.mark.slow
+
 # Families whose own class in transformers has biases on o_proj and down_proj, or whose layers compute what Llama's do.
 WITH_BIASES = {
     "granite": "GraniteForCausalLM",

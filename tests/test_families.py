@@ -17,6 +17,8 @@ from flap_stream.errors import UnsupportedModel
 from flap_stream.model.architecture import COLUMNS, FAMILIES, ROWS, Family, Projection, UnitKind
 from flap_stream.storage.run_directory import RunDirectory
 
+pytestmark = pytest.mark.slow
+
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8,

@@ -46,6 +46,8 @@ from flap_stream.output import pruned_checkpoint as output
 from flap_stream.stages.forecast import forecast
 from flap_stream.storage import files
 
+pytestmark = pytest.mark.slow
+
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
 

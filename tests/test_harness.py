@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 from models import DEMO
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the harness, and what it loads tasks with
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]  # the harness, and what it loads tasks with
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 import flap_stream
 from flap_stream.errors import RunMismatch
 
+pytestmark = pytest.mark.slow
+
 
 def identities(directory: Path) -> dict[str, tuple[int, int, int]]:
     """Inode, size and time of change of every file and directory."""

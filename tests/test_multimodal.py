@@ -20,6 +20,8 @@ from flap_stream.errors import UnsupportedModel
 from flap_stream.export.gguf import export_gguf
 from flap_stream.export.stock import export_stock
 
+pytestmark = pytest.mark.slow
+
 VISION = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
     "image_size": 16, "patch_size": 8,

@@ -169,6 +169,7 @@ def test_the_kernel_of_a_notebook_shows_a_bar(
     assert "s left" not in shown
 
 
+@pytest.mark.slow
 def test_a_real_notebook_shows_a_bar(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ipykernel")
     from jupyter_client.manager import start_new_kernel

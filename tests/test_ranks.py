@@ -29,6 +29,8 @@ from flap_stream.model.checkpoint import open_checkpoint
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.storage.run_directory import BatchReduction
 
+pytestmark = pytest.mark.slow
+
 KILLS, REFIT_KILLS = 12, 5
 REFIT_LENGTH = 512  # so that each rank has products of its own
 

@@ -17,6 +17,8 @@ import flap_stream
 from flap_stream.config import PlanConfig, PruneConfig
 from flap_stream.storage.run_directory import RunDirectory
 
+pytestmark = pytest.mark.slow
+
 SAMPLES, LENGTH = 12, 16
 
 

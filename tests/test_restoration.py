@@ -28,6 +28,8 @@ from flap_stream.model.checkpoint import open_checkpoint, read_header
 from flap_stream.progress import Stage
 from flap_stream.restore.stand_ins import Supplies
 
+pytestmark = pytest.mark.slow
+
 SAMPLES, LENGTH = 24, 32
 
 

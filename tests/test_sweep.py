@@ -24,6 +24,8 @@ from flap_stream.errors import InvalidOption, RunMismatch
 from flap_stream.stages import sweep as ratio_sweep
 from flap_stream.storage.run_directory import RunDirectory
 
+pytestmark = pytest.mark.slow
+
 RATIOS = (0.2, 0.5)
 
 
