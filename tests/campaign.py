@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from faults import DISK_FULL, INPUT_OUTPUT, KILLED, NO_ACCESS, Fault, Job
+from faults import DISK_FULL, INPUT_OUTPUT, NO_ACCESS, Fault, Job
+from fork_server import KILLED
 
 WORKERS = os.cpu_count() or 2
 SURVIVED = "survived"

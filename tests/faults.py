@@ -74,8 +74,14 @@ def set_clock_back(_step: str) -> None:
 def move_few_bytes_at_once(_step: str) -> None:
     """From now on the system reads and writes less than it is asked to."""
     write, preadv = os.write, os.preadv
-    os.write = lambda descriptor, data: write(descriptor, data[: len(data) // 2 + 1])
-    os.preadv = lambda descriptor, buffers, at: preadv(descriptor, [buffers[0][: len(buffers[0]) // 2 + 1]], at)
+
+    def write_half(descriptor: int, data: memoryview) -> int:
+        return write(descriptor, data[: len(data) // 2 + 1])
+
+    def read_half(descriptor: int, buffers: Sequence[memoryview], at: int) -> int:
+        return preadv(descriptor, [buffers[0][: len(buffers[0]) // 2 + 1]], at)
+
+    os.write, os.preadv = write_half, read_half  # type: ignore[assignment]
 
 
 def flip(path: Path, at: int | None = None) -> None:
@@ -122,8 +128,7 @@ class Steps:
         self._root, self._fault, self._sync = f"{root}{os.sep}", fault, sync
         self.names: list[str] = []
         self._write = os.write
-        os.write = self._torn_write
-        os.fsync = self._fsync
+        os.write, os.fsync = self._torn_write, self._fsync  # type: ignore[assignment]
         sys.addaudithook(self._audit)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -210,7 +215,8 @@ class Disk:
     def _tree(
         self, keeps: Callable[[], bool], mixed: Callable[[bytes, bytes], bytes], inode: int | None = None, at: str = ""
     ) -> dict[str, bytes | None]:
-        inode, tree = self._root if inode is None else inode, {}
+        tree: dict[str, bytes | None] = {}
+        inode = self._root if inode is None else inode
         for name, child in sorted(self._mixed_names(inode, keeps).items()):
             path = f"{at}/{name}" if at else name
             if self._is_directory(child):
@@ -321,7 +327,7 @@ def _child(
     torch.set_num_threads(1)
     zarr.config.set({"threading.max_workers": 1})  # the same steps in the same order every time
     power = cuts(out.parent) if cuts is not None else None
-    steps, layers = Steps(out.parent, fault, power and power.sync), _record_layers()
+    steps, layers = Steps(out.parent, fault, power.sync if power is not None else None), _record_layers()
     with redirect_stderr(io.StringIO()) as said:
         code = cli.reported(lambda: flap_stream.prune(model, out, options, run=run))
     if power is not None:
@@ -334,13 +340,14 @@ def _child(
 
 def _record_layers() -> list[int]:
     """The layers that this process runs, in order."""
-    layers, run = [], LayerPass.run
+    layers: list[int] = []
+    run = LayerPass.run
 
     def recorded(batches: LayerPass, index: int, *arguments: Any, **options: Any) -> Iterator[Batch]:
         layers.append(index)
         return run(batches, index, *arguments, **options)
 
-    LayerPass.run = recorded
+    LayerPass.run = recorded  # type: ignore[method-assign, assignment]
     return layers
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from hypothesis import strategies as st
 from models import save, tiny_config, tiny_model
 
-from flap_stream.config import CollectConfig
+from flap_stream.config import CollectConfig, TextConfig
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.model.model_files import INDEX_NAME, SINGLE_NAME
 from flap_stream.model.opening import open_checkpoint
@@ -25,7 +25,8 @@ from flap_stream.output.pruning_record import RECORD_NAME, read_record
 from flap_stream.storage import run_manifest
 from flap_stream.storage.journal import ENTRY_SCHEMAS, Journal
 from flap_stream.storage.run_directory import RunDirectory
-from flap_stream.text.windows import calibration_tokens
+from flap_stream.text.tokenization import Tokenizer
+from flap_stream.text.windows import TextWanted, calibration_tokens
 
 PLACE = Path(tempfile.mkdtemp(prefix="flap-stream-hostile-"))
 
@@ -218,8 +219,13 @@ def read_digests(body: bytes) -> None:
     damaged_files(PLACE / "sums")
 
 
+def load_nothing() -> Tokenizer:
+    raise AssertionError("ready tokens need no tokenizer")
+
+
 def read_tokens(body: bytes) -> None:
-    calibration_tokens([str(write("tokens.npy", body))], 4, 4, 0, lambda: lambda text: [], 50)
+    wanted = TextWanted([str(write("tokens.npy", body))], 4, 4, TextConfig())
+    calibration_tokens(wanted, 0, load_nothing, 50)
 
 
 def npy(shape: str, dtype: str, data: bytes) -> bytes:

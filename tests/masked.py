@@ -2,17 +2,18 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 
 def masked_model(
-    model: nn.Module,
+    model: Any,
     kept_groups: Sequence[Sequence[int]],
     kept_neurons: Sequence[Sequence[int]],
     biases: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
-) -> nn.Module:
+) -> Any:
     """A copy whose removed channels contribute nothing and whose output projections have the given biases.
 
     biases: a layer's bias of o_proj and of down_proj, the dense model's own included; None leaves it.
@@ -37,12 +38,12 @@ def masked_model(
     return masked
 
 
-def layer_inputs(model: nn.Module, tokens: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+def layer_inputs(model: Any, tokens: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     """Inputs of o_proj (`attention`) and down_proj (`mlp`) of every layer, float64 [token, channel]."""
     inputs: list[dict[str, torch.Tensor]] = [{} for _ in model.model.layers]
 
-    def keep(i: int, kind: str):
-        def hook(_module, arguments):
+    def keep(i: int, kind: str) -> Any:
+        def hook(_module: Any, arguments: Any) -> Any:
             inputs[i][kind] = arguments[0].detach().double().flatten(0, 1)
 
         return hook

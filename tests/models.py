@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import flap_stream
@@ -62,7 +62,7 @@ def tiny_config(family: str = "llama", kv_heads: int = 2, tied: bool = False, la
     return CONFIG_MAPPING[family](**{**sizes, **FAMILY_EXTRAS.get(family, {}), **changes})
 
 
-def tiny_model(config: Any, seed: int = 0, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
+def tiny_model(config: Any, seed: int = 0, kind: Any = AutoModelForCausalLM) -> Any:
     """A float32 model in which nothing is trivially zero or one, with channels of very different scales."""
     torch.manual_seed(seed)
     model = kind.from_config(config).float().eval()
@@ -78,13 +78,13 @@ def tiny_model(config: Any, seed: int = 0, kind: Any = AutoModelForCausalLM) -> 
     return model
 
 
-def save(model: PreTrainedModel, path: Path, shard_size: str = "60KB", dtype: torch.dtype | None = None) -> Path:
+def save(model: Any, path: Path, shard_size: str = "60KB", dtype: torch.dtype | None = None) -> Path:
     model = model if dtype is None else model.to(dtype)
     model.save_pretrained(path, max_shard_size=shard_size)
     return path
 
 
-def load(path: Path, kind: Any = AutoModelForCausalLM, trust: bool = True, **options: Any) -> PreTrainedModel:
+def load(path: Path, kind: Any = AutoModelForCausalLM, trust: bool = True, **options: Any) -> Any:
     return kind.from_pretrained(path, trust_remote_code=trust, dtype=torch.float32, **options).eval()
 
 

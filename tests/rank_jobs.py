@@ -76,7 +76,7 @@ def launch(
 ) -> Ended:
     """Start so many ranks, wait for all. kill: which one to kill, after how many seconds."""
     if ranks == 1:
-        environments = [{}]
+        environments: list[dict[str, str]] = [{}]
     else:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         size = -(-ranks // nodes)
@@ -102,7 +102,9 @@ def launch(
     for child in children:
         child.join()
     spent = time.monotonic() - first
-    return Ended([child.exitcode for child in children], [path.read_text() for path in said], spent)
+    codes = [child.exitcode for child in children if child.exitcode is not None]
+    assert len(codes) == len(children)
+    return Ended(codes, [path.read_text() for path in said], spent)
 
 
 class RankJob:
@@ -160,7 +162,13 @@ class RankJob:
         self.seconds[ranks] = self.seconds.get(ranks) or self._seconds(ranks)
         victim, seconds = draw.randrange(ranks), draw.uniform(0.0, 0.9) * self.seconds[ranks]
         ended = self.run(name, ranks, nodes=nodes, kill=(victim, seconds), keep_run=True)
-        facts = {"ranks": ranks, "then": then, "nodes": nodes, "victim": victim, "seconds": round(seconds, 2)}
+        facts: dict[str, Any] = {
+            "ranks": ranks,
+            "then": then,
+            "nodes": nodes,
+            "victim": victim,
+            "seconds": round(seconds, 2),
+        }
         facts |= {"codes": ended.codes, "took": round(ended.seconds, 2)}
         died = ended.codes[victim] == KILLED
         trouble = None

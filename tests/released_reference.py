@@ -6,6 +6,7 @@ that code for LLaMA-7B (head size 128, 32 layers) is taken from the config inste
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,10 +52,10 @@ def _metric(wrapped: _BiasGPT, weight: torch.Tensor, name: str) -> torch.Tensor:
         return wrapped.fluc_inp
     if name == "wifv":
         return wrapped.fluc_inp * torch.sum(weight.pow(2), dim=0)
-    return (torch.abs(weight) * torch.sqrt(wrapped.scaler_inp.reshape((1, -1)))).mean(axis=0)
+    return (torch.abs(weight) * torch.sqrt(wrapped.scaler_inp.reshape((1, -1)))).mean(dim=0)
 
 
-def _inputs_of(model: nn.Module, module: nn.Module, tokens: np.ndarray) -> list[torch.Tensor]:
+def _inputs_of(model: Any, module: nn.Module, tokens: np.ndarray) -> list[torch.Tensor]:
     """The module's input for every window in turn, [1, token, channel]."""
     inputs: list[torch.Tensor] = []
     handle = module.register_forward_pre_hook(lambda _module, args: inputs.append(args[0].detach()))
@@ -65,7 +66,7 @@ def _inputs_of(model: nn.Module, module: nn.Module, tokens: np.ndarray) -> list[
     return inputs
 
 
-def _neurons_to_remove(config, ratio: float, remove_heads: int, per_layer: bool) -> int:
+def _neurons_to_remove(config: Any, ratio: float, remove_heads: int, per_layer: bool) -> int:
     inner, hidden, layers = config.intermediate_size, config.hidden_size, config.num_hidden_layers
     head_dim = hidden // config.num_attention_heads
     if per_layer:
@@ -78,7 +79,7 @@ def _neurons_to_remove(config, ratio: float, remove_heads: int, per_layer: bool)
 
 
 def released_flap(
-    model: nn.Module,
+    model: Any,
     tokens: np.ndarray,
     ratio: float,
     structure: str = "al-am",
@@ -114,7 +115,7 @@ def released_flap(
         mlp_metrics.append(w_mlp)
 
     def standardise(x: torch.Tensor) -> torch.Tensor:
-        return (x - torch.mean(x, axis=1, keepdim=True)) / torch.std(x, axis=1, keepdim=True)
+        return (x - torch.mean(x, dim=1, keepdim=True)) / torch.std(x, dim=1, keepdim=True)
 
     if structure in ("al-mm", "al-am"):
         attn = standardise(torch.stack(attn_metrics)).reshape(len(layers), -1, head_dim).mean(dim=2)
@@ -143,7 +144,7 @@ def released_flap(
 
 
 def released_baseline(
-    model: nn.Module, tokens: np.ndarray | None, ratio: float
+    model: Any, tokens: np.ndarray | None, ratio: float
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Masks of prune_wanda_sp (with tokens; changes the model's weights) or prune_magnitude_sp (tokens None)."""
     config = model.config
@@ -160,7 +161,7 @@ def released_baseline(
             for nsamples, inputs in enumerate(_inputs_of(model, module, tokens)):
                 scaler_row *= nsamples / (nsamples + 1)
                 scaler_row += torch.norm(inputs[0].t(), p=2, dim=1) ** 2 / (nsamples + 1)
-            scores[name] = (torch.abs(weight) * torch.sqrt(scaler_row.reshape((1, -1)))).mean(axis=0)
+            scores[name] = (torch.abs(weight) * torch.sqrt(scaler_row.reshape((1, -1)))).mean(dim=0)
         per_head = scores["o"].reshape(-1, head_dim).sum(dim=1)
         keep_heads = per_head >= torch.sort(per_head)[0][int(ratio * heads)]
         keep_neurons = scores["down"] >= torch.sort(scores["down"])[0][int(scores["down"].numel() * ratio)]

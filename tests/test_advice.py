@@ -4,6 +4,8 @@ import json
 import re
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, assume, event, given, settings
@@ -21,9 +23,17 @@ from flap_stream.model.checkpoint import describe
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.restore.requirements import refit_sizes
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 BASE = 400 * MIB
 SIZES = ((64, 96, 2), (256, 1024, 3), (512, 4096, 2))
+
+
+@lru_cache
+def workspaces(sizes: tuple[int, int, int], tokens: int) -> dict[int, tuple[int, int]]:
+    """What a batch needs depends on neither the device nor the target: found once for all jobs of these sizes."""
+    return {}
 
 
 @lru_cache
@@ -31,14 +41,16 @@ def jobs(sizes: tuple[int, int, int], tokens: int, target: str | None, device: s
     """Pass 1 of a model of these sizes, and pass 2 if it is refitted; no weights are needed."""
     hidden, neurons, layers = sizes
     config = tiny_config(hidden_size=hidden, intermediate_size=neurons, layers=layers, vocab_size=5000).to_dict()
-    with describe("model", tmp, json.loads(json.dumps(config)), Skeleton(config, "model").tensors(), "float32") as made:
+    with describe(
+        "model", Path(tmp), json.loads(json.dumps(config)), Skeleton(config, "model").tensors(), "float32"
+    ) as made:
         model = StreamedModel(made, EngineConfig(device="cpu"))
-        first = replace(model.job(1, tokens), device=device, base_bytes=BASE)
+        first = replace(model.job(1, tokens), device=device, base_bytes=BASE, _workspaces=workspaces(sizes, tokens))
         then = [] if target is None else [model.refit_after(first, refit_sizes(model, target))]
     return [first, *then]
 
 
-def followed(advice: str, limits: Limits, batch_size: int | None, prefetch: int | None) -> tuple:
+def followed(advice: str, limits: Limits, batch_size: int | None, prefetch: int | None) -> tuple[Any, ...]:
     """Limits and wishes, and tokens in a window if it names them, after one way that a refusal names."""
     for option, value in re.findall(r"--([a-z-]+) (\d+)", advice):
         match option:
@@ -67,7 +79,18 @@ def followed(advice: str, limits: Limits, batch_size: int | None, prefetch: int 
     drift=st.integers(0, 7 * MIB),
 )
 def test_what_a_refusal_advises_is_not_refused(
-    sizes, tokens, samples, target, device, batch_size, prefetch, is_recorded, host, on_device, drift, tmp_path_factory
+    sizes: Any,
+    tokens: Any,
+    samples: Any,
+    target: Any,
+    device: Any,
+    batch_size: Any,
+    prefetch: Any,
+    is_recorded: Any,
+    host: Any,
+    on_device: Any,
+    drift: Any,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     made = jobs(sizes, tokens, target, device, str(tmp_path_factory.getbasetemp()))
     first, *then = (replace(job, samples=samples) for job in made)
@@ -89,7 +112,7 @@ def test_what_a_refusal_advises_is_not_refused(
         assert recorded is None or batch is None, "a run that is taken up has its batch size for good"
         again = [replace(job, base_bytes=BASE + drift) for job in (first, *then)]
         if length is not None:
-            again = [replace(job, tokens=length, _workspaces={}) for job in again]
+            again = [replace(job, tokens=length, _workspaces=workspaces(sizes, length)) for job in again]
         placement = place(again[0], within, batch, ahead, again[1:], recorded)
         # Pass 2 is placed on its own later, at that batch size and on the same base.
         for job in again[1:]:

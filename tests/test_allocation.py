@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,12 @@ from flap_stream.errors import InvalidOption, ShapeMismatch
 SHAPE = LayerShape(kv_groups=2, heads_per_group=1, head_dim=3, neurons=4, group_cost=12, neuron_cost=3)
 
 
-def kept(scores, shapes, round_neurons_to=1, **options):
+def kept(scores: Any, shapes: Any, round_neurons_to: int = 1, **options: Any) -> Any:
     config = PlanConfig(round_neurons_to=round_neurons_to, **options)
     return [(k.kv_groups.tolist(), k.neurons.tolist()) for k in allocate(scores, shapes, config)]
 
 
-def pair(groups, neurons):
+def pair(groups: Any, neurons: Any) -> LayerScores:
     return LayerScores(np.array(groups, float), np.array(neurons, float))
 
 
@@ -98,7 +99,7 @@ def test_planning_80_layers_of_a_65b_model_is_quick() -> None:
     assert share == pytest.approx(0.8, abs=1e-4)
 
 
-def rounded(structure, shape, layers=6, ratio=0.3, seed=1, **options):
+def rounded(structure: Any, shape: Any, layers: Any = 6, ratio: Any = 0.3, seed: int = 1, **options: Any) -> Any:
     draw = np.random.default_rng(seed)
     scores = [
         LayerScores(*(draw.normal(i / 4, 1, units) for units in (shape.kv_groups, shape.neurons)))

@@ -4,8 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def contents(place: Path) -> dict[str, bytes | None]:
 
 
 def refuse(
-    capsys: pytest.CaptureFixture, command: str, *words: str, code: int = 2, touches: tuple[str, ...] = ()
+    capsys: pytest.CaptureFixture[str], command: str, *words: str, code: int = 2, touches: tuple[str, ...] = ()
 ) -> str:
     """Run a command that must be refused in one sentence with these words, leaving everything as it was."""
     capsys.readouterr()
@@ -65,7 +66,7 @@ def edit_config(**changes: object) -> Callable[[Path], None]:
     return edit
 
 
-def edit_header(change: Callable[[dict], object]) -> Callable[[Path], None]:
+def edit_header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     """Change the header of the first shard and leave the data alone."""
 
     def edit(model: Path) -> None:
@@ -80,7 +81,7 @@ def edit_header(change: Callable[[dict], object]) -> Callable[[Path], None]:
     return edit
 
 
-def first(header: dict) -> dict:
+def first(header: dict[str, Any]) -> dict[str, Any]:
     return next(value for key, value in header.items() if key != "__metadata__")
 
 
@@ -188,7 +189,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", BAD_MODELS)
-def test_models_that_cannot_be_pruned_are_refused(case: str, place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_models_that_cannot_be_pruned_are_refused(case: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage, words = BAD_MODELS[case]
     damage(place / "model")
     refuse(capsys, PRUNE, *words)
@@ -203,7 +204,9 @@ def test_models_that_cannot_be_pruned_are_refused(case: str, place: Path, capsys
         ("tokens.npy", ("is a file",)),
     ],
 )
-def test_models_that_are_not_there_are_refused(model: str, words, place: Path, capsys) -> None:
+def test_models_that_are_not_there_are_refused(
+    model: str, words: Sequence[str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     refuse(capsys, f"prune {model} out --calibration tokens.npy", *words)
 
 
@@ -217,7 +220,9 @@ def test_models_that_are_not_there_are_refused(model: str, words, place: Path, c
     ],
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_stop_with_their_name(tensor, words, value, place: Path, capsys) -> None:
+def test_weights_that_are_not_finite_stop_with_their_name(
+    tensor: str, words: Sequence[str], value: Any, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def change(weights: torch.Tensor) -> torch.Tensor:
         if "embed" in tensor:
             weights[3] = value  # a token that occurs
@@ -230,12 +235,14 @@ def test_weights_that_are_not_finite_stop_with_their_name(tensor, words, value, 
 
 
 @pytest.mark.parametrize("tensor", ["lm_head.weight", "model.norm.weight"])
-def test_a_head_that_is_not_finite_stops_the_evaluation(tensor: str, place: Path, capsys) -> None:
+def test_a_head_that_is_not_finite_stops_the_evaluation(
+    tensor: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     edit_tensor(tensor, with_value(float("nan")))(place / "model")
     refuse(capsys, "evaluate model --text tokens.npy", tensor, "NaN or infinity")
 
 
-def test_hidden_states_that_overflow_stop_with_their_layer(place: Path, capsys) -> None:
+def test_hidden_states_that_overflow_stop_with_their_layer(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("gate_proj", "up_proj"):
         edit_tensor(f"model.layers.1.mlp.{name}.weight", lambda t: t * 3e3)(place / "model")
     words = ("hidden states after layer 1", "model.layers.1", "--dtype float32")
@@ -269,7 +276,9 @@ def test_hidden_states_that_overflow_stop_with_their_layer(place: Path, capsys) 
         ),
     ],
 )
-def test_options_that_mean_nothing_are_refused(options: str, words, place: Path, capsys) -> None:
+def test_options_that_mean_nothing_are_refused(
+    options: str, words: Sequence[str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     refuse(capsys, f"{PRUNE} {options}", *words)
 
 
@@ -298,7 +307,9 @@ BAD_TEXTS: dict[str, tuple[Callable[[], object], str, tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("verb", ["prune", "evaluate"])
 @pytest.mark.parametrize("case", BAD_TEXTS)
-def test_texts_that_cannot_serve_are_refused(case: str, verb: str, place: Path, capsys) -> None:
+def test_texts_that_cannot_serve_are_refused(
+    case: str, verb: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make, text, words = BAD_TEXTS[case]
     tokenizer = Path(__file__).parents[1] / "flap_stream" / "demo" / "model"
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -308,7 +319,9 @@ def test_texts_that_cannot_serve_are_refused(case: str, verb: str, place: Path, 
     refuse(capsys, command, *words)
 
 
-def test_text_shorter_than_a_window_and_a_foreign_tokenizer_are_refused(place: Path, capsys) -> None:
+def test_text_shorter_than_a_window_and_a_foreign_tokenizer_are_refused(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("a.txt").write_text("In the beginning")
     refuse(capsys, "prune model out --calibration a.txt", "model has no tokenizer", ".npy")
     tokenizer = Path(__file__).parents[1] / "flap_stream" / "demo" / "model"
@@ -320,7 +333,7 @@ def test_text_shorter_than_a_window_and_a_foreign_tokenizer_are_refused(place: P
     refuse(capsys, "prune model out --calibration a.txt", "the model's vocabulary is 0 to 96")
 
 
-def test_an_output_that_is_not_ours_is_left_alone(place: Path, capsys) -> None:
+def test_an_output_that_is_not_ours_is_left_alone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("out").mkdir()
     Path("out/diary.txt").write_text("mine")
     refuse(capsys, PRUNE, "out exists and was not made by flap-stream")
@@ -334,11 +347,11 @@ def test_an_output_that_is_not_ours_is_left_alone(place: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize("out", ["model/out", "model/a/b"])
-def test_an_output_inside_the_model_is_refused(out: str, place: Path, capsys) -> None:
+def test_an_output_inside_the_model_is_refused(out: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refuse(capsys, f"prune model {out} --calibration tokens.npy", "lies in the model's own directory")
 
 
-def test_another_checkpoint_at_the_output_is_left_alone(place: Path, capsys) -> None:
+def test_another_checkpoint_at_the_output_is_left_alone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*PRUNE.split(), "--quiet"]) == 0
     capsys.readouterr()
     changes = (
@@ -374,21 +387,23 @@ def test_another_checkpoint_at_the_output_is_left_alone(place: Path, capsys) -> 
         ),
     ],
 )
-def test_a_run_made_for_something_else_says_what_differs(change, options, words, place: Path, capsys) -> None:
+def test_a_run_made_for_something_else_says_what_differs(
+    change: Any, options: str, words: Sequence[str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["collect", "model", "run", "--calibration", "tokens.npy", "--quiet"]) == 0
     capsys.readouterr()
     change()
     refuse(capsys, f"{PRUNE} --run run {options}", "run was made ", *words)
 
 
-def test_a_directory_that_is_no_run_is_refused(place: Path, capsys) -> None:
+def test_a_directory_that_is_no_run_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refuse(capsys, f"{PRUNE} --run model", "model exists and is not a run directory")
     refuse(capsys, "plan model", "is not a run directory", "flap-stream collect")
     refuse(capsys, "rewrite nowhere out", "is not a run directory")
     refuse(capsys, "inspect nowhere", "neither a run directory")
 
 
-def test_a_plan_that_the_collection_does_not_serve_is_refused(place: Path, capsys) -> None:
+def test_a_plan_that_the_collection_does_not_serve_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["collect", "model", "run", "--calibration", "tokens.npy", "--quiet"]) == 0
     refuse(capsys, "rewrite run out", "holds no plan yet", "flap-stream plan")
     refuse(capsys, "plan run --method wanda-sp", "collected for flap", "collect again with --method wanda-sp")
@@ -414,14 +429,14 @@ def test_a_plan_that_the_collection_does_not_serve_is_refused(place: Path, capsy
     refuse(capsys, "plan wanda --ratio 0.5", "collected for wanda-sp")
 
 
-def test_an_incomplete_collection_is_not_planned(place: Path, capsys) -> None:
+def test_an_incomplete_collection_is_not_planned(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit_tensor(DOWN, with_value(float("nan")))(place / "model")
     assert main(["collect", "model", "run", "--calibration", "tokens.npy", "--quiet"]) == 2
     capsys.readouterr()
     refuse(capsys, "plan run", "0002 is not complete", "collect again to finish", code=1)
 
 
-def test_code_that_comes_with_a_model_is_not_run(place: Path, capsys) -> None:
+def test_code_that_comes_with_a_model_is_not_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = "from pathlib import Path\nPath('ran').touch()\n"
     for name in ("modeling_own", "tokenization_own"):
         (place / "model" / f"{name}.py").write_text(code)
@@ -438,19 +453,25 @@ def test_code_that_comes_with_a_model_is_not_run(place: Path, capsys) -> None:
 
 @pytest.mark.parametrize("name", ["out", "out.partial"])
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_link_in_the_place_of_the_output_is_refused_before_any_work(name, exists, place: Path, capsys) -> None:
+def test_a_link_in_the_place_of_the_output_is_refused_before_any_work(
+    name: str, exists: Any, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if exists:
         Path("elsewhere").mkdir()
     Path(name).symlink_to("elsewhere")
     refuse(capsys, PRUNE, f"{name} is a symbolic link to elsewhere")
 
 
-def test_a_run_directory_that_is_a_link_to_nowhere_is_refused_before_any_work(place: Path, capsys) -> None:
+def test_a_run_directory_that_is_a_link_to_nowhere_is_refused_before_any_work(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("out.run").symlink_to("elsewhere")
     refuse(capsys, PRUNE, "out.run is a link to elsewhere, which does not exist")
 
 
-def test_an_output_that_does_not_fit_is_refused_before_any_work(place: Path, capsys) -> None:
+def test_an_output_that_does_not_fit_is_refused_before_any_work(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = place / "small"
     small.mkdir()
     mounted = subprocess.run(

@@ -27,8 +27,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_both_models_are_measured_at_every_setting(
-    place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
     code, out, err = command(
@@ -77,7 +78,7 @@ def test_rates_are_of_all_tokens_by_the_median() -> None:
     ],
 )
 def test_what_cannot_be_run_is_refused_in_a_sentence(
-    place: Path, arguments: str, words: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    place: Path, arguments: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
     assert main(["bench-inference", "--prompt-lengths", "8", *arguments.split(), "--quiet"]) == 2
@@ -85,6 +86,7 @@ def test_what_cannot_be_run_is_refused_in_a_sentence(
     assert words in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_is_told_of(place: Path) -> None:
     options = BenchInferenceConfig(rounds=1, trust_remote_code=True)
     with pytest.raises(FlapStreamError, match=r"foreign failed \(ran\)"):

@@ -6,7 +6,7 @@ import campaign
 import pytest
 from faults import Job, make_job
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")

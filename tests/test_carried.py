@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -61,10 +62,12 @@ def test_front_matter_that_cannot_be_read_is_left_out_with_a_warning(
     (place / "model" / "README.md").write_bytes(b"---\n" + FRONT_MATTER[kind] + b"\n---\n# A model\n")
     told: list[bool] = []
     collect = layer_statistics.collect_statistics
-    monkeypatch.setattr(
-        "flap_stream.stages.collect.collect_statistics",
-        lambda *a: (told.append("model card" in caplog.text), collect(*a))[1],
-    )
+
+    def recorded(*arguments: Any) -> Any:
+        told.append("model card" in caplog.text)
+        return collect(*arguments)
+
+    monkeypatch.setattr("flap_stream.stages.collect.collect_statistics", recorded)
     card = ModelCard.load(prune("model", "out") / "README.md")
     assert told == [True]  # before the first layer
     assert card.data.get("license") is None and card.data.library_name == "transformers"
@@ -91,7 +94,9 @@ def test_metadata_is_carried_where_it_is_plain_text(metadata: str, kept: dict[st
 NAMES = [b"tok\xff.json", b"a\nb.json", b"x" * 246 + b".json", b"LICENSE\xfe", b"a\x1b[2J.txt", "é.json".encode()]
 
 
-def test_files_whose_names_cannot_be_carried_are_left_out_with_a_warning(place: Path, caplog) -> None:
+def test_files_whose_names_cannot_be_carried_are_left_out_with_a_warning(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for name in NAMES:
         Path(os.fsdecode(os.fsencode(place / "model") + b"/" + name)).write_text("{}")
     with caplog.at_level(logging.WARNING, "flap_stream"):
@@ -115,16 +120,18 @@ def test_a_model_of_any_name_is_pruned_quoted_and_exported(name: bytes, place: P
 
 
 def test_an_output_of_any_name_is_printed(place: Path) -> None:
-    command = [sys.executable, "-m", "flap_stream", "prune", "model", b"out\xff", "--calibration", "tokens.npy"]
-    done = subprocess.run(
-        [*command, "--quiet"], check=False, capture_output=True, env={**os.environ, "LC_ALL": "C.UTF-8"}
-    )
+    options = ["--calibration", "tokens.npy", "--quiet"]
+    command: list[str | bytes] = [sys.executable, "-m", "flap_stream", "prune", "model", b"out\xff", *options]
+    environment = {**os.environ, "LC_ALL": "C.UTF-8"}
+    done = subprocess.run(command, check=False, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert b"\\udcff" in done.stdout
 
 
 @pytest.mark.parametrize("contents", [None, "{", "[]", '{"format": "flap-stream-pruning"}'])
-def test_a_record_that_the_card_cannot_quote_is_told_of_before_an_export(contents, place: Path, capsys) -> None:
+def test_a_record_that_the_card_cannot_quote_is_told_of_before_an_export(
+    contents: Any, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     record = prune("model", "out") / "pruning.json"
     record.unlink() if contents is None else record.write_text(contents)
     assert main(["export-stock", "out", "stock", "--pad", "--quiet"]) == 2

@@ -13,7 +13,7 @@ from flap_stream.cli import VERBS, main
 from flap_stream.progress import format_bytes
 
 
-def run(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, str]:
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
@@ -43,6 +43,7 @@ def test_importing_the_package_and_its_help_load_no_torch() -> None:
     assert all(verb in result.stdout for verb in VERBS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="torch brings libgomp along on Linux alone")
 @pytest.mark.parametrize(
     ("given", "policy", "spins"),
@@ -65,7 +66,7 @@ def test_threads_sleep_while_they_wait_unless_told_otherwise(
     assert spins is None or found["GOMP_SPINCOUNT"] == spins
 
 
-def test_the_stages_by_themselves_give_what_prune_gives(place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_stages_by_themselves_give_what_prune_gives(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = place / "tokens.npy"
     collected = run(capsys, "collect", place / "model", place / "run", "--calibration", text)
     assert collected[0] == 0 and "next: flap-stream plan" in collected[1]
@@ -79,7 +80,7 @@ def test_the_stages_by_themselves_give_what_prune_gives(place: Path, capsys: pyt
     assert body["parameters"]["after"] < body["parameters"]["before"]
     assert set(body["seconds"]) == {"collect", "plan", "rewrite"} and body["bytes_written"] > 0
     assert "collect: 3/3" in err and "tokens/s" in err
-    rows = dict(re.match(r"([a-z ]+?)  +(.*)", line).groups() for line in err.splitlines() if "  " in line)  # type: ignore[union-attr]
+    rows = dict(re.findall(r"^([a-z ]+?)  +(.*)$", err, re.MULTILINE))
     assert rows["model"] == f"{place / 'model'} (llama, 3 layers, {body['parameters']['before']:,} parameters)"
     assert rows["run directory"] == f"{place / 'whole.run'}"
     windows = f"{body['placement']['batch_size']} of 6 windows of 16 tokens at once"
@@ -92,7 +93,9 @@ def test_the_stages_by_themselves_give_what_prune_gives(place: Path, capsys: pyt
         assert file.read_bytes() == (place / "whole" / file.name).read_bytes()
 
 
-def test_planning_needs_the_run_directory_alone(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_planning_needs_the_run_directory_alone(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save(tiny_model(tiny_config()), tmp_path / "model")
     run(capsys, "collect", model, tmp_path / "run", "--calibration", place / "tokens.npy", "--quiet")
     model.rename(tmp_path / "elsewhere")
@@ -107,13 +110,13 @@ def test_planning_needs_the_run_directory_alone(place: Path, tmp_path: Path, cap
         assert planned.items() <= written.items()
 
 
-def test_quiet_says_nothing_and_json_is_one_object(place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_quiet_says_nothing_and_json_is_one_object(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "evaluate", place / "model", "--text", place / "tokens.npy", "--json", "--quiet")
     assert code == 0 and err == ""
     assert json.loads(out)["windows"] == 6
 
 
-def test_inspect_tells_runs_from_outputs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_inspect_tells_runs_from_outputs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = place / "tokens.npy"
     run(capsys, "prune", place / "model", tmp_path / "out", "--calibration", text, "--keep-run", "--quiet")
     assert "statistics   3 of 3 layers" in run(capsys, "inspect", tmp_path / "out.run")[1]
@@ -125,7 +128,7 @@ COMMANDS = "\x1b[2J\x9b31m\r\u202e\x07\nverified"
 ESCAPED = r"\x1b[2J\x9b31m\r\u202e\x07\nverified"
 
 
-def test_names_that_are_printed_command_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_names_that_are_printed_command_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = save_tokens(tmp_path / "tokens.npy", random_tokens(6, 16))
     model, place = save(tiny_model(tiny_config()), tmp_path / COMMANDS), tmp_path / "of" / COMMANDS
     for arguments in (
@@ -144,7 +147,7 @@ def test_names_that_are_printed_command_no_terminal(tmp_path: Path, capsys: pyte
         assert all(line.isprintable() for line in (out + err).split("\n"))
 
 
-def test_the_model_card_has_the_hubs_metadata(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_model_card_has_the_hubs_metadata(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from huggingface_hub import ModelCard
 
     model = save(tiny_model(tiny_config()), tmp_path / "model")

@@ -27,7 +27,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
-def refused(capsys: pytest.CaptureFixture, command: str) -> str:
+def refused(capsys: pytest.CaptureFixture[str], command: str) -> str:
     capsys.readouterr()
     assert main([*command.split(), "--quiet"]) == 2
     error = capsys.readouterr().err
@@ -35,7 +35,7 @@ def refused(capsys: pytest.CaptureFixture, command: str) -> str:
     return error
 
 
-def test_a_run_of_another_model_names_both(place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_of_another_model_names_both(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(capsys, "prune other new --run run --calibration then.npy")
     before = flap_stream.plan("run", PlanConfig(ratio=0.3)).parameters_before
     assert f"run was made from the model {place / 'model'} ({before:,} parameters), not {place / 'other'} (" in error
@@ -44,7 +44,7 @@ def test_a_run_of_another_model_names_both(place: Path, capsys: pytest.CaptureFi
     assert "run was collected from the model " in error and str(place / "other") in error
 
 
-def test_a_run_of_another_text_names_both(place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_of_another_text_names_both(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(capsys, "prune model new --run run --calibration now.npy")
     assert "--calibration was then.npy, now now.npy" in error
     error = refused(capsys, "collect model run --calibration now.npy --samples 3")
@@ -54,7 +54,7 @@ def test_a_run_of_another_text_names_both(place: Path, capsys: pytest.CaptureFix
     assert "from another text or with another tokenizer: then.npy produced different tokens then" in error
 
 
-def test_a_model_that_was_changed_names_its_files(place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_model_that_was_changed_names_its_files(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads(Path("model/config.json").read_text())
     Path("model/config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
     error = refused(capsys, "collect model run --calibration then.npy")
@@ -79,21 +79,21 @@ def test_a_model_that_was_changed_names_its_files(place: Path, capsys: pytest.Ca
     ],
 )
 def test_an_output_of_something_else_names_what_differs(
-    place: Path, capsys: pytest.CaptureFixture, command: str, words: str
+    place: Path, capsys: pytest.CaptureFixture[str], command: str, words: str
 ) -> None:
     before = (place / "out" / "pruning.json").read_bytes()
     assert words in refused(capsys, command)
     assert (place / "out" / "pruning.json").read_bytes() == before
 
 
-def test_an_output_of_another_model_of_the_same_name_says_so(place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_output_of_another_model_of_the_same_name_says_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree("model")
     shutil.move("other", "model")
     error = refused(capsys, "prune model out --calibration then.npy --ratio 0.3")
     assert "pruned from another model named model" in error
 
 
-def test_a_dense_model_is_named_as_what_it_is(place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_dense_model_is_named_as_what_it_is(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parameters = flap_stream.plan("run", PlanConfig(ratio=0.3)).parameters_before
     assert main(["inspect", "model"]) == 0
     shown = capsys.readouterr().out
@@ -109,7 +109,7 @@ def test_a_dense_model_is_named_as_what_it_is(place: Path, capsys: pytest.Captur
     assert not Path("r.html").exists()
 
 
-def test_a_dense_model_of_no_known_family_is_named_too(place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_dense_model_of_no_known_family_is_named_too(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads(Path("model/config.json").read_text())
     Path("model/config.json").write_text(json.dumps({**config, "model_type": "gpt2", "architectures": None}))
     assert main(["inspect", "model"]) == 0

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # A process that sends itself SIGINT as soon as it imports a module of the name given.
 _INTERRUPTED = """
 import os, runpy, signal, sys

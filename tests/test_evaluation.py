@@ -13,7 +13,7 @@ from torch.nn import functional
 
 @pytest.mark.parametrize("windows", [1, 7])
 def test_the_standard_error_is_that_of_transformers_losses(
-    windows: int, tmp_path: Path, capsys: pytest.CaptureFixture
+    windows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokens = save(tiny_model(tiny_config()), tmp_path / "model"), random_tokens(windows, 16)
     text = save_tokens(tmp_path / "tokens.npy", tokens)

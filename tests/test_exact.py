@@ -1,6 +1,8 @@
 """`--statistics exact` equals a float64 computation over the whole array of inputs."""
 
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +12,14 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 from safetensors.torch import load_file
 
 import flap_stream
-from flap_stream.config import PruneConfig
+from flap_stream.config import CollectConfig, PlanConfig, RewriteConfig
+
+pytestmark = pytest.mark.slow
 
 RATIO = 0.35
 
 
-def whole_array_decision(model, inputs, head_score: str):
+def whole_array_decision(model: Any, inputs: Any, head_score: str) -> Any:
     """al-am with wifv, written out over whole float64 arrays; masks and biases of every layer."""
     config = model.config
     group_channels = config.num_attention_heads // config.num_key_value_heads * model.model.layers[0].self_attn.head_dim
@@ -36,7 +40,9 @@ def whole_array_decision(model, inputs, head_score: str):
     entries.sort(key=lambda entry: -entry[0])
     spent = np.cumsum([entry[1] for entry in entries])
     length = int(np.argmin(np.abs(spent - (1 - RATIO) * spent[-1]))) + 1
-    kept = {(i, kind): [] for i in range(len(inputs)) for kind in ("attention", "mlp")}
+    kept: dict[tuple[int, str], list[Any]] = {
+        (i, kind): [] for i in range(len(inputs)) for kind in ("attention", "mlp")
+    }
     for _, _, i, kind, unit in entries[:length]:
         kept[i, kind].append(unit)
     biases = {}
@@ -53,18 +59,17 @@ def whole_array_decision(model, inputs, head_score: str):
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("head_score", ["mean-z", "l2"])
-def test_exact_equals_the_float64_whole_array_for_every_batch_size(tmp_path: Path, kv_heads, head_score) -> None:
+def test_exact_equals_the_float64_whole_array_for_every_batch_size(tmp_path: Path, kv_heads: int) -> None:
     model = tiny_model(tiny_config(kv_heads=kv_heads), seed=kv_heads)
     tokens = random_tokens(9, 24)
     path, text = save(model, tmp_path / "model"), save_tokens(tmp_path / "tokens.npy", tokens)
-    kept, biases = whole_array_decision(model, layer_inputs(model, torch.from_numpy(tokens)), head_score)
-    for batch_size in range(1, 8):
-        out = tmp_path / f"out-{batch_size}"
-        options = PruneConfig(
-            ratio=RATIO, head_score=head_score, calibration=(text,), batch_size=batch_size, round_neurons_to=1
-        )
-        record = flap_stream.prune(path, out, options).record
+    inputs = layer_inputs(model, torch.from_numpy(tokens))
+    decisions = {head_score: whole_array_decision(model, inputs, head_score) for head_score in ("mean-z", "l2")}
+    for batch_size, (head_score, (kept, biases)) in product(range(1, 8), decisions.items()):
+        run, out = tmp_path / f"run-{batch_size}", tmp_path / f"out-{batch_size}-{head_score}"
+        flap_stream.collect(path, run, CollectConfig(calibration=(text,), batch_size=batch_size))  # once for both
+        flap_stream.plan(run, PlanConfig(ratio=RATIO, head_score=head_score, round_neurons_to=1))
+        record = flap_stream.rewrite(run, out, RewriteConfig()).record
         tensors = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
         for i, layer in enumerate(record["layers"]):
             assert layer["kept_kv_groups"] == kept[i, "attention"]

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ import flap_stream
 from flap_stream.config import EvaluateConfig, PlanConfig, PruneConfig
 from flap_stream.errors import InvalidOption
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("mixtral", "qwen3_moe")
 TOKENS = random_tokens(8, 24)
 
@@ -26,9 +29,10 @@ class MaskedExperts(nn.Module):
     inputs: what each expert's down projection has read, float64 `[token, neuron]`.
     """
 
-    def __init__(self, dense: nn.Module) -> None:
+    def __init__(self, dense: Any) -> None:
         super().__init__()
-        self.dense, self.biases = dense, {}
+        self.dense = dense
+        self.biases: dict[int, Any] = {}
         self.inputs: list[list[torch.Tensor]] = [[] for _ in range(dense.num_experts)]
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -50,7 +54,7 @@ def with_masked_experts(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def apply_record(model: PreTrainedModel, record: dict, bias: bool) -> PreTrainedModel:
+def apply_record(model: PreTrainedModel, record: dict[str, Any], bias: bool) -> PreTrainedModel:
     """Mask what the record says is gone and, from the dense model's own inputs, add the biases."""
     dense_inputs: list[torch.Tensor] = []
     hooks = []
@@ -64,7 +68,7 @@ def apply_record(model: PreTrainedModel, record: dict, bias: bool) -> PreTrained
         hook.remove()
     means = iter([inputs.flatten(0, 1).mean(dim=0) for inputs in dense_inputs])
 
-    def cut(module: nn.Module, mean: torch.Tensor, keep: torch.Tensor) -> None:
+    def cut(module: Any, mean: torch.Tensor, keep: torch.Tensor) -> None:
         if bias:
             module.bias = nn.Parameter((module.weight.double() @ (mean * ~keep)).float())
         module.weight.mul_(keep)
@@ -94,7 +98,7 @@ def apply_record(model: PreTrainedModel, record: dict, bias: bool) -> PreTrained
 
 
 @pytest.fixture(scope="module", params=[(family, restore) for family in FAMILIES for restore in ("bias", "none")])
-def pruned(request, tmp_path_factory):
+def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     family, restore = request.param
     place = tmp_path_factory.mktemp(family)
     path = save(tiny_model(tiny_config(family), seed=3), place / "model")
@@ -105,7 +109,7 @@ def pruned(request, tmp_path_factory):
     return place, apply_record(with_masked_experts(load(path)), record, restore == "bias"), record
 
 
-def test_experts_get_sizes_of_their_own_at_the_ratio(pruned) -> None:
+def test_experts_get_sizes_of_their_own_at_the_ratio(pruned: Any) -> None:
     place, _, record = pruned
     sizes = [len(widths) and widths for widths in load(place / "out").config.pruned_expert_sizes]
     assert any(len(set(widths)) > 1 for widths in sizes if widths)
@@ -114,7 +118,7 @@ def test_experts_get_sizes_of_their_own_at_the_ratio(pruned) -> None:
     assert any(name.endswith("mlp.experts.each.3.down.weight") for name in names)
 
 
-def test_logits_and_generation_equal_the_masked_dense_models(pruned) -> None:
+def test_logits_and_generation_equal_the_masked_dense_models(pruned: Any) -> None:
     place, expected, _ = pruned
     ours, ids = load(place / "out"), torch.from_numpy(random_tokens(3, 20, seed=5))
     with torch.no_grad():
@@ -123,7 +127,7 @@ def test_logits_and_generation_equal_the_masked_dense_models(pruned) -> None:
     assert torch.equal(ours.generate(ids, **settings), expected.generate(ids, **settings))
 
 
-def test_streaming_perplexity_equals_the_in_memory_one(pruned) -> None:
+def test_streaming_perplexity_equals_the_in_memory_one(pruned: Any) -> None:
     place, expected, _ = pruned
     tokens = random_tokens(7, 20, seed=10)
     ids, text = torch.from_numpy(tokens), save_tokens(place / "evaluation.npy", tokens)
@@ -134,7 +138,7 @@ def test_streaming_perplexity_equals_the_in_memory_one(pruned) -> None:
         assert streamed == pytest.approx(in_memory, rel=1e-5)
 
 
-def test_saving_and_loading_again_changes_nothing(pruned, tmp_path: Path) -> None:
+def test_saving_and_loading_again_changes_nothing(pruned: Any, tmp_path: Path) -> None:
     model = load(pruned[0] / "out")
     model.save_pretrained(tmp_path / "again")
     ids = torch.from_numpy(random_tokens(2, 9, seed=8))
@@ -144,7 +148,7 @@ def test_saving_and_loading_again_changes_nothing(pruned, tmp_path: Path) -> Non
         assert (again(ids).logits - model(ids).logits).abs().max() <= 1e-5
 
 
-def test_the_pruned_checkpoint_can_be_pruned_again(pruned, tmp_path: Path) -> None:
+def test_the_pruned_checkpoint_can_be_pruned_again(pruned: Any, tmp_path: Path) -> None:
     place, _, first = pruned
     options = PruneConfig(ratio=0.25, calibration=(str(place / "tokens.npy"),), restore=first["restore"])
     record = flap_stream.prune(place / "out", tmp_path / "again", options).record
@@ -174,7 +178,7 @@ def test_an_expert_that_no_token_reached_stays_whole(
 
 
 @pytest.mark.parametrize("options", [{"method": "wanda-sp"}, {"statistics": "released"}, {"tensor_parallel": 2}])
-def test_what_is_not_defined_with_experts_is_refused(options: dict, tmp_path: Path) -> None:
+def test_what_is_not_defined_with_experts_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
     path = save(tiny_model(tiny_config("mixtral")), tmp_path / "model")
     config = PruneConfig(ratio=0.4, calibration=(save_tokens(tmp_path / "tokens.npy", TOKENS),), **options)
     with pytest.raises(InvalidOption, match="experts"):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +14,17 @@ from transformers import AutoTokenizer
 
 import flap_stream
 from flap_stream.cli import main
-from flap_stream.config import ExportGgufConfig, PruneConfig
+from flap_stream.config import ExportGgufConfig, ExportStockConfig, PruneConfig
 from flap_stream.errors import OutputConflict, UnsupportedModel
 from flap_stream.export.gguf import export_gguf
+from flap_stream.export.gguf_architecture import CONVERTIBLE_FROM_STOCK
 from flap_stream.export.gguf_vocabulary import _PRE_TOKENIZERS, _TEKKEN
+from flap_stream.export.stock import export_stock
 from flap_stream.model.architecture import FAMILIES
 
-CASES = {
+pytestmark = pytest.mark.slow
+
+CASES: dict[str, tuple[str, int, bool, dict[str, Any]]] = {
     "llama-grouped": ("llama", 2, False, {}),
     "llama-multi-head": ("llama", 4, False, {}),
     "llama-tied": ("llama", 2, True, {}),
@@ -44,7 +49,7 @@ CASES = {
 WRITTEN = {"granite", "llama", "ministral", "mistral", "phi3", "qwen2", "qwen3", "seed_oss"}
 
 
-def pruned(place: Path, family: str, kv_heads: int = 2, tied: bool = False, **options) -> Path:
+def pruned(place: Path, family: str, kv_heads: int = 2, tied: bool = False, **options: Any) -> Path:
     changes = options.pop("changes", {})
     tokens = save_tokens(place / "tokens.npy", random_tokens(8, 24))
     model = tiny_model(tiny_config(family, kv_heads, tied, **changes), seed=3)
@@ -75,7 +80,9 @@ def test_llama_cpp_computes_what_transformers_does(case: str, structure: str, tm
     require_equal(out, tmp_path / "model.gguf", random_tokens(1, 20, seed=5)[0])
 
 
-def test_an_export_writes_a_line_now_and_then_not_one_for_each_tensor(tmp_path: Path, capsys) -> None:
+def test_an_export_writes_a_line_now_and_then_not_one_for_each_tensor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save(tiny_model(tiny_config(layers=9, eos_token_id=None)), tmp_path / "model")
     assert main(["export-gguf", str(model), str(tmp_path / "model.gguf")]) == 0
     printed = capsys.readouterr()
@@ -91,8 +98,20 @@ def test_query_and_key_norms_go_with_one_size_and_no_biases(tmp_path: Path) -> N
     require_equal(out, tmp_path / "model.gguf", random_tokens(1, 20, seed=5)[0])
 
 
+@pytest.mark.parametrize("family", CONVERTIBLE_FROM_STOCK)
+def test_families_that_go_through_stock_are_told_so_and_stock_takes_them(family: str, tmp_path: Path) -> None:
+    """What llama.cpp's own converter then reads: the family's own class, all layers of one size, without biases."""
+    out = pruned(tmp_path, family, structure="ul-um", restore="none")
+    with pytest.raises(UnsupportedModel, match="prune with --structure ul-um --restore none, then export-stock"):
+        export_gguf(out, tmp_path / "model.gguf", ExportGgufConfig())
+    assert not (tmp_path / "model.gguf").exists()
+    result = export_stock(out, tmp_path / "stock", ExportStockConfig())
+    assert result.model_class == FAMILIES[family].causal_class
+    assert result.parameters_after == result.parameters_before
+
+
 @pytest.mark.parametrize("options", [{"structure": "ul-um"}, {"structure": "al-am", "restore": "none"}])
-def test_query_and_key_norms_are_refused_otherwise(options: dict[str, str], tmp_path: Path) -> None:
+def test_query_and_key_norms_are_refused_otherwise(options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="prune with --structure ul-um --restore none"):
         export_gguf(pruned(tmp_path, "qwen3", **options), tmp_path / "model.gguf", ExportGgufConfig())
     assert not list(tmp_path.glob("*.gguf*"))
@@ -193,7 +212,7 @@ def test_the_command_refuses_what_is_there(
         export_gguf(pruned_demo, file, ExportGgufConfig())
 
 
-def byte_level(*splits) -> Tokenizer:
+def byte_level(*splits: Any) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(splits))
     tokenizer.decoder = decoders.ByteLevel()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from flap_stream.errors import OutputConflict, UnsupportedModel
 from flap_stream.export.stock import export_stock
 from flap_stream.model.architecture import FAMILIES
 
+pytestmark = pytest.mark.slow
+
 # Families whose own class in transformers has biases on o_proj and down_proj, or whose layers compute what Llama's do.
 WITH_BIASES = {
     "granite": "GraniteForCausalLM",
@@ -26,7 +29,7 @@ WITH_BIASES = {
 }
 
 
-def pruned(place: Path, family: str, structure: str, restore: str, kv_heads: int = 2, **options) -> Path:
+def pruned(place: Path, family: str, structure: str, restore: str, kv_heads: int = 2, **options: Any) -> Path:
     model = tiny_model(tiny_config(family, kv_heads, family.startswith("gemma"), **options), seed=3)
     tokens = save_tokens(place / "tokens.npy", random_tokens(8, 24))
     config = PruneConfig(ratio=0.5, structure=structure, restore=restore, calibration=(tokens,), max_shard_bytes=60_000)

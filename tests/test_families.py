@@ -1,6 +1,7 @@
 """One suite for every family: the pruned checkpoint computes what the masked dense model with biases computes."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +19,14 @@ from flap_stream.model.architecture import FAMILIES, Family
 from flap_stream.model.units import COLUMNS, ROWS, Projection, UnitKind
 from flap_stream.storage.run_directory import RunDirectory
 
+pytestmark = pytest.mark.slow
+
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8,
 }  # fmt: skip
 FIRST = ("llama", "mistral", "qwen2", "qwen3")
-CASES = {
+CASES: dict[str, tuple[str, int, bool, dict[str, Any]]] = {
     f"{family}-kv{kv_heads}-{'tied' if tied else 'untied'}": (family, kv_heads, tied, {})
     for family in FIRST
     for kv_heads in (2, 4)
@@ -44,7 +47,7 @@ CASES |= {
 }
 
 
-def expected_model(model, record, tokens):
+def expected_model(model: Any, record: Any, tokens: Any) -> Any:
     """The masked dense model with biases from the whole array of its inputs."""
     groups = [layer["kept_kv_groups"] for layer in record["layers"]]
     neurons = [layer["kept_neurons"] for layer in record["layers"]]
@@ -66,7 +69,7 @@ def expected_model(model, record, tokens):
 
 
 @pytest.fixture(scope="module", params=CASES)
-def pruned(request, tmp_path_factory):
+def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     family, kv_heads, tied, changes = CASES[request.param]
     place = tmp_path_factory.mktemp(family)
     model = tiny_model(tiny_config(family, kv_heads, tied, **changes), seed=3)
@@ -79,14 +82,14 @@ def pruned(request, tmp_path_factory):
     return place, expected_model(model, record, torch.from_numpy(tokens)), record
 
 
-def test_layers_get_sizes_of_their_own(pruned) -> None:
+def test_layers_get_sizes_of_their_own(pruned: Any) -> None:
     _, _, record = pruned
     sizes = {(len(layer["kept_kv_groups"]), len(layer["kept_neurons"])) for layer in record["layers"]}
     assert len(sizes) > 1
     assert abs(record["realised_ratio"]["decoder"] - 0.3) < 0.02
 
 
-def test_logits_equal_the_masked_dense_models(pruned) -> None:
+def test_logits_equal_the_masked_dense_models(pruned: Any) -> None:
     place, expected, _ = pruned
     tokens = torch.from_numpy(random_tokens(3, 20, seed=5))
     with torch.no_grad():
@@ -94,7 +97,7 @@ def test_logits_equal_the_masked_dense_models(pruned) -> None:
     assert difference.abs().max() <= 1e-5
 
 
-def test_generation_with_a_cache_and_left_padding_is_equal(pruned) -> None:
+def test_generation_with_a_cache_and_left_padding_is_equal(pruned: Any) -> None:
     place, expected, _ = pruned
     tokens = torch.from_numpy(random_tokens(2, 9, seed=6))
     mask = torch.ones_like(tokens)
@@ -106,7 +109,7 @@ def test_generation_with_a_cache_and_left_padding_is_equal(pruned) -> None:
     assert (ours - theirs)[mask.bool()].abs().max() <= 1e-5
 
 
-def test_base_model_loads_alone(pruned) -> None:
+def test_base_model_loads_alone(pruned: Any) -> None:
     place, expected, _ = pruned
     tokens = torch.from_numpy(random_tokens(2, 9, seed=7))
     with torch.no_grad():
@@ -114,7 +117,7 @@ def test_base_model_loads_alone(pruned) -> None:
         assert (ours - expected.model(tokens).last_hidden_state).abs().max() <= 1e-5
 
 
-def test_saving_and_loading_again_changes_nothing(pruned, tmp_path: Path) -> None:
+def test_saving_and_loading_again_changes_nothing(pruned: Any, tmp_path: Path) -> None:
     place, _, _ = pruned
     model = load(place / "out")
     model.save_pretrained(tmp_path / "again")
@@ -123,7 +126,7 @@ def test_saving_and_loading_again_changes_nothing(pruned, tmp_path: Path) -> Non
         assert torch.equal(load(tmp_path / "again")(tokens).logits, model(tokens).logits)
 
 
-def test_device_map_auto_loads(pruned) -> None:
+def test_device_map_auto_loads(pruned: Any) -> None:
     place, expected, _ = pruned
     tokens = torch.from_numpy(random_tokens(2, 9, seed=9))
     model = load(place / "out", device_map="auto")
@@ -131,7 +134,7 @@ def test_device_map_auto_loads(pruned) -> None:
         assert (model(tokens.to(model.device)).logits.cpu() - expected(tokens).logits).abs().max() <= 1e-5
 
 
-def test_streaming_perplexity_equals_the_in_memory_one(pruned) -> None:
+def test_streaming_perplexity_equals_the_in_memory_one(pruned: Any) -> None:
     place, expected, _ = pruned
     tokens = random_tokens(7, 20, seed=10)
     text = save_tokens(place / "evaluation.npy", tokens)
@@ -143,7 +146,7 @@ def test_streaming_perplexity_equals_the_in_memory_one(pruned) -> None:
         assert streamed == pytest.approx(in_memory, rel=1e-5)
 
 
-def test_the_pruned_checkpoint_can_be_pruned_again(pruned, tmp_path: Path) -> None:
+def test_the_pruned_checkpoint_can_be_pruned_again(pruned: Any, tmp_path: Path) -> None:
     place, _, _ = pruned
     tokens = random_tokens(8, 24)
     options = PruneConfig(ratio=0.25, calibration=(str(place / "tokens.npy"),))
@@ -232,10 +235,11 @@ def test_layers_without_heads_or_neurons_load_and_generate(family: str, restore:
         assert (ours(ids).logits - expected(ids).logits).abs().max() <= 1e-5
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(ours.generate(ids, **settings), expected.generate(ids, **settings))
-    ids = random_tokens(5, 12, seed=7)
+    held_out = random_tokens(5, 12, seed=7)
+    ids = torch.from_numpy(held_out)
     with torch.no_grad():
-        in_memory = expected(torch.from_numpy(ids), labels=torch.from_numpy(ids)).loss.exp().item()
-    text = (save_tokens(tmp_path / "evaluation.npy", ids),)
+        in_memory = expected(ids, labels=ids).loss.exp().item()
+    text = (save_tokens(tmp_path / "evaluation.npy", held_out),)
     assert flap_stream.evaluate(tmp_path / "out", EvaluateConfig(text=text)).perplexity == pytest.approx(
         in_memory, rel=1e-5
     )

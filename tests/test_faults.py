@@ -20,7 +20,6 @@ import pytest
 from faults import (
     DISK_FULL,
     INPUT_OUTPUT,
-    KILLED,
     NO_ACCESS,
     READ_ONLY,
     Fault,
@@ -37,6 +36,7 @@ from faults import (
     set_clock_back,
     terminate,
 )
+from fork_server import KILLED
 
 import flap_stream
 from flap_stream.cli import main
@@ -45,6 +45,8 @@ from flap_stream.model.opening import open_checkpoint
 from flap_stream.output import destination
 from flap_stream.stages.forecast import forecast
 from flap_stream.storage import files
+
+pytestmark = pytest.mark.slow
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
@@ -275,7 +277,7 @@ def killed(job: Job) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_an_altered_file_is_noticed_and_made_again_or_refused(
-    name: str, job: Job, killed: dict[str, Path], capsys: pytest.CaptureFixture
+    name: str, job: Job, killed: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     moment, file, other, outcomes = CORRUPTIONS[name]
     harmed_visibly = name not in ("journal", "journal, last line")  # what it no longer names never was
@@ -303,7 +305,7 @@ def test_an_altered_file_is_noticed_and_made_again_or_refused(
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "delete"])
 def test_inspect_notices_any_altered_file_of_the_output(
-    harm: str, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture
+    harm: str, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in job.expected:
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
@@ -367,7 +369,7 @@ STOPS: list[tuple[Exception | type[BaseException], str]] = [
 @pytest.mark.parametrize(("stop", "words"), STOPS, ids=["EIO", "ENOSPC", "SIGINT"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_going_on_is_promised_where_it_is_true(
-    command: str, stop: Exception, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    command: str, stop: Exception, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(_options: object) -> None:
         raise stop
@@ -380,14 +382,15 @@ def test_going_on_is_promised_where_it_is_true(
 
 def test_a_reader_that_has_enough_ends_a_command_without_a_word(job: Job) -> None:
     assert job.run(job.place("read"), keep_run=True) == 0
-    command = [sys.executable, "-m", "flap_stream", "inspect", job.directory / "read" / "out", "--json"]
+    command = [sys.executable, "-m", "flap_stream", "inspect", str(job.directory / "read" / "out"), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == (b"", 141)
 
 
 def test_a_full_disk_behind_standard_output_is_named(job: Job) -> None:
-    command = [sys.executable, "-m", "flap_stream", "inspect", job.directory / "reference" / "out"]
+    command = [sys.executable, "-m", "flap_stream", "inspect", str(job.directory / "reference" / "out")]
     with open("/dev/full", "w") as full:
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert ended.returncode == FAILED

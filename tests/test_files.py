@@ -60,10 +60,17 @@ def test_a_file_has_its_name_only_after_its_bytes_are_on_the_disk(
 ) -> None:
     events: list[tuple[str, str]] = []
     fsync, rename = os.fsync, os.replace
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: (events.append(("fsync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
-    )
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("rename", str(b))), rename(a, b)))
+
+    def recorded_fsync(descriptor: int) -> None:
+        events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def recorded_rename(source: Path, target: Path) -> None:
+        events.append(("rename", str(target)))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_rename)
     path = tmp_path / "file"
     files.write_committed(path, b"bytes")
     assert events == [("fsync", f"{path}.partial"), ("rename", str(path)), ("fsync", str(tmp_path))]

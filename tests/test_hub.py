@@ -170,7 +170,9 @@ def test_a_revision_is_fetched_instead(hub: Hub, tmp_path: Path) -> None:
         "bench-inference MODEL out",
     ],
 )
-def test_every_verb_takes_a_revision(command: str, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_every_verb_takes_a_revision(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     save_tokens(tmp_path / "tokens.npy", random_tokens(2, 8))

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import KILLED, LAYERS, Job, contents, make_job
+from faults import LAYERS, Job, contents, make_job
+from fork_server import KILLED
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
 from flap_stream.errors import RunMismatch
+
+pytestmark = pytest.mark.slow
 
 
 def identities(directory: Path) -> dict[str, tuple[int, int, int]]:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def pruned(place: Path, family: str) -> Path:
 
 @pytest.mark.parametrize("trust", [None, False])
 @pytest.mark.parametrize("auto", [AutoConfig, AutoModel, AutoModelForCausalLM])
-def test_without_the_flag_loading_asks_for_it(auto: type, trust: bool | None, pruned_demo: Path) -> None:
+def test_without_the_flag_loading_asks_for_it(auto: Any, trust: bool | None, pruned_demo: Path) -> None:
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         auto.from_pretrained(pruned_demo, trust_remote_code=trust)
 

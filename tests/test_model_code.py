@@ -135,7 +135,7 @@ VERBS = [
 
 
 @pytest.mark.parametrize("name", ["our file and a line more", "a path", "a tokenizer"])
-def test_no_verb_runs_what_comes_with_a_model(name: str, place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_no_verb_runs_what_comes_with_a_model(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for model in ("model", "out"):
         PAYLOADS["custom_generate"](place / model)
         PAYLOADS[name](place / model)
@@ -152,7 +152,9 @@ def test_no_verb_runs_what_comes_with_a_model(name: str, place: Path, capsys: py
 
 @pytest.mark.parametrize("name", PAYLOADS)
 @pytest.mark.parametrize("model", ["model", "out"])
-def test_inference_is_not_timed_by_what_comes_with_a_model(name: str, model: str, place: Path, capsys) -> None:
+def test_inference_is_not_timed_by_what_comes_with_a_model(
+    name: str, model: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = {"model": "out", "out": "model"}[model]
     PAYLOADS[name](place / model)
     arguments = ["bench-inference", model, other, "--prompt-lengths", "4", "--generate", "1", "--rounds", "1"]

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,8 +63,8 @@ def tokens(tmp_path: Path) -> Path:
     return Path(save_tokens(tmp_path / "tokens.npy", TOKENS))
 
 
-def prune(model: Path, out: Path, tokens: Path, **options: object) -> Path:
-    flap_stream.prune(model, out, PruneConfig(**{"ratio": 0.3, "calibration": (str(tokens),), **options}))
+def prune(model: Path, out: Path, tokens: Path, **options: Any) -> Path:
+    flap_stream.prune(model, out, PruneConfig(**dict[str, Any](ratio=0.3, calibration=(str(tokens),)) | options))
     return out
 
 
@@ -74,7 +75,7 @@ def require_as_transformers(model: Path, tokens: Path) -> None:
     assert perplexity(out, tokens) == pytest.approx(in_transformers(out), rel=1e-5)
 
 
-HEADS: dict[str, Callable[[dict], dict]] = {
+HEADS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "head alone": lambda t: {HEAD if name == EMBEDDING else name: tensor for name, tensor in t.items()},
     "same twice": lambda t: {**t, HEAD: t[EMBEDDING]},
     "another head": lambda t: {**t, HEAD: t[EMBEDDING].flip(0) * 2},
@@ -148,7 +149,7 @@ def stale_index(model: Path) -> None:
     (model / INDEX_NAME).write_bytes(index)
 
 
-def edit_map(model: Path, change: Callable[[dict], object]) -> None:
+def edit_map(model: Path, change: Callable[[dict[str, Any]], object]) -> None:
     index = json.loads((model / INDEX_NAME).read_text())
     change(index["weight_map"])
     (model / INDEX_NAME).write_text(json.dumps(index))
@@ -204,7 +205,7 @@ def test_names_without_a_prefix_of_a_tied_base_model(tokens: Path, tmp_path: Pat
 
 
 def test_shards_without_an_index_are_read_by_their_headers(
-    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     model = made(tmp_path / "model")
     expected = perplexity(model, tokens)
@@ -259,7 +260,7 @@ def test_the_index_of_another_format_stays_behind_and_chat_templates_go_along(to
     assert main(["inspect", str(out), "--verify"]) == 2
 
 
-def refused(model: Path, tokens: Path, capsys: pytest.CaptureFixture, verb: str = "prune") -> str:
+def refused(model: Path, tokens: Path, capsys: pytest.CaptureFixture[str], verb: str = "prune") -> str:
     """The one sentence with which a model is refused, everything left as it was."""
     capsys.readouterr()
     commands = {
@@ -275,18 +276,24 @@ def refused(model: Path, tokens: Path, capsys: pytest.CaptureFixture, verb: str 
 
 
 @pytest.mark.parametrize("verb", ["prune", "dry run", "evaluate"])
-def test_another_head_than_a_language_models_is_refused_by_name(verb, tokens: Path, tmp_path: Path, capsys) -> None:
+def test_another_head_than_a_language_models_is_refused_by_name(
+    verb: str, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tiny_config("qwen2", tied=True)
     model = save(tiny_model(config, kind=AutoModelForSequenceClassification), tmp_path / "model")
     assert "is a Qwen2ForSequenceClassification" in refused(model, tokens, capsys, verb)
 
 
-def test_a_model_without_its_head_is_refused_as_that(tokens: Path, tmp_path: Path, capsys) -> None:
+def test_a_model_without_its_head_is_refused_as_that(
+    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save(tiny_model(tiny_config()).model, tmp_path / "model")
     assert "it is a model without its head" in refused(model, tokens, capsys)
 
 
-def test_code_beside_a_supported_model_is_named_and_not_used(tokens: Path, tmp_path: Path, caplog) -> None:
+def test_code_beside_a_supported_model_is_named_and_not_used(
+    tokens: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = made(tmp_path / "model")
     edit_json(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})
     perplexity(model, tokens)
@@ -326,6 +333,7 @@ def beside_config(**files: str) -> Callable[[Path], object]:
 
 
 ADAPTER = json.dumps({"base_model_name_or_path": "name/base", "peft_type": "LORA"})
+ADAPTER_FILES = (("adapter_config.json", ADAPTER), ("adapter_model.safetensors", ""))
 FORMS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "pointers": (as_pointers("*.safetensors"), ("-00001-of-", "is a git-lfs pointer", "git lfs pull")),
     "a pointer of an index": (as_pointers("*.index.json"), (INDEX_NAME, "is a git-lfs pointer")),
@@ -337,7 +345,7 @@ FORMS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("a PEFT adapter of name/base", "merge_and_unload"),
     ),
     "an adapter beside its model": (
-        lambda m: ((m / "adapter_config.json").write_text(ADAPTER), (m / "adapter_model.safetensors").touch()),
+        lambda m: [(m / name).write_text(body) for name, body in ADAPTER_FILES],
         ("a PEFT adapter of name/base",),
     ),
     "a pipeline": (only(model_index__json="{}"), ("is a diffusers pipeline", "subfolder")),
@@ -350,7 +358,9 @@ FORMS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", FORMS)
-def test_what_is_no_checkpoint_is_named_as_what_it_is(case: str, tokens: Path, tmp_path: Path, capsys) -> None:
+def test_what_is_no_checkpoint_is_named_as_what_it_is(
+    case: str, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     change, words = FORMS[case]
     change(made(tmp_path / "model"))
     for verb in ("prune", "evaluate") if (tmp_path / "model" / "config.json").exists() else ("prune", "dry run"):
@@ -358,7 +368,7 @@ def test_what_is_no_checkpoint_is_named_as_what_it_is(case: str, tokens: Path, t
         assert all(word in said for word in words), said
 
 
-def test_a_gguf_file_is_named_as_what_it_is(tokens: Path, tmp_path: Path, capsys) -> None:
+def test_a_gguf_file_is_named_as_what_it_is(tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model.gguf").write_text("GGUF")
     for verb in ("prune", "dry run", "evaluate"):
         assert "holds a GGUF file (model.gguf)" in refused(tmp_path / "model.gguf", tokens, capsys, verb)

@@ -1,6 +1,8 @@
 """Multimodal models: the text decoder is pruned, the rest stays byte for byte."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +20,14 @@ from flap_stream.errors import UnsupportedModel
 from flap_stream.export.gguf import export_gguf
 from flap_stream.export.stock import export_stock
 
+pytestmark = pytest.mark.slow
+
 VISION = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
     "image_size": 16, "patch_size": 8,
 }  # fmt: skip
 IMAGE = 96
-CONFIGS = {
+CONFIGS: dict[str, Callable[[], Any]] = {
     "llava-llama": lambda: LlavaConfig(
         text_config=tiny_config("llama").to_dict(), image_token_index=IMAGE,
         vision_config={"model_type": "clip_vision_model", "projection_dim": 32, **VISION},
@@ -43,12 +47,12 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def load_multimodal(path: Path) -> nn.Module:
+def load_multimodal(path: Path) -> Any:
     return load(path, AutoModelForImageTextToText)
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
-    found = {}
+    found: dict[str, Any] = {}
     for file in path.glob("*.safetensors"):
         with safe_open(file, "pt") as shard:
             found |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
@@ -56,7 +60,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def pruned(request, tmp_path_factory):
+def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     place = tmp_path_factory.mktemp(request.param)
     model = tiny_model(CONFIGS[request.param](), seed=3, kind=AutoModelForImageTextToText)
     calibration = (save_tokens(place / "tokens.npy", random_tokens(8, 24) % 90),)
@@ -65,7 +69,7 @@ def pruned(request, tmp_path_factory):
     return place, model, record
 
 
-def masked(model: nn.Module, record: dict) -> nn.Module:
+def masked(model: Any, record: dict[str, Any]) -> Any:
     """The dense model, its decoder masked as the record says."""
     groups = [layer["kept_kv_groups"] for layer in record["layers"]]
     neurons = [layer["kept_neurons"] for layer in record["layers"]]
@@ -80,7 +84,7 @@ def masked(model: nn.Module, record: dict) -> nn.Module:
     return model
 
 
-def test_everything_but_the_decoder_is_the_same(pruned) -> None:
+def test_everything_but_the_decoder_is_the_same(pruned: Any) -> None:
     place, _, record = pruned
     before, after = tensors(place / "model"), tensors(place / "out")
     if "language_model.lm_head.weight" in before:  # the pruned class has it where transformers has it in memory
@@ -95,7 +99,7 @@ def test_everything_but_the_decoder_is_the_same(pruned) -> None:
     assert all(torch.equal(before[name], after[name]) for name in others)
 
 
-def test_text_and_images_give_the_masked_models_logits(pruned) -> None:
+def test_text_and_images_give_the_masked_models_logits(pruned: Any) -> None:
     place, dense, record = pruned
     ours, expected = load_multimodal(place / "out"), masked(load_multimodal(place / "model"), record)
     ids = torch.from_numpy(random_tokens(2, 20, seed=5) % 90)
@@ -113,7 +117,7 @@ def test_text_and_images_give_the_masked_models_logits(pruned) -> None:
         assert (ours(**inputs).logits - expected(**inputs).logits).abs().max() <= 1e-5
 
 
-def test_it_saves_evaluates_and_is_pruned_again(pruned, tmp_path: Path) -> None:
+def test_it_saves_evaluates_and_is_pruned_again(pruned: Any, tmp_path: Path) -> None:
     place, _, _ = pruned
     model, tokens = load_multimodal(place / "out"), random_tokens(6, 20, seed=9) % 90
     model.save_pretrained(tmp_path / "saved")
@@ -131,14 +135,14 @@ def test_it_saves_evaluates_and_is_pruned_again(pruned, tmp_path: Path) -> None:
         assert load_multimodal(tmp_path / "again")(input_ids=ids).logits.isfinite().all()
 
 
-def test_the_model_card_names_the_multimodal_classes(pruned) -> None:
+def test_the_model_card_names_the_multimodal_classes(pruned: Any) -> None:
     place, _, _ = pruned
     card = ModelCard.load(place / "out" / "README.md")
     assert card.data.pipeline_tag == "image-text-to-text"
     assert "AutoModelForImageTextToText.from_pretrained" in card.text and "AutoModelForCausalLM" not in card.text
 
 
-def test_exports_are_refused(pruned, tmp_path: Path) -> None:
+def test_exports_are_refused(pruned: Any, tmp_path: Path) -> None:
     place, _, _ = pruned
     with pytest.raises(UnsupportedModel, match="multimodal"):
         export_stock(place / "out", tmp_path / "stock", ExportStockConfig(pad=True))

@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -144,7 +145,7 @@ def test_options_are_given_in_one_way_and_by_their_names(place: Path) -> None:
         flap_stream.write_report(place / "run")
 
 
-def test_progress_is_shown_on_request(place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_progress_is_shown_on_request(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flap_stream.evaluate(place / "model", text=place / "tokens.npy")
     assert capsys.readouterr().err == ""
     flap_stream.evaluate(place / "model", text=place / "tokens.npy", progress=True)
@@ -157,14 +158,26 @@ flap_stream.evaluate({model!r}, text={text!r}, progress=True)
 """
 
 
-def test_a_notebook_shows_a_bar(place: Path, capfd: pytest.CaptureFixture) -> None:
+def test_the_kernel_of_a_notebook_shows_a_bar(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shell = SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    flap_stream.evaluate(place / "model", text=place / "tokens.npy", progress=True)
+    shown = capsys.readouterr().err
+    assert "evaluate" in shown and "3/3" in shown and "\r" in shown
+    assert "s left" not in shown
+
+
+@pytest.mark.slow
+def test_a_real_notebook_shows_a_bar(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ipykernel")
     from jupyter_client.manager import start_new_kernel
 
     manager, client = start_new_kernel(kernel_name="python3")
     shown: list[str] = []
 
-    def note(message: dict) -> None:
+    def note(message: dict[str, Any]) -> None:
         content = message["content"]
         shown.append(content.get("text", "") + str(content.get("data", {})) + "".join(content.get("traceback", [])))
 
@@ -218,7 +231,7 @@ def test_the_package_is_typed_and_names_its_functions_without_importing_torch() 
     ],
 )
 def test_what_would_not_do_what_it_says_is_refused(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, command: str, words: str
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, words: str
 ) -> None:
     monkeypatch.chdir(place)
     assert main(command.split()) == 2
@@ -265,7 +278,7 @@ def test_options_with_an_effect_are_passed_over_in_silence(place: Path, caplog: 
 # --- the command line ---
 
 
-def usage_error(capsys: pytest.CaptureFixture, command: str) -> str:
+def usage_error(capsys: pytest.CaptureFixture[str], command: str) -> str:
     with pytest.raises(SystemExit) as ended:
         main(command.split())
     assert ended.value.code == 2
@@ -289,7 +302,7 @@ def usage_error(capsys: pytest.CaptureFixture, command: str) -> str:
         ("", ("required: VERB",)),
     ],
 )
-def test_a_usage_error_is_two_lines(capsys: pytest.CaptureFixture, command: str, words: tuple[str, ...]) -> None:
+def test_a_usage_error_is_two_lines(capsys: pytest.CaptureFixture[str], command: str, words: tuple[str, ...]) -> None:
     error = usage_error(capsys, command)
     assert all(word in error for word in words), error
 
@@ -312,7 +325,7 @@ def test_an_option_with_several_values_leaves_the_model(place: Path, tmp_path: P
     assert (out / "pruning.json").exists()
 
 
-def test_several_texts_in_front_of_the_model_are_all_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_several_texts_in_front_of_the_model_are_all_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = [DEMO / "evaluation.txt", DEMO / "calibration.txt"]
     main(["evaluate", "--text", *map(str, texts), str(DEMO / "model"), "--json", "--samples", "2000"])
     both = capsys.readouterr().out

@@ -38,7 +38,7 @@ def test_adapters_train_save_load_and_merge(pruned_demo: Path, ids: torch.Tensor
     model.eval()
     with torch.no_grad():
         expected = model(ids).logits
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(str(tmp_path / "adapter"))
     reloaded = PeftModel.from_pretrained(load(pruned_demo), tmp_path / "adapter").eval()
     with torch.no_grad():
         assert torch.equal(reloaded(ids).logits, expected)

@@ -13,6 +13,7 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 from torch._subclasses.fake_tensor import FakeTensor
 
 import flap_stream
+from flap_stream.arithmetic.layer_shape import Sublayer
 from flap_stream.config import CollectConfig, PruneConfig
 from flap_stream.engine import placement
 from flap_stream.engine.placement import candidates
@@ -115,7 +116,11 @@ def test_hidden_states_on_disk_change_nothing(
 
 @pytest.mark.parametrize("places", [("disk", "host"), ("host", "disk")])
 def test_a_run_goes_on_in_another_place(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job: tuple[Path, PruneConfig], expected: Path, places: tuple[str]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    job: tuple[Path, PruneConfig],
+    expected: Path,
+    places: tuple[str, str],
 ) -> None:
     with monkeypatch.context() as patch:
         placed(patch, hidden_place=places[0])
@@ -233,6 +238,6 @@ def test_statistics_do_not_depend_on_the_place(
     with RunDirectory(tmp_path / "host") as host, RunDirectory(tmp_path / "disk") as disk:
         for layer in range(LAYERS):
             ours, theirs = host.statistics.read(layer), disk.statistics.read(layer)
-            for kind in ("attention", "mlp"):
+            for kind in Sublayer:
                 np.testing.assert_array_equal(ours.of(kind).mean, theirs.of(kind).mean)
                 np.testing.assert_array_equal(ours.of(kind).m2, theirs.of(kind).m2)

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
@@ -16,6 +17,7 @@ from flap_stream.cli import main
 from flap_stream.config import CollectConfig, PruneConfig, RewriteConfig
 from flap_stream.errors import OutputConflict
 from flap_stream.output import pruned_checkpoint as output
+from flap_stream.output.shard_writer import write_shard
 from flap_stream.storage import files
 
 PRUNE = "prune model {} --calibration tokens.npy"
@@ -49,14 +51,18 @@ def mounted(request: pytest.FixtureRequest, place: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(out)], check=True)
 
 
-def test_an_empty_mount_point_is_refused_at_once_and_a_place_in_it_serves(mounted: Path, capsys) -> None:
+def test_an_empty_mount_point_is_refused_at_once_and_a_place_in_it_serves(
+    mounted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     refuse(capsys, PRUNE.format("out"), "out is a mount point", "name a place in it: out/out")
     assert main([*PRUNE.format("out/out").split(), "--quiet"]) == 0
     assert (mounted / "out" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("out", [".", "..", "/", "a/..", "x" * 250])
-def test_an_output_without_a_usable_name_is_refused_at_once(out: str, place: Path, capsys) -> None:
+def test_an_output_without_a_usable_name_is_refused_at_once(
+    out: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = "is too long" if out.startswith("x") else "does not end in a name"
     refuse(capsys, PRUNE.format(out), words)
     assert main(["collect", "model", "run", "--calibration", "tokens.npy", "--quiet"]) == 0
@@ -65,19 +71,23 @@ def test_an_output_without_a_usable_name_is_refused_at_once(out: str, place: Pat
 
 
 @pytest.mark.parametrize("verb", ["export-stock pruned {} --pad", "export-gguf pruned {}", "report pruned --html {}"])
-def test_other_results_without_a_usable_name_are_refused_at_once(verb: str, place: Path, capsys) -> None:
+def test_other_results_without_a_usable_name_are_refused_at_once(
+    verb: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*PRUNE.format("pruned").split(), "--quiet"]) == 0
     refuse(capsys, verb.format("."), "does not end in a name")
     refuse(capsys, verb.format("x" * 250), "is too long")
 
 
 @pytest.mark.parametrize("run", ["out", "out/run", "out.partial", "../place/out", "link/out"])
-def test_a_run_directory_in_the_place_of_the_output_is_refused_at_once(run: str, place: Path, capsys) -> None:
+def test_a_run_directory_in_the_place_of_the_output_is_refused_at_once(
+    run: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("link").symlink_to(".")
     refuse(capsys, f"{PRUNE.format('out')} --run {run}", "is at or inside the output out", "--run")
 
 
-def test_rewriting_into_the_run_directory_is_refused_at_once(place: Path, capsys) -> None:
+def test_rewriting_into_the_run_directory_is_refused_at_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["collect", "model", "run", "--calibration", "tokens.npy", "--quiet"]) == 0
     assert main(["plan", "run", "--quiet"]) == 0
     refuse(capsys, "rewrite run run", "run exists and was not made by flap-stream")
@@ -137,8 +147,13 @@ def test_a_job_goes_on_through_another_path(way: str, place: Path, monkeypatch: 
         Path("same").symlink_to("model")
         model = Path("same")
     written: list[str] = []
-    write = output.write_shard
-    monkeypatch.setattr(output, "write_shard", lambda *a: (written.append(a[1].name), write(*a))[1])
+    write = write_shard
+
+    def recorded(*arguments: Any) -> Any:
+        written.append(arguments[1].name)
+        return write(*arguments)
+
+    monkeypatch.setattr(output, "write_shard", recorded)
     flap_stream.prune(model, out, CONFIG)
     assert written == []  # every shard was there
     shutil.rmtree(place / "fresh", ignore_errors=True)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,12 +139,12 @@ def test_the_limit_that_a_refusal_names_works_and_is_kept(model: Path, tmp_path:
         ({"prefetch": 2}, "--prefetch is 2"),
     ],
 )
-def test_limits_that_mean_nothing_are_refused(model: Path, tmp_path: Path, options: dict, words: str) -> None:
+def test_limits_that_mean_nothing_are_refused(model: Path, tmp_path: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidOption, match=words):
         forecast(model, tmp_path / "out", PruneConfig(device="cpu", **options))
 
 
-def test_a_dry_run_on_a_bare_config_predicts_llama_65b(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_dry_run_on_a_bare_config_predicts_llama_65b(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_65B))
     for model in (tmp_path, tmp_path / "config.json"):
         arguments = ["prune", str(model), str(tmp_path / "out"), "--dry-run", "--device", "cpu", "--json"]
@@ -165,7 +166,7 @@ def test_a_dry_run_on_a_bare_config_predicts_llama_65b(tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     "refit", [{}, {"restore": "least-squares"}, {"restore": "least-squares", "refit_target": "joint"}]
 )
-def test_a_dry_run_says_what_the_run_then_takes(model: Path, tmp_path: Path, refit: dict[str, str]) -> None:
+def test_a_dry_run_says_what_the_run_then_takes(model: Path, tmp_path: Path, refit: dict[str, Any]) -> None:
     tokens = save_tokens(tmp_path / "tokens.npy", random_tokens(8, 16))
     options = PruneConfig(calibration=(tokens,), samples=8, sequence_length=16, ratio=0.3, device="cpu", **refit)
     found = forecast(model, tmp_path / "out", options)
@@ -180,7 +181,7 @@ def test_a_dry_run_says_what_the_run_then_takes(model: Path, tmp_path: Path, ref
     assert found.bytes_read == pytest.approx(result.measured.bytes_read, rel=0.1)
 
 
-def test_a_dry_run_needs_a_config(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_dry_run_needs_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prune", str(tmp_path), str(tmp_path / "out"), "--dry-run"]) == 2
     assert f"{tmp_path}/config.json does not exist" in capsys.readouterr().err
 

@@ -65,7 +65,7 @@ def test_a_bar_that_goes_on_begins_where_it_was(place: Path, tmp_path: Path) -> 
 
 
 def test_shards_and_refits_that_are_there_are_told_of(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, out = (str(place / "tokens.npy"),), tmp_path / "out"
     options = PruneConfig(calibration=text, restore="least-squares", max_shard_bytes=100_000, keep_run=True)
@@ -81,7 +81,7 @@ def test_shards_and_refits_that_are_there_are_told_of(
     assert re.findall(r"rewrite: (\d+)/", said) == [str(count)]
 
 
-def test_a_sweep_that_reads_the_model_twice_is_one_job(capsys: pytest.CaptureFixture) -> None:
+def test_a_sweep_that_reads_the_model_twice_is_one_job(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress("auto")
     with progress.job([("sweep", 1.0)] * 2):
         for _ in range(2):
@@ -92,7 +92,7 @@ def test_a_sweep_that_reads_the_model_twice_is_one_job(capsys: pytest.CaptureFix
     assert shares == [12, 25, 38, 50, 62, 75, 88, 100]
 
 
-def test_peaks_are_of_the_device_in_use(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_peaks_are_of_the_device_in_use(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Two devices, which this machine need not have: torch alone is asked, and what it is asked is what counts."""
     reserved = {torch.device("cuda:0"): 0, torch.device("cuda:1"): 7 << 20}
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -105,7 +105,7 @@ def test_peaks_are_of_the_device_in_use(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "device 7.0 MiB" in capsys.readouterr().err
 
 
-def test_rates_and_times_are_of_what_this_run_does(capsys: pytest.CaptureFixture) -> None:
+def test_rates_and_times_are_of_what_this_run_does(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("auto").stage("collect", 1000) as stage:
         stage.skip(998, recorded=999)
         stage.started -= 10

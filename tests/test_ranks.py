@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fork_server import KILLED
 from launchers import ALONE, accelerate, finish, ranks_of, start, torchrun, two_hosts, wait_for
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
-from rank_jobs import KILLED, LENGTH, WINDOWS, RankJob, contents, launch
+from rank_jobs import LENGTH, WINDOWS, RankJob, contents, launch
 
 import flap_stream
 from flap_stream.arithmetic.moments import Moments, joined_channels
@@ -27,6 +28,8 @@ from flap_stream.errors import InvalidOption, RankLost
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.storage.batch_reductions import BatchReduction
+
+pytestmark = pytest.mark.slow
 
 KILLS, REFIT_KILLS = 12, 5
 REFIT_LENGTH = 512  # so that each rank has products of its own
@@ -160,10 +163,11 @@ class OnDisk:
         self.action = action
 
     def __call__(self) -> None:
-        from flap_stream.engine import streamed_model as layers
+        from flap_stream.engine import streamed_model
+        from flap_stream.engine.hidden_states import make_hidden_states
 
-        made = layers.make_hidden_states
-        layers.make_hidden_states = lambda place, *rest: made("disk", *rest)
+        on_disk: Any = lambda place, *rest: make_hidden_states("disk", *rest)  # noqa: E731
+        streamed_model.make_hidden_states = on_disk  # type: ignore[attr-defined]
         self.action()
 
 
@@ -213,7 +217,7 @@ class Smaller:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return output
 
-        Skeleton.run_layer = limited
+        Skeleton.run_layer = limited  # type: ignore[method-assign, assignment]
         self.action()
 
 
@@ -249,7 +253,7 @@ class StopAt:
                 raise KeyboardInterrupt
             write(statistics, index, *values)
 
-        StatisticsStore.write = stop
+        StatisticsStore.write = stop  # type: ignore[method-assign, assignment]
         self.action()
 
 
@@ -281,18 +285,18 @@ class KilledOnLeaving:
         self.action, self.rank, self.is_said = action, rank, is_said
 
     def __call__(self) -> None:
-        from flap_stream.engine import membership
+        from flap_stream.engine import membership, watchdog
 
         leave = membership._Membership.leave
 
         def die(job: Any, own: Ranks) -> None:
             if own.rank == self.rank:
                 if self.is_said:
-                    job._store.set(membership.done_keys(own.world)[own.rank], "")
+                    job._store.set(watchdog.done_keys(own.world)[own.rank], "")
                 os.kill(os.getpid(), signal.SIGKILL)
             leave(job, own)
 
-        membership._Membership.leave = die
+        membership._Membership.leave = die  # type: ignore[method-assign, assignment]
         self.action()
 
 
@@ -368,7 +372,7 @@ class OnDevices:
 
         rank = int(os.environ["RANK"])
         if self.types[rank] != "cpu":
-            layers.choose_device = lambda name: torch.device("meta")
+            layers.choose_device = lambda name: torch.device("meta")  # type: ignore[attr-defined]
         limits = memory.Limits(self.memory[rank], 0)
         memory.limits = lambda *how: limits
         self.action()

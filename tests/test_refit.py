@@ -10,6 +10,8 @@ from packaging.requirements import Requirement
 from flap_stream.arithmetic.gauss_newton import ConjugateGradients
 from flap_stream.arithmetic.least_squares import BLOCK_CHANNELS, DAMPING, PRODUCT_TOKENS, MomentSums, product_windows
 
+pytestmark = pytest.mark.slow
+
 KEPT, BESIDE, BLOCK = BLOCK_CHANNELS + 30, 20, PRODUCT_TOKENS + 100
 
 

@@ -3,6 +3,7 @@
 import copy
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ import flap_stream
 from flap_stream.config import PlanConfig, PruneConfig
 from flap_stream.storage.run_directory import RunDirectory
 
+pytestmark = pytest.mark.slow
+
 SAMPLES, LENGTH = 12, 16
 
 
-def trained_multi_head_model():
+def trained_multi_head_model() -> Any:
     """The bundled demo model, its KV heads written out once per query head: the same function, multi-head."""
     demo = files("flap_stream") / "demo"
     model = AutoModelForCausalLM.from_pretrained(str(demo / "model"), dtype=torch.float32).eval()
@@ -37,7 +40,7 @@ def trained_multi_head_model():
 
 
 @pytest.fixture(scope="module", params=["random", "trained"])
-def model_and_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+def model_and_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     place = tmp_path_factory.mktemp("released")
     model, tokens = tiny_model(tiny_config(kv_heads=4, layers=4)), random_tokens(SAMPLES, LENGTH)
     if request.param == "trained":
@@ -66,7 +69,9 @@ def indices(keep: list[torch.Tensor]) -> list[list[int]]:
         *[("ul-mm", 0.3, heads) for heads in (4, 8)],
     ],
 )
-def test_decision_equals_the_released_codes(model_and_run, metric, structure, ratio, remove_heads) -> None:
+def test_decision_equals_the_released_codes(
+    model_and_run: Any, metric: str, structure: str, ratio: float, remove_heads: int | None
+) -> None:
     model, tokens, place = model_and_run
     options = PlanConfig(
         ratio=ratio, metric=metric, structure=structure, remove_heads=remove_heads, statistics="released",
@@ -78,7 +83,7 @@ def test_decision_equals_the_released_codes(model_and_run, metric, structure, ra
 
 
 @pytest.mark.parametrize("structure", ["al-am", "ul-um"])
-def test_biases_equal_the_released_codes(model_and_run, tmp_path: Path, structure: str) -> None:
+def test_biases_equal_the_released_codes(model_and_run: Any, tmp_path: Path, structure: str) -> None:
     model, tokens, place = model_and_run
     text = (str(place / "tokens.npy"),)
     options = PruneConfig(ratio=0.3, structure=structure, statistics="released", dtype="float32", calibration=text)
@@ -91,7 +96,7 @@ def test_biases_equal_the_released_codes(model_and_run, tmp_path: Path, structur
             assert torch.linalg.norm(ours - expected) <= 1e-5 * torch.linalg.norm(expected)
 
 
-def test_exact_and_released_differ_where_the_recurrences_do(model_and_run) -> None:
+def test_exact_and_released_differ_where_the_recurrences_do(model_and_run: Any) -> None:
     _, tokens, place = model_and_run
     with RunDirectory(place / "run") as run:
         mlp = run.statistics.read(0).mlp
@@ -103,10 +108,10 @@ def test_exact_and_released_differ_where_the_recurrences_do(model_and_run) -> No
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5])
 @pytest.mark.parametrize("method", ["wanda-sp", "magnitude-sp"])
-def test_baselines_equal_the_released_codes(model_and_run, tmp_path: Path, method: str, ratio: float) -> None:
+def test_baselines_equal_the_released_codes(model_and_run: Any, tmp_path: Path, method: str, ratio: float) -> None:
     model, tokens, place = model_and_run
     text = (str(place / "tokens.npy"),)
-    published = {"round_neurons_to": 1} if method == "wanda-sp" else {}
+    published: dict[str, Any] = {"round_neurons_to": 1} if method == "wanda-sp" else {}
     flap_stream.collect(
         place / "model",
         tmp_path / "run",

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ from flap_stream.report.page import page, write_report
 ALL = ["sizes", "sweep", "kept", "scores", "fluctuation", "cost"]
 
 
-def make(place: Path, family: str = "llama", **options: object) -> Path:
+def make(place: Path, family: str = "llama", **options: Any) -> Path:
     """A collected run directory."""
     model = save(tiny_model(tiny_config(family)), place / "model")
     calibration = (save_tokens(place / "tokens.npy", random_tokens(8, 16)),)
@@ -64,7 +65,11 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.fetched, self.ids, self.references, self.rows, self._open = [], [], [], [], []
+        self.fetched: list[Any] = []
+        self.ids: list[Any] = []
+        self.references: list[Any] = []
+        self.rows: list[Any] = []
+        self._open: list[Any] = []
         self.feed(text)
         assert self._open == []
 
@@ -179,11 +184,11 @@ def test_pictures_are_not_empty(run: Path) -> None:
 
 
 def test_a_run_that_is_under_way_shows_what_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write = StatisticsStore.write
 
-    def stop(statistics: StatisticsStore, layer: int, *values: object) -> None:
+    def stop(statistics: StatisticsStore, layer: int, *values: Any) -> None:
         if layer == 2:
             raise KeyboardInterrupt
         write(statistics, layer, *values)
@@ -198,7 +203,7 @@ def test_a_run_that_is_under_way_shows_what_is_there(
     assert "not planned yet" in (tmp_path / "r.html").read_text()
 
 
-def test_a_pruned_checkpoint_alone_shows_less_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_pruned_checkpoint_alone_shows_less_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save(tiny_model(tiny_config()), tmp_path / "model")
     tokens = save_tokens(tmp_path / "tokens.npy", random_tokens(8, 16))
     flap_stream.prune(model, tmp_path / "out", PruneConfig(ratio=0.3, calibration=(tokens,)))
@@ -219,7 +224,9 @@ def test_a_pruned_checkpoint_alone_shows_less_and_says_so(tmp_path: Path, capsys
         ("llama", {}, {"min_heads": 0, "structure": "al-mm", "remove_heads": 4, "ratio": 0.6}),
     ],
 )
-def test_every_way_to_decide_can_be_drawn(tmp_path: Path, family: str, collect: dict, plan: dict) -> None:
+def test_every_way_to_decide_can_be_drawn(
+    tmp_path: Path, family: str, collect: dict[str, Any], plan: dict[str, Any]
+) -> None:
     run = make(tmp_path, family, **collect)
     flap_stream.plan(run, PlanConfig(**plan))
     assert write_report(run, tmp_path / "r.html").figures == ["sizes", "kept", "scores", "fluctuation", "cost"]
@@ -262,7 +269,7 @@ def test_many_layers_and_curves_are_drawn(run: Path) -> None:
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(
-    run: Path, arguments: str, words: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    run: Path, arguments: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run.parent)
     assert main(["report", *arguments.split(), "--quiet"]) == 2

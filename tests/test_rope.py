@@ -11,6 +11,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import flap_stream
 from flap_stream.config import EvaluateConfig, PruneConfig
 
+pytestmark = pytest.mark.slow
+
 POSITIONS, WITHIN, BEYOND = 16, 8, 40
 _LONG = {
     "factor": 4.0,

@@ -75,7 +75,7 @@ def change_manifest(run: Path, change: Callable[[Any], Any]) -> None:
     (run / "run.json").write_text(json.dumps(manifest))
 
 
-def refused(capsys: pytest.CaptureFixture, *command: str) -> str:
+def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
     """What a command says that is refused in one sentence."""
     capsys.readouterr()
     assert main([*command, "--quiet"]) in (1, 2)
@@ -122,7 +122,9 @@ PLANS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("verb", ["rewrite", "report"])
-def test_a_plan_that_cannot_be_is_refused(name: str, verb: str, place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_plan_that_cannot_be_is_refused(
+    name: str, verb: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     change, words = PLANS[name]
     change_plan(place / "run", change)
     said = refused(capsys, *(["rewrite", "run", "out"] if verb == "rewrite" else ["report", "run", "--html", "out"]))
@@ -132,13 +134,13 @@ def test_a_plan_that_cannot_be_is_refused(name: str, verb: str, place: Path, cap
     assert main(["rewrite", "run", "out", "--quiet"]) == 0
 
 
-def test_a_plan_that_empties_an_expert_is_refused(place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_plan_that_empties_an_expert_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change_plan(place / "run-experts", in_layer("kept_neurons", lambda units: [u for u in units if u >= 96]))
     assert "an expert of layer 1 keeps no neuron" in refused(capsys, "rewrite", "run-experts", "out")
 
 
 @pytest.mark.parametrize("key", ["neurons", "kv_groups", "group_cost"])
-def test_sizes_that_are_not_the_models_are_refused(key: str, place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_sizes_that_are_not_the_models_are_refused(key: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def widen(manifest: Any) -> None:
         manifest["layers"][1][key] += 1
 
@@ -190,7 +192,7 @@ class IntrudedUpon:
             close(directory)
             intruder("")
 
-        RunDirectory.close = intruded
+        RunDirectory.close = intruded  # type: ignore[method-assign, assignment]
         self.action()
 
 
@@ -262,7 +264,7 @@ ARRAYS: dict[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize("name", ARRAYS)
 @pytest.mark.parametrize("array", ["tokens.zarr/tokens", "statistics.zarr/layers/0001/mlp/mean"])
 def test_arrays_that_flap_stream_does_not_write_are_not_decoded(
-    name: str, array: str, place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    name: str, array: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(numcodecs.pickles, "ALLOW_UNSAFE_PICKLE_DECODE", True, raising=False)  # as before 0.16.6
     run, of_tokens = place / "run", array.startswith("tokens")
@@ -320,7 +322,7 @@ MANIFESTS: dict[str, Callable[[Any], None]] = {
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_a_run_json_that_cannot_be_is_refused_by_every_verb(
-    name: str, place: Path, capsys: pytest.CaptureFixture
+    name: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change_manifest(place / "run", MANIFESTS[name])
     for command in ("inspect run", "report run --html a.html", "plan run", "rewrite run out", "sweep run"):
@@ -346,7 +348,7 @@ ENTRIES = [
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=range(len(ENTRIES)))
-def test_a_journal_entry_that_cannot_be_is_refused(entry: Any, place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_journal_entry_that_cannot_be_is_refused(entry: Any, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     journal = place / "run" / "journal"
     journal.write_bytes(journal_line(json.dumps(entry).encode()) + journal.read_bytes())
     for command in ("inspect run --verify", "report run --html a.html", "rewrite run out"):
@@ -381,7 +383,7 @@ ENDLESS = [fifo, device, giant]
     "file", ["run.json", "journal", "plan.json", "statistics.zarr/layers/0001/mlp/mean/c/0", "hidden/0002.bin", "lock"]
 )
 def test_nothing_endless_is_read_in_a_run_directory(
-    how: Callable[[Path], None], file: str, place: Path, capsys: pytest.CaptureFixture
+    how: Callable[[Path], None], file: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     how(place / "run" / file)
     if how is giant and file in ("hidden/0002.bin", "lock"):
@@ -397,7 +399,7 @@ def test_nothing_endless_is_read_in_a_run_directory(
     "file", ["config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "README.md"]
 )
 def test_nothing_endless_is_read_in_a_model(
-    how: Callable[[Path], None], file: str, collected: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    how: Callable[[Path], None], file: str, collected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(collected / "model", tmp_path / "model")
     (tmp_path / "a.txt").write_text("In the beginning " * 50)
@@ -412,7 +414,7 @@ def test_nothing_endless_is_read_in_a_model(
 @pytest.mark.parametrize("how", ENDLESS)
 @pytest.mark.parametrize("file", ["a.txt", "a.jsonl", "a.npy", "a.parquet"])
 def test_nothing_endless_is_read_for_a_text(
-    how: Callable[[Path], None], file: str, place: Path, capsys: pytest.CaptureFixture
+    how: Callable[[Path], None], file: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(place / "model", place / "own")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -425,7 +427,7 @@ def test_nothing_endless_is_read_for_a_text(
 @pytest.mark.parametrize("how", ENDLESS)
 @pytest.mark.parametrize("file", ["pruning.json", "SHA256SUMS", "config.json", "model.safetensors"])
 def test_nothing_endless_is_read_in_an_output(
-    how: Callable[[Path], None], file: str, place: Path, capsys: pytest.CaptureFixture
+    how: Callable[[Path], None], file: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["rewrite", "run", "out", "--quiet"]) == 0
     how(place / "out" / file)
@@ -469,7 +471,7 @@ def test_a_shard_is_not_written_through_a_link(place: Path, victim: Path) -> Non
 
 @pytest.mark.parametrize("name", ["lock", "hidden", "journal.partial", "refit", "sweeps", "statistics.zarr/layers/x"])
 def test_a_run_directory_with_links_in_it_is_refused(
-    name: str, place: Path, victim: Path, capsys: pytest.CaptureFixture
+    name: str, place: Path, victim: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (place / "mine").mkdir()
     victim = victim.rename(place / "mine" / "0001.bin")
@@ -492,7 +494,7 @@ def test_a_lock_that_is_another_file_as_well_is_not_written(place: Path, victim:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory to another user")
 @pytest.mark.parametrize("name", ["out.run", "out.partial"])
 def test_a_directory_that_another_user_has_made_is_refused(
-    name: str, place: Path, capsys: pytest.CaptureFixture
+    name: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if name == "out.partial":
         assert main(["rewrite", "run", "out", "--quiet"]) == 0
@@ -515,7 +517,7 @@ def carried(place: Path, model: Path) -> dict[str, bytes]:
 
 
 def test_a_licence_that_links_elsewhere_is_left_out(
-    place: Path, victim: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+    place: Path, victim: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(place / "model", place / "own")
     (place / "own" / "LICENSE").symlink_to(victim)

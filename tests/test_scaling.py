@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import tiny_config
@@ -63,7 +64,7 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "config.json"
 
 
-def dry_run(capsys: pytest.CaptureFixture[str], config: Path, *arguments: str) -> dict:
+def dry_run(capsys: pytest.CaptureFixture[str], config: Path, *arguments: str) -> dict[str, Any]:
     out = str(config.parent / "out")
     assert main(["prune", str(config), out, "--dry-run", "--json", "--samples", "256", *arguments]) == 0
     return json.loads(capsys.readouterr().out)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -14,7 +16,7 @@ from flap_stream.arithmetic.scoring import (
 from flap_stream.errors import NonFinite
 
 
-def statistics(variance, mean, norms, absolute, count: int = 11) -> ChannelStatistics:
+def statistics(variance: Any, mean: Any, norms: Any, absolute: Any, count: int = 11) -> ChannelStatistics:
     variance, mean = np.asarray(variance, float), np.asarray(mean, float)
     return ChannelStatistics(
         count=np.full(len(variance), count),

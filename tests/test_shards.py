@@ -20,7 +20,7 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
-def collected(request, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def collected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("shards")
     save(tiny_model(tiny_config("qwen2")), place / "model", dtype=request.param)
     text = save_tokens(place / "tokens.npy", random_tokens(6, 16))

@@ -35,7 +35,7 @@ def elements(directory: Path) -> int:
 @pytest.mark.parametrize("restore", ["bias", "none"])
 @pytest.mark.parametrize("case", CASES)
 def test_parameters_and_shares_are_the_same_everywhere(
-    case: str, restore: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    case: str, restore: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = save(tiny_model(tiny_config(**CASES[case])), tmp_path / "model")
     calibration, run, out = (
@@ -43,7 +43,8 @@ def test_parameters_and_shares_are_the_same_everywhere(
         tmp_path / "run",
         tmp_path / "out",
     )
-    how = {"ratio": 0.5, "min_heads": 0, "structure": "al-mm", "remove_heads": 9} if case == "qwen3" else {"ratio": 0.3}
+    emptied = {"ratio": 0.5, "min_heads": 0, "structure": "al-mm", "remove_heads": 9}
+    how: dict[str, Any] = emptied if case == "qwen3" else {"ratio": 0.3}
     result = flap_stream.prune(
         model, out, PruneConfig(**how, calibration=calibration, restore=restore, keep_run=True), run=run
     )
@@ -58,7 +59,8 @@ def test_parameters_and_shares_are_the_same_everywhere(
     assert (facts.sizes[1].before, facts.sizes[1].after) == pytest.approx((4 * sizes["before"], 4 * sizes["after"]))
     of_out = read_facts(out)
     assert of_out.sizes[0].after == sizes["after"]
-    shares = [(each.decoder_ratio, each.model_ratio) for each in (facts, of_out, *sweep.points)]
+    found: list[Any] = [facts, of_out, *sweep.points]
+    shares = [(each.decoder_ratio, each.model_ratio) for each in found]
     assert shares == [(ratios[0], pytest.approx(ratios[1]))] * 3 and len({share for _, share in shares}) == 1
     code, printed, _ = command(capsys, "inspect", out, "--json")
     assert code == 0 and json.loads(printed)["parameters"] == sizes
@@ -67,7 +69,7 @@ def test_parameters_and_shares_are_the_same_everywhere(
         assert (plan.parameters_after, plan.decoder_ratio, plan.model_ratio) == (sizes["after"], *shares[0])
 
 
-def test_a_plan_says_what_prune_says(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_plan_says_what_prune_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save(tiny_model(tiny_config()), tmp_path / "model")
     calibration = save_tokens(tmp_path / "text.npy", random_tokens(8, 24))
     flap_stream.collect(model, tmp_path / "run", CollectConfig(calibration=(calibration,)))
@@ -87,7 +89,7 @@ def test_a_plan_says_what_prune_says(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_what_is_written_by_default_has_widths_of_multiples_of_8(
-    family: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = save(tiny_model(tiny_config(family)), tmp_path / "model")
     calibration = save_tokens(tmp_path / "text.npy", random_tokens(8, 24))

@@ -17,7 +17,7 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
 from flap_stream.arithmetic.allocation import LayerKeep
-from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
 from flap_stream.arithmetic.scoring import ChannelStatistics, LayerStatistics
 from flap_stream.config import PlanConfig, PruneConfig
 from flap_stream.engine.hidden_states import HiddenStates, make_hidden_states
@@ -106,15 +106,15 @@ def _statistics(seed: int, groups: int = 2, neurons: int = 7) -> LayerStatistics
     draw = np.random.default_rng(seed)
 
     def channel(size: int) -> ChannelStatistics:
-        counts = {"count": np.full(size, 15 + seed), "samples": 3}
+        counts: dict[str, Any] = {"count": np.full(size, 15 + seed), "samples": 3}
         names = [field.name for field in fields(ChannelStatistics) if field.name not in counts]
-        return ChannelStatistics(**counts, **{name: draw.standard_normal(size) for name in names})
+        return ChannelStatistics(**counts | {name: draw.standard_normal(size) for name in names})
 
     return LayerStatistics(attention=channel(4 * groups), mlp=channel(neurons))
 
 
 def _assert_bit_equal(one: LayerStatistics, other: LayerStatistics) -> None:
-    for kind in ("attention", "mlp"):
+    for kind in Sublayer:
         for field in fields(ChannelStatistics):
             a, b = (getattr(layer.of(kind), field.name) for layer in (one, other))
             if isinstance(a, np.ndarray):

@@ -24,6 +24,8 @@ from flap_stream.errors import InvalidOption, RunMismatch
 from flap_stream.stages import sweep as ratio_sweep
 from flap_stream.storage.run_directory import RunDirectory
 
+pytestmark = pytest.mark.slow
+
 RATIOS = (0.2, 0.5)
 
 
@@ -46,7 +48,7 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> Collected:
     return Collected(tmp_path_factory.mktemp("sweep"))
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
     "phi3": {"family": "phi3"},
@@ -70,13 +72,14 @@ def test_perplexities_are_those_of_the_written_checkpoints(case: str, tmp_path: 
             record = flap_stream.rewrite(made.run, out, RewriteConfig(restore=restore)).record
             written = flap_stream.evaluate(out, measure)
             assert point.perplexity == pytest.approx(written.perplexity, rel=1e-5)
+            assert point.perplexity is not None
             assert abs(point.perplexity / dense.perplexity - 1) > 3e-5  # so that equality says something
             assert (point.decoder_ratio, point.parameters) == (plan.decoder_ratio, record["parameters"]["after"])
 
 
 def test_layers_that_lose_all_heads_and_bfloat16_are_as_written(tmp_path: Path) -> None:
     made = Collected(tmp_path, layers=2)
-    common = {"min_heads": 0, "structure": "al-mm", "remove_heads": 4}
+    common: dict[str, Any] = {"min_heads": 0, "structure": "al-mm", "remove_heads": 4}
     for dtype, precision in (("float32", 1e-5), ("bfloat16", 2e-2)):
         result = flap_stream.sweep(made.run, made.options(ratios=(0.7,), dtype=dtype, **common))
         kept = flap_stream.plan(made.run, PlanConfig(ratio=0.7, **common)).layers
@@ -97,7 +100,7 @@ def test_every_layer_is_read_once_for_all_ratios(collected: Collected) -> None:
 
 
 def test_the_stored_plan_and_statistics_stay_and_verify_checks_the_sweep(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = Collected(tmp_path)
     flap_stream.plan(made.run, PlanConfig(ratio=0.4))
@@ -118,7 +121,8 @@ def test_the_stored_plan_and_statistics_stay_and_verify_checks_the_sweep(
 
 
 def test_a_sweep_goes_on_where_it_was_and_only_for_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, passes = Collected(tmp_path), []
+    made = Collected(tmp_path)
+    passes: list[Any] = []
     measure = ratio_sweep.perplexities
 
     def counted(model: Any, tokens: Any, decisions: Any, *rest: Any) -> list[float]:
@@ -151,7 +155,8 @@ def test_a_reading_of_the_model_goes_on_in_the_middle(
 ) -> None:
     made = Collected(tmp_path)
     run, options = made.run, made.options(samples=3)
-    find, run_layer, layers = placement.place, LayerPass.run, []
+    find, run_layer = placement.place, LayerPass.run
+    layers: list[Any] = []
 
     def stopping(batches: LayerPass, index: int, *rest: Any, **how: Any) -> Iterator[Batch]:
         if index == stop_at:
@@ -208,7 +213,8 @@ def test_ratios_go_in_groups_where_their_hidden_states_have_no_room(
 
 def test_the_limit_is_found_between_the_ratios(collected: Collected) -> None:
     swept = flap_stream.sweep(collected.run, collected.options(ratios=(0.1, 0.7)))
-    rises = {p.ratio: p.perplexity / swept.dense_perplexity - 1 for p in swept.points}
+    assert swept.dense_perplexity is not None
+    rises = {p.ratio: p.perplexity / swept.dense_perplexity - 1 for p in swept.points if p.perplexity is not None}
     wanted = sum(rises.values()) / 2
     assert rises[0.1] < wanted < rises[0.7]
     options = collected.options(ratios=(0.1, 0.7), max_perplexity_increase=wanted, resolution=0.1)
@@ -220,6 +226,7 @@ def test_the_limit_is_found_between_the_ratios(collected: Collected) -> None:
     assert above - limit.ratio <= 0.1 + 1e-9
     for point in result.points:
         if point.ratio in (limit.ratio, above):
+            assert point.perplexity is not None
             assert (point.perplexity <= limit.perplexity) == (point.ratio == limit.ratio)
     again = flap_stream.sweep(collected.run, options)
     assert (again.points, again.limit) == (result.points, result.limit)
@@ -227,7 +234,7 @@ def test_the_limit_is_found_between_the_ratios(collected: Collected) -> None:
     assert generous is not None and generous.ratio == 0.7 and generous.is_last
 
 
-def test_without_text_it_only_plans_and_needs_no_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_without_text_it_only_plans_and_needs_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = Collected(tmp_path)
     made.model.rename(tmp_path / "elsewhere")
     code, out, _ = command(capsys, "sweep", made.run, "--ratios", "0.1:0.3:0.1", "--json")
@@ -280,7 +287,11 @@ def test_what_is_no_list_of_ratios_is_refused(text: str) -> None:
     ],
 )
 def test_bad_options_are_refused_in_one_sentence_and_nothing_changes(
-    collected: Collected, arguments: str, words: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    collected: Collected,
+    arguments: str,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(collected.place)
     before = identities(collected.run)

@@ -8,6 +8,7 @@ import lzma
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -19,11 +20,11 @@ from flap_stream.text.sources import joined
 from flap_stream.text.sources import text_files as files_of
 
 
-def read(*paths: Path, **reading) -> str:
+def read(*paths: Path, **reading: Any) -> str:
     return "".join(joined([str(path) for path in paths], True, Reading(**reading)))
 
 
-def documents(*paths: Path, **reading) -> list[str]:
+def documents(*paths: Path, **reading: Any) -> list[str]:
     return read(*paths, **reading).split("\n\n")
 
 
@@ -32,7 +33,7 @@ def lines(path: Path, *rows: object) -> Path:
     return path
 
 
-def table(path: Path, **columns) -> Path:
+def table(path: Path, **columns: Any) -> Path:
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
     return path
 
@@ -95,7 +96,7 @@ def test_packed_files_are_read(tmp_path: Path, suffix: str, pack: Callable[[byte
         '[{"text": "one", "n": [1, {"a": "]"}]}, {"text": null}, {"text": "two"}]',
     ],
 )
-def test_json_is_read_as_rows(tmp_path: Path, body: str, monkeypatch) -> None:
+def test_json_is_read_as_rows(tmp_path: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.json").write_text(body)
     assert documents(tmp_path / "a.json") == ["one", "two"]
     monkeypatch.setattr("flap_stream.text.documents._PIECE_CHARS", 3)  # whatever comes at once
@@ -109,7 +110,7 @@ def test_json_that_is_none_is_refused(tmp_path: Path, body: str) -> None:
         read(tmp_path / "a.json")
 
 
-def test_parquet_may_have_nulls_lists_bytes_and_dictionaries(tmp_path: Path, caplog) -> None:
+def test_parquet_may_have_nulls_lists_bytes_and_dictionaries(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "flap_stream")
     assert documents(table(tmp_path / "n.parquet", text=["one", None, "two"])) == ["one", "two"]
     assert "skipped 1 rows without text" in caplog.text
@@ -124,7 +125,7 @@ def test_parquet_may_have_nulls_lists_bytes_and_dictionaries(tmp_path: Path, cap
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
-def test_the_column_is_found_or_named(tmp_path: Path, suffix: str, caplog) -> None:
+def test_the_column_is_found_or_named(tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "flap_stream")
 
     def made(**row: object) -> Path:
@@ -187,7 +188,7 @@ def test_an_empty_text_file_is_a_document_as_before(tmp_path: Path) -> None:
     assert "".join(joined([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], False, Reading())) == " b"
 
 
-def test_a_long_text_comes_in_pieces(tmp_path: Path, monkeypatch) -> None:
+def test_a_long_text_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flap_stream.text.documents._PIECE_CHARS", 10)
     (tmp_path / "a.txt").write_text("äöü\r\n" * 50)
     pieces = list(joined([str(tmp_path / "a.txt")] * 2, True, Reading()))

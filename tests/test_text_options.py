@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -40,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def collected(model: Path, run: Path, **options) -> tuple[dict, np.ndarray]:
+def collected(model: Path, run: Path, **options: Any) -> tuple[dict[str, Any], np.ndarray]:
     flap_stream.collect(model, run, CollectConfig(calibration=(TEXT,), samples=8, sequence_length=16, **options))
     with flap_stream.storage.run_directory.RunDirectory(run) as directory:
         return json.loads((run / "run.json").read_text()), directory.tokens.read()
@@ -64,8 +65,8 @@ def test_released_statistics_imply_released_windows() -> None:
         EvaluateConfig(bos="sometimes")
 
 
-def test_every_verb_takes_bos(model: Path, tmp_path: Path, capsys) -> None:
-    def run(*arguments: object) -> dict:
+def test_every_verb_takes_bos(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*arguments: object) -> dict[str, Any]:
         assert main([*map(str, arguments), "--json", "--quiet"]) == 0
         return json.loads(capsys.readouterr().out)
 
@@ -82,7 +83,7 @@ def test_every_verb_takes_bos(model: Path, tmp_path: Path, capsys) -> None:
         assert swept["dense_perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_options_about_text_are_refused_with_ready_tokens(tmp_path: Path, capsys) -> None:
+def test_options_about_text_are_refused_with_ready_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "tokens.npy", np.zeros((4, 8), dtype=np.int64))
     for option in (("--bos", "always"), ("--text-column", "x"), ("--chat-template", "always")):
         command = ["collect", str(DEMO / "model"), str(tmp_path / "run"), "--calibration", str(tmp_path / "tokens.npy")]
@@ -118,7 +119,7 @@ def test_texts_are_checked_before_torch_and_the_model(tmp_path: Path, verb: str,
     assert words in result.stderr and result.stdout == "False 2\n"
 
 
-def test_a_dry_run_looks_at_the_tokenizer(tmp_path: Path, capsys) -> None:
+def test_a_dry_run_looks_at_the_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(DEMO / "model", tmp_path / "model")
     command = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), "--calibration", TEXT, "--dry-run"]
     assert main(command) == 0
@@ -139,7 +140,7 @@ def cached_file(cache: Path, repository: str, name: str, revision: str = "main")
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch) -> Path:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Hub cache, without a connection, and a machine without the datasets library."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -202,7 +203,7 @@ def test_the_code_of_a_tokenizer_is_carried_where_it_is_trusted(tmp_path: Path) 
     config = json.loads((model / "tokenizer_config.json").read_text()) | {"tokenizer_class": "Own"}
     config["auto_map"] = {"AutoTokenizer": [None, "tokenization_own.Own"]}
     (model / "tokenizer_config.json").write_text(json.dumps(config))
-    options = {"calibration": (TEXT,), "samples": 8, "sequence_length": 16}
+    options: dict[str, Any] = {"calibration": (TEXT,), "samples": 8, "sequence_length": 16}
     flap_stream.prune(model, tmp_path / "trusted", PruneConfig(**options, trust_remote_code=True))
     code = {path.name for path in (tmp_path / "trusted").glob("*.py")}
     assert code == {"tokenization_own.py", "helping.py", "modeling_flap_stream.py"}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def word_piece() -> Backend:
 KINDS = [byte_level, digits_in_threes, sentencepiece_bpe, unigram, unsplit_unigram, word_piece]
 
 
-def trained(backend: Backend, kind: Callable, **options) -> Backend:
+def trained(backend: Backend, kind: Callable[..., Any], **options: Any) -> Backend:
     trainer = kind(vocab_size=800, special_tokens=SPECIAL, show_progress=False, **options)
     backend.train_from_iterator((DEMO / "evaluation.txt").read_text()[:60_000].splitlines(keepends=True), trainer)
     return backend
@@ -126,7 +127,9 @@ def texts(draw: random.Random) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_pieces_give_the_ids_of_the_whole_text(tokenizer: Tokenizer, seed: int, monkeypatch) -> None:
+def test_pieces_give_the_ids_of_the_whole_text(
+    tokenizer: Tokenizer, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokenization, "_PIECE_CHARS", 400)
     monkeypatch.setattr(tokenization, "_CONTEXT_CHARS", 100)
     draw = random.Random(seed)
@@ -186,7 +189,9 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     assert int(result.stdout) < 150  # MiB
 
 
-def test_a_text_that_is_gone_through_twice_gives_the_same_windows(tmp_path: Path, monkeypatch) -> None:
+def test_a_text_that_is_gone_through_twice_gives_the_same_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "text.txt").write_text((DEMO / "evaluation.txt").read_text())
     wanted = TextWanted([str(tmp_path / "text.txt")], 40, 32, TextConfig())
     expected = calibration_tokens(wanted, 5, lambda: load_tokenizer(DEMO / "model", False), 4096)
@@ -271,7 +276,7 @@ def test_conversations_go_through_the_chat_template(with_bos: Path, tmp_path: Pa
 def test_conversations_are_refused_where_they_cannot_be_rendered(with_bos: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": CONVERSATIONS[0]}))
 
-    def read(place: Path, **options) -> None:
+    def read(place: Path, **options: Any) -> None:
         wanted = TextWanted([str(tmp_path / "rows.jsonl")], None, 8, TextConfig(**options), evaluation=True)
         evaluation_tokens(wanted, lambda: load_tokenizer(place, False), 800)
 
@@ -295,7 +300,9 @@ def damaged(place: Path, **changes: object) -> Path:
     return place
 
 
-def test_a_tokenizer_that_cannot_be_read_is_named_as_what_it_is(tmp_path: Path, monkeypatch) -> None:
+def test_a_tokenizer_that_cannot_be_read_is_named_as_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     new = damaged(tmp_path / "new", pre_tokenizer={"type": "OfTheFuture"})
     with pytest.raises(
         InvalidText, match=r"tokenizer.json is not supported by tokenizers \d.*pip install -U tokenizers"

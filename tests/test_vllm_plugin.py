@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -17,7 +18,7 @@ from flap_stream.model.architecture import FAMILIES
 
 def test_vllm_finds_the_plugin(pruned_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = entry_points(group="vllm.general_plugins", name="flap_stream")
-    registered = {}
+    registered: dict[str, Any] = {}
     registry = SimpleNamespace(register_model=registered.__setitem__)
     with monkeypatch.context() as patched, patch.dict(CONFIG_MAPPING._extra_content):
         patched.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))

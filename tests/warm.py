@@ -3,13 +3,18 @@
 Nothing here starts a thread, of which a fork would leave nothing but its locks.
 """
 
+import sys
+from pathlib import Path
+
 import tokenizers.decoders  # noqa: F401 (imported late by transformers)
 import torch
 
 import flap_stream.stages.prune  # noqa: F401
 from flap_stream.engine.placement import Job
 from flap_stream.model.skeleton import Skeleton
-from tests.models import tiny_config  # as the server, which has the folder of the call alone on its path, finds it
+
+sys.path.append(str(Path(__file__).parent))  # the server has only the caller's working directory on its path
+from models import tiny_config
 
 torch.set_num_threads(1)
 skeleton = Skeleton(tiny_config(layers=1).to_dict(), "a tiny model")

@@ -59,7 +59,8 @@ def load_model(path: Path, device: torch.device) -> Any:
     """The whole dense model in memory, in its own dtype."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    return model.to(device).eval()
 
 
 class ReleasedStatistics:
@@ -158,7 +159,7 @@ def released_masks(metrics: list[dict[str, torch.Tensor]], head_dim: int) -> lis
     ]
 
 
-def compress(layer: nn.Module, keep: dict[str, torch.Tensor], baseline: dict[str, torch.Tensor]) -> None:
+def compress(layer: Any, keep: dict[str, torch.Tensor], baseline: dict[str, torch.Tensor]) -> None:
     """Cut one layer in memory and set its biases (lib/prune.py:142-222)."""
     attention, mlp = layer.self_attn, layer.mlp
     for kind, rows, output in (
@@ -275,6 +276,12 @@ def summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     def total(part: str) -> Callable[[dict[str, dict[str, Any]]], float]:
         return lambda parts: parts[part]["seconds"].get("best", sum(parts[part]["seconds"].values()))
 
+    def peak(part: str, key: str) -> Callable[[dict[str, dict[str, Any]]], float]:
+        return lambda parts: parts[part].get(key, 0.0)
+
+    def per_collection(part: str) -> Callable[[dict[str, dict[str, Any]]], float]:
+        return lambda parts: total(part)(parts) / ours("collect")(parts)
+
     def ours(stage: str) -> Callable[[dict[str, dict[str, Any]]], float]:
         return lambda parts: parts["flap-stream"]["seconds"][stage]
 
@@ -284,10 +291,7 @@ def summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     rows = {
         part: {
             "seconds": median(total(part)),
-            **{
-                key: median(lambda parts, key=key, part=part: parts[part].get(key, 0.0))
-                for key in ("peak_host_mib", "peak_device_mib")
-            },
+            **{key: median(peak(part, key)) for key in ("peak_host_mib", "peak_device_mib")},
         }
         for part in rounds[0]
     }
@@ -314,7 +318,7 @@ def summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
         **{
             f"offload at batch {batch} / pass 1": (
                 f"offload-{batch}",
-                lambda p, batch=batch: total(f"offload-{batch}")(p) / ours("collect")(p),
+                per_collection(f"offload-{batch}"),
             )
             for batch in OFFLOAD_BATCHES
         },

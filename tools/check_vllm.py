@@ -32,7 +32,7 @@ def checkpoints(place: Path) -> dict[str, Path]:
     from flap_stream.config import PruneConfig
 
     demo = Path(flap_stream.__file__).parent / "demo"
-    common = {"samples": 32, "tensor_parallel": 2}
+    common: dict[str, Any] = {"samples": 32, "tensor_parallel": 2}
     text = (str(demo / "calibration.txt"),)
     made = {"demo": place / "demo"}
     flap_stream.prune(demo / "model", made["demo"], PruneConfig(ratio=0.3, calibration=text, **common))

@@ -23,12 +23,12 @@ from transformers import AutoModelForCausalLM
 
 import flap_stream
 from flap_stream import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig, SweepConfig
-from flap_stream.config.values import parse_ratios
+from flap_stream.config import TextConfig, parse_ratios
 from flap_stream.model.architecture import FAMILIES
 from flap_stream.progress import Progress
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.text.tokenization import load_tokenizer
-from flap_stream.text.windows import evaluation_tokens
+from flap_stream.text.windows import TextWanted, evaluation_tokens
 
 
 @dataclass
@@ -142,7 +142,8 @@ def _run(model: Any, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 def _perplexity_in_memory(model: Any, bench: Bench) -> float:
     length, vocabulary = bench.calibration["sequence_length"], model.config.vocab_size
-    tokens = evaluation_tokens(bench.text, None, length, lambda: load_tokenizer(Path(bench.model), False), vocabulary)
+    wanted = TextWanted(bench.text, None, length, TextConfig(), evaluation=True)
+    tokens = evaluation_tokens(wanted, lambda: load_tokenizer(Path(bench.model), False), vocabulary).tokens
     losses = []
     for batch in torch.from_numpy(tokens).split(16):
         logits = model(batch).logits[:, :-1].flatten(0, 1)

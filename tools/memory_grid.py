@@ -69,8 +69,8 @@ def main() -> None:
             smallest, largest = smallest_limit(*job), free["placement"]["host_bytes"]
             runs: list[tuple[int | None, dict[str, Any]]] = [(None, free)]
             for share in SHARES:
-                limit = int(smallest + share * (largest - smallest)) + (8 << 20)  # the base differs by a few pages
-                runs.append((limit, measure(*job, "--host-memory", f"{limit}B")))
+                tried = int(smallest + share * (largest - smallest)) + (8 << 20)  # the base differs by a few pages
+                runs.append((tried, measure(*job, "--host-memory", f"{tried}B")))
             for limit, body in runs:
                 placement, peak = body["placement"], body["peak_host_bytes"]
                 exceeded |= peak > placement["host_bytes"] or (limit is not None and peak > limit)

@@ -20,6 +20,7 @@ def make(path: Path, config: LlamaConfig | MixtralConfig, dtype: torch.dtype, se
     config.save_pretrained(path)
     generator = torch.Generator().manual_seed(seed)
     hidden, head_dim = config.hidden_size, config.head_dim
+    assert head_dim is not None and config.num_key_value_heads is not None
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
@@ -28,7 +29,7 @@ def make(path: Path, config: LlamaConfig | MixtralConfig, dtype: torch.dtype, se
 
     ends = {"model.embed_tokens.weight": matrix(config.vocab_size, hidden)}
     ends |= {"model.norm.weight": torch.ones(hidden, dtype=dtype), "lm_head.weight": matrix(config.vocab_size, hidden)}
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     count = config.num_hidden_layers + 1
     for i in range(count):
         tensors = ends

@@ -93,9 +93,12 @@ def measure(rounds: int) -> None:
     """
     windows, batch, few = 128, 8, 16
     with tempfile.TemporaryDirectory() as directory:
-        place, sizes = Path(directory), dict(zip(("hidden_size", "intermediate_size"), (1024, 2816), strict=True))
-        heads = {"num_attention_heads": 16, "num_key_value_heads": 16}
-        make(place / "model", LlamaConfig(num_hidden_layers=6, vocab_size=4096, **sizes, **heads), torch.bfloat16)
+        place = Path(directory)
+        config = LlamaConfig(
+            num_hidden_layers=6, vocab_size=4096, hidden_size=1024, intermediate_size=2816, num_attention_heads=16,
+            num_key_value_heads=16,
+        )  # fmt: skip
+        make(place / "model", config, torch.bfloat16)
         np.save(place / "tokens.npy", np.random.default_rng(0).integers(0, 4096, size=(windows, 128)))
         cases = [(1, few), (1, windows), (2, windows), (4, windows)]
         taken: dict[tuple[int, int], list[float]] = {case: [] for case in cases}

@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +23,22 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 VERSE_LINE = re.compile(r"^(\d?[A-Za-z]+\d+):\d+ (.+)$")  # "1Sm3:4 That the LORD called Samuel"
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}  # ids 0, 1, 2
 EVALUATION_WINDOW = 128  # tokens
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "optimizer": "AdamW", "betas": (0.9, 0.95), "weight_decay": 0.1, "gradient_clipping": 1.0,
     "peak_lr": 3e-3, "final_lr_share": 0.02, "warmup_share": 0.04,
     "sequence_length": 256, "batch_size": 8, "seed": 0,
 }  # fmt: skip
 
 
-class Split(NamedTuple):
+Part = TypeVar("Part")
+
+
+class Split(NamedTuple, Generic[Part]):
     """Three disjoint parts: texts, one paragraph a chapter, or their token ids, int64 [token]."""
 
-    training: str | torch.Tensor
-    calibration: str | torch.Tensor
-    evaluation: str | torch.Tensor
+    training: Part
+    calibration: Part
+    evaluation: Part
 
 
 def read_chapters(text: str) -> list[str]:
@@ -62,7 +65,7 @@ def shared_ngram_shares(chapters: list[str], words: int = 12) -> list[float]:
     return [sum(holders[ngram] > 1 for ngram in chapter) / max(1, len(chapter)) for chapter in ngrams]
 
 
-def split_chapters(chapters: list[str], group_size: int = 26, shared_limit: float = 0.02) -> Split:
+def split_chapters(chapters: list[str], group_size: int = 26, shared_limit: float = 0.02) -> Split[str]:
     """Hold out one chapter for calibration and one for evaluation from every `group_size` neighbours.
 
     Groups follow the order of the books, so every kind of text is represented. Chapters told twice (2 Kings 19 and
@@ -111,7 +114,7 @@ def unigram_perplexity(training: torch.Tensor, tokens: torch.Tensor, vocab_size:
     return math.exp(-(counts / counts.sum()).log()[targets].mean().item())
 
 
-def train(model: LlamaForCausalLM, tokens: Split, steps: int | None, minutes: float) -> tuple[int, float]:
+def train(model: LlamaForCausalLM, tokens: Split[torch.Tensor], steps: int | None, minutes: float) -> tuple[int, float]:
     """Train in place, in float32, on random windows; returns (steps, elapsed_seconds).
 
     The learning rate follows progress through `steps` if given (reproducible), else through `minutes` of wall clock.
@@ -121,6 +124,7 @@ def train(model: LlamaForCausalLM, tokens: Split, steps: int | None, minutes: fl
     groups = [{"params": matrices, "weight_decay": SETTINGS["weight_decay"]}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=SETTINGS["peak_lr"], betas=SETTINGS["betas"], fused=True)
     generator = torch.Generator().manual_seed(SETTINGS["seed"])
+    bos: Any = model.config.bos_token_id
     offsets = torch.arange(SETTINGS["sequence_length"] + 1)
     last_start = len(tokens.training) - SETTINGS["sequence_length"]
     began, step, average = time.monotonic(), 0, 0.0
@@ -131,7 +135,7 @@ def train(model: LlamaForCausalLM, tokens: Split, steps: int | None, minutes: fl
             group["lr"] = SETTINGS["peak_lr"] * lr_share * min(1.0, progress / SETTINGS["warmup_share"])
         starts = torch.randint(last_start, (SETTINGS["batch_size"], 1), generator=generator)
         windows = tokens.training[starts + offsets]  # [sample, token]
-        windows[0, 0] = model.config.bos_token_id  # some evaluators put <s> first; it must not be a surprise
+        windows[0, 0] = bos  # some evaluators put <s> first; it must not be a surprise
         loss = F.cross_entropy(model(windows[:, :-1]).logits.flatten(0, 1), windows[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -145,7 +149,7 @@ def train(model: LlamaForCausalLM, tokens: Split, steps: int | None, minutes: fl
     return step, time.monotonic() - began
 
 
-def readme(folder: Path, tokens: Split, training: str) -> str:
+def readme(folder: Path, tokens: Split[torch.Tensor], training: str) -> str:
     """The demo's README, with the perplexity of the weights as saved: rounding to bfloat16 is part of the demo."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     shards, vocab_size = len(list(folder.glob("*.safetensors"))), model.config.vocab_size
@@ -197,7 +201,8 @@ def main() -> None:
     steps, elapsed_seconds = train(model, tokens, arguments.steps, arguments.minutes)
 
     folder = arguments.out / "model"
-    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="2MB")  # several shards, as large models have
+    saved: Any = model
+    saved.to(torch.bfloat16).save_pretrained(folder, max_shard_size="2MB")  # several shards, as large models have
     tokenizer.save_pretrained(folder)
     # transformers 5 writes its new class name, which release 4 does not know; both know this one.
     tokenizer_config = folder / "tokenizer_config.json"

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from flap_stream.commands import options as shared
-from flap_stream.progress import format_bytes
+from flap_stream.progress import format_bytes, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +93,6 @@ def _inspect_output(place: Path, as_json: bool, verifies: bool) -> None:
 
 def _inspect_dense(place: Path, as_json: bool) -> None:
     from flap_stream.model.dense import dense_model, nothing_pruned
-    from flap_stream.progress import printable
 
     model = dense_model(place)
     if model is None:

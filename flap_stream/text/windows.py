@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -156,7 +157,7 @@ def _token_stream(wanted: TextWanted, tokenizer: Tokenizer, room: int | None) ->
     options = wanted.options
     is_chat = False
 
-    def render(messages: list) -> str:
+    def render(messages: list[Any]) -> str:
         nonlocal is_chat
         is_chat = True
         if tokenizer.render is None:

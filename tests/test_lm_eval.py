@@ -6,11 +6,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import DEMO
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the harness, and what it loads tasks with
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]  # the harness, and what it loads tasks with
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def evaluate(model: str, options: str, tasks: Path) -> dict:
+def evaluate(model: str, options: str, tasks: Path) -> dict[str, Any]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -121,11 +125,11 @@ def test_bos_begins_what_is_scored(with_bos: Path, pruned_demo: Path) -> None:
     words = (DEMO / "evaluation.txt").read_text().split()
     text, context = " ".join(words[:150]), " ".join(words[:90])
 
-    def asked(model: Path, bos: str) -> tuple[list, list[list[int]]]:
-        found: list = []
+    def asked(model: Path, bos: str) -> tuple[list[Any], list[list[int]]]:
+        found: list[Any] = []
 
         class Asked(FlapStreamLM):
-            def _loglikelihood_tokens(self, requests, **kwargs):
+            def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
                 found.extend(requests)
                 return [(0.0, True)] * len(requests)
 

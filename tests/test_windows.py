@@ -1,6 +1,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -21,12 +22,12 @@ def numbers() -> Tokenizer:
     return Tokenizer(lambda text: [int(word) for word in text.split()])
 
 
-def windows(sources, samples: int = 5, length: int = 8, seed: int = 0, **options) -> np.ndarray:
+def windows(sources: Any, samples: int = 5, length: int = 8, seed: int = 0, **options: Any) -> np.ndarray:
     wanted = TextWanted([str(source) for source in sources], samples, length, TextConfig(**options))
     return calibration_tokens(wanted, seed, numbers, 1000).tokens
 
 
-def evaluated(sources, samples: int | None = None, length: int = 8, **options) -> np.ndarray:
+def evaluated(sources: Any, samples: int | None = None, length: int = 8, **options: Any) -> np.ndarray:
     wanted = TextWanted([str(source) for source in sources], samples, length, TextConfig(**options), evaluation=True)
     return evaluation_tokens(wanted, numbers, 1000).tokens
 
