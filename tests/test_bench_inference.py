@@ -70,7 +70,7 @@ def test_rates_are_of_all_tokens_by_the_median() -> None:
         ("nowhere out", "no such model"),
         ("model nowhere", "no such model"),
         ("model foreign", "--trust-remote-code"),
-        ("model out --prompt-lengths 250 --generate 7", "made for 256"),
+        ("model out --prompt-lengths 250 --generate 7", "at most 256"),
         ("model out --batch-sizes 0", "--batch-sizes is 0"),
         ("model out --generate 0", "--generate is 0"),
         ("model out --rounds 0", "--rounds is 0"),

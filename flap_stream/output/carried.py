@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flap_stream.model.model_files import TEMPLATES_NAME, is_carried
 from flap_stream.output.model_card import unusable_metadata
+from flap_stream.progress import printable
 from flap_stream.storage import files, places
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def tell_left_out(directory: Path) -> None:
     """Warn, before any long work, of files that should be copied but cannot be, and of unusable card metadata."""
     for path, reason in _meant_to_be_carried(directory):
         if reason is not None:
-            logger.warning("%s is left out of the result: %s", path, reason)
+            logger.warning("%s is left out of the result: %s", printable(str(path)), reason)
     for part in unusable_metadata(directory):
         logger.warning("%s of %s is left out of the model card", part, directory / "README.md")
 
