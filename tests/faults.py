@@ -487,7 +487,7 @@ def make_job(directory: Path, layers: int = LAYERS, **changes: Any) -> Job:
     model = save(tiny_model(tiny_config(layers=layers)), directory / "model")
     tokens = save_tokens(directory / "tokens.npy", random_tokens(6, 16))
     options = {"ratio": 0.3, "snapshot_interval": 1, "max_shard_bytes": 100_000, "batch_size": 4, **changes}
-    return Job(directory, model, PruneConfig(calibration=(tokens,), samples=6, sequence_length=16, **options))
+    return Job(directory, model, PruneConfig(calibration=(tokens,), samples=6, **options))
 
 
 DISK_FULL, READ_ONLY = partial(fail_to_write, errno.ENOSPC), partial(fail_to_write, errno.EROFS)

@@ -118,7 +118,7 @@ class RankJob:
         self.model = save(tiny_model(config or tiny_config(layers=4)), directory / "model", shard_size=shard_size)
         tokens = save_tokens(directory / "tokens.npy", random_tokens(WINDOWS, length))
         options = {"ratio": 0.3, "snapshot_interval": 1, "max_shard_bytes": 60_000, "batch_size": 3, **changes}
-        self.options = PruneConfig(calibration=(tokens,), samples=WINDOWS, sequence_length=length, **options)
+        self.options = PruneConfig(calibration=(tokens,), samples=WINDOWS, **options)
         ended = self.run("one", 1, keep_run=True)
         assert ended.codes == [0], ended.said
         self.expected = contents(directory / "one" / "out")

@@ -65,6 +65,8 @@ def test_a_command_that_was_told_to_ignore_interruptions_still_does() -> None:
 
 def test_an_interruption_after_loading_says_that_nothing_is_lost(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    code, _, errors = _interrupted("flap_stream.modeling", "SIGINT", "demo", "--quiet", "--out", out)
+    code, _, errors = _interrupted(
+        "transformers.models.llama.modeling_llama", "SIGINT", "demo", "--quiet", "--out", out
+    )
     assert code == 130
     assert "run the same command again to continue" in errors and "Traceback" not in errors

@@ -76,7 +76,11 @@ def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     tokens = random_tokens(8, 24)
     path = save(model, place / "model")
     options = PruneConfig(
-        ratio=0.3, calibration=(save_tokens(place / "tokens.npy", tokens),), max_shard_bytes=60_000, batch_size=3
+        ratio=0.3,
+        calibration=(save_tokens(place / "tokens.npy", tokens),),
+        max_shard_bytes=60_000,
+        batch_size=3,
+        round_neurons_to=1,  # so that layers differ
     )
     record = flap_stream.prune(path, place / "out", options).record
     return place, expected_model(model, record, torch.from_numpy(tokens)), record

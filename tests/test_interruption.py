@@ -146,7 +146,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     tokens = save_tokens(directory / "tokens.npy", random_tokens(64, 64))
     yield [
         *(sys.executable, "-m", "flap_stream", "prune", str(directory / "model")),
-        *("--calibration", tokens, "--samples", "64", "--sequence-length", "64", "--max-shard-size", "1MB"),
+        *("--calibration", tokens, "--samples", "64", "--max-shard-size", "1MB"),
     ]
 
 

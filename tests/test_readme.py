@@ -28,7 +28,8 @@ from test_store import test_a_second_writer_is_refused_until_the_first_is_dead a
 from flap_stream.export.gguf_architecture import CONVERTIBLE_FROM_STOCK, WITH_QK_NORMS
 from flap_stream.model.architecture import FAMILIES
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README, STORAGE = ROOT / "README.md", ROOT / "flap_stream" / "storage" / "README.md"
 
 
 def gguf_cell(family: str) -> str:
@@ -39,18 +40,18 @@ def gguf_cell(family: str) -> str:
     return "through stock" if family in CONVERTIBLE_FROM_STOCK else "no"
 
 
-GOES_ON, SAME = "says so; the same command goes on", "nothing changes"
+GOES_ON, SAME = "reported; rerunning resumes", "nothing changes"
 # What happens, the exit code, what becomes of the job, and the test that shows it.
 FURTHER = [
-    ("SIGKILL at any operation", "", "the same command goes on", killed),
-    ("power cut at any fsync", "", "the same command goes on", power_cut),
-    ("fsync fails", "1", "stops at once, never tries again; the same command goes on", fsync_failed),
-    ("a shard of the model changes or goes while in use", "2", "says so; goes on when restored", changed_in_use),
-    ("a shard changes between two calls", "2", "says so, naming the layer; goes on when restored", changed_between),
+    ("SIGKILL at any operation", "", "rerunning resumes", killed),
+    ("power cut at any fsync", "", "rerunning resumes", power_cut),
+    ("fsync fails", "1", "stops at once, never tries again; rerunning resumes", fsync_failed),
+    ("a shard of the model changes or goes while in use", "2", "reported; resumes when restored", changed_in_use),
+    ("a shard changes between two calls", "2", "reported, naming the layer; resumes when restored", changed_between),
     ("short reads and writes, the clock set back", "0", SAME, clock_and_short_io),
     ("the temporary folder is full or gone", "0", SAME, no_temporary_folder),
     ("out of device memory", "0", "halves the batch from there on", out_of_memory),
-    ("no memory for a single window", "2", "says so; goes on with more memory", too_small),
+    ("no memory for a single window", "2", "reported; resumes with more memory", too_small),
     ("NaN or infinity in weights", "2", "names the tensor", not_finite),
     ("hidden states overflow", "2", "names the layer", overflow),
     ("a second job on the run directory", "1", "names the process and host that hold it", second_writer),
@@ -85,8 +86,8 @@ def table() -> str:
 
 
 @pytest.mark.parametrize("made", [faults_table, corruptions_table])
-def test_the_readme_shows_what_was_seen_of_faults(made: Callable[[], str]) -> None:
-    assert made() in README.read_text()
+def test_the_pages_show_what_was_seen_of_faults(made: Callable[[], str]) -> None:
+    assert made() in STORAGE.read_text()
 
 
 def test_the_readme_shows_the_table_of_families() -> None:
