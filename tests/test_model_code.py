@@ -181,7 +181,7 @@ def test_the_harness_runs_nothing_that_comes_with_a_model(place: Path) -> None:
         PAYLOADS[name](place / "out")
     code = "from flap_stream.integrations.lm_eval import FlapStreamLM; FlapStreamLM('out')"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert "run with --trust-remote-code" in done.stderr and not Path("ran").exists()
+    assert "allow it with --trust-remote-code" in done.stderr and not Path("ran").exists()
     (place / "out" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

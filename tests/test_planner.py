@@ -160,7 +160,7 @@ def test_a_dry_run_on_a_bare_config_predicts_llama_65b(tmp_path: Path, capsys: p
         assert all(seconds > 0 for seconds in body["floor_seconds"].values())
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     assert main(["prune", str(tmp_path), str(tmp_path / "out"), "--dry-run", "--device", "cpu"]) == 0
-    assert "65,285,660,672 parameters in 80 layers, from config.json alone" in capsys.readouterr().out
+    assert "65,285,660,672 parameters in 80 layers, from config.json only" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,9 @@ def collect_into(
     with measured.stage("collect"):
         model = StreamedModel(source, options, ranks)
         measured.device = str(model.device)
-        progress.header({**model_row(source, len(model.layers)), "run directory": str(run)})
         if isinstance(options, PruneConfig):
             _require_possible(model, options)
+        progress.header({**model_row(source, len(model.layers)), "run directory": str(run)})
         if options.method != "magnitude-sp":
             progress.say("reading the calibration text")
         windows = ranks.from_first(lambda: _calibration_windows(model, options))

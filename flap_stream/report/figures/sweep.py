@@ -1,7 +1,7 @@
 """Perplexity against the removed share, a curve for each sweep."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -45,8 +45,8 @@ def curves_by_text(facts: Facts) -> list[list[Curve]]:
 def curve_name(curve: Curve) -> str:
     """What tells a curve from others: method, options that are not at their default, and restoration."""
     options, method = curve["options"], str(curve["options"].get("method"))
-    default = {field.name: field.default for field in fields(PlanConfig)}
-    default |= {"method": method, "structure": "al-am" if method == "flap" else "ul-um"}
+    default = asdict(PlanConfig(method=method, statistics=options.get("statistics", PlanConfig.statistics)))
+    default["statistics"] = PlanConfig.statistics
     others = {name: value for name, value in options.items() if value != default.get(name)}
     said = [value if isinstance(value, str) else f"{name} {value}" for name, value in sorted(others.items())]
     return ", ".join([method, *said, "no restoration" if curve["restore"] == "none" else curve["restore"]])
