@@ -85,7 +85,7 @@ def test_a_dry_run_says_what_ranks_would_need(capsys: pytest.CaptureFixture[str]
 def test_a_dry_run_tells_ranks_that_would_have_nothing_to_do(capsys: pytest.CaptureFixture[str], config: Path) -> None:
     command = ["prune", str(config), "out", "--dry-run", "--samples", "16", "--batch-size", "8", "--ranks", "4"]
     assert main(command) == 0
-    assert "2 have no windows, so lower --batch-size" in capsys.readouterr().out
+    assert "2 would have no windows; lower --batch-size" in capsys.readouterr().out
 
 
 def test_more_nodes_than_ranks_are_refused(capsys: pytest.CaptureFixture[str], config: Path) -> None:

@@ -266,7 +266,7 @@ NO_RATIOS = ["", "a", "0.1:0.2", "0.1:0.6:0", "0.1:0.6:-0.1", "0.6:0.1:0.1", "0.
 
 @pytest.mark.parametrize("text", NO_RATIOS)
 def test_what_is_no_list_of_ratios_is_refused(text: str) -> None:
-    with pytest.raises(InvalidOption, match="no list of ratios"):
+    with pytest.raises(InvalidOption, match="not a list of ratios"):
         parse_ratios(text)
 
 
@@ -274,7 +274,7 @@ def test_what_is_no_list_of_ratios_is_refused(text: str) -> None:
     ("arguments", "words"),
     [
         ("--ratios 0:0.5:0.1", "--ratios is 0.0"),
-        ("--ratios 0.2,nan", "no list of ratios"),
+        ("--ratios 0.2,nan", "not a list of ratios"),
         ("--ratios 0.2,1.5", "--ratios is 1.5"),
         ("--ratios 0.999", "--ratio 0.999 would remove units that must be kept"),
         ("--max-perplexity-increase 5%", "needs --evaluate"),

@@ -52,7 +52,7 @@ RULES = (
     Rule((RewriteConfig,), ("refit_target",), "--restore least-squares", lambda o: o.refits),
     Rule((PlanConfig,), ("metric", "head_score", "statistics"), "--method flap", lambda o: o.method == "flap"),
     Rule((SweepConfig,), ("ratio",), "plan and prune; a sweep has --ratios", lambda o: False),
-    Rule((SweepConfig,), ("sequence_length", "samples", "restore"), "--evaluate TEXT", lambda o: bool(o.evaluate)),
+    Rule((SweepConfig,), ("sequence_length", "samples"), "--evaluate TEXT", lambda o: bool(o.evaluate)),
     Rule(
         (SweepConfig,),
         ("resolution",),
