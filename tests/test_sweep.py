@@ -278,7 +278,7 @@ def test_what_is_no_list_of_ratios_is_refused(text: str) -> None:
         ("--ratios 0.2,1.5", "--ratios is 1.5"),
         ("--ratios 0.999", "--ratio 0.999 would remove units that must be kept"),
         ("--max-perplexity-increase 5%", "needs --evaluate"),
-        ("--max-perplexity-increase much --evaluate text.npy", "no share"),
+        ("--max-perplexity-increase much --evaluate text.npy", "is not a percentage"),
         ("--max-perplexity-increase 0% --evaluate text.npy", "above 0"),
         ("--resolution 0 --evaluate text.npy", "--resolution is 0"),
         ("--evaluate none.txt", "no such text"),
@@ -305,5 +305,5 @@ def test_bad_options_are_refused_in_one_sentence_and_nothing_changes(
 
 def test_another_model_is_refused(collected: Collected, tmp_path: Path) -> None:
     other = save(tiny_model(tiny_config(), seed=4), tmp_path / "other")
-    with pytest.raises(RunMismatch, match="other weights than"):
+    with pytest.raises(RunMismatch, match="does not have the weights"):
         flap_stream.sweep(collected.run, collected.options(samples=1), model=other)
