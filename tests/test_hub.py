@@ -180,7 +180,7 @@ def test_every_verb_takes_a_revision(
     assert "name/model@older" in capsys.readouterr().err  # the tests are offline
     for model in ("model", "name/model@main"):
         assert main([*command.replace("MODEL", model).split(), "--revision", "older"]) == 2
-        assert f"--revision older: {model} is not the Hub id" in capsys.readouterr().err
+        assert f"--revision older: {model} is not a Hub id" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"model", "tokens.npy"}
 
 

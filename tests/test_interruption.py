@@ -185,7 +185,9 @@ def test_an_interrupted_command_exits_130_and_the_same_command_completes_it(
     assert "run the same command again to continue" in errors and "Traceback" not in errors
     assert not out.exists()
     said = _finish(command, out).splitlines()
-    recorded = next(int(found[1]) for line in said if (found := re.match(r"collect: (\d+) of 24 layers done al", line)))
+    recorded = next(
+        int(found[1]) for line in said if (found := re.match(r"collect: (\d+) of 24 layers already done", line))
+    )
     assert recorded >= 4
     counted = [line.split(",")[0] for line in said if re.match(r"collect: \d+/", line)]
     assert f"collect: {recorded + 1}/24" in counted and counted[-1] == "collect: 24/24"

@@ -211,7 +211,7 @@ def test_shards_without_an_index_are_read_by_their_headers(
     expected = perplexity(model, tokens)
     (model / INDEX_NAME).unlink()
     assert perplexity(model, tokens) == expected and f"has no {INDEX_NAME}" in caplog.text
-    assert main(["prune", str(model), str(tmp_path / "out"), "--dry-run", "--json"]) == 0
+    assert main(["prune", str(model), str(tmp_path / "out"), "--dry-run", "--json", "--calibration", str(tokens)]) == 0
     assert json.loads(capsys.readouterr().out)["has_headers"]
     sorted(model.glob("*.safetensors"))[1].unlink()
     assert main(["evaluate", str(model), "--text", str(tokens)]) == 2
