@@ -127,26 +127,26 @@ def test_inspect_tells_runs_from_outputs(place: Path, tmp_path: Path, capsys: py
 
 
 COMMANDS = "\x1b[2J\x9b31m\r\u202e\x07\nverified"
-# As paths are printed, and as the name of a model is recorded.
-ESCAPED = (r"\x1b[2J\x9b31m\r\u202e\x07\nverified", "?[2J?31m????verified")
+AS_A_PATH = r"\x1b[2J\x9b31m\r\u202e\x07\nverified"
+AS_A_MODEL_NAME = "?[2J?31m????verified"
 
 
 def test_names_that_are_printed_command_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = save_tokens(tmp_path / "tokens.npy", random_tokens(6, 16))
     model, place = save(tiny_model(tiny_config()), tmp_path / COMMANDS), tmp_path / "of" / COMMANDS
-    for arguments in (
-        ("collect", model, f"{place}-run", "--calibration", text),
-        ("plan", f"{place}-run"),
-        ("prune", model, f"{place}-out", "--calibration", text, "--keep-run", "--structure", "ul-um"),
-        ("prune", model, f"{place}-out", "--calibration", text, "--keep-run", "--structure", "ul-um"),
-        ("inspect", f"{place}-out"),
-        ("inspect", f"{place}-out.run"),
-        ("export-stock", f"{place}-out", f"{place}-stock"),
-        ("evaluate", model, "--text", text),
+    for shown, *arguments in (
+        (AS_A_PATH, "collect", model, f"{place}-run", "--calibration", text),
+        (AS_A_PATH, "plan", f"{place}-run"),
+        (AS_A_PATH, "prune", model, f"{place}-out", "--calibration", text, "--keep-run", "--structure", "ul-um"),
+        (AS_A_PATH, "prune", model, f"{place}-out", "--calibration", text, "--keep-run", "--structure", "ul-um"),
+        (AS_A_MODEL_NAME, "inspect", f"{place}-out"),
+        (AS_A_PATH, "inspect", f"{place}-out.run"),
+        (AS_A_PATH, "export-stock", f"{place}-out", f"{place}-stock"),
+        (AS_A_PATH, "evaluate", model, "--text", text),
     ):
         code, out, err = run(capsys, *arguments)
         assert code == 0, err
-        assert any(name in out + err for name in ESCAPED)
+        assert shown in out + err
         assert all(line.isprintable() for line in (out + err).split("\n"))
 
 
