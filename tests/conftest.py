@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import tempfile
 from pathlib import Path
@@ -11,7 +12,7 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="flap-stream-tests-modu
 
 import pytest
 import torch
-from models import DEMO
+from models import DEMO, random_tokens, save, save_tokens, tiny_config, tiny_model
 from transformers.utils import logging as transformers_logging
 
 import flap_stream
@@ -35,6 +36,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _all_messages() -> None:
     """What a command line with --quiet left behind in this process."""
     logging.getLogger("flap_stream").setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny `model` and six windows in `tokens.npy`: to copy, not to change."""
+    place = tmp_path_factory.mktemp("original")
+    save(tiny_model(tiny_config()), place / "model")
+    save_tokens(place / "tokens.npy", random_tokens(6, 16))
+    return place
+
+
+@pytest.fixture
+def place(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The test's own copy of `original`, as the working directory."""
+    shutil.copytree(original, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
 
 
 @pytest.fixture(scope="session")

@@ -11,26 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import random_tokens
 from safetensors.torch import load_file, save_file
 
 from flap_stream.cli import main
 from flap_stream.model.model_files import INDEX_NAME
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("original")
-    save(tiny_model(tiny_config()), place / "model")
-    save_tokens(place / "tokens.npy", random_tokens(6, 16))
-    return place
-
-
-@pytest.fixture
-def place(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(original, tmp_path / "place")
-    monkeypatch.chdir(tmp_path / "place")
-    return tmp_path / "place"
 
 
 def contents(place: Path) -> dict[str, bytes | None]:

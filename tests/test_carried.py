@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,28 +10,12 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
 from flap_stream.cli import main
 from flap_stream.config import PruneConfig
 from flap_stream.output.digests import damaged_files
 from flap_stream.stages import layer_statistics
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("carried")
-    save(tiny_model(tiny_config()), place / "model")
-    save_tokens(place / "tokens.npy", random_tokens(4, 16))
-    return place
-
-
-@pytest.fixture
-def place(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(original, tmp_path / "place")
-    monkeypatch.chdir(tmp_path / "place")
-    return tmp_path / "place"
 
 
 def prune(model: str | Path, out: str | Path) -> Path:

@@ -34,13 +34,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture
-def place(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(original, tmp_path / "place")
-    monkeypatch.chdir(tmp_path / "place")
-    return tmp_path / "place"
-
-
 def payload(file: Path) -> None:
     """Code that leaves a mark when it runs, and has whatever is asked of it."""
     file.parent.mkdir(parents=True, exist_ok=True)

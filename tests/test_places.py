@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 from test_bad_input import contents, refuse
 
 import flap_stream
@@ -21,21 +20,6 @@ from flap_stream.output.shard_writer import write_shard
 from flap_stream.storage import files
 
 PRUNE = "prune model {} --calibration tokens.npy"
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("places")
-    save(tiny_model(tiny_config()), place / "model")
-    save_tokens(place / "tokens.npy", random_tokens(6, 16))
-    return place
-
-
-@pytest.fixture
-def place(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(original, tmp_path / "place")
-    monkeypatch.chdir(tmp_path / "place")
-    return tmp_path / "place"
 
 
 @pytest.fixture(params=["another file system", "a directory of the same one"])
