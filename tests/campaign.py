@@ -63,11 +63,12 @@ def second_kills(job: Job, count: int) -> list[str]:
     return in_parallel(check, range(count))
 
 
-def power_cuts(job: Job, draws: int) -> list[str]:
-    """At every fsync, in every form of tests/faults.py."""
+def power_cuts(job: Job, draws: int, every: int = 1) -> list[str]:
+    """At the fsyncs, in the forms of tests/faults.py: of all states that may be found, every n-th."""
 
     def became(share: int) -> list[str]:
-        return [what or SURVIVED for _, what in job.power_cuts(f"power-{share}", 1, draws, (share, WORKERS))]
+        cuts = job.power_cuts(f"power-{share}", 1, draws, (share * every, WORKERS * every))
+        return [what or SURVIVED for _, what in cuts]
 
     with ThreadPoolExecutor(WORKERS) as pool:
         return [what for part in pool.map(became, range(WORKERS)) for what in part]
