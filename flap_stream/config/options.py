@@ -60,8 +60,9 @@ class Options:
 
 
 def changed_options(options: Any) -> dict[str, Any]:
-    """Fields of a config that are not at their default, with their values."""
-    own = {field.name: (getattr(options, field.name), field.default) for field in fields(options)}
+    """Fields of a config that are not as they are by default, with their values."""
+    unchanged = type(options)()  # not the fields' defaults, of which None stands for a value chosen by the others
+    own = {field.name: (getattr(options, field.name), getattr(unchanged, field.name)) for field in fields(options)}
     return {name: value for name, (value, default) in own.items() if value != default}
 
 
