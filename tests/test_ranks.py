@@ -23,8 +23,8 @@ from flap_stream.arithmetic.moments import Moments, joined_channels
 from flap_stream.config import EvaluateConfig
 from flap_stream.engine.batch_sizes import BatchSizes
 from flap_stream.engine.ranks import ALONE as ONE
-from flap_stream.engine.ranks import Ranks, own_device, window_shares
-from flap_stream.errors import InvalidOption, RankLost
+from flap_stream.engine.ranks import Ranks, window_shares
+from flap_stream.errors import RankLost
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.storage.batch_reductions import BatchReduction
@@ -388,15 +388,6 @@ def test_the_rank_with_least_memory_decides_for_all(job: RankJob, tmp_path: Path
     ended = launch(tmp_path / "job", 3, OnDevices(job.action("least"), ["cpu"] * 3, [1 << 33, 1 << 26, 1 << 33]))
     assert ended.codes == [2, 2, 2]
     assert len(ended.sentences) == 1 and "64.0 MiB may be used" in ended.sentences[0]
-
-
-def test_each_rank_of_a_node_takes_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    third = Ranks(3, ((0,), (1, 2, 3)))
-    assert [own_device(name, third) for name in ("auto", "cuda", "cpu")] == ["cuda:2", "cuda:2", "cpu"]
-    with pytest.raises(InvalidOption, match="one device for 3 ranks"):
-        own_device("cuda:1", third)
-    assert own_device("cuda:1", Ranks(0, ((0,), (1, 2, 3)))) == own_device("cuda:1", ONE) == "cuda:1"
 
 
 def test_a_rank_of_one_gives_back_what_it_was_given() -> None:
