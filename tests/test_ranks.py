@@ -141,15 +141,22 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> RankJob:
         ({}, {"restore": "least-squares", "length": REFIT_LENGTH}),
         ({}, {"restore": "least-squares", "refit_target": "joint", "dtype": "bfloat16", "length": REFIT_LENGTH}),
         ({"family": "qwen3_moe"}, {}),
+        ({"family": "mixtral"}, {"metric": "fisher", "loss_windows": 11}),
         ({"intermediate_size": 1000, "hidden_size": 128}, {"batch_size": 8}),
     ],
-    ids=["released", "wanda-sp", "magnitude-sp", "cast", "least-squares", "joint", "experts", "wide"],
+    ids=["released", "wanda-sp", "magnitude-sp", "cast", "least-squares", "joint", "experts", "loss", "wide"],
 )
 def test_whatever_is_collected_three_ranks_on_two_nodes_give_the_same_bytes(
     tmp_path: Path, config: dict[str, Any], options: dict[str, Any]
 ) -> None:
     job = RankJob(tmp_path, tiny_config(**{"layers": 3, **config}), **options)
     assert job.trouble("three", 3, nodes=2) is None
+
+
+def test_two_and_four_ranks_sweep_the_loss_to_the_same_bytes(tmp_path: Path) -> None:
+    job = RankJob(tmp_path, tiny_config(layers=2), metric="fisher", loss_windows=10)
+    assert any(name.startswith("loss.zarr") for name in job.statistics)
+    assert [job.trouble(f"ranks-{ranks}", ranks) for ranks in (2, 4)] == [None, None]
 
 
 def test_more_ranks_than_batches_give_the_same_bytes(job: RankJob) -> None:
