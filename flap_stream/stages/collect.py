@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from flap_stream.arithmetic.allocation import allocate, require_minimum
-from flap_stream.arithmetic.scoring import LayerScores
-from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, changed_options, part_of
+from flap_stream.arithmetic.allocation import require_minimum
+from flap_stream.config import CollectConfig, PruneConfig, changed_options
 from flap_stream.config.rules import FED_ON, options_of, warn_of_positions
 from flap_stream.engine.device import cpu_threads, release
 from flap_stream.engine.membership import joined
@@ -29,6 +28,7 @@ from flap_stream.stages.loss_sizes import kept_input_bytes, sweep_job
 from flap_stream.stages.measured import Measured
 from flap_stream.stages.same_source import absolute, require_same_weights
 from flap_stream.stages.session import Session, opened_model, opened_run
+from flap_stream.stages.targets import expected_ratio, rehearse, sizes_of
 from flap_stream.storage import files
 from flap_stream.storage.loss import LossStore
 from flap_stream.storage.run_directory import RunDirectory, stored_bytes
@@ -131,8 +131,7 @@ def calibration_record(options: CollectConfig) -> dict[str, Any]:
 def _require_possible(model: StreamedModel, options: PruneConfig) -> None:
     """Raise what planning and refitting would raise for this model whatever the scores."""
     require_minimum(model.shapes, options)
-    nothing = [LayerScores(np.zeros(shape.kv_groups), np.zeros(shape.neurons)) for shape in model.shapes]
-    allocate(nothing, model.shapes, part_of(options, PlanConfig))
+    rehearse(model, options)
     if options.refits:
         require_refittable(model.family, model.shapes, options.refit_target, model.checkpoint.source)
 
@@ -164,7 +163,8 @@ def _require_space(
 ) -> None:
     """Raise InsufficientSpace unless OUT and the run directory fit; what an interrupted call has written counts."""
     target = _refit_target(options)
-    written = estimated_bytes(model.checkpoint, model.shapes, options.ratio)
+    ratio = expected_ratio(model, options) if isinstance(options, PruneConfig) else options.ratio
+    written = estimated_bytes(model.checkpoint, model.shapes, ratio)
     written -= files.tree_bytes(files.partial_path(out))
     kept = stored_bytes(model.shapes, tokens) - files.tree_bytes(run)
     kept += 0 if target is None else refit_stored_bytes(model, target)
@@ -198,6 +198,7 @@ def _begun_run(
 
 def _manifest(model: StreamedModel, options: CollectConfig, windows: Windows, batch_size: int) -> dict[str, Any]:
     """What the statistics depend on (`model`, `tokens`, `options`), and what planning needs to know of the model."""
+    sizes = sizes_of(model)
     decides: dict[str, Any] = {"method": options.method}
     if options.method != "magnitude-sp":
         decides |= {"dtype": str(model.dtype), "device": model.device.type, "batch_size": batch_size}
@@ -217,6 +218,8 @@ def _manifest(model: StreamedModel, options: CollectConfig, windows: Windows, ba
             "vocabulary": model.vocab_size,
             "weight_bytes": model.checkpoint.nbytes,
             "expert_share": model.expert_share,
+            "unit_bytes": [list(own) for own in sizes.unit_bytes],
+            "header_bytes": list(sizes.header_bytes),
         },
         "layers": [asdict(shape) for shape in model.shapes],
     }

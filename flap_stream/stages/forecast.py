@@ -22,6 +22,7 @@ from flap_stream.restore.requirements import refit_sizes, refit_stored_bytes, re
 from flap_stream.stages.loss_sizes import kept_input_bytes, sweep_job, sweep_operations
 from flap_stream.stages.machine_rates import measure_rates
 from flap_stream.stages.scaling import LossWork, Rates, RefitWork, Work, scale
+from flap_stream.stages.targets import expected_ratio
 from flap_stream.storage import files
 from flap_stream.storage.run_directory import stored_bytes
 from flap_stream.text.tokenization import load_tokenizer
@@ -215,7 +216,8 @@ def work_of(
     source = model.checkpoint
     samples = options.samples if options.method != "magnitude-sp" else 0
     # Not read when shards are written: removed rows, and columns that a refit has already left out.
-    not_read = options.ratio * sum(
+    ratio = expected_ratio(model, options)
+    not_read = ratio * sum(
         entry.nbytes
         for layer, shape in zip(model.layer_entries, model.shapes, strict=True)
         for part in model.family.parts(shape)
@@ -223,12 +225,12 @@ def work_of(
         if refit is not None or projection.axis == ROWS
         if (entry := layer.get(f"{projection.name}.weight")) is not None
     )
-    written = estimated_bytes(source, model.shapes, options.ratio)
+    written = estimated_bytes(source, model.shapes, ratio)
     operations, refit_work = _operations(model, samples, options.sequence_length), None
     if refit is not None:
-        moments, solving = refit.operations(options.ratio, samples * options.sequence_length)
+        moments, solving = refit.operations(ratio, samples * options.sequence_length)
         forwards = operations * (2 if refit.has_dense else 1)
-        refit_work = RefitWork(moments + forwards, solving, refit.sum_bytes(options.ratio))
+        refit_work = RefitWork(moments + forwards, solving, refit.sum_bytes(ratio))
     return Work(
         layers=len(model.layers),
         samples=samples,
