@@ -38,7 +38,7 @@ def workspaces(sizes: tuple[int, int, int], tokens: int) -> dict[int, tuple[int,
 
 @lru_cache
 def jobs(sizes: tuple[int, int, int], tokens: int, target: str | None, device: str, tmp: str) -> list[Job]:
-    """Pass 1 of a model of these sizes, and pass 2 if it is refitted; no weights are needed."""
+    """The collection of a model of these sizes, and its refit if there is one; no weights are needed."""
     hidden, neurons, layers = sizes
     config = tiny_config(hidden_size=hidden, intermediate_size=neurons, layers=layers, vocab_size=5000).to_dict()
     with describe(
@@ -114,7 +114,7 @@ def test_what_a_refusal_advises_is_not_refused(
         if length is not None:
             again = [replace(job, tokens=length, _workspaces=workspaces(sizes, length)) for job in again]
         placement = place(again[0], within, batch, ahead, again[1:], recorded)
-        # Pass 2 is placed on its own later, at that batch size and on the same base.
+        # The refit is placed on its own later, at that batch size and on the same base.
         for job in again[1:]:
             place(job, within, None, ahead, recorded=placement.batch_size)
 

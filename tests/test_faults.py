@@ -171,7 +171,7 @@ LAYER, SHARD = "model.layers.{}.mlp.up_proj.weight", "model-00003"
 
 
 @pytest.mark.parametrize("how", [flip, Path.unlink])
-@pytest.mark.parametrize("moment", ["layers/0001.partial", SHARD], ids=["pass 1", "pass 2"])
+@pytest.mark.parametrize("moment", ["layers/0001.partial", SHARD], ids=["collect", "rewrite"])
 def test_a_shard_changed_or_removed_while_in_use_is_noticed(
     how: Callable[[Path], None], moment: str, job: Job, model: Path
 ) -> None:
@@ -188,7 +188,7 @@ def test_a_shard_changed_or_removed_while_in_use_is_noticed(
 @pytest.mark.parametrize(
     ("tensor", "named"), [(LAYER.format(0), "layer 0"), ("model.embed_tokens.weight", "embedding")]
 )
-@pytest.mark.parametrize("moment", ["layers/0002.partial", SHARD], ids=["pass 1", "pass 2"])
+@pytest.mark.parametrize("moment", ["layers/0002.partial", SHARD], ids=["collect", "rewrite"])
 def test_a_shard_changed_between_two_calls_is_noticed(
     tensor: str, named: str, moment: str, job: Job, model: Path
 ) -> None:

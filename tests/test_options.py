@@ -267,6 +267,7 @@ def test_what_changes_nothing_is_said(
 
 def test_options_with_an_effect_are_passed_over_in_silence(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
+        flap_stream.collect(place / "model", place / "plain", calibration=place / "tokens.npy")
         flap_stream.collect(
             place / "model", place / "wanda", calibration=place / "tokens.npy", method="wanda-sp", ratio=0.3
         )

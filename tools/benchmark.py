@@ -1,10 +1,10 @@
-"""flap-stream beside what it is measured against, on the same model and tokens, in the same minutes.
+"""flap-stream compared with other ways to do the same, on the same model and tokens, in turn.
 
 - plain: the released procedure (whole model in memory, one window at a time, buffers for 2048 windows), with saving;
 - offload: the same forward driven by accelerate's disk offload, at batch 1 and at the batch that suits it;
 - flap-stream: `flap-stream prune`, the real command; flap-stream-refit: the same with `--restore least-squares`;
-- forward: the floor of pass 1, decoder layers in memory, forward alone, at the best batch size;
-- copy: the floor of pass 2, `cp` with fsync of the bytes that it reads and writes.
+- forward: the floor of collection, decoder layers in memory, forward alone, at the best batch size;
+- copy: the floor of rewriting, `cp` with fsync of the bytes that it reads and writes.
 
 Every part runs in a process of its own, the parts in turn, several rounds; medians are printed, and ratios within a
 round. The model is made of random weights, layer by layer, unless one is given.
@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ BUFFER_WINDOWS = 2048  # lib/prune.py:120 of the released code
 FORWARD_BATCHES = (1, 8, 16, 32)
 OFFLOAD_BATCHES = (1, 16)
 OURS = {"flap-stream": [], "flap-stream-refit": ["--restore", "least-squares"]}
+Parts = dict[str, dict[str, Any]]  # what each part of one round took
 PARTS = ("plain", "offload-1", "offload-16", "flap-stream-refit", "flap-stream", "forward", "copy")
 
 
@@ -210,7 +212,7 @@ def measure_offload(batch: int) -> Callable[[Path, torch.Tensor, torch.device, P
 
 
 def measure_copy(model_path: Path, out: Path, place: Path) -> dict[str, float]:
-    """`cp` with fsync of as many bytes as pass 2 writes, and a read of the others that it reads."""
+    """`cp` with fsync of as many bytes as rewriting writes, and a read of the others that it reads."""
     target = place / "copy"
     target.mkdir()
     shards = sorted(out.glob("*.safetensors"))
@@ -267,69 +269,77 @@ def part_main(options: argparse.Namespace) -> None:
     print(json.dumps({"seconds": seconds, "peak_host_bytes": peak_host_bytes(), "peak_device_bytes": peak_device}))
 
 
-def summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+def summary(rounds: list[Parts]) -> dict[str, Any]:
     """Medians over the rounds, and medians of the ratios within each round."""
 
-    def median(value: Callable[[dict[str, dict[str, Any]]], float]) -> float:
+    def median(value: Callable[[Parts], float]) -> float:
         return statistics.median(value(parts) for parts in rounds)
 
-    def total(part: str) -> Callable[[dict[str, dict[str, Any]]], float]:
-        return lambda parts: parts[part]["seconds"].get("best", sum(parts[part]["seconds"].values()))
+    def peak(part: str, key: str) -> float:
+        return median(lambda parts: parts[part].get(key, 0.0))
 
-    def peak(part: str, key: str) -> Callable[[dict[str, dict[str, Any]]], float]:
-        return lambda parts: parts[part].get(key, 0.0)
-
-    def per_collection(part: str) -> Callable[[dict[str, dict[str, Any]]], float]:
-        return lambda parts: total(part)(parts) / ours("collect")(parts)
-
-    def ours(stage: str) -> Callable[[dict[str, dict[str, Any]]], float]:
-        return lambda parts: parts["flap-stream"]["seconds"][stage]
-
-    def of_refit(parts: dict[str, dict[str, Any]], stage: str) -> float:
-        return parts["flap-stream-refit"]["seconds"][stage]
-
+    measured = rounds[0].keys()
     rows = {
         part: {
-            "seconds": median(total(part)),
-            **{key: median(peak(part, key)) for key in ("peak_host_mib", "peak_device_mib")},
+            "seconds": median(partial(_total, part=part)),
+            **{key: peak(part, key) for key in ("peak_host_mib", "peak_device_mib")},
         }
-        for part in rounds[0]
+        for part in measured
     }
-    of_ours = {
-        "prune / plain, seconds": ("plain", lambda p: total("flap-stream")(p) / total("plain")(p)),
-        "prune / plain, peak host": (
-            "plain",
-            lambda p: p["flap-stream"]["peak_host_mib"] / p["plain"]["peak_host_mib"],
-        ),
-        "peak host, predicted / measured": (
-            "flap-stream",
-            lambda p: p["flap-stream"]["predicted_host_mib"] / p["flap-stream"]["peak_host_mib"],
-        ),
-        "pass 1 / forward": ("forward", lambda p: ours("collect")(p) / total("forward")(p)),
-        "pass 2 with refit / pass 1": (
-            "flap-stream-refit",
-            lambda p: (total("flap-stream-refit")(p) - of_refit(p, "collect")) / of_refit(p, "collect"),
-        ),
-        "peak host with refit, predicted / measured": (
-            "flap-stream-refit",
-            lambda p: p["flap-stream-refit"]["predicted_host_mib"] / p["flap-stream-refit"]["peak_host_mib"],
-        ),
-        "pass 2 / copy": ("copy", lambda p: ours("rewrite")(p) / total("copy")(p)),
-        **{
-            f"offload at batch {batch} / pass 1": (
-                f"offload-{batch}",
-                per_collection(f"offload-{batch}"),
-            )
-            for batch in OFFLOAD_BATCHES
-        },
-    }
-    measured = rounds[0].keys()
-    ratios = {
-        name: median(ratio)
-        for name, (part, ratio) in of_ours.items()
-        if part in measured and ("flap-stream" in measured or part == "flap-stream-refit")
-    }
+    ratios = {name: median(ratio) for name, (needed, ratio) in RATIOS.items() if needed <= measured}
     return {"parts": rows, "ratios": ratios}
+
+
+def _total(parts: Parts, part: str) -> float:
+    """Seconds of all stages of a part, or of its best batch size."""
+    seconds = parts[part]["seconds"]
+    return seconds.get("best", sum(seconds.values()))
+
+
+def _collection(parts: Parts) -> float:
+    return parts["flap-stream"]["seconds"]["collect"]
+
+
+def _per_collection(parts: Parts, part: str) -> float:
+    return _total(parts, part) / _collection(parts)
+
+
+def _after_collection(parts: Parts) -> float:
+    """Seconds of refitting and rewriting relative to the collection before them."""
+    collection = parts["flap-stream-refit"]["seconds"]["collect"]
+    return (_total(parts, "flap-stream-refit") - collection) / collection
+
+
+def _predicted(parts: Parts, part: str) -> float:
+    return parts[part]["predicted_host_mib"] / parts[part]["peak_host_mib"]
+
+
+# By name: the parts that must have been measured, and the ratio in one round.
+RATIOS: dict[str, tuple[set[str], Callable[[Parts], float]]] = {
+    "prune / plain, seconds": ({"flap-stream", "plain"}, lambda p: _total(p, "flap-stream") / _total(p, "plain")),
+    "prune / plain, peak host": (
+        {"flap-stream", "plain"},
+        lambda p: p["flap-stream"]["peak_host_mib"] / p["plain"]["peak_host_mib"],
+    ),
+    "peak host, predicted / measured": ({"flap-stream"}, partial(_predicted, part="flap-stream")),
+    "collect / forward": ({"flap-stream", "forward"}, lambda p: _collection(p) / _total(p, "forward")),
+    "refit and rewrite / collect": ({"flap-stream-refit"}, _after_collection),
+    "peak host with refit, predicted / measured": (
+        {"flap-stream-refit"},
+        partial(_predicted, part="flap-stream-refit"),
+    ),
+    "rewrite / copy": (
+        {"flap-stream", "copy"},
+        lambda p: p["flap-stream"]["seconds"]["rewrite"] / _total(p, "copy"),
+    ),
+    **{
+        f"offload at batch {batch} / collect": (
+            {"flap-stream", f"offload-{batch}"},
+            partial(_per_collection, part=f"offload-{batch}"),
+        )
+        for batch in OFFLOAD_BATCHES
+    },
+}
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""Predicted times of large models on 1 to 64 GPUs, and the prediction held against real ranks on this machine.
+"""Predicted times of large models on 1 to 64 GPUs, and predictions compared with real ranks on this machine.
 
     python tools/scaling.py                      # the table
     python tools/scaling.py --measure [--rounds 3]
 
-What a GPU machine does is assumed (`MACHINE`), not measured. `--measure` times pass 1 of a random model on 1, 2 and 4
-processes with one thread each, and predicts 2 and 4 from what one process took.
+What a GPU machine does is assumed (`MACHINE`), not measured. `--measure` times collection on a random model with 1, 2
+and 4 processes of one thread each, and predicts 2 and 4 from what one process took.
 """
 
 import argparse
@@ -71,10 +71,10 @@ def work_of(config: dict[str, Any], options: PruneConfig, batch_tokens: int) -> 
 
 
 def predictions() -> None:
-    """Print a table in Markdown: minutes of both passes, and what pass 1 waits for."""
+    """Print a table in Markdown: minutes of collection and rewriting, and the bottleneck of collection."""
     for samples, length in ((1024, 128), (1024, 2048)):
         options = PruneConfig(samples=samples, sequence_length=length, device="cpu", ratio=0.2)
-        print(f"\n{samples} windows of {length} tokens, minutes of pass 1 + pass 2, and what pass 1 waits for:\n")
+        print(f"\n{samples} windows of {length} tokens, minutes to collect + rewrite, and what limits collection:\n")
         print(f"| model | {' | '.join(map(str, GPUS))} |\n|---|{'---|' * len(GPUS)}")
         for name, config in MODELS.items():
             work = work_of(config, options, batch_tokens=2048)
@@ -87,7 +87,7 @@ def predictions() -> None:
 
 
 def measure(rounds: int) -> None:
-    """Print seconds of pass 1 on 1, 2 and 4 processes, and what was predicted for 2 and 4 from one process alone.
+    """Print seconds of collection on 1, 2 and 4 processes, and what was predicted for 2 and 4 from one process alone.
 
     One process takes all windows and an eighth of them: the difference is what windows take, the rest what layers do.
     """
@@ -115,14 +115,14 @@ def measure(rounds: int) -> None:
     besides = (found[1, windows] - for_windows) / work.layers
     rates = Rates(rate, disk_read=2e9, disk_write=1e9, node_product=rate * cores, layer_seconds=besides)
     print(f"{rate / 1e9:.0f} GFLOP/s a process, {besides:.3f} s a layer besides; {cores} cores")
-    print(f"| processes | pass 1, median of {rounds} | predicted |\n|---|---|---|")
+    print(f"| processes | collection, median of {rounds} | predicted |\n|---|---|---|")
     for count in (1, 2, 4):
         predicted = scale(work, rates, count).seconds["collect"]
         print(f"| {count} | {found[count, windows]:.1f} | {predicted:.1f} |")
 
 
 def _seconds(place: Path, number: int, processes: int, windows: int, batch: int) -> float:
-    """Of pass 1 of one job, each process with one thread."""
+    """Seconds of collection in one job, each process with one thread."""
     out = place / f"out-{number}-{processes}-{windows}"
     command = ["prune", str(place / "model"), str(out), "--calibration", str(place / "tokens.npy"), "--json", "--quiet"]
     command += ["--samples", str(windows), "--batch-size", str(batch)]

@@ -170,10 +170,7 @@ def add_method(parser: argparse.ArgumentParser, *, one_ratio: bool = True) -> No
             help="share of the prunable weights to remove, such as 0.2 or 20%% (default: %(default)s)",
         )
     group.add_argument(
-        "--method",
-        default=config.PlanConfig.method,
-        choices=config.METHODS,
-        help="pruning method (default: %(default)s)",
+        "--method", default=config.PlanConfig.method, choices=config.METHODS, help="how to prune (default: %(default)s)"
     )
     group.add_argument(
         "--min-heads",

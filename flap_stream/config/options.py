@@ -61,9 +61,9 @@ class Options:
 
 def changed_options(options: Any) -> dict[str, Any]:
     """Fields of a config that are not as they are by default, with their values."""
-    unchanged = type(options)()  # not the fields' defaults, of which None stands for a value chosen by the others
-    own = {field.name: (getattr(options, field.name), getattr(unchanged, field.name)) for field in fields(options)}
-    return {name: value for name, (value, default) in own.items() if value != default}
+    default = type(options)()  # whose fields hold what None stands for
+    names = [field.name for field in fields(options)]
+    return {name: getattr(options, name) for name in names if getattr(options, name) != getattr(default, name)}
 
 
 def part_of(config: Any, kind: type[_Part], **changes: Any) -> _Part:

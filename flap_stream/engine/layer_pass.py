@@ -124,9 +124,16 @@ class LayerPass:
                 self.reductions.add(reduction)
         self.step = (self.step[0], self.step[1] + 1)
 
-    def run_all(self, index: int, weights: Mapping[str, torch.Tensor], hidden: HiddenStates | None = None) -> None:
-        """Run one layer only to replace the hidden states."""
-        for _ in self.run(index, weights, hidden):
+    def run_all(
+        self,
+        index: int,
+        weights: Mapping[str, torch.Tensor],
+        hidden: HiddenStates | None = None,
+        *,
+        windows: range | None = None,
+    ) -> None:
+        """Run one layer only to replace the hidden states. windows: see `run`."""
+        for _ in self.run(index, weights, hidden, windows=windows):
             pass
 
     def _batches(

@@ -207,7 +207,7 @@ def _build(config: Mapping[str, Any], family: Family, where: str) -> PreTrainedM
                 skeleton = kind.from_config(hf_config)
                 if family.experts is not None:
                     modeling_flap_stream.separate_experts(skeleton.base_model)
-    except Exception as error:  # whatever transformers raises for a wrong config.json
+    except Exception as error:  # a wrong value makes transformers raise anything, ZeroDivisionError included
         reason = " ".join(str(error).split())
         raise InvalidModel(f"transformers cannot build a model from {where}/config.json: {reason}") from error
     return skeleton.eval().requires_grad_(False)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from flap_stream.config import EvaluateConfig
+from flap_stream.config import EngineConfig, EvaluateConfig
 from flap_stream.config.rules import options_of, warn_of_positions
 from flap_stream.engine.device import release
 from flap_stream.engine.layer_pass import Batch, LayerPass
@@ -23,7 +23,7 @@ from flap_stream.model.opening import open_checkpoint
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.stages.job_header import engine_rows, model_row
 from flap_stream.text.tokenization import load_tokenizer
-from flap_stream.text.windows import check_text, evaluation_text, evaluation_tokens
+from flap_stream.text.windows import TextWanted, check_text, evaluation_text, evaluation_tokens
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,7 @@ def evaluate(
         opened.callback(release, streamed.device)
         progress.header(model_row(checkpoint, len(streamed.layers)))
         progress.say("reading the text")
-        tokens = ranks.from_first(
-            lambda: (
-                evaluation_tokens(
-                    wanted,
-                    lambda: load_tokenizer(checkpoint.directory, options.trust_remote_code),
-                    streamed.vocab_size,
-                    streamed.room(options),
-                ).tokens
-            )
-        )
+        tokens = ranks.from_first(lambda: windows_of(wanted, streamed, options))
         warn_of_positions(checkpoint.config, tokens.shape[1])
         give_back_heap()
         placement = streamed.place(options, streamed.job(*tokens.shape, head=True))
@@ -96,6 +87,16 @@ def evaluate(
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(streamed.device),
     )
+
+
+def windows_of(wanted: TextWanted, model: StreamedModel, options: EngineConfig) -> np.ndarray:
+    """The windows of an evaluation text, int64 `[sample, token]`."""
+    return evaluation_tokens(
+        wanted,
+        lambda: load_tokenizer(model.checkpoint.directory, options.trust_remote_code),
+        model.vocab_size,
+        model.room(options),
+    ).tokens
 
 
 def score_tokens(

@@ -24,7 +24,7 @@ from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidOption
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
-from flap_stream.stages.evaluate import perplexity_of, score_outputs
+from flap_stream.stages.evaluate import perplexity_of, score_outputs, windows_of
 from flap_stream.stages.job_header import engine_rows, model_row
 from flap_stream.stages.masked_layers import Decision, masked, mending
 from flap_stream.stages.plan import PlanResult, decide, predictor, unit_scores
@@ -35,8 +35,7 @@ from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.run_manifest import tokens_digest
 from flap_stream.storage.schema import finite, matches, natural
 from flap_stream.storage.snapshots import SnapshotStore
-from flap_stream.text.tokenization import load_tokenizer
-from flap_stream.text.windows import check_text, evaluation_text, evaluation_tokens
+from flap_stream.text.windows import check_text, evaluation_text
 
 logger = logging.getLogger(__name__)
 
@@ -224,12 +223,8 @@ class _Curve:
     ) -> None:
         self._run, self._model, self._options, self._progress, self._plan_at = run, model, options, progress, plan_at
         self._mend = mending(restore, model, run, options.statistics)
-        self.tokens = evaluation_tokens(
-            evaluation_text(options.evaluate, options.samples, options.sequence_length, options),
-            lambda: load_tokenizer(model.checkpoint.directory, options.trust_remote_code),
-            model.vocab_size,
-            model.room(options),
-        ).tokens
+        wanted = evaluation_text(options.evaluate, options.samples, options.sequence_length, options)
+        self.tokens = windows_of(wanted, model, options)
         decides = recorded_options(_plan_options(options, options.ratios[0]))
         del decides["ratio"]
         job: dict[str, Any] = {
@@ -344,8 +339,7 @@ def perplexities(
         for i, weights in batches.layers(stage):
             for decision, windows in zip(decisions, shares, strict=True):
                 with masked(model, i, weights, decision) as own:
-                    for _ in batches.run(i, own, windows=windows):
-                        pass
+                    batches.run_all(i, own, windows=windows)
             hidden.advance()
         logits_of = model.head()
         scores = (score_outputs(model, logits_of, hidden.stream(batch, w), tokens)[0] for w in shares)

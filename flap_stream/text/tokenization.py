@@ -271,7 +271,7 @@ def pretrained_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(
             directory, config=tokenizer_config(directory), trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # the tokenizers library raises nothing more specific
+    except Exception as error:  # the tokenizers library raises plain Exception, a damaged file almost anything
         if not trust_remote_code and code_files(directory):
             raise InvalidText(
                 f"the tokenizer of {directory} is custom code; read it and allow it with --trust-remote-code, or "
@@ -305,7 +305,7 @@ def _require_known_form(path: Path) -> None:
         raise InvalidText(f"{path} is truncated or damaged ({error}); download it again") from error
     try:
         Backend.from_file(str(path))
-    except Exception as error:  # the library raises nothing more specific
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise InvalidText(
             f"{path} is not supported by tokenizers {installed} ({_first_line(error)}); a newer one may do so: pip "
             "install -U tokenizers transformers; or give token ids as a .npy file"

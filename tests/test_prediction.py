@@ -42,7 +42,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tiny_model(tiny_config(layers=4)), tmp_path_factory.mktemp("planner") / "model")
+    return save(tiny_model(tiny_config(layers=4)), tmp_path_factory.mktemp("prediction") / "model")
 
 
 @pytest.fixture
