@@ -36,11 +36,12 @@ def peak_host_bytes() -> int:
 
 
 def peak_device_bytes(device: Any) -> int:
-    """Peak memory that torch reserved on a device (or its name); 0 for None or a device other than CUDA."""
+    """Peak memory that torch reserved on an accelerator (or its name); 0 for None and a CPU."""
     torch = sys.modules.get("torch")  # not imported just for a progress line
-    if torch is None or not str(device).startswith("cuda") or not torch.cuda.is_initialized():
+    if torch is None or not device or str(device) in ("cpu", "meta"):
         return 0
-    return torch.cuda.max_memory_reserved(device)
+    kind = torch.get_device_module(torch.device(device))
+    return kind.max_memory_reserved(device) if kind.is_initialized() else 0
 
 
 def format_bytes(count: float) -> str:

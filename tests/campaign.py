@@ -49,6 +49,12 @@ def kills_at_random_times(job: Job, count: int) -> list[str]:
     return in_parallel(check, range(count))
 
 
+def kills_in_a_sweep(job: Job, count: int) -> list[str]:
+    """At random file operations of the sweep by the loss: what a kill between two leaves, one at the second does."""
+    steps = random.Random(0).choices(job.sweep_steps(), k=count)
+    return in_parallel(lambda n: job.trouble_after(steps[n], f"sweep-{n}", (KILLED,)), range(count))
+
+
 def second_kills(job: Job, count: int) -> list[str]:
     """One at any operation, one soon after the job is taken up."""
 
@@ -63,11 +69,12 @@ def second_kills(job: Job, count: int) -> list[str]:
     return in_parallel(check, range(count))
 
 
-def power_cuts(job: Job, draws: int) -> list[str]:
-    """At every fsync, in every form of tests/faults.py."""
+def power_cuts(job: Job, draws: int, every: int = 1) -> list[str]:
+    """At the fsyncs, in the forms of tests/faults.py: of all states that may be found, every n-th."""
 
     def became(share: int) -> list[str]:
-        return [what or SURVIVED for _, what in job.power_cuts(f"power-{share}", 1, draws, (share, WORKERS))]
+        cuts = job.power_cuts(f"power-{share}", 1, draws, (share * every, WORKERS * every))
+        return [what or SURVIVED for _, what in cuts]
 
     with ThreadPoolExecutor(WORKERS) as pool:
         return [what for part in pool.map(became, range(WORKERS)) for what in part]

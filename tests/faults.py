@@ -412,6 +412,11 @@ class Job:
         """Numbers of the steps that write to the journal."""
         return [n for n, name in enumerate(self.steps, 1) if name.startswith("os.write") and "journal" in name]
 
+    def sweep_steps(self) -> range:
+        """Numbers of the steps from the first layer inputs kept for the loss to the last score."""
+        found = [n for n, name in enumerate(self.steps, 1) if "/loss" in name]
+        return range(found[0], found[-1] + 1)
+
     def own_steps(self) -> list[int]:
         """Numbers of the steps outside zarr's groups, several writes to one file in a row counted once."""
         root, numbered = str(self.directory), enumerate(zip(["", *self.steps], self.steps, strict=False), start=1)
@@ -452,8 +457,12 @@ class Job:
         return f"{sorted(left)} left behind" if left else None
 
     def _statistics(self, place: Path) -> dict[str, bytes]:
-        """The files of all layers' statistics; none unless the run directory is kept."""
-        return contents(place / "out.run" / "statistics.zarr")
+        """The files of all layers' statistics and loss scores; none unless the run directory is kept."""
+        return {
+            f"{name}/{path}": body
+            for name in ("statistics.zarr", "loss.zarr")
+            for path, body in contents(place / "out.run" / name).items()
+        }
 
     def power_cuts(
         self, name: str, stride: int, draws: int, share: tuple[int, int] = (0, 1), forgets_files: bool = False

@@ -122,7 +122,7 @@ class RankJob:
         ended = self.run("one", 1, keep_run=True)
         assert ended.codes == [0], ended.said
         self.expected = contents(directory / "one" / "out")
-        self.statistics = contents(directory / "one" / "out.run" / "statistics.zarr")
+        self.statistics = self._statistics("one")
 
     def run(
         self, name: str, ranks: int, *, nodes: int = 1, kill: tuple[int, float] | None = None, **changes: Any
@@ -153,7 +153,15 @@ class RankJob:
         place = self.directory / name
         if contents(place / "out") != self.expected:
             return "other bytes in the output"
-        return None if contents(place / "out.run" / "statistics.zarr") == self.statistics else "other statistics"
+        return None if self._statistics(name) == self.statistics else "other statistics"
+
+    def _statistics(self, name: str) -> dict[str, bytes]:
+        """The files of all layers' statistics and loss scores."""
+        return {
+            f"{kind}/{path}": body
+            for kind in ("statistics.zarr", "loss.zarr")
+            for path, body in contents(self.directory / name / "out.run" / kind).items()
+        }
 
     def trouble_after_kill(self, number: int, most_seconds: float) -> tuple[str, dict[str, Any]]:
         """Kill a rank at a random time, go on with another number of ranks: what is wrong, or that nothing is."""

@@ -64,7 +64,7 @@ def followed(advice: str, limits: Limits, batch_size: int | None, prefetch: int 
     return limits, batch_size, prefetch, tokens and int(tokens[1])
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=st.sampled_from(SIZES),
     tokens=st.sampled_from((32, 200)),

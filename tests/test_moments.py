@@ -37,7 +37,7 @@ def test_a_window_too_long_for_the_cache_is_taken_in_blocks(
     monkeypatch: pytest.MonkeyPatch, inputs: torch.Tensor
 ) -> None:
     at_once = window_moments(inputs)
-    monkeypatch.setitem(moments._BLOCK_ELEMENTS, "cpu", 10)  # two tokens of five channels
+    monkeypatch.setattr(moments, "_BLOCK_ELEMENTS", (10, 10))  # two tokens of five channels
     in_blocks = window_moments(inputs)
     for blocks, whole_window in zip(in_blocks, at_once, strict=True):
         torch.testing.assert_close(blocks, whole_window, rtol=1e-5, atol=1e-6)

@@ -276,6 +276,29 @@ def test_options_with_an_effect_are_passed_over_in_silence(place: Path, caplog: 
     assert caplog.text == ""
 
 
+def test_no_verb_warns_of_options_that_were_not_given(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(place)
+    with caplog.at_level(logging.WARNING):
+        for command in (
+            "collect model bare --calibration tokens.npy",
+            "collect model scored --calibration tokens.npy --loss-windows 2",
+            "plan bare",
+            "rewrite bare written",
+            "sweep bare",
+            "sweep bare --evaluate tokens.npy",
+            "evaluate written --text tokens.npy",
+            "prune model whole --calibration tokens.npy",
+            "prune model by-magnitude --method magnitude-sp",
+            "prune model fed-on --method wanda-sp --calibration tokens.npy",
+            "inspect whole",
+            "export-stock whole stock --pad",
+        ):
+            assert main(command.split()) == 0, command
+    assert caplog.text == ""
+
+
 # --- the command line ---
 
 

@@ -218,7 +218,7 @@ def test_a_run_is_taken_up_with_the_batch_size_that_it_began_with(
 ) -> None:
     options = flap_stream.CollectConfig(calibration=job[1].calibration, samples=10, sequence_length=16)
     with monkeypatch.context() as patch:
-        patch.setitem(candidates._BATCH_TOKENS, "cpu", 48)  # as if there were less memory
+        patch.setattr(candidates, "_BATCH_TOKENS", (48, 48))  # as if there were less memory
         assert _placement(flap_stream.collect(job[0], tmp_path / "run", options)).batch_size == 3
     assert _placement(flap_stream.collect(job[0], tmp_path / "run", options)).batch_size == 3
     assert _placement(flap_stream.collect(job[0], tmp_path / "other", options)).batch_size == 10

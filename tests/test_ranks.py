@@ -23,8 +23,8 @@ from flap_stream.arithmetic.moments import Moments, joined_channels
 from flap_stream.config import EvaluateConfig
 from flap_stream.engine.batch_sizes import BatchSizes
 from flap_stream.engine.ranks import ALONE as ONE
-from flap_stream.engine.ranks import Ranks, own_device, window_shares
-from flap_stream.errors import InvalidOption, RankLost
+from flap_stream.engine.ranks import Ranks, window_shares
+from flap_stream.errors import RankLost
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.storage.batch_reductions import BatchReduction
@@ -141,15 +141,22 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> RankJob:
         ({}, {"restore": "least-squares", "length": REFIT_LENGTH}),
         ({}, {"restore": "least-squares", "refit_target": "joint", "dtype": "bfloat16", "length": REFIT_LENGTH}),
         ({"family": "qwen3_moe"}, {}),
+        ({"family": "mixtral"}, {"metric": "fisher", "loss_windows": 11}),
         ({"intermediate_size": 1000, "hidden_size": 128}, {"batch_size": 8}),
     ],
-    ids=["released", "wanda-sp", "magnitude-sp", "cast", "least-squares", "joint", "experts", "wide"],
+    ids=["released", "wanda-sp", "magnitude-sp", "cast", "least-squares", "joint", "experts", "loss", "wide"],
 )
 def test_whatever_is_collected_three_ranks_on_two_nodes_give_the_same_bytes(
     tmp_path: Path, config: dict[str, Any], options: dict[str, Any]
 ) -> None:
     job = RankJob(tmp_path, tiny_config(**{"layers": 3, **config}), **options)
     assert job.trouble("three", 3, nodes=2) is None
+
+
+def test_two_and_four_ranks_sweep_the_loss_to_the_same_bytes(tmp_path: Path) -> None:
+    job = RankJob(tmp_path, tiny_config(layers=2), metric="fisher", loss_windows=10)
+    assert any(name.startswith("loss.zarr") for name in job.statistics)
+    assert [job.trouble(f"ranks-{ranks}", ranks) for ranks in (2, 4)] == [None, None]
 
 
 def test_more_ranks_than_batches_give_the_same_bytes(job: RankJob) -> None:
@@ -388,15 +395,6 @@ def test_the_rank_with_least_memory_decides_for_all(job: RankJob, tmp_path: Path
     ended = launch(tmp_path / "job", 3, OnDevices(job.action("least"), ["cpu"] * 3, [1 << 33, 1 << 26, 1 << 33]))
     assert ended.codes == [2, 2, 2]
     assert len(ended.sentences) == 1 and "64.0 MiB may be used" in ended.sentences[0]
-
-
-def test_each_rank_of_a_node_takes_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    third = Ranks(3, ((0,), (1, 2, 3)))
-    assert [own_device(name, third) for name in ("auto", "cuda", "cpu")] == ["cuda:2", "cuda:2", "cpu"]
-    with pytest.raises(InvalidOption, match="one device for 3 ranks"):
-        own_device("cuda:1", third)
-    assert own_device("cuda:1", Ranks(0, ((0,), (1, 2, 3)))) == own_device("cuda:1", ONE) == "cuda:1"
 
 
 def test_a_rank_of_one_gives_back_what_it_was_given() -> None:

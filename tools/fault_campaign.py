@@ -1,6 +1,6 @@
 """Faults at every moment of a whole `prune` of a tiny model of three layers: more than the test suite has time for.
 
-    python tools/fault_campaign.py [--only NAME] [--restore least-squares]
+    python tools/fault_campaign.py [--only NAME] [--restore least-squares] [--metric fisher]
 
 Each time the same command is called again and must give the same bytes, of the output and of the statistics. Prints
 counts; the exit code is 1 if any failed.
@@ -19,11 +19,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import campaign
 from faults import Job, make_job
 
-from flap_stream.config import REFIT_TARGETS, RESTORATIONS
+from flap_stream.config import METRICS, REFIT_TARGETS, RESTORATIONS
 
 CAMPAIGNS: dict[str, Callable[[Job, Job], list[str]]] = {
     "killed at every file operation": campaign.kills_at_operations,
     "killed at random times": lambda job, _: campaign.kills_at_random_times(job, 200),
+    "killed in the sweep by the loss": lambda job, _: campaign.kills_in_a_sweep(job, 100),
     "killed, and killed again": lambda job, _: campaign.second_kills(job, 50),
     "power cut at every fsync": lambda _, removing: campaign.power_cuts(removing, draws=3),
     "errors at every third operation": lambda _, removing: campaign.errors_at_operations(removing, stride=3),
@@ -36,8 +37,11 @@ def main() -> int:
     parser.add_argument("--only", choices=CAMPAIGNS)
     parser.add_argument("--restore", choices=RESTORATIONS, default="bias")
     parser.add_argument("--refit-target", choices=REFIT_TARGETS, default="own")
+    parser.add_argument("--metric", choices=METRICS, default="wifv", help="fisher has the sweep by the loss")
     options = parser.parse_args()
-    only, how = options.only, {"restore": options.restore, "refit_target": options.refit_target}
+    only, how = options.only, {name: getattr(options, name) for name in ("restore", "refit_target", "metric")}
+    if options.metric == "fisher":
+        how["loss_windows"] = 5
     with tempfile.TemporaryDirectory() as directory:
         job, removing = (
             make_job(Path(directory, name), keep_run=name == "kept", **how) for name in ("kept", "removing")
@@ -46,7 +50,7 @@ def main() -> int:
         print(f"a job of {len(job.steps)} file operations, {syncs} of them fsyncs; {len(removing.steps)} with removal")
         failed = 0
         for name, run in CAMPAIGNS.items():
-            if only not in (None, name):
+            if only not in (None, name) or ("sweep" in name and options.metric != "fisher"):
                 continue
             started = time.monotonic()
             found = Counter(run(job, removing))

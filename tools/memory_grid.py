@@ -39,9 +39,9 @@ def measure(model: Path, tokens: Path, place: Path, *extra: str) -> dict[str, An
     return json.loads(result.stdout)
 
 
-def smallest_limit(model: Path, tokens: Path, place: Path) -> int:
+def smallest_limit(model: Path, tokens: Path, place: Path, *extra: str) -> int:
     """Bytes that the refusal of a hopeless limit names; checks that it refuses."""
-    refused = prune(model, tokens, place, "--host-memory", "1MiB")
+    refused = prune(model, tokens, place, *extra, "--host-memory", "1MiB")
     found = re.search(r"--host-memory (\d+)MiB", refused.stderr)
     if refused.returncode != 2 or found is None:
         raise SystemExit(f"1MiB was not refused as it should: {refused.returncode} {refused.stderr}")
@@ -55,7 +55,9 @@ def main() -> None:
     parser.set_defaults(layers=2)
     parser.add_argument("--tokens", type=int, default=1 << 16, help="in all windows together")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 2048])
+    parser.add_argument("--loss-windows", type=int, default=0, help="swept by the loss; 0 is no sweep")
     options = parser.parse_args()
+    extra = ["--metric", "fisher", "--loss-windows", str(options.loss_windows)] if options.loss_windows else []
     exceeded = False
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -65,12 +67,12 @@ def main() -> None:
             shape = (options.tokens // length, length)
             np.save(place / "tokens.npy", np.random.default_rng(0).integers(0, options.vocabulary, shape))
             job = (place / "model", place / "tokens.npy", place)
-            free = measure(*job)
-            smallest, largest = smallest_limit(*job), free["placement"]["host_bytes"]
+            free = measure(*job, *extra)
+            smallest, largest = smallest_limit(*job, *extra), free["placement"]["host_bytes"]
             runs: list[tuple[int | None, dict[str, Any]]] = [(None, free)]
             for share in SHARES:
                 tried = int(smallest + share * (largest - smallest)) + (8 << 20)  # the base differs by a few pages
-                runs.append((tried, measure(*job, "--host-memory", f"{tried}B")))
+                runs.append((tried, measure(*job, *extra, "--host-memory", f"{tried}B")))
             for limit, body in runs:
                 placement, peak = body["placement"], body["peak_host_bytes"]
                 exceeded |= peak > placement["host_bytes"] or (limit is not None and peak > limit)

@@ -1,13 +1,14 @@
 """The decision: from scores to the KV groups and neurons that are kept. Pure numpy, seconds for 80 layers of 65B."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
-from flap_stream.arithmetic.rounded_allocation import keep_rounded
+from flap_stream.arithmetic.rounded_allocation import keep_rounded, keep_rounded_to_target
 from flap_stream.arithmetic.scoring import LayerScores
+from flap_stream.arithmetic.targets import Target
 from flap_stream.arithmetic.unit_pool import UnitPool, nearest_prefix, neurons_to_remove
 from flap_stream.config import PlanConfig
 from flap_stream.errors import InvalidOption
@@ -33,16 +34,22 @@ class LayerKeep:
         return len(self.kv_groups) * shape.group_cost + len(self.neurons) * shape.neuron_cost
 
 
-def allocate(scores: Sequence[LayerScores], shapes: Sequence[LayerShape], options: PlanConfig) -> list[LayerKeep]:
+def allocate(
+    scores: Sequence[LayerScores], shapes: Sequence[LayerShape], options: PlanConfig, target: Target | None = None
+) -> list[LayerKeep]:
     """Decide for every layer which KV groups and neurons are kept.
 
-    Raises InvalidOption if the ratio cannot be met without leaving a layer below its minimum, or with this rounding;
-    ShapeMismatch if a layer has more or fewer scores than units.
+    target: what the pruned model may have at most, in place of the ratio.
+    Raises InvalidOption if the ratio or the target cannot be met without leaving a layer below its minimum, or with
+    this rounding, or if the dense model meets the target; ShapeMismatch if a layer has more or fewer scores than units.
     """
     if any(shape.experts for shape in shapes):
         _require_experts_suit(options)
     pool = UnitPool.of(scores, shapes)
-    keep = keep_rounded(pool, shapes, options) if options.rounds else _keep_published(pool, shapes, options)
+    if target is not None:
+        keep = _keep_to_target(pool, shapes, options, target)
+    else:
+        keep = keep_rounded(pool, shapes, options) if options.rounds else _keep_published(pool, shapes, options)
     kept = []
     for i in range(len(shapes)):
         here = keep & (pool.layer == i)
@@ -78,11 +85,28 @@ def _require_experts_suit(options: PlanConfig) -> None:
         )
 
 
+def _keep_to_target(pool: UnitPool, shapes: Sequence[LayerShape], options: PlanConfig, target: Target) -> np.ndarray:
+    """The decision that meets a target and removes as little as it can; bool `[unit]`."""
+    target.require_unmet()
+    if options.structure == "al-am" and options.rounds:
+        return keep_rounded_to_target(pool, shapes, options, target)
+    if options.structure == "al-am" and not _is_released(options):
+        return target.prefix(pool, pool.protected(shapes, options), options)
+    decide = keep_rounded if options.rounds else _keep_published
+    plain = replace(options, target_parameters=None, target_size=None, target_memory=None, context=None, batch=None)
+    return target.search(pool, lambda ratio: decide(pool, shapes, replace(plain, ratio=ratio), clips=True), options)
+
+
 # --- the published decision, unit by unit, without rounding ---
 
 
-def _keep_published(pool: UnitPool, shapes: Sequence[LayerShape], options: PlanConfig) -> np.ndarray:
-    """The decision for each unit, whatever the sizes; bool `[unit]`."""
+def _keep_published(
+    pool: UnitPool, shapes: Sequence[LayerShape], options: PlanConfig, clips: bool = False
+) -> np.ndarray:
+    """The decision for each unit, whatever the sizes; bool `[unit]`.
+
+    clips: a ratio that cannot be met is no error; as much is removed as can be, or as little as must be.
+    """
     protected = pool.protected(shapes, options)
     if options.structure == "al-am":
         budget = (1 - options.ratio) * pool.cost.sum()
@@ -90,8 +114,8 @@ def _keep_published(pool: UnitPool, shapes: Sequence[LayerShape], options: PlanC
             return _released_prefix(pool, shapes, options) | protected
         return nearest_prefix(pool, protected, budget, options) | protected
     if options.structure == "al-mm":
-        return _remove_globally(pool, protected, shapes, options)
-    return _remove_uniformly(pool, protected, shapes, options)
+        return _remove_globally(pool, protected, shapes, options, clips)
+    return _remove_uniformly(pool, protected, shapes, options, clips)
 
 
 def _is_released(options: PlanConfig) -> bool:
@@ -114,15 +138,17 @@ def _released_prefix(pool: UnitPool, shapes: Sequence[LayerShape], options: Plan
 
 
 def _remove_globally(
-    pool: UnitPool, protected: np.ndarray, shapes: Sequence[LayerShape], options: PlanConfig
+    pool: UnitPool, protected: np.ndarray, shapes: Sequence[LayerShape], options: PlanConfig, clips: bool
 ) -> np.ndarray:
     """`al-mm`: the lowest KV groups of all layers are removed, and the lowest neurons of all; bool `[unit]`."""
     groups = (options.remove_heads or 0) // shapes[0].heads_per_group
-    counts = {Sublayer.ATTENTION: groups, Sublayer.MLP: neurons_to_remove(shapes, groups, options)}
+    counts = {Sublayer.ATTENTION: groups, Sublayer.MLP: neurons_to_remove(shapes, groups, options, clips)}
     keep = np.ones(len(pool.score), dtype=bool)
     for sublayer, count in counts.items():
         own = np.flatnonzero(pool.belongs_to(sublayer))
-        _require_left(count, len(own) - int(protected[own].sum()), sublayer, "all layers together", options)
+        removable = len(own) - int(protected[own].sum())
+        count = min(count, removable) if clips else count
+        _require_left(count, removable, sublayer, "all layers together", options)
         lowest = own[np.lexsort((pool.score[own], protected[own]))[:count]]
         keep[lowest] = False
         if _is_released(options) and count:  # only what is strictly above the cut is kept: lib/prune.py:377 and 381
@@ -132,7 +158,7 @@ def _remove_globally(
 
 
 def _remove_uniformly(
-    pool: UnitPool, protected: np.ndarray, shapes: Sequence[LayerShape], options: PlanConfig
+    pool: UnitPool, protected: np.ndarray, shapes: Sequence[LayerShape], options: PlanConfig, clips: bool
 ) -> np.ndarray:
     """`ul-um`, `ul-mm`: every layer loses the same number of KV groups and of neurons; bool `[unit]`."""
     keep = np.ones(len(pool.score), dtype=bool)
@@ -141,13 +167,17 @@ def _remove_uniformly(
             groups, neurons = int(options.ratio * shape.kv_groups), int(options.ratio * shape.neurons)
         else:
             groups = (options.remove_heads or 0) // len(shapes) // shape.heads_per_group
-            neurons = neurons_to_remove([shape], groups, options)
+            neurons = neurons_to_remove([shape], groups, options, clips)
         for sublayer, count in ((Sublayer.ATTENTION, groups), (Sublayer.MLP, neurons)):
             own = np.flatnonzero((pool.layer == i) & pool.belongs_to(sublayer))
-            _require_left(count, len(own) - int(protected[own].sum()), sublayer, f"layer {i}", options)
+            removable = len(own) - int(protected[own].sum())
+            count = min(count, removable) if clips else count
+            _require_left(count, removable, sublayer, f"layer {i}", options)
             order = own[np.argsort(pool.score[own], kind="stable")]
             keep[order[:count]] = False
-            if _is_released(options) and len(own):  # ties with the score at the cut are kept: lib/prune.py:254 and 259
+            if _is_released(options) and count < len(
+                own
+            ):  # ties with the score at the cut are kept: lib/prune.py:254 and 259
                 keep[own] = pool.score[own] >= pool.score[order[count]]
     return keep
 

@@ -10,7 +10,7 @@ from flap_stream.errors import ShapeMismatch
 
 _ROW_BLOCK = 256  # rows of a weight that are reduced at once; not measured
 # Elements that are widened to float32 at once: few enough to stay in cache, enough that per-call overhead is small.
-_BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
+_BLOCK_ELEMENTS = (1 << 20, 1 << 24)  # on a CPU, on an accelerator
 
 
 def window_moments(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,7 +19,7 @@ def window_moments(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     inputs: `[sample, token, channel]`, any floating dtype, any device.
     Both results are float32 `[sample, channel]`; two passes, so that nothing cancels.
     """
-    block_elements = _BLOCK_ELEMENTS.get(inputs.device.type, 1 << 20)
+    block_elements = _BLOCK_ELEMENTS[inputs.device.type != "cpu"]
     if inputs[0].numel() > block_elements:
         rows = max(1, block_elements // inputs.shape[2])
         pairs = [_long_window_moments(window, rows) for window in inputs]

@@ -7,15 +7,17 @@ from math import gcd, lcm
 import numpy as np
 
 from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
+from flap_stream.arithmetic.targets import Target
 from flap_stream.arithmetic.unit_pool import UnitPool, nearest_prefix, neurons_to_remove, rounding_options
 from flap_stream.config import FAST_MULTIPLE, PlanConfig
 from flap_stream.errors import InvalidOption
 
 
-def keep_rounded(pool: UnitPool, shapes: Sequence[LayerShape], options: PlanConfig) -> np.ndarray:
+def keep_rounded(pool: UnitPool, shapes: Sequence[LayerShape], options: PlanConfig, clips: bool = False) -> np.ndarray:
     """Which units are kept, bool `[unit]`.
 
     A block scores the mean of its units and costs their sum. The budget is that of all units.
+    clips: a ratio that cannot be met is no error; as much is removed as can be, or as little as must be.
     Raises InvalidOption if the ratio cannot be met with this rounding.
     """
     block_of, blocks = _blocks(pool, shapes, options)
@@ -28,7 +30,16 @@ def keep_rounded(pool: UnitPool, shapes: Sequence[LayerShape], options: PlanConf
         scopes = [range(len(shapes))] if options.structure == "al-mm" else [range(i, i + 1) for i in range(len(shapes))]
         keep = protected.copy()
         for layers in scopes:
-            _keep_counts(keep, blocks, layers, shapes, options)
+            _keep_counts(keep, blocks, layers, shapes, options, clips)
+    return (block_of >= 0) & keep[block_of]
+
+
+def keep_rounded_to_target(
+    pool: UnitPool, shapes: Sequence[LayerShape], options: PlanConfig, target: Target
+) -> np.ndarray:
+    """Which units are kept where one order of blocks is cut to meet a target, bool `[unit]`."""
+    block_of, blocks = _blocks(pool, shapes, options)
+    keep = target.prefix(blocks, blocks.protected(shapes, options), options)
     return (block_of >= 0) & keep[block_of]
 
 
@@ -95,7 +106,7 @@ def _require_enough_blocks(pool: UnitPool, budget: float, options: PlanConfig) -
 
 
 def _keep_counts(
-    keep: np.ndarray, blocks: UnitPool, layers: range, shapes: Sequence[LayerShape], options: PlanConfig
+    keep: np.ndarray, blocks: UnitPool, layers: range, shapes: Sequence[LayerShape], options: PlanConfig, clips: bool
 ) -> None:
     """Mark the best blocks of these layers together: as many KV groups as the structure says, neurons for the rest.
 
@@ -107,7 +118,7 @@ def _keep_counts(
     removed = options.ratio * groups
     if not is_uniform:
         removed = (options.remove_heads or 0) * len(layers) // len(shapes) // dense[0].heads_per_group
-        neurons_to_remove(dense, int(removed), options)
+        neurons_to_remove(dense, int(removed), options, clips)
     budget = (1 - options.ratio) * sum(shape.prunable for shape in dense)
     for sublayer in Sublayer:
         is_attention = sublayer is Sublayer.ATTENTION
@@ -116,7 +127,7 @@ def _keep_counts(
         spent = np.concatenate([[0], np.cumsum((blocks.size if is_attention else blocks.cost)[ranked])])
         goal = groups - removed if is_attention else budget
         wanted, least = int(np.argmin(np.abs(spent - goal))), int(keep[own].sum())
-        if wanted < least and not (is_attention and is_uniform):
+        if wanted < least and not clips and not (is_attention and is_uniform):
             raise InvalidOption(
                 f"--ratio {options.ratio} with {options.structure} and this rounding ({rounding_options(options)}) "
                 f"leaves fewer {sublayer.units} than {sublayer.minimum_option} asks for; lower the ratio"

@@ -108,22 +108,22 @@ def nearest_prefix(pool: UnitPool, protected: np.ndarray, budget: float, options
     return keep
 
 
-def neurons_to_remove(shapes: Sequence[LayerShape], groups: int, options: PlanConfig) -> int:
+def neurons_to_remove(shapes: Sequence[LayerShape], groups: int, options: PlanConfig, clips: bool = False) -> int:
     """Neurons to remove in these layers together, next to `groups` KV groups, to meet the ratio.
 
-    Raises InvalidOption if the groups alone exceed it.
+    Raises InvalidOption if the groups alone exceed it, unless `clips`: then none.
     Source: cal_remove_neuron, lib/prune.py:226-237, in its order of multiplication.
     """
     prunable = sum(shape.prunable for shape in shapes)
     group_cost, neuron_cost = (max(shape.unit_cost(sublayer) for shape in shapes) for sublayer in Sublayer)
     removed_cost = len(shapes) * options.ratio * (prunable / len(shapes))
     neurons = int((removed_cost - groups * group_cost) / neuron_cost)
-    if neurons < 0:
+    if neurons < 0 and not clips:
         raise InvalidOption(
             f"--remove-heads {options.remove_heads} alone removes more than --ratio {options.ratio} of the weights; "
             "lower it or raise the ratio"
         )
-    return neurons
+    return max(neurons, 0)
 
 
 def rounding_options(options: PlanConfig) -> str:

@@ -3,6 +3,7 @@
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from flap_stream.commands import options as shared
 from flap_stream.progress import format_bytes, printable
@@ -19,6 +20,7 @@ def run(options: argparse.Namespace) -> None:
     """Print the progress of a run, the sizes and kept units of a pruned checkpoint, or the sizes of a dense model."""
     with shared.loading(shared.progress_of(options)):
         import flap_stream.output.pruned_checkpoint
+        import flap_stream.stages.targets
         import flap_stream.storage.run_directory  # noqa: F401
 
     place = Path(options.place)
@@ -44,6 +46,7 @@ def _inspect_run(place: Path, as_json: bool, verifies: bool) -> None:
             "layers": total,
             "complete_layers": directory.statistics.complete_layers(),
             "has_plan": directory.plan.exists(),
+            **_target(directory),
             "versions": manifest["versions"],
         }
         if verifies:
@@ -60,8 +63,22 @@ def _inspect_run(place: Path, as_json: bool, verifies: bool) -> None:
     shared.show(f"run of {body['model']}, method {body['method']}")
     print(f"statistics   {body['complete_layers']} of {total} layers")
     print(f"plan         {'made' if body['has_plan'] else 'none yet'}")
+    shared.print_target(body)
     if verifies:
         print("verified: every completed part is unchanged since it was written")
+
+
+def _target(run: Any) -> dict[str, Any]:
+    """The target of a run's plan, if it has one that is whole. run: a RunDirectory."""
+    from flap_stream.config import RewriteConfig
+    from flap_stream.stages.targets import run_target
+
+    if not run.plan.exists() or any(run.files.damage_of(item) for item in run.plan.committed()):
+        return {}
+    options, keeps = run.plan.read()
+    target = run_target(run, options, RewriteConfig())
+    counts = [(len(keep.kv_groups), len(keep.neurons)) for keep in keeps]
+    return {} if target is None else {"target": target.record(counts)}
 
 
 def _inspect_output(place: Path, as_json: bool, verifies: bool) -> None:
@@ -83,6 +100,7 @@ def _inspect_output(place: Path, as_json: bool, verifies: bool) -> None:
     how = ", ".join(options[name] for name in ("method", "structure", "metric"))
     shared.show(f"pruned from {record['base']['name']} by {how}")
     shared.print_sizes(record)
+    shared.print_target(record)
     print("layer   KV groups        neurons")
     for i, layer in enumerate(record["layers"]):
         groups, neurons = len(layer["kept_kv_groups"]), len(layer["kept_neurons"])

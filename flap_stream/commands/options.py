@@ -209,6 +209,20 @@ def add_method(parser: argparse.ArgumentParser, *, one_ratio: bool = True) -> No
     )
 
 
+def add_targets(parser: argparse.ArgumentParser) -> None:
+    """What the pruned model may have at most, in place of --ratio."""
+    group = parser.add_argument_group("a target in place of --ratio: as little is removed as meets it")
+    group.add_argument("--target-parameters", metavar="N", help="at most N parameters, such as 5B or 800M")
+    group.add_argument("--target-size", metavar="SIZE", help="at most SIZE of weight files, such as 9GiB")
+    group.add_argument(
+        "--target-memory",
+        metavar="SIZE",
+        help="at most SIZE of weights and KV cache, in the checkpoint's dtype (needs --context)",
+    )
+    group.add_argument("--context", type=int, metavar="TOKENS", help="tokens of each text in that KV cache")
+    group.add_argument("--batch", type=int, metavar="N", help="texts in that KV cache (default: 1)")
+
+
 def add_plan(parser: argparse.ArgumentParser) -> None:
     """The rest of the decision."""
     group = parser.add_argument_group("how to score and compare units")
@@ -318,6 +332,14 @@ def print_sizes(record: dict[str, Any]) -> None:
     print(f"removed      {ratios['decoder']:.2%} of the prunable weights, {ratios['model']:.2%} of the model")
 
 
+def print_target(record: dict[str, Any]) -> None:
+    """Print what a target asked for and what came of it, if there is one in a pruning.json."""
+    if record.get("target"):
+        from flap_stream.arithmetic.targets import target_sentence
+
+        print(f"target       {target_sentence(record['target'])}")
+
+
 def totals(result: Any) -> dict[str, Any]:
     """Totals of a PruneResult, as printed by `--json`."""
     record, measured = result.record, result.measured
@@ -325,6 +347,7 @@ def totals(result: Any) -> dict[str, Any]:
         "out": str(result.out),
         "realised_ratio": record["realised_ratio"],
         "parameters": record["parameters"],
+        **({"target": record["target"]} if "target" in record else {}),
         "seconds": measured.seconds,
         "bytes_read": measured.bytes_read,
         "node_bytes_read": measured.node_bytes_read,
@@ -338,6 +361,7 @@ def totals(result: Any) -> dict[str, Any]:
 def print_result(result: Any) -> None:
     """Print a PruneResult in lines."""
     print_sizes(result.record)
+    print_target(result.record)
     if result.measured.seconds:
         spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.measured.seconds.items())
         print(f"time         {spent}")

@@ -1,6 +1,7 @@
 """`flap-stream plan RUN --ratio R`."""
 
 import argparse
+from dataclasses import asdict
 
 from flap_stream.commands import options as shared
 from flap_stream.config import PlanConfig
@@ -10,6 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("run_directory", metavar="RUN", help="run directory with complete statistics")
     shared.add_method(parser)
+    shared.add_targets(parser)
     shared.add_plan(parser)
     shared.add_output(parser)
 
@@ -22,12 +24,13 @@ def run(options: argparse.Namespace) -> None:
         from flap_stream.stages.plan import plan
 
     result = plan(options.run_directory, config)
-    sizes = result.sizes.record()
+    sizes = {**result.sizes.record(), **({} if result.target is None else {"target": result.target})}
     if options.json:
         shared.print_json(
             {
                 "run": str(result.run),
                 **sizes,
+                **({} if result.predicted is None else {"predicted_rise": asdict(result.predicted)}),
                 "layers": [
                     {"kept_kv_groups": keep.kv_groups.tolist(), "kept_neurons": keep.neurons.tolist()}
                     for keep in result.layers
@@ -39,5 +42,8 @@ def run(options: argparse.Namespace) -> None:
     for i, (keep, groups, neurons) in enumerate(zip(result.layers, result.kv_groups, result.neurons, strict=True)):
         print(f"{i:5d}   {len(keep.kv_groups):4d} of {groups:<6d}  {len(keep.neurons):6d} of {neurons}")
     shared.print_sizes(sizes)
+    shared.print_target(sizes)
+    if result.predicted is not None:
+        print(f"loss         predicted to rise by {result.predicted}")
     print(f"widths       {width_note(result.sizes.width_multiple)}")
     shared.show(f"next: flap-stream rewrite {result.run} OUT")

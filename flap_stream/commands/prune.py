@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="dense model: a directory or a Hub id")
     parser.add_argument("out", metavar="OUT", help="directory to write the pruned checkpoint to")
     shared.add_method(parser)
+    shared.add_targets(parser)
     shared.add_calibration(parser)
     shared.add_rewrite(parser)
     shared.add_plan(parser)

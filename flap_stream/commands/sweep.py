@@ -29,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="precision of that largest ratio (default: %(default)s)",
     )
+    group.add_argument(
+        "--predict",
+        action="store_true",
+        help="say how much the loss would rise, from the loss scores in RUN (collect --loss-windows), in seconds",
+    )
     group = parser.add_argument_group("perplexity")
     shared.add_evaluation(group, "--evaluate", [])
     group.add_argument(
@@ -58,13 +63,17 @@ def run(options: argparse.Namespace) -> None:
         shared.print_json({**asdict(result), "run": str(result.run)})
         return
     dense = result.dense_perplexity
-    print("ratio     of prunable  of model      parameters" + ("   perplexity    rise" if dense else ""))
+    heads = "   perplexity    rise" if dense else ""
+    heads += "   predicted: nats a token, perplexity" if config.predict else ""
+    print("ratio     of prunable  of model      parameters" + heads)
     print(f"dense          0.00 %    0.00 % {result.parameters:15,}" + (f"   {dense:10.4f}" if dense else ""))
     for point in result.points:
         row = f"{point.ratio:<8g} {100 * point.decoder_ratio:10.2f} % {100 * point.model_ratio:7.2f} %"
         row += f" {point.parameters:15,}"
         if dense and point.perplexity is not None:
             row += f"   {point.perplexity:10.4f}  {100 * (point.perplexity / dense - 1):+6.1f} %"
+        if point.predicted is not None:
+            row += f"   {point.predicted.token:+23.4g}  x {point.predicted.perplexity_factor:<10.4g}".rstrip()
         print(row)
     if result.limit is not None:
         print(_sentence(result.limit))

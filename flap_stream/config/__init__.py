@@ -32,6 +32,7 @@ from flap_stream.config.options import (
     part_of,
 )
 from flap_stream.config.pruning import CollectConfig, PlanConfig, PruneConfig, RewriteConfig, require_restoration
+from flap_stream.config.targets import TARGET_FIELDS, TARGETS, TargetConfig
 from flap_stream.config.values import parse_ratios, parse_size
 
 __all__ = [
@@ -50,6 +51,8 @@ __all__ = [
     "STATISTICS",
     "STRUCTURES",
     "SWEPT_RESTORATIONS",
+    "TARGETS",
+    "TARGET_FIELDS",
     "BenchInferenceConfig",
     "CollectConfig",
     "EngineConfig",
@@ -60,6 +63,7 @@ __all__ = [
     "PruneConfig",
     "RewriteConfig",
     "SweepConfig",
+    "TargetConfig",
     "TextConfig",
     "changed_options",
     "parse_ratios",

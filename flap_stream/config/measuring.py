@@ -41,13 +41,15 @@ class EvaluateConfig(TextConfig, EngineConfig):
 class SweepConfig(PlanConfig, TextConfig, EngineConfig):
     """Many ratios from one collection, and the perplexity of each; `ratio` itself is not used.
 
-    evaluate: as `EvaluateConfig.text`; with none, ratios are only planned. restore: as `RewriteConfig.restore`.
+    evaluate: as `EvaluateConfig.text`; with none, ratios are only planned. predict: say how much the loss scores of the
+    run (see `CollectConfig.loss_windows`) let the loss rise at each ratio. restore: as `RewriteConfig.restore`.
     max_perplexity_increase: also look for the largest ratio at which perplexity rises by at most this share of the
     dense model's. resolution: how closely.
     """
 
     ratios: Ratios = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
     evaluate: tuple[str, ...] = ()
+    predict: bool = False
     sequence_length: int = EvaluateConfig.sequence_length
     samples: int | None = EvaluateConfig.samples
     restore: str | None = RewriteConfig.restore

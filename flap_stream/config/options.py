@@ -60,7 +60,7 @@ class Options:
 
 
 def changed_options(options: Any) -> dict[str, Any]:
-    """Fields of a config that are not at their default, with their values."""
+    """Fields of a config that are not as they are by default, with their values."""
     default = type(options)()  # whose fields hold what None stands for
     names = [field.name for field in fields(options)]
     return {name: getattr(options, name) for name in names if getattr(options, name) != getattr(default, name)}

@@ -13,21 +13,23 @@ from flap_stream.config.options import (
     STATISTICS,
     STRUCTURES,
     EngineConfig,
-    Options,
     TextConfig,
     require_at_least,
     require_choice,
     require_ratio,
 )
-from flap_stream.config.values import Share, Size
+from flap_stream.config.targets import NotGiven, TargetConfig
+from flap_stream.config.values import Share, Size, option_name
 from flap_stream.errors import InvalidOption
+
+_RATIO = NotGiven(0.2)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class PlanConfig(Options):
+class PlanConfig(TargetConfig):
     """The decision: which KV groups and neurons are kept.
 
-    ratio: share of the decoder layers' prunable weights (q k v o gate up down) to remove.
+    ratio: share of the decoder layers' prunable weights (q k v o gate up down) to remove; 0 with a target.
     remove_heads: query heads to remove in all layers together, only for `al-mm` and `ul-mm`.
     min_heads, min_neurons: every layer keeps at least that many.
     round_heads_to, round_neurons_to: every layer keeps a multiple of this many query heads or neurons. None is
@@ -38,7 +40,7 @@ class PlanConfig(Options):
     """
 
     method: str = "flap"
-    ratio: Share = 0.2
+    ratio: Share = _RATIO
     metric: str = "wifv"
     structure: str | None = None
     head_score: str = "mean-z"
@@ -66,6 +68,9 @@ class PlanConfig(Options):
             object.__setattr__(self, "structure", "al-am" if self.method == "flap" else "ul-um")
         if self.round_neurons_to is None:
             object.__setattr__(self, "round_neurons_to", 1 if self.statistics == "released" else FAST_MULTIPLE)
+        is_given = not isinstance(self.ratio, NotGiven)
+        if not is_given:
+            object.__setattr__(self, "ratio", float(_RATIO))
         super().__post_init__()
         require_choice("method", self.method, METHODS)
         require_choice("metric", self.metric, METRICS)
@@ -73,6 +78,9 @@ class PlanConfig(Options):
         require_choice("head-score", self.head_score, HEAD_SCORES)
         require_choice("statistics", self.statistics, STATISTICS)
         require_ratio(self.ratio)
+        self._require_one_aim(is_given)
+        if not is_given:
+            object.__setattr__(self, "ratio", _RATIO if self.target is None else NotGiven(0))
         require_at_least("min-heads", self.min_heads, 0)
         require_at_least("min-neurons", self.min_neurons, 0)
         for name in ("round_heads_to", "round_neurons_to", "tensor_parallel"):
@@ -92,6 +100,22 @@ class PlanConfig(Options):
             raise InvalidOption(f"--remove-heads is only valid with al-mm and ul-mm, not with {self.structure}")
         if self.remove_heads is not None:
             require_at_least("remove-heads", self.remove_heads, 0)
+
+    def _require_one_aim(self, has_ratio: bool) -> None:
+        """Refuse a target next to a ratio, or for a method that needs the ratio before the scores."""
+        if self.target is None:
+            return
+        option = f"--{option_name(self.target)}"
+        if has_ratio:
+            raise InvalidOption(
+                f"--ratio {self.ratio} and {option} {getattr(self, self.target)} both say how much to remove; give one "
+                "of them"
+            )
+        if self.method == "wanda-sp":
+            raise InvalidOption(
+                f"{option} is not valid with --method wanda-sp, whose pruned layers feed the next while statistics are "
+                "collected; give --ratio"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

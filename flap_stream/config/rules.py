@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from flap_stream.config.measuring import EvaluateConfig, SweepConfig
 from flap_stream.config.options import EngineConfig, changed_options
 from flap_stream.config.pruning import CollectConfig, PlanConfig, PruneConfig, RewriteConfig
+from flap_stream.config.targets import TARGET_FIELDS
 from flap_stream.config.values import option_name, shortened, written
 from flap_stream.errors import InvalidOption
 
@@ -51,7 +52,7 @@ def _has_ready_tokens(options: Any) -> bool:
 RULES = (
     Rule((RewriteConfig,), ("refit_target",), "--restore least-squares", lambda o: o.refits),
     Rule((PlanConfig,), ("metric", "head_score", "statistics"), "--method flap", lambda o: o.method == "flap"),
-    Rule((SweepConfig,), ("ratio",), "plan and prune; a sweep has --ratios", lambda o: False),
+    Rule((SweepConfig,), ("ratio", *TARGET_FIELDS), "plan and prune; a sweep has --ratios", lambda o: False),
     Rule((SweepConfig,), ("sequence_length", "samples"), "--evaluate TEXT", lambda o: bool(o.evaluate)),
     Rule(
         (SweepConfig,),

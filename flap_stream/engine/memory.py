@@ -1,7 +1,7 @@
 """How much memory this process uses, and how much it may use.
 
 `keep_malloc_steady` and `keep_few_kernels` change the whole process for good: neither glibc's malloc nor oneDNN can be
-put back. The limit that `enforce` sets is undone by `lift_limit`."""
+put back."""
 
 import ctypes
 import mmap
@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from flap_stream.engine import control_groups
+from flap_stream.engine.device import free_bytes
 from flap_stream.errors import InvalidOption
 
 OWN_BLOCK_BYTES = 8 << 20  # malloc gives larger blocks a mapping of their own and unmaps them when freed
@@ -27,8 +28,6 @@ _HOST_MARGIN = 0.1  # share of the free memory left to others by default; not me
 _DEVICE_MARGIN = 0.05  # the same on the device; not measured
 _KERNELS = 16  # a layer has fewer shapes of matrix products
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-
-_fractions_before: dict[torch.device, float] = {}
 
 
 @dataclass(frozen=True)
@@ -47,30 +46,12 @@ def limits(device: torch.device, host_memory: int | None, device_memory: int | N
     if device_memory is not None and device.type == "cpu":
         raise InvalidOption("--device-memory is the limit of a GPU; this run is on the CPU, so give --host-memory")
     host = host_memory or resident_bytes() + int(free_host_bytes() * (1 - _HOST_MARGIN)) // sharers
-    on_device = 0
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        on_device = device_memory or torch.cuda.memory_reserved(device) + int(free * (1 - _DEVICE_MARGIN))
-    return Limits(host, on_device)
+    return Limits(host, device_memory or int(free_bytes(device) * (1 - _DEVICE_MARGIN)))
 
 
 def room(device: torch.device, host_memory: int | None, device_memory: int | None, sharers: int = 1) -> int:
     """Bytes of host memory that this process may use in addition to what it uses now; arguments as of `limits`."""
     return max(0, limits(device, host_memory, device_memory, sharers).host - resident_bytes())
-
-
-def enforce(device: torch.device, limit: int) -> None:
-    """Limit torch's allocator on a device, until `lift_limit`; exceeding it raises torch.OutOfMemoryError."""
-    if device.type == "cuda":
-        _, total = torch.cuda.mem_get_info(device)
-        _fractions_before.setdefault(device, torch.cuda.get_per_process_memory_fraction(device))
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
-
-
-def lift_limit(device: torch.device) -> None:
-    """Restore the limit that torch's allocator had before `enforce`."""
-    if device in _fractions_before:
-        torch.cuda.set_per_process_memory_fraction(_fractions_before.pop(device), device)
 
 
 def keep_malloc_steady(own_block_bytes: int = OWN_BLOCK_BYTES) -> None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from flap_stream.errors import InvalidInput, InvalidOption, RankLost
+from flap_stream.errors import InvalidInput, RankLost
 
 _Value = TypeVar("_Value")
 
@@ -181,21 +181,6 @@ def window_shares(samples: int, batch_size: int, ranks: int) -> list[range]:
     batches = -(-samples // batch_size)
     cuts = [min(batch_size * (batches * rank // ranks), samples) for rank in range(ranks + 1)]
     return [range(start, stop) for start, stop in itertools.pairwise(cuts)]
-
-
-def own_device(name: str, ranks: Ranks) -> str:
-    """The name of the device that a rank uses: for `auto` and `cuda` the GPU with the rank's number on its node.
-
-    Raises InvalidOption for `cuda:N` if several ranks would share it.
-    """
-    index, count = ranks.local
-    if count == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return name
-    if name.startswith("cuda:"):
-        raise InvalidOption(
-            f"--device {name} is one device for {count} ranks; use --device cuda, and each rank takes its own"
-        )
-    return f"cuda:{index}"
 
 
 @contextmanager

@@ -10,13 +10,13 @@ from torch import nn
 
 from flap_stream.config import EngineConfig
 from flap_stream.engine import memory, placement
-from flap_stream.engine.device import choose_device
+from flap_stream.engine.device import begin, card, choose_device, limit_memory, own_device
 from flap_stream.engine.finite import all_finite, refuse_non_finite, require_finite
 from flap_stream.engine.hidden_states import HiddenStates, batches, make_hidden_states
 from flap_stream.engine.placement import Job
 from flap_stream.engine.placement.job import Refit
 from flap_stream.engine.placement.prediction import Placement
-from flap_stream.engine.ranks import ALONE, Ranks, own_device
+from flap_stream.engine.ranks import ALONE, Ranks
 from flap_stream.engine.weight_stream import load, stream_layers
 from flap_stream.errors import InvalidOption, NonFinite
 from flap_stream.model.architecture import family_of
@@ -36,13 +36,15 @@ class StreamedModel:
 
     shapes, layer_entries, norm_entries, embedding_entry, head_entry: see `CheckedTensors`; layers: the modules.
     ranks: the processes of the job, each of which runs a part of the windows.
-    Creating one changes the process: see `memory.keep_malloc_steady` and `memory.keep_few_kernels`.
+    Creating one changes the process: see `device.begin`, which `device.release` undoes, `memory.keep_malloc_steady` and
+    `memory.keep_few_kernels`.
     Raises InvalidOption for a device that does not exist, and what `CheckedTensors` raises, before reading any tensor.
     """
 
     def __init__(self, checkpoint: Checkpoint, options: EngineConfig, ranks: Ranks = ALONE) -> None:
         self.checkpoint, self.ranks = checkpoint, ranks
         self.device = choose_device(own_device(options.device, ranks))
+        begin(self.device)
         self.family = family_of(checkpoint.config, checkpoint.source)
         is_mixture = self.family.experts is not None
         memory.keep_malloc_steady(memory.OWN_BLOCK_BYTES_OF_MIXTURES if is_mixture else memory.OWN_BLOCK_BYTES)
@@ -102,7 +104,7 @@ class StreamedModel:
         Raises InsufficientMemory if there is no way, InvalidOption for ranks on devices of different types.
         """
         limits = _common_limits(self.device, options, self.ranks)
-        memory.enforce(self.device, limits.device)
+        limit_memory(self.device, limits.device)
         chosen = self.ranks.from_first(
             lambda: placement.place(job, limits, options.batch_size, options.prefetch, then, recorded)
         )
@@ -248,10 +250,17 @@ def _chunked_logits(
 def _common_limits(device: torch.device, options: EngineConfig, ranks: Ranks) -> memory.Limits:
     """The limits of the rank with the least memory.
 
-    Raises InvalidOption for ranks on devices of different types.
+    Raises InvalidOption for ranks on devices of different types, and for ranks that share an accelerator.
     """
     types = sorted(set(ranks.gathered(device.type)))
     if len(types) > 1:
         raise InvalidOption(f"ranks run on {' and '.join(types)}; start them all with the same --device")
+    cards = [(ranks.node, *found) for found in [card(device)] if found is not None]
+    taken = [one for own in ranks.gathered(cards) for one in own]
+    if len(set(taken)) < len(taken):
+        raise InvalidOption(
+            f"{len(taken)} ranks share {len(set(taken))} devices; start one rank for each device, and show each rank "
+            "all devices of its machine or its own alone"
+        )
     own = memory.limits(device, options.host_memory, options.device_memory, ranks.local[1])
     return memory.Limits(*map(min, zip(*map(astuple, ranks.gathered(own)), strict=True)))

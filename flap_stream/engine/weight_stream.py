@@ -1,7 +1,7 @@
 """Streaming weights: one decoder layer after another is read from disk into reused buffers on the device.
 
-On a CPU a layer is read straight into the buffer that it is used from. For CUDA it is read block by block into a ring
-of page-locked host buffers and copied from there on a separate stream; nothing is reused before its event.
+On a CPU a layer is read straight into the buffer that it is used from. For an accelerator it is read block by block
+into a ring of page-locked host buffers and copied from there on a separate stream; nothing is reused before its event.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,6 +11,7 @@ from itertools import count
 
 import torch
 
+from flap_stream.engine.device import current_stream, lock_pages, new_event, new_stream, unlock_pages
 from flap_stream.engine.ranks import ALONE, Ranks
 from flap_stream.engine.shared_memory import node_buffer
 from flap_stream.model.checkpoint import Checkpoint
@@ -65,9 +66,9 @@ def stream_layers(
     size = max(slab_bytes([entry.nbytes for entry in entries.values()]) for entries in layers)
     slots = min(prefetch + 1, len(layers))
     loader = (
-        _CudaLoader(checkpoint, device, size, slots, ranks)
-        if device.type == "cuda"
-        else _HostLoader(checkpoint, size, slots, ranks)
+        _HostLoader(checkpoint, size, slots, ranks)
+        if device.type == "cpu"
+        else _DeviceLoader(checkpoint, device, size, slots, ranks)
     )
     cast = _Cast(layers, device, dtype)
     with closing(loader), ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
@@ -128,7 +129,7 @@ class _HostLoader:
         """Do nothing: memory is freed with the buffers."""
 
 
-class _CudaLoader:
+class _DeviceLoader:
     """Device buffers, filled on a separate stream from a page-locked ring of host blocks shared by the node.
 
     The ranks of a node read one block each, wait for each other, and copy all of them, while the ring's other half is
@@ -138,22 +139,15 @@ class _CudaLoader:
     def __init__(self, checkpoint: Checkpoint, device: torch.device, size: int, slots: int, ranks: Ranks) -> None:
         self._checkpoint, self._device, self._ranks = checkpoint, device, ranks
         self._slabs = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
-        # One allocation, pinned once: pinning per tensor is slow and rounds each up to a power of two.
         blocks = ring_blocks(ranks.local[1])
-        self._is_shared = ranks.local[1] > 1
-        if self._is_shared:
-            memory = node_buffer(ranks, blocks * RING_BLOCK_BYTES)
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
-        else:
-            memory = torch.empty(blocks * RING_BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
+        memory = node_buffer(ranks, blocks * RING_BLOCK_BYTES)
+        lock_pages(device, memory)
         self._ring = memory.view(blocks, RING_BLOCK_BYTES)
-        self._copies = torch.cuda.Stream(device)
-        self._block_copied = [torch.cuda.Event() for _ in range(blocks)]
-        self._filled = [torch.cuda.Event() for _ in range(slots)]
-        self._free = [torch.cuda.Event() for _ in range(slots)]
+        self._block_copied = [new_event(device) for _ in range(blocks)]
+        self._filled = [new_event(device) for _ in range(slots)]
+        self._free = [new_event(device) for _ in range(slots)]
         self._turns = count()
-        # torch may reuse memory that earlier kernels still use, which is ordered only on the current stream.
-        self._copies.wait_stream(torch.cuda.current_stream(device))
+        self._copies = new_stream(device)  # after the buffers, whose memory earlier kernels may still use
 
     @torch.inference_mode()  # set per thread; without it, tensors created in inference mode cannot be written to
     def fill(self, index: int, entries: Mapping[str, TensorEntry]) -> None:
@@ -177,7 +171,7 @@ class _CudaLoader:
 
     def _copy(self, block: Block, source: torch.Tensor, target: torch.Tensor, offsets: Mapping[str, int]) -> None:
         at = 0
-        with torch.cuda.stream(self._copies):
+        with self._copies:
             for entry, start, stop in block.parts:
                 offset = offsets[entry.name] + start
                 part = source[at : at + stop - start]
@@ -189,18 +183,17 @@ class _CudaLoader:
     def take(self, index: int) -> torch.Tensor:
         """The buffer that holds a layer; computations launched from now on wait until it is filled."""
         slot = index % len(self._slabs)
-        torch.cuda.current_stream(self._device).wait_event(self._filled[slot])
+        current_stream(self._device).wait_event(self._filled[slot])
         return self._slabs[slot]
 
     def give_back(self, index: int) -> None:
         """Mark the computations launched so far as the last to use the layer."""
-        self._free[index % len(self._slabs)].record(torch.cuda.current_stream(self._device))
+        self._free[index % len(self._slabs)].record(current_stream(self._device))
 
     def close(self) -> None:
         """Wait for pending copies and free the ring."""
         self._copies.synchronize()
-        if self._is_shared:
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._ring.data_ptr())))
+        unlock_pages(self._device, self._ring)
 
 
 def _offsets(entries: Mapping[str, TensorEntry]) -> dict[str, int]:

@@ -200,7 +200,7 @@ def _candidates(config: Mapping[str, Any], widest: LayerShape) -> Iterator[dict[
     }
     own = {key: value for key, value in config.items() if key not in _PRUNED_KEYS} | sizes
     yield _named(own)
-    known = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    known = CONFIG_MAPPING[config["model_type"]].from_dict(dict(own))
     flags = {flag: True for flag in _BIAS_FLAGS if hasattr(known, flag)}
     if flags:
         yield _named(own | flags)

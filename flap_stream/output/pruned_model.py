@@ -37,7 +37,7 @@ class PrunedModel:
     source: the dense checkpoint. shapes, keeps: dense sizes and kept units of each layer. options: of the plan.
     restore: one of `config.RESTORATIONS`; restoration: the values that it needs.
     calibration: what pruning.json records of the calibration. code: names of the tokenizer's own code files, where the
-    user trusts them, which are copied.
+    user trusts them, which are copied. target: what pruning.json records of a target; None without one.
     """
 
     source: Checkpoint
@@ -48,6 +48,7 @@ class PrunedModel:
     restoration: Restoration
     calibration: dict[str, Any]
     code: Sequence[str] = ()
+    target: dict[str, Any] | None = None
 
     @cached_property
     def family(self) -> Family:

@@ -2,16 +2,16 @@
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flap_stream.arithmetic.sizes import pruned_sizes
-from flap_stream.config import PlanConfig
+from flap_stream.config import TARGETS, PlanConfig
 from flap_stream.errors import NotPlain, OutputConflict
 from flap_stream.output.model_card import base_name
 from flap_stream.output.pruned_model import PrunedModel
 from flap_stream.storage import files
+from flap_stream.storage.plan import recorded_options
 from flap_stream.storage.schema import finite, matches, natural, one_of, parse_json
 
 RECORD_NAME = "pruning.json"
@@ -26,6 +26,7 @@ _RECORD = {
     "parameters": {"before": natural, "after": natural},
     "layers": [{"kv_groups": natural, "neurons": natural, "kept_kv_groups": [natural], "kept_neurons": [natural]}],
     "calibration?": dict,
+    "target?": {"name": one_of(*TARGETS), "limit": natural, "reached": natural},
 }
 
 
@@ -47,7 +48,7 @@ def read_record(out: Path) -> dict[str, Any] | None:
 
 def options_record(options: PlanConfig) -> dict[str, Any]:
     """The options of a plan as pruning.json holds them."""
-    return json.loads(json.dumps(asdict(options)))
+    return json.loads(json.dumps(recorded_options(options)))
 
 
 def fingerprint_digest(fingerprint: dict[str, Any]) -> str:
@@ -60,11 +61,13 @@ def pruning_record(pruned: PrunedModel) -> dict[str, Any]:
     refit = pruned.restoration.how
     sizes = pruned_sizes(pruned.shapes, pruned.keeps, pruned.source.parameters, pruned.restore)
     fingerprint = fingerprint_digest(pruned.source.fingerprint)
+    came_of_it = {} if pruned.options.target is None else {"ratio": sizes.decoder_ratio}
     return {
         "format": RECORD_FORMAT,
         "version": RECORD_VERSION,
         "base": {"name": base_name(pruned.source.source), "fingerprint": fingerprint},
-        "options": options_record(pruned.options),
+        "options": {**options_record(pruned.options), **came_of_it},
+        **({} if pruned.target is None else {"target": pruned.target}),
         "restore": pruned.restore,
         **({} if refit is None else {"refit": refit}),
         "calibration": pruned.calibration,

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 
+from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.model.architecture import Family
+from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.model_files import SINGLE_NAME
 from flap_stream.model.safetensors_format import TensorEntry, safetensors_header
 from flap_stream.model.units import ROWS, Part, Projection
@@ -116,6 +119,22 @@ def group_shards(outputs: Iterable[OutputTensor], max_shard_bytes: int) -> Shard
     return ShardPlan(
         tuple(Shard(name, safetensors_header(group), tuple(group)) for name, group in zip(names, groups, strict=True))
     )
+
+
+def header_bytes(source: Checkpoint, family: Family, shapes: Sequence[LayerShape]) -> tuple[int, int]:
+    """Size of the header if all tensors were in one file, and of one with the output biases that pruning adds."""
+    names = [source.wrapper.outer(name) if source.wrapper else name for name in source.tensors]
+    dense = [replace(_whole(entry), name=name) for name, entry in zip(names, source.tensors.values(), strict=True)]
+    added = []
+    for i, shape in enumerate(shapes):
+        for part in family.parts(shape):
+            weight = source.tensors.get(f"{family.layers}.{i}.{part.kind.output.name}.weight")
+            bias = f"{family.layers}.{i}.{part.kind.output.name}.bias"
+            if weight is not None and bias not in source.tensors:
+                nbytes = weight.shape[0] * weight.item_bytes
+                name = source.wrapper.outer(bias) if source.wrapper else bias
+                added.append(OutputTensor(name, weight.dtype, (weight.shape[0],), nbytes, None))
+    return len(safetensors_header(dense)), len(safetensors_header([*dense, *added]))
 
 
 def _plan_layer(pruned: PrunedModel, index: int) -> dict[str, list[OutputTensor]]:

@@ -11,12 +11,14 @@ from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.scoring import channel_metric, fluctuation
 from flap_stream.arithmetic.sizes import PrunedSizes, pruned_sizes
-from flap_stream.config import PlanConfig, require_restoration
+from flap_stream.arithmetic.targets import Target
+from flap_stream.config import PlanConfig, RewriteConfig, require_restoration
 from flap_stream.errors import CorruptCheckpoint, RunMismatch
 from flap_stream.model.dense import nothing_pruned
 from flap_stream.output.pruning_record import RECORD_NAME, read_record
 from flap_stream.stages.plan import unit_scores
 from flap_stream.stages.sweep import read_curves
+from flap_stream.stages.targets import run_target
 from flap_stream.storage.plan import parse_plan_options
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.run_manifest import Manifest
@@ -57,6 +59,7 @@ class Facts:
     kv_groups, neurons: a value for each layer. decoder_ratio, model_ratio: removed share of the prunable weights and of
     all parameters. metric: name of the fluctuations. costs: a value for each layer, None where none was recorded.
     curves: see `read_curves`. missing: sentences saying what cannot be shown, and how to get it.
+    target: as `Target.record` makes it; None with a ratio.
     """
 
     model: str
@@ -74,6 +77,7 @@ class Facts:
     costs: list[LayerCost | None]
     curves: list[dict[str, Any]]
     missing: list[str]
+    target: dict[str, Any] | None = None
 
     @property
     def has_plan(self) -> bool:
@@ -113,7 +117,8 @@ def _of_run(run: RunDirectory) -> Facts:
             f"Only {done} of {len(shapes)} layers have statistics; run flap-stream collect again to continue."
         )
     metric = options or PlanConfig(method=run.manifest["options"]["method"])
-    kv_groups, neurons = _units(run, metric, keeps)
+    target = run_target(run, metric, RewriteConfig(restore=_restoration(run, metric)))
+    kv_groups, neurons = _units(run, metric, keeps, target)
     costs, curves = run.statistics.costs(), read_curves(run)
     if not any(costs):
         missing.append("Time and memory per layer were not recorded.")
@@ -138,11 +143,16 @@ def _of_run(run: RunDirectory) -> Facts:
         costs=costs,
         curves=curves,
         missing=missing,
+        target=None if target is None or keeps is None else target.record(_counts(keeps)),
     )
 
 
+def _counts(keeps: Sequence[LayerKeep]) -> list[tuple[int, int]]:
+    return [(len(keep.kv_groups), len(keep.neurons)) for keep in keeps]
+
+
 def _units(
-    run: RunDirectory, options: PlanConfig, keeps: Sequence[LayerKeep] | None
+    run: RunDirectory, options: PlanConfig, keeps: Sequence[LayerKeep] | None, target: Target | None
 ) -> tuple[list[Units], list[Units]]:
     """KV groups and neurons of each layer, with everything the run directory says about them."""
     shapes = run.layer_shapes
@@ -152,7 +162,7 @@ def _units(
             kv_groups[i] = replace(kv_groups[i], **_planned(kv_groups[i].dense, keep.kv_groups))
             neurons[i] = replace(neurons[i], **_planned(neurons[i].dense, keep.neurons))
     if run.statistics.complete_layers() == len(shapes):
-        for i, scores in enumerate(unit_scores(run, options)):
+        for i, scores in enumerate(unit_scores(run, options, target)):
             of_groups, of_neurons = _fluctuations(run, i, shapes[i], options)
             kv_groups[i] = replace(kv_groups[i], scores=scores[0], fluctuations=of_groups)
             neurons[i] = replace(neurons[i], scores=scores[1], fluctuations=of_neurons)
@@ -195,6 +205,7 @@ def _of_record(place: Path, record: dict[str, Any]) -> Facts:
         metric=options.metric,
         costs=[],
         curves=[],
+        target=record.get("target"),
         missing=[
             "Drawn from pruning.json only. Scores, fluctuations, sweeps, time and memory per layer, and sizes in bytes "
             "are in the run directory: prune with --keep-run, then report on that directory."
@@ -243,7 +254,7 @@ def _sizes(
         return 2 * total
 
     dense = [(shape.kv_groups, shape.neurons) for shape in shapes]
-    kept = [(len(keep.kv_groups), len(keep.neurons)) for keep in keeps]
+    kept = _counts(keeps)
     return [
         Size("parameters", "", before, after),
         Size("weights", "B", sizes["weight_bytes"], after * item_bytes),

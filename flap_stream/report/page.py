@@ -6,6 +6,7 @@ from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
+from flap_stream.arithmetic.targets import target_sentence
 from flap_stream.errors import InvalidOption
 from flap_stream.report.drawing import DARK, LIGHT, Drawing, Palette, Table, overview_png, to_png, to_svg
 from flap_stream.report.facts import Facts, read_facts
@@ -106,7 +107,8 @@ def page(facts: Facts, drawn: Sequence[Drawing]) -> str:
 def _title(facts: Facts) -> str:
     if facts.options is None or facts.decoder_ratio is None:
         return f"{facts.model}, not planned yet"
-    return f"{facts.model}, pruned by {100 * facts.options.ratio:g} %"
+    ratio = facts.options.ratio if facts.target is None else round(facts.decoder_ratio, 3)
+    return f"{facts.model}, pruned by {100 * ratio:g} %"
 
 
 def _subtitle(facts: Facts) -> str:
@@ -117,6 +119,8 @@ def _subtitle(facts: Facts) -> str:
         parts.append(
             f"{facts.decoder_ratio:.2%} of the prunable weights removed, {facts.model_ratio:.2%} of the model."
         )
+    if facts.target is not None:
+        parts.append(f"Target: {target_sentence(facts.target)}.")
     calibration = facts.calibration
     if {"samples", "sequence_length", "sources"} <= calibration.keys():
         sources = ", ".join(map(str, calibration["sources"]))

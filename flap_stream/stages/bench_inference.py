@@ -251,7 +251,7 @@ def _serve() -> None:
 
     import torch
 
-    from flap_stream.engine.device import choose_device
+    from flap_stream.engine.device import choose_device, is_out_of_memory
 
     start = json.loads(sys.stdin.readline())
     device = choose_device(start["device"])
@@ -265,7 +265,9 @@ def _serve() -> None:
             asked = json.loads(line)
             vocabulary = asked.pop("vocabulary")
             answer(asdict(_measure(model, Setting(**asked), vocabulary, device)))
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         answer({"out_of_memory": str(device)})
 
 
@@ -273,14 +275,17 @@ def _measure(model: Any, setting: Setting, vocabulary: int, device: Any) -> Meas
     """Run one batch of random prompts, then generate greedily, one token at a time, with the cache."""
     import torch
 
+    from flap_stream.engine.device import peak_bytes, reset_peaks, synchronize
+
     def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return time.perf_counter()
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (setting.batch_size, setting.prompt_length), generator=generator).to(device)
-    _reset_peaks(device)
+    reset_peaks(device)
+    with suppress(OSError):  # then the peak is that of the process so far
+        Path("/proc/self/clear_refs").write_text("5")
     with torch.inference_mode():
         started = clock()
         output = model(ids, use_cache=True, logits_to_keep=1)
@@ -294,19 +299,9 @@ def _measure(model: Any, setting: Setting, vocabulary: int, device: Any) -> Meas
         prompt_seconds=prompted - started,
         generation_seconds=ended - prompted,
         peak_host_bytes=peak_host_bytes(),
-        peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        peak_device_bytes=peak_bytes(device)[1],
         kv_cache_bytes=sum(tensor.nbytes for tensor in kept),
     )
-
-
-def _reset_peaks(device: Any) -> None:
-    """Restart the peaks of memory, where the system allows it."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError):  # then the peak is that of the process so far
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from flap_stream.arithmetic.allocation import allocate, require_minimum
-from flap_stream.arithmetic.scoring import LayerScores
-from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, changed_options, part_of
+from flap_stream.arithmetic.allocation import require_minimum
+from flap_stream.config import CollectConfig, PruneConfig, changed_options
 from flap_stream.config.rules import FED_ON, options_of, warn_of_positions
 from flap_stream.engine.device import cpu_threads, release
 from flap_stream.engine.membership import joined
 from flap_stream.engine.memory import give_back_heap
+from flap_stream.engine.placement import Job
 from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.output.destination import estimated_bytes, require_space
@@ -24,9 +24,11 @@ from flap_stream.restore.requirements import refit_sizes, refit_stored_bytes, re
 from flap_stream.stages.job_header import engine_rows, model_row
 from flap_stream.stages.layer_statistics import collect_statistics
 from flap_stream.stages.loss import collect_loss_scores, require_inputs
+from flap_stream.stages.loss_sizes import kept_input_bytes, sweep_job
 from flap_stream.stages.measured import Measured
 from flap_stream.stages.same_source import absolute, require_same_weights
 from flap_stream.stages.session import Session, opened_model, opened_run
+from flap_stream.stages.targets import expected_ratio, rehearse, sizes_of
 from flap_stream.storage import files
 from flap_stream.storage.loss import LossStore
 from flap_stream.storage.run_directory import RunDirectory, stored_bytes
@@ -88,18 +90,24 @@ def collect_into(
         samples, length = windows.tokens.shape
         give_back_heap()
         warn_of_positions(source.config, length)
+        sweep = sweep_job(model, options, samples, length)
         if out is not None and ranks.is_first:
-            _require_space(model, options, windows.tokens.size, run, out)
-        placement = _place(model, options, windows, run)
+            _require_space(model, options, windows.tokens.size, run, out, sweep)
+        placement = _place(model, options, windows, run, sweep)
         measured.placement = placement
-        progress.header(engine_rows(model, placement, samples, length))
+        if sweep is not None:
+            measured.placement = placement.together(_place_sweep(model, options, sweep, placement))
+        progress.header(engine_rows(model, measured.placement, samples, length))
         opened = opened_run(ranks, run, lambda: _begun_run(model, run, options, windows, placement.batch_size))
         directory = stack.enter_context(opened)
         with cpu_threads(directory.manifest["threads"]):
-            loss = LossStore(directory, min(options.loss_windows, samples)) if options.loss_windows else None
+            loss = None if sweep is None else LossStore(directory, sweep.samples)
             collect_statistics(model, directory, options, placement, progress, loss)
-            if loss is not None:
-                _sweep_loss(model, loss, options, placement, progress)
+            if loss is not None and sweep is not None:
+                require_inputs(model, loss, placement, progress)
+                swept = _place_sweep(model, options, sweep, placement, loss)
+                measured.placement = measured.placement.together(swept)
+                collect_loss_scores(model, loss, swept, progress, options.snapshot_interval)
         release(model.device)
     measured.of_all(ranks, source.bytes_read)
     return directory, CollectResult(run, len(model.shapes), samples, length, measured)
@@ -123,8 +131,7 @@ def calibration_record(options: CollectConfig) -> dict[str, Any]:
 def _require_possible(model: StreamedModel, options: PruneConfig) -> None:
     """Raise what planning and refitting would raise for this model whatever the scores."""
     require_minimum(model.shapes, options)
-    nothing = [LayerScores(np.zeros(shape.kv_groups), np.zeros(shape.neurons)) for shape in model.shapes]
-    allocate(nothing, model.shapes, part_of(options, PlanConfig))
+    rehearse(model, options)
     if options.refits:
         require_refittable(model.family, model.shapes, options.refit_target, model.checkpoint.source)
 
@@ -151,20 +158,26 @@ def _refit_target(options: CollectConfig) -> str | None:
     return options.refit_target if isinstance(options, PruneConfig) and options.refits else None
 
 
-def _require_space(model: StreamedModel, options: CollectConfig, tokens: int, run: Path, out: Path) -> None:
+def _require_space(
+    model: StreamedModel, options: CollectConfig, tokens: int, run: Path, out: Path, sweep: Job | None
+) -> None:
     """Raise InsufficientSpace unless OUT and the run directory fit; what an interrupted call has written counts."""
     target = _refit_target(options)
-    written = estimated_bytes(model.checkpoint, model.shapes, options.ratio)
+    ratio = expected_ratio(model, options) if isinstance(options, PruneConfig) else options.ratio
+    written = estimated_bytes(model.checkpoint, model.shapes, ratio)
     written -= files.tree_bytes(files.partial_path(out))
     kept = stored_bytes(model.shapes, tokens) - files.tree_bytes(run)
     kept += 0 if target is None else refit_stored_bytes(model, target)
+    if sweep is not None and not LossStore.is_swept(run, sweep.samples, len(model.shapes)):
+        kept += kept_input_bytes(sweep)
     require_space(out, max(0, written), run, max(0, kept))
 
 
-def _place(model: StreamedModel, options: CollectConfig, windows: Windows, run: Path) -> Placement:
-    """How to run the layers, such that a refit afterwards fits into memory as well, whatever the plan will be."""
+def _place(model: StreamedModel, options: CollectConfig, windows: Windows, run: Path, sweep: Job | None) -> Placement:
+    """How to run the layers, such that what follows fits into memory as well: a sweep, a refit whatever the plan."""
     target, job = _refit_target(options), model.job(*windows.tokens.shape)
     then = [] if target is None else [model.refit_after(job, refit_sizes(model, target))]
+    then += [] if sweep is None else [sweep]
     return model.place(options, job, then=then, recorded=RunDirectory.recorded_batch_size(run))
 
 
@@ -185,6 +198,7 @@ def _begun_run(
 
 def _manifest(model: StreamedModel, options: CollectConfig, windows: Windows, batch_size: int) -> dict[str, Any]:
     """What the statistics depend on (`model`, `tokens`, `options`), and what planning needs to know of the model."""
+    sizes = sizes_of(model)
     decides: dict[str, Any] = {"method": options.method}
     if options.method != "magnitude-sp":
         decides |= {"dtype": str(model.dtype), "device": model.device.type, "batch_size": batch_size}
@@ -204,20 +218,25 @@ def _manifest(model: StreamedModel, options: CollectConfig, windows: Windows, ba
             "vocabulary": model.vocab_size,
             "weight_bytes": model.checkpoint.nbytes,
             "expert_share": model.expert_share,
+            "unit_bytes": [list(own) for own in sizes.unit_bytes],
+            "header_bytes": list(sizes.header_bytes),
         },
         "layers": [asdict(shape) for shape in model.shapes],
     }
 
 
-def _sweep_loss(
-    model: StreamedModel, loss: LossStore, options: CollectConfig, collected: Placement, progress: Progress
-) -> None:
-    """Collect the loss scores. collected: the placement of the collection."""
-    ranks, length = model.ranks, loss.run.manifest["tokens"]["shape"][1]
-    require_inputs(model, loss, collected, progress)
-    recorded = ranks.from_first(loss.recorded_batch_size)
-    job = replace(model.job(loss.windows, length, head=True, backward=True), base_bytes=collected.base_bytes)
-    own = model.place(options, job, recorded=recorded)
-    if ranks.is_first:
-        loss.begin(own.batch_size)
-    collect_loss_scores(model, loss, own, progress, options.snapshot_interval)
+def _place_sweep(
+    model: StreamedModel, options: CollectConfig, sweep: Job, collected: Placement, loss: LossStore | None = None
+) -> Placement:
+    """How to run the sweep by the loss. collected: the placement of the collection.
+
+    loss: the store of a sweep that begins now or goes on, with the batch size recorded there.
+    """
+    ranks = model.ranks
+    recorded = None if loss is None else ranks.from_first(loss.recorded_batch_size)
+    job = replace(sweep, base_bytes=collected.base_bytes, keeps_batch_size=recorded is not None)
+    wanted = replace(options, batch_size=recorded or collected.batch_size)
+    placement = model.place(wanted, job, recorded=recorded)
+    if loss is not None and recorded is None and ranks.is_first:
+        loss.begin(placement.batch_size)
+    return placement

@@ -19,8 +19,10 @@ from flap_stream.model.skeleton import Skeleton
 from flap_stream.model.units import ROWS
 from flap_stream.output.destination import estimated_bytes
 from flap_stream.restore.requirements import refit_sizes, refit_stored_bytes, require_refittable
+from flap_stream.stages.loss_sizes import kept_input_bytes, sweep_job, sweep_operations
 from flap_stream.stages.machine_rates import measure_rates
-from flap_stream.stages.scaling import Rates, RefitWork, Work, scale
+from flap_stream.stages.scaling import LossWork, Rates, RefitWork, Work, scale
+from flap_stream.stages.targets import expected_ratio
 from flap_stream.storage import files
 from flap_stream.storage.run_directory import stored_bytes
 from flap_stream.text.tokenization import load_tokenizer
@@ -40,7 +42,7 @@ class Forecast:
     bytes_read, bytes_written: of the model, the output and hidden states on disk.
     disk_bytes: space needed for OUT and the run directory; any more is used for snapshots.
     run_directory_bytes: the most that the run directory takes, including three snapshots of the hidden states.
-    operations: floating-point operations of collection and refitting.
+    operations: floating-point operations of collection, of the sweep by the loss and of refitting.
     floor_seconds: seconds per stage if only matrix products or the disk took time.
     """
 
@@ -114,8 +116,8 @@ def _forecast(
     limits = memory.limits(model.device, options.host_memory, options.device_memory, local)
     windows = (options.samples, options.sequence_length) if options.method != "magnitude-sp" else (0, 0)
     job = replace(model.job(*windows), ranks=machines.ranks, local_ranks=local)
-    refit = _refit(model, options)
-    placement = _place(model, options, job, limits, refit)
+    refit, sweep = _refit(model, options), _sweep(model, options, job)
+    placement, swept = _place(model, options, job, limits, refit, sweep)
     if has_headers and options.method != "magnitude-sp" and not options.calibration[0].endswith(".npy"):
         load_tokenizer(source.directory, options.trust_remote_code)
     shard = source.directory / next(iter(source.shard_bytes)) if has_headers else None
@@ -123,6 +125,11 @@ def _forecast(
     rates = replace(rates, network=machines.network)
     hidden_traffic = len(model.layers) * job.hidden_bytes if placement.hidden_place == "disk" else 0
     work = work_of(model, options, placement.batch_size, hidden_traffic, refit)
+    if sweep is not None and swept is not None:
+        share = sweep.samples / job.samples
+        operations = sweep_operations(sweep, int(work.operations * share))
+        loss = LossWork(sweep.samples, swept.batch_size, operations, kept_input_bytes(sweep))
+        work = replace(work, loss=loss)
     scaled = scale(work, rates, machines.ranks, machines.nodes)
     disk_bytes, run_directory_bytes = _disk_bytes(model, options, work, job)
     return Forecast(
@@ -155,16 +162,32 @@ def _refit(model: StreamedModel, options: PruneConfig) -> Refit | None:
     return refit_sizes(model, options.refit_target)
 
 
+def _sweep(model: StreamedModel, options: PruneConfig, job: Job) -> Job | None:
+    """The sweep by the loss; None if there is none."""
+    sweep = sweep_job(model, options, job.samples, job.tokens)
+    return None if sweep is None else replace(sweep, ranks=job.ranks, local_ranks=job.local_ranks)
+
+
 def _place(
-    model: StreamedModel, options: PruneConfig, job: Job, limits: memory.Limits, refit: Refit | None
-) -> Placement:
-    """How all stages of the job would run, with the largest peaks of any."""
-    then = [] if refit is None else [model.refit_after(job, refit)]
+    model: StreamedModel,
+    options: PruneConfig,
+    job: Job,
+    limits: memory.Limits,
+    refit: Refit | None,
+    sweep: Job | None,
+) -> tuple[Placement, Placement | None]:
+    """How all stages of the job would run, with the largest peaks of any; and the sweep by the loss, if any."""
+    refits = [] if refit is None else [model.refit_after(job, refit)]
+    then = [*refits, *([] if sweep is None else [sweep])]
     placement = placements.place(job, limits, options.batch_size, options.prefetch, then)
-    for second in then:
+    for second in refits:
         based = replace(second, base_bytes=placement.base_bytes)
         placement = placement.together(placements.place(based, limits, placement.batch_size, options.prefetch))
-    return placement
+    if sweep is None:
+        return placement, None
+    based = replace(sweep, base_bytes=placement.base_bytes)
+    swept = placements.place(based, limits, placement.batch_size, options.prefetch)
+    return placement.together(swept), swept
 
 
 def _disk_bytes(model: StreamedModel, options: PruneConfig, work: Work, job: Job) -> tuple[int, int]:
@@ -172,6 +195,7 @@ def _disk_bytes(model: StreamedModel, options: PruneConfig, work: Work, job: Job
     has_windows = options.method != "magnitude-sp"
     stored = stored_bytes(model.shapes, options.samples * options.sequence_length if has_windows else 0)
     stored += 0 if work.refit is None else refit_stored_bytes(model, options.refit_target)
+    stored += 0 if work.loss is None else work.loss.input_bytes
     on_disk = 2 * job.hidden_bytes if work.hidden_traffic else 0
     snapshots = 3 * job.hidden_bytes if has_windows else 0  # a new one is written before the older of two is deleted
     return work.written + stored + on_disk, stored + on_disk + snapshots
@@ -192,7 +216,8 @@ def work_of(
     source = model.checkpoint
     samples = options.samples if options.method != "magnitude-sp" else 0
     # Not read when shards are written: removed rows, and columns that a refit has already left out.
-    not_read = options.ratio * sum(
+    ratio = expected_ratio(model, options)
+    not_read = ratio * sum(
         entry.nbytes
         for layer, shape in zip(model.layer_entries, model.shapes, strict=True)
         for part in model.family.parts(shape)
@@ -200,12 +225,12 @@ def work_of(
         if refit is not None or projection.axis == ROWS
         if (entry := layer.get(f"{projection.name}.weight")) is not None
     )
-    written = estimated_bytes(source, model.shapes, options.ratio)
+    written = estimated_bytes(source, model.shapes, ratio)
     operations, refit_work = _operations(model, samples, options.sequence_length), None
     if refit is not None:
-        moments, solving = refit.operations(options.ratio, samples * options.sequence_length)
+        moments, solving = refit.operations(ratio, samples * options.sequence_length)
         forwards = operations * (2 if refit.has_dense else 1)
-        refit_work = RefitWork(moments + forwards, solving, refit.sum_bytes(options.ratio))
+        refit_work = RefitWork(moments + forwards, solving, refit.sum_bytes(ratio))
     return Work(
         layers=len(model.layers),
         samples=samples,

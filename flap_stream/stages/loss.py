@@ -28,6 +28,7 @@ from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.run_files import KINDS
 
 _LOGIT_BYTES = 1 << 26  # of a chunk of float32 logits; not measured
+_SUMMED_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # at once, widened to float64 on a CPU; not measured
 
 Scores = dict[str, torch.Tensor]  # by kind of unit, the change of the loss when each is removed, float64 [window, unit]
 
@@ -133,7 +134,10 @@ def require_inputs(model: StreamedModel, store: LossStore, placement: Placement,
         torch.inference_mode(),
         model.hidden_states(placement.hidden_place, len(own), tokens.shape[1], run.path) as hidden,
     ):
-        batches = LayerPass(model, placement, tokens[own.start : own.stop], [hidden], windows=own)
+        reductions = run.batch_reductions("collect")
+        batches = LayerPass(
+            model, placement, tokens[own.start : own.stop], [hidden], reductions=reductions, windows=own
+        )
         for i, weights in batches.layers(stage):
             keep_inputs(batches, store, i)
             batches.run_all(i, weights)
@@ -237,10 +241,20 @@ class _Read:
 
     def changes(self, mean: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Sums of (x - mean) g over a window's tokens and a unit's channels, float64 `[window, unit]`."""
-        terms = (self.inputs.detach().float() - mean) * gradient.float()
-        windows = terms if terms.ndim == 3 else terms.split(self.counts)
-        sums = torch.stack([tokens.sum(dim=0, dtype=torch.float64) for tokens in windows])
+        inputs, gradients = (
+            values if values.ndim == 3 else values.split(self.counts) for values in (self.inputs.detach(), gradient)
+        )
+        sums = torch.stack([_summed(x, g, mean) for x, g in zip(inputs, gradients, strict=True)])
         return sums.unflatten(-1, (self.part.units, -1)).sum(dim=-1)
+
+
+def _summed(inputs: torch.Tensor, gradient: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Sums of (x - mean) g over the tokens of one window, float64 `[channel]`. inputs, gradient: `[token, channel]`."""
+    rows = max(1, _SUMMED_ELEMENTS[inputs.device.type] // inputs.shape[1])
+    total = torch.zeros(inputs.shape[1], dtype=torch.float64, device=inputs.device)
+    for x, g in zip(inputs.split(rows), gradient.split(rows), strict=True):
+        total += ((x.float() - mean) * g.float()).sum(dim=0, dtype=torch.float64)
+    return total
 
 
 @contextmanager

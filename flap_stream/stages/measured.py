@@ -38,7 +38,8 @@ class Measured:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-            self.peak_host_bytes, self.peak_device_bytes = peak_host_bytes(), peak_device_bytes(self.device)
+            self.peak_host_bytes = peak_host_bytes()
+            self.peak_device_bytes = max(self.peak_device_bytes, peak_device_bytes(self.device))
             give_back_heap()
 
     def of_all(self, ranks: Ranks, bytes_read: int) -> None:

@@ -1,7 +1,8 @@
 """The plan: what is kept in every layer, decided from the run directory only."""
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import numpy as np
 
 from flap_stream.arithmetic.allocation import LayerKeep, allocate, require_minimum
 from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.arithmetic.predicted_loss import PredictedRise, predicted_rise
 from flap_stream.arithmetic.scoring import LayerScores, flap_scores, magnitude_scores, wanda_scores
 from flap_stream.arithmetic.sizes import PrunedSizes, pruned_sizes
-from flap_stream.config import PlanConfig, require_restoration
+from flap_stream.arithmetic.targets import Target
+from flap_stream.config import PlanConfig, RewriteConfig, require_restoration
 from flap_stream.config.rules import FED_ON, options_of
 from flap_stream.config.values import option_name
 from flap_stream.errors import InvalidOption, RunMismatch
+from flap_stream.stages.targets import run_target
 from flap_stream.storage.loss import LossScores, LossStore
 from flap_stream.storage.run_directory import RunDirectory
 
@@ -25,7 +29,8 @@ logger = logging.getLogger(__name__)
 class PlanResult:
     """A plan: what is kept in every layer, and the resulting sizes.
 
-    kv_groups, neurons: of each dense layer.
+    kv_groups, neurons: of each dense layer. target: its name, its limit and what is reached; None with a ratio.
+    predicted: the rise of the loss, for the metric fisher.
     """
 
     run: Path
@@ -34,6 +39,8 @@ class PlanResult:
     kv_groups: list[int] = field(repr=False)
     neurons: list[int] = field(repr=False)
     sizes: PrunedSizes
+    target: dict[str, Any] | None = None
+    predicted: PredictedRise | None = None
 
     @property
     def decoder_ratio(self) -> float:
@@ -65,13 +72,20 @@ def plan(run: str | Path, options: PlanConfig | None = None, **keywords: Any) ->
     """
     options = options_of(PlanConfig, "plan", options, keywords)
     with RunDirectory(Path(run)) as directory:
-        return store_plan(directory, decide(directory, options))
+        decided = store_plan(directory, decide(directory, options))
+        return replace(decided, predicted=predictor(directory)(decided)) if is_by_loss(options) else decided
 
 
-def decide(run: RunDirectory, options: PlanConfig, restore: str | None = None) -> PlanResult:
+def decide(
+    run: RunDirectory,
+    options: PlanConfig,
+    rewrite: RewriteConfig | None = None,
+    read_scores: Callable[[], Sequence[LayerScores]] | None = None,
+) -> PlanResult:
     """The plan that `plan` would store; nothing is stored.
 
-    restore: the restoration whose biases are counted; None is the method's default.
+    rewrite: how the checkpoint will be written, whose added biases and files are counted. read_scores: returns what
+    `unit_scores` does, for several plans that are to read it once.
     """
     _require_fitting_statistics(run, options)
     if options.statistics == "released" and run.manifest.get("window_prefix"):
@@ -80,8 +94,12 @@ def decide(run: RunDirectory, options: PlanConfig, restore: str | None = None) -
         )
     shapes = run.layer_shapes
     require_minimum(shapes, options)
-    keeps = allocate(unit_scores(run, options), shapes, options)
-    restore = require_restoration(options.method, restore)
+    rewrite = rewrite or RewriteConfig()
+    target = run_target(run, options, rewrite)
+    scores = unit_scores(run, options, target) if read_scores is None else read_scores()
+    keeps = allocate(scores, shapes, options, target)
+    restore = require_restoration(options.method, rewrite.restore)
+    counts = [(len(keep.kv_groups), len(keep.neurons)) for keep in keeps]
     return PlanResult(
         run=run.path,
         options=options,
@@ -89,6 +107,7 @@ def decide(run: RunDirectory, options: PlanConfig, restore: str | None = None) -
         kv_groups=[shape.kv_groups for shape in shapes],
         neurons=[shape.neurons for shape in shapes],
         sizes=pruned_sizes(shapes, keeps, run.manifest["parameters"], restore),
+        target=None if target is None else target.record(counts),
     )
 
 
@@ -100,14 +119,34 @@ def store_plan(run: RunDirectory, decided: PlanResult) -> PlanResult:
     return decided
 
 
-def unit_scores(run: RunDirectory, options: PlanConfig) -> list[LayerScores]:
+def is_by_loss(options: PlanConfig) -> bool:
+    """Whether the loss scores decide."""
+    return options.method == "flap" and options.metric == "fisher"
+
+
+def predictor(run: RunDirectory) -> Callable[[PlanResult], PredictedRise]:
+    """A function that returns the rise of the loss that the run's loss scores predict for a plan.
+
+    Raises RunMismatch if the run has none.
+    """
+    loss, tokens = LossStore.of(run), run.manifest["tokens"]["shape"][1]
+    found = [loss.read(i) for i in range(len(run.layer_shapes))]
+    losses = [LayerScores(layer.attention, layer.mlp) for layer in found]
+    return lambda plan: predicted_rise(losses, plan.layers, tokens)
+
+
+def unit_scores(run: RunDirectory, options: PlanConfig, target: Target | None = None) -> list[LayerScores]:
     """The scores of each layer's KV groups and neurons, float64 `[group]`, `[neuron]`; higher is better.
 
+    target: of memory, in whose bytes the metric fisher counts the costs of units.
     Raises CorruptRun if the statistics are incomplete or altered.
     """
-    if options.method == "flap" and options.metric == "fisher":
+    if is_by_loss(options):
         loss = LossStore.of(run)
-        return [loss_scores(loss.read(i), shape) for i, shape in enumerate(run.layer_shapes)]
+        costs = [(shape.group_cost, shape.neuron_cost) for shape in run.layer_shapes]
+        if target is not None and target.name == "target_memory":
+            costs = [(price.group, price.neuron) for price in target.prices]
+        return [loss_scores(loss.read(i), own) for i, own in enumerate(costs)]
     scores = []
     for i, shape in enumerate(run.layer_shapes):
         statistics, channels = run.statistics.read(i), shape.heads_per_group * shape.head_dim
@@ -120,9 +159,12 @@ def unit_scores(run: RunDirectory, options: PlanConfig) -> list[LayerScores]:
     return scores
 
 
-def loss_scores(found: LossScores, shape: LayerShape) -> LayerScores:
-    """F of each unit per weight that is removed with it, float64 `[group]`, `[neuron]`; comparable across layers."""
-    return LayerScores(found.attention / max(shape.group_cost, 1), found.mlp / max(shape.neuron_cost, 1))
+def loss_scores(found: LossScores, costs: tuple[int, int]) -> LayerScores:
+    """F of each unit by its cost, float64 `[group]`, `[neuron]`; comparable across layers.
+
+    costs: weights, or bytes, that are removed with one KV group and with one neuron.
+    """
+    return LayerScores(found.attention / max(costs[0], 1), found.mlp / max(costs[1], 1))
 
 
 def _require_fitting_statistics(run: RunDirectory, options: PlanConfig) -> None:

@@ -73,7 +73,7 @@ def _run_stages(session: Session, out: Path, options: PruneConfig, run: Path, re
         stack.enter_context(session.progress.job([("collect", 1.0), *progress_weights(options)]))
         directory, _ = collect_into(session, run, options, stack, out)
         with session.measured.stage("plan"):
-            ranks.from_first(lambda: store_plan(directory, decide(directory, part_of(options, PlanConfig))))
+            ranks.from_first(lambda: store_plan(directory, decide(directory, part_of(options, PlanConfig), options)))
         committed = directory if ranks.is_first else RunDirectory(run, is_writer=False)  # which has the plan
         rewrite_options = part_of(options, RewriteConfig)
         result = rewrite_from(session, committed, out, rewrite_options, options.snapshot_interval)

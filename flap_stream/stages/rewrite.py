@@ -28,6 +28,7 @@ from flap_stream.stages.job_header import engine_rows, model_row
 from flap_stream.stages.measured import Measured
 from flap_stream.stages.same_source import require_model_of
 from flap_stream.stages.session import Session, opened_model, opened_run
+from flap_stream.stages.targets import run_target
 from flap_stream.storage import places
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.text.tokenization import code_files
@@ -109,8 +110,17 @@ def rewrite_from(
     code = [name for name in code_files(source.directory) if (source.directory / name).is_file()]
     code = code if options.trust_remote_code else []
     with measured.stage("rewrite"):
+        target = run_target(run, plan_options, options)
         pruned = PrunedModel(
-            source, run.layer_shapes, plan_options, keeps, restore, restoration, run.manifest["calibration"], code
+            source,
+            run.layer_shapes,
+            plan_options,
+            keeps,
+            restore,
+            restoration,
+            run.manifest["calibration"],
+            code,
+            None if target is None else target.record([(len(k.kv_groups), len(k.neurons)) for k in keeps]),
         )
         record, measured.bytes_written = write_checkpoint(
             pruned, run, out, options.max_shard_bytes, session.progress, session.ranks

@@ -4,16 +4,18 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from flap_stream.config import PlanConfig, SweepConfig, part_of, require_restoration
+from flap_stream.arithmetic.predicted_loss import PredictedRise
+from flap_stream.config import PlanConfig, RewriteConfig, SweepConfig, part_of, require_restoration
 from flap_stream.config.rules import options_of, warn_of_positions
 from flap_stream.engine.device import release
 from flap_stream.engine.layer_pass import LayerPass
@@ -25,9 +27,10 @@ from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.stages.evaluate import perplexity_of, score_outputs, windows_of
 from flap_stream.stages.job_header import engine_rows, model_row
 from flap_stream.stages.masked_layers import Decision, masked, mending
-from flap_stream.stages.plan import PlanResult, decide
+from flap_stream.stages.plan import PlanResult, decide, predictor, unit_scores
 from flap_stream.stages.same_source import require_model_of
 from flap_stream.storage import files
+from flap_stream.storage.plan import recorded_options
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.run_manifest import tokens_digest
 from flap_stream.storage.schema import finite, matches, natural
@@ -49,6 +52,7 @@ class SweepPoint:
     """The result at one ratio.
 
     decoder_ratio, model_ratio: see `PlanResult`. parameters: those left. perplexity: None if it was not measured.
+    predicted: the rise of the loss; None unless it was asked for.
     """
 
     ratio: float
@@ -56,6 +60,7 @@ class SweepPoint:
     model_ratio: float
     parameters: int
     perplexity: float | None
+    predicted: PredictedRise | None = None
 
     def __repr__(self) -> str:
         """With significant digits only."""
@@ -106,6 +111,8 @@ def sweep(
 ) -> SweepResult:
     """Plan many ratios from the run directory and, with `options.evaluate`, measure the perplexity of each.
 
+    With `options.predict`, predict the rise of the loss from the loss scores, without the model.
+
     The stored plan is not changed. The model is read once if the hidden states of all ratios fit into memory, otherwise
     a few times. Perplexities are stored in the run directory as soon as they are known, so that a repeated call
     resumes.
@@ -117,10 +124,11 @@ def sweep(
     started, progress = time.monotonic(), Progress.of(progress)
     restore = require_restoration(options.method, options.restore)
     with RunDirectory(Path(run)) as directory:
-        plans = [decide(directory, _plan_options(options, ratio), restore) for ratio in options.ratios]
+        plan_at = _planner(directory, options, restore)
+        plans = [plan_at(ratio) for ratio in options.ratios]
         if not options.evaluate:
             points = [_point(plan, None) for plan in plans]
-            return _result(directory, restore, points, started)
+            return _result(directory, restore, _predicted(directory, options, points, plan_at), started)
         place = model or directory.manifest["source"]
         check_text(evaluation_text(options.evaluate, options.samples, options.sequence_length, options), place)
         with open_checkpoint(place) as source, torch.inference_mode(), ExitStack() as opened:
@@ -128,13 +136,13 @@ def sweep(
             streamed = StreamedModel(source, options)
             opened.callback(release, streamed.device)
             progress.header({**model_row(source, len(streamed.layers)), "run directory": str(run)})
-            curve = _Curve(directory, streamed, options, restore, progress)
+            curve = _Curve(directory, streamed, options, restore, progress, plan_at)
             warn_of_positions(source.config, curve.tokens.shape[1])
             curve.measure(plans)
             increase = options.max_perplexity_increase
             limit = None if increase is None else curve.find_limit(increase, options.resolution)
             return replace(
-                _result(directory, restore, curve.seen(), started),
+                _result(directory, restore, _predicted(directory, options, curve.seen(), plan_at), started),
                 dense_perplexity=curve.dense,
                 limit=limit,
                 windows=len(curve.tokens),
@@ -148,7 +156,7 @@ def read_curves(run: RunDirectory) -> list[dict[str, Any]]:
     """The sweeps that a run directory holds, oldest first.
 
     Each has `options` (all of a plan's except the ratio), `restore`, `text` (sources, sha256 and shape of its windows),
-    `dtype`, `device`, `dense_perplexity` and `points` in order of ratio, with the fields of `SweepPoint`.
+    `dtype`, `device`, `dense_perplexity` and `points` in order of ratio, with the measured fields of `SweepPoint`.
     """
     found = [run.sweeps.read(name) for name in run.sweeps.names()]
     return [curve for curve in found if curve is not None and matches(curve, _CURVE)]
@@ -156,6 +164,23 @@ def read_curves(run: RunDirectory) -> list[dict[str, Any]]:
 
 def _plan_options(options: SweepConfig, ratio: float) -> PlanConfig:
     return part_of(options, PlanConfig, ratio=ratio)
+
+
+def _planner(run: RunDirectory, options: SweepConfig, restore: str) -> Callable[[float], PlanResult]:
+    """A function that returns the plan at a ratio; scores are read once."""
+    read = cache(lambda: unit_scores(run, _plan_options(options, options.ratios[0])))
+    rewrite = RewriteConfig(restore=restore)
+    return lambda ratio: decide(run, _plan_options(options, ratio), rewrite, read)
+
+
+def _predicted(
+    run: RunDirectory, options: SweepConfig, points: list[SweepPoint], plan_at: Callable[[float], PlanResult]
+) -> list[SweepPoint]:
+    """The points with the predicted rise of the loss, if that was asked for."""
+    if not options.predict:
+        return points
+    predict = predictor(run)
+    return [replace(point, predicted=predict(plan_at(point.ratio))) for point in points]
 
 
 def _point(plan: PlanResult, perplexity: float | None) -> SweepPoint:
@@ -188,14 +213,19 @@ class _Curve:
     """Perplexities by ratio for one model, text and set of plan options, kept in the run directory."""
 
     def __init__(
-        self, run: RunDirectory, model: StreamedModel, options: SweepConfig, restore: str, progress: Progress
+        self,
+        run: RunDirectory,
+        model: StreamedModel,
+        options: SweepConfig,
+        restore: str,
+        progress: Progress,
+        plan_at: Callable[[float], PlanResult],
     ) -> None:
-        self._run, self._model, self._options, self._progress = run, model, options, progress
-        self._restore = restore
+        self._run, self._model, self._options, self._progress, self._plan_at = run, model, options, progress, plan_at
         self._mend = mending(restore, model, run, options.statistics)
         wanted = evaluation_text(options.evaluate, options.samples, options.sequence_length, options)
         self.tokens = windows_of(wanted, model, options)
-        decides = asdict(_plan_options(options, options.ratios[0]))
+        decides = recorded_options(_plan_options(options, options.ratios[0]))
         del decides["ratio"]
         job: dict[str, Any] = {
             "options": decides,
@@ -249,7 +279,8 @@ class _Curve:
         if plan is None:
             self._body["dense_perplexity"] = perplexity
         else:
-            points = [*self._body["points"], asdict(_point(plan, perplexity))]
+            point = asdict(_point(plan, perplexity))
+            points = [*self._body["points"], {name: point[name] for name in _POINT}]
             self._body["points"] = sorted(points, key=lambda point: point["ratio"])
 
     def find_limit(self, increase: float, resolution: float) -> Limit:
@@ -261,7 +292,7 @@ class _Curve:
         while high is not None and high - low > resolution + _SAME_RATIO:
             middle = round((low + high) / 2, 6)
             try:
-                plan = decide(self._run, _plan_options(self._options, middle), self._restore)
+                plan = self._plan_at(middle)
             except InvalidOption:  # sizes are rounded so coarsely that so small a ratio removes nothing
                 low = middle
                 continue

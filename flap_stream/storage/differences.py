@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from flap_stream.config import TARGETS
 from flap_stream.config.values import option_name, written
 
 _NAMES = {"sources": "calibration", "target": "refit-target"}
@@ -67,11 +68,17 @@ def output_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str
             return f"from the model {names[0]}, not {names[1]}"
         return f"from another model named {names[0]}: its config.json or its tensors differed"
     flat = [
-        {**part["options"], "restore": part["restore"], **part.get("refit", {}), **part.get("calibration", {})}
+        {**_asked(part["options"]), "restore": part["restore"], **part.get("refit", {}), **part.get("calibration", {})}
         for part in (before, now)
     ]
     options = option_differences(*flat)
     return f"with other options: {options}" if options else None
+
+
+def _asked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without a ratio that only came of a target."""
+    has_target = any(options.get(name) is not None for name in TARGETS)
+    return {name: value for name, value in options.items() if name != "ratio" or not has_target}
 
 
 def option_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.errors import RunMismatch
 from flap_stream.storage import arrays, files
+from flap_stream.storage.journal import Journal
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.run_files import KINDS, Committed, layer_name
 from flap_stream.storage.snapshots import SnapshotStore
@@ -58,13 +59,9 @@ class LossStore:
         """Snapshots of the gradient as it passes from the last layer to the first."""
         return SnapshotStore(self.run.files, "hidden-loss", self.job)
 
-    def begin(self, batch_size: int) -> int:
-        """The batch size of the backward pass: the one it was started with, or else this one, which is recorded."""
-        recorded = self.recorded_batch_size()
-        if recorded is None:
-            self.run.journal.append("loss-job", self.job, job=self.job, batch_size=batch_size)
-            return batch_size
-        return recorded
+    def begin(self, batch_size: int) -> None:
+        """Record the batch size of the backward pass, which begins."""
+        self.run.journal.append("loss-job", self.job, job=self.job, batch_size=batch_size)
 
     def recorded_batch_size(self) -> int | None:
         """The batch size that the backward pass was started with; None if it was not started."""
@@ -85,6 +82,12 @@ class LossStore:
     def record_inputs(self, layer: int, digest: str) -> None:
         """Record that a layer's inputs are on the disk."""
         self.run.journal.append(_INPUTS, layer_name(layer), job=self.job, digest=digest)
+
+    @staticmethod
+    def is_swept(run: Path, windows: int, layers: int) -> bool:
+        """Whether a run directory, which need not exist, holds the scores of all layers."""
+        done = {entry["name"] for entry in Journal(run / "journal").of_kind(_SCORES) if entry["job"] == str(windows)}
+        return len(done) == layers
 
     def drop_inputs(self) -> None:
         """Delete the inputs of all layers: all scores are stored."""

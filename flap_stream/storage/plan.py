@@ -10,7 +10,7 @@ import numpy as np
 
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.layer_shape import LayerShape
-from flap_stream.config import PlanConfig
+from flap_stream.config import TARGET_FIELDS, TARGETS, PlanConfig
 from flap_stream.errors import CorruptRun, InvalidOption, RunMismatch
 from flap_stream.storage import files
 from flap_stream.storage.run_files import Committed, RunFiles
@@ -68,7 +68,14 @@ def no_plan(run: Path) -> RunMismatch:
 def _contents(options: PlanConfig, layers: Sequence[LayerKeep]) -> bytes:
     """The bytes of a plan.json."""
     kept = [{"kept_kv_groups": keep.kv_groups.tolist(), "kept_neurons": keep.neurons.tolist()} for keep in layers]
-    return json.dumps({"options": asdict(options), "layers": kept}).encode()
+    return json.dumps({"options": recorded_options(options), "layers": kept}).encode()
+
+
+def recorded_options(options: PlanConfig) -> dict[str, Any]:
+    """The options of a plan as they are recorded: a target only if there is one, and then no ratio."""
+    values = asdict(options)
+    left_out = [name for name in TARGET_FIELDS if values[name] is None] + ([] if options.target is None else ["ratio"])
+    return {name: value for name, value in values.items() if name not in left_out}
 
 
 def _max_bytes(shapes: Sequence[LayerShape]) -> int:
@@ -109,12 +116,17 @@ def _indices(values: list[Any], units: int, what: str) -> np.ndarray:
 
 
 def parse_plan_options(values: dict[str, Any]) -> PlanConfig:
-    """The options of a plan, from the values in a file. Raises ValueError for any value that is not allowed."""
+    """The options of a plan, from the values in a file; a ratio next to a target is what came of it.
+
+    Raises ValueError for any value that is not allowed.
+    """
     for name, kind in get_type_hints(PlanConfig).items():
         value = values.get(name)
         has_type = finite(value) if kind is float else isinstance(value, kind) and not isinstance(value, bool)
         if name in values and not has_type:
             raise ValueError(f"its option {name} is {str(value)[:80]}")
+    if any(values.get(name) is not None for name in TARGETS):
+        values = {name: value for name, value in values.items() if name != "ratio"}
     try:
         return PlanConfig(**values)
     except (TypeError, InvalidOption) as error:  # an unknown option, or a value out of range

@@ -12,6 +12,7 @@ from typing import Any, NotRequired, TypedDict, cast
 import numpy as np
 
 from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.arithmetic.target_prices import ModelSizes
 from flap_stream.config import DTYPES, METHODS
 from flap_stream.errors import CorruptRun, RunMismatch
 from flap_stream.storage import files
@@ -21,6 +22,7 @@ FORMAT, VERSION = "flap-stream-run", 5
 NAME = "run.json"
 # Limits on what is read: all far beyond any known model, none measured.
 _MAX_BYTES = 1 << 26  # of run.json, which has a line for each shard and layer
+_BIAS_HEADER_BYTES = 256  # at most: of the entry of one bias in the header of a weight file
 _MAX_CHANNELS, _MAX_TOKENS, _MAX_THREADS, _MAX_PARAMETERS = 1 << 24, 1 << 31, 1 << 14, 1 << 60
 
 
@@ -32,12 +34,17 @@ class TokensRecord(TypedDict):
 
 
 class SizesRecord(TypedDict):
-    """Sizes of the model that planning needs besides those of its layers."""
+    """Sizes of the model that planning needs besides those of its layers.
+
+    unit_bytes, header_bytes: see `ModelSizes`; older versions did not record them.
+    """
 
     hidden: int
     vocabulary: int
     weight_bytes: int
     expert_share: float
+    unit_bytes: NotRequired[list[list[int]]]
+    header_bytes: NotRequired[list[int]]
 
 
 class Manifest(TypedDict):
@@ -71,7 +78,15 @@ _OPTIONS = {
     "device?": str,
     "batch_size?": within(1, _MAX_TOKENS),
 }
-_SIZES = {"hidden": natural, "vocabulary": natural, "weight_bytes": natural, "expert_share": finite}
+_bytes = within(0, 1 << 50)
+_SIZES = {
+    "hidden": natural,
+    "vocabulary": natural,
+    "weight_bytes": natural,
+    "expert_share": finite,
+    "unit_bytes?": [(_bytes, _bytes)],
+    "header_bytes?": (_bytes, _bytes),
+}
 _MANIFEST = {
     "format": str,
     "model": {"headers?": {str: str}, "shard_bytes?": {str: natural}},
@@ -132,7 +147,8 @@ def _is_possible(manifest: Manifest) -> bool:
     options, (samples, length) = manifest["options"], manifest["tokens"]["shape"]
     has_options = options["method"] == "magnitude-sp" or {"dtype", "batch_size"} <= options.keys()
     shapes = layer_shapes(manifest)
-    has_units = all(map(_is_possible_shape, shapes)) and sum(shape.prunable for shape in shapes) > 0
+    has_units = len(manifest["sizes"].get("unit_bytes", shapes)) == len(shapes)
+    has_units = has_units and all(map(_is_possible_shape, shapes)) and sum(shape.prunable for shape in shapes) > 0
     return has_options and has_units and samples * length <= _MAX_TOKENS
 
 
@@ -154,3 +170,23 @@ def layer_shapes(manifest: Manifest) -> list[LayerShape]:
     names = [field.name for field in fields(LayerShape)]
     layers = [{name: shape[name] for name in names} for shape in manifest["layers"]]
     return [LayerShape(**{**shape, "experts": tuple(shape["experts"])}) for shape in layers]
+
+
+def model_sizes(manifest: Manifest) -> ModelSizes:
+    """Sizes of the dense checkpoint; where an older version did not record them, such that no target is exceeded."""
+    sizes, parameters = manifest["sizes"], manifest["parameters"]
+    weight_bytes, shapes = sizes["weight_bytes"], layer_shapes(manifest)
+    item_bytes = weight_bytes // parameters
+    unit_bytes = sizes.get("unit_bytes") or [
+        [
+            item_bytes * (shape.group_cost + shape.group_biases),
+            item_bytes * (shape.neuron_cost + shape.neuron_biases),
+        ]
+        for shape in shapes
+    ]
+    files_bytes = sum(manifest["model"].get("shard_bytes", {}).values())
+    plain = max(files_bytes - weight_bytes, 0)
+    biases = sum(shape.added_biases for shape in shapes) // max(sizes["hidden"], 1)
+    header_bytes = sizes.get("header_bytes") or [plain, plain + _BIAS_HEADER_BYTES * biases]
+    units = [(group, neuron) for group, neuron in unit_bytes]
+    return ModelSizes(parameters, weight_bytes, units, (header_bytes[0], header_bytes[1]))

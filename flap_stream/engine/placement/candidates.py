@@ -7,15 +7,15 @@ from flap_stream.engine.placement.job import Job
 from flap_stream.engine.placement.prediction import Placement, predict
 
 # Default tokens per batch: enough to keep matrix products efficient with little workspace.
-_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+_BATCH_TOKENS = (1024, 16384)  # on a CPU, on an accelerator
 # With fewer, products wait for weights from memory; better to keep hidden states on disk or give up reading ahead.
-_EFFICIENT_TOKENS = {"cpu": 512, "cuda": 4096}
+_EFFICIENT_TOKENS = (512, 4096)  # on a CPU, on an accelerator
 
 
 def fastest_fitting(
     jobs: Sequence[Job], limits: Limits, batch_size: int | None, prefetch: int | None
 ) -> Placement | None:
-    """The fastest placement of the first job at whose batch size all of them fit."""
+    """The fastest placement of the first job at whose batch size, or a smaller one if it may be, all of them fit."""
     for first in candidates(jobs[0], batch_size, prefetch):
         if first.fits(limits) and all(
             any(placement.fits(limits) for placement in candidates(job, first.batch_size, prefetch)) for job in jobs[1:]
@@ -44,12 +44,12 @@ def candidates(job: Job, batch_size: int | None, prefetch: int | None) -> Iterat
     """Placements from the fastest to the smallest. batch_size, prefetch: requested; None leaves them open."""
     places = ("host", "disk") if job.device == "cpu" else ("device", "host", "disk")
     prefetches = (1, 0) if prefetch is None else (prefetch,)
-    if batch_size is not None:
+    if batch_size is not None and job.keeps_batch_size:
         sizes = [min(batch_size, job.samples)]
     else:
-        wanted = min(job.samples, max(1, _BATCH_TOKENS[job.device] // job.tokens))
+        wanted = min(job.samples, batch_size or max(1, _BATCH_TOKENS[job.device != "cpu"] // job.tokens))
         sizes = [max(1, wanted >> shift) for shift in range(wanted.bit_length())]
-    efficient = [size for size in sizes if size * job.tokens >= _EFFICIENT_TOKENS[job.device]] or sizes[:1]
+    efficient = [size for size in sizes if size * job.tokens >= _EFFICIENT_TOKENS[job.device != "cpu"]] or sizes[:1]
     for group in (efficient, sizes[len(efficient) :]):
         for ahead in prefetches:
             for hidden_place in places:

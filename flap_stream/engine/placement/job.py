@@ -79,6 +79,7 @@ class Job:
 
     layers: the tensors of each layer by relative name. dtype: of the forward. head: None if no logits are wanted.
     refit: None if nothing is refitted. backward: whether gradients flow through the layers.
+    keeps_batch_size: whether a batch size asked for is used or refused; otherwise smaller ones are tried, too.
     ranks: processes that share the windows. local_ranks: the most of them on one machine.
     base_bytes: host memory that the process uses before the job; None is what it uses when the job is placed.
     """
@@ -92,6 +93,7 @@ class Job:
     head: TensorEntry | None = None
     refit: Refit | None = None
     backward: bool = False
+    keeps_batch_size: bool = True
     ranks: int = 1
     local_ranks: int = 1
     base_bytes: int | None = None

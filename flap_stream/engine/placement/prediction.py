@@ -9,7 +9,7 @@ from flap_stream.engine.weight_stream import RING_BLOCK_BYTES, cast_bytes, ring_
 
 # What lazy imports, thread stacks, kernels compiled on first use and freed but unreturned memory add to the buffers.
 # Predictions are checked with tools/memory_grid.py.
-_HOST_SLACK = {"cpu": 36 << 20, "cuda": 40 << 20}
+_HOST_SLACK = (36 << 20, 40 << 20)  # on a CPU, beside an accelerator
 # Most memory that lies idle in the heap, as a share of the activations and of the small tensors: malloc fills a hole
 # even with blocks large enough for a mapping of their own. Chosen with tools/memory_grid.py.
 _HEAP_HOLES = (0.5, 1.5)
@@ -54,7 +54,7 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
         weights += job.refit.readers * job.dtype.itemsize
         if job.head is not None:  # the original and the refitted one, and the last layer
             head = 2 * job.head.nbytes + slab + _HEAD_WORKSPACE
-    slack = _HOST_SLACK[job.device]
+    slack = _HOST_SLACK[job.device != "cpu"]
     base = resident_bytes() if job.base_bytes is None else job.base_bytes
     host_always = base + slack + job.waiting_bytes(batch_size) + job.statistics_bytes
     own_hidden = job.batch_bytes(job.share(batch_size))

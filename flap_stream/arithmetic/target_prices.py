@@ -1,0 +1,98 @@
+"""What the options of a target mean for one model: the price of every unit, in parameters or in bytes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
+from flap_stream.arithmetic.targets import LayerPrices, Target
+from flap_stream.config import RewriteConfig, TargetConfig
+
+_SHARD_BYTES = 48  # at most: of the header of one more shard, without its tensors
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of a dense checkpoint.
+
+    parameters, weight_bytes: of all tensors. unit_bytes: of each layer's KV groups and neurons, biases included.
+    header_bytes: of the headers of weight files, as if there were one file, without and with added biases.
+    """
+
+    parameters: int
+    weight_bytes: int
+    unit_bytes: Sequence[tuple[int, int]]
+    header_bytes: tuple[int, int]
+
+
+def target_of(
+    options: TargetConfig,
+    shapes: Sequence[LayerShape],
+    sizes: ModelSizes,
+    restore: str,
+    max_shard_bytes: int = RewriteConfig.max_shard_bytes,
+) -> Target | None:
+    """The target of some options for a model; None if they have none.
+
+    restore: the restoration whose biases are counted. max_shard_bytes: of the files whose headers are counted.
+    """
+    name = options.target
+    if name is None:
+        return None
+    if name == "target_parameters":
+        prices = [
+            LayerPrices(
+                shape.group_cost + shape.group_biases,
+                shape.neuron_cost + shape.neuron_biases,
+                shape.attention_rest,
+                shape.mlp_rest,
+            )
+            for shape in shapes
+        ]
+        dense, added = sizes.parameters, sum(shape.added_biases for shape in shapes)
+    else:
+        tokens = 0 if name == "target_size" else (options.context or 0) * (options.batch or 1)
+        layers = list(zip(shapes, sizes.unit_bytes, strict=True))
+        prices = [_byte_prices(shape, own, tokens) for shape, own in layers]
+        dense = sizes.weight_bytes + sum(shape.kv_groups * _cache_bytes(shape, own, tokens) for shape, own in layers)
+        added = sum(shape.added_biases * max(_item_bytes(shape, own)) for shape, own in layers)
+    headers = 0
+    if name == "target_size":
+        plain, with_biases = sizes.header_bytes
+        dense += plain
+        headers = (plain if restore == "none" else with_biases) - plain
+        headers += _SHARD_BYTES * _more_shards(sizes.weight_bytes, max_shard_bytes)
+    whole = dense + headers + (0 if restore == "none" else added)
+    bare = whole - sum(_all_units(shape, price) for shape, price in zip(shapes, prices, strict=True))
+    return Target(name, getattr(options, name), dense, bare, prices)
+
+
+def _all_units(shape: LayerShape, price: LayerPrices) -> int:
+    return sum(shape.units(sublayer) * price.unit(sublayer) + price.rest(sublayer) for sublayer in Sublayer)
+
+
+def _byte_prices(shape: LayerShape, unit_bytes: tuple[int, int], tokens: int) -> LayerPrices:
+    """Prices in bytes. tokens: in the KV cache."""
+    attention, mlp = _item_bytes(shape, unit_bytes)
+    return LayerPrices(
+        unit_bytes[0] + _cache_bytes(shape, unit_bytes, tokens),
+        unit_bytes[1],
+        attention * shape.attention_rest,
+        mlp * shape.mlp_rest,
+    )
+
+
+def _cache_bytes(shape: LayerShape, unit_bytes: tuple[int, int], tokens: int) -> int:
+    """Keys and values of one KV group."""
+    return 2 * shape.head_dim * _item_bytes(shape, unit_bytes)[0] * tokens
+
+
+def _item_bytes(shape: LayerShape, unit_bytes: tuple[int, int]) -> tuple[int, int]:
+    """Bytes of one weight of attention and of the MLP; 0 where the layer has none."""
+    elements = (shape.group_cost + shape.group_biases, shape.neuron_cost + shape.neuron_biases)
+    attention, mlp = (nbytes // max(count, 1) for nbytes, count in zip(unit_bytes, elements, strict=True))
+    return attention, mlp
+
+
+def _more_shards(weight_bytes: int, max_shard_bytes: int) -> int:
+    """How many more files than one there can be: any two in a row are larger than the limit."""
+    return 0 if weight_bytes <= max_shard_bytes else 2 * weight_bytes // max_shard_bytes + 1

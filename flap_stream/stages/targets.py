@@ -1,0 +1,62 @@
+"""Targets of a model or a run directory, and the sizes that they are counted in."""
+
+import numpy as np
+
+from flap_stream.arithmetic.allocation import LayerKeep, allocate
+from flap_stream.arithmetic.scoring import LayerScores
+from flap_stream.arithmetic.sizes import pruned_sizes
+from flap_stream.arithmetic.target_prices import ModelSizes, target_of
+from flap_stream.arithmetic.targets import Target
+from flap_stream.config import PlanConfig, PruneConfig, RewriteConfig, part_of, require_restoration
+from flap_stream.engine.streamed_model import StreamedModel
+from flap_stream.model.units import ROWS
+from flap_stream.output.shard_plan import header_bytes
+from flap_stream.storage.run_directory import RunDirectory
+from flap_stream.storage.run_manifest import model_sizes
+
+
+def sizes_of(model: StreamedModel) -> ModelSizes:
+    """Sizes of a dense checkpoint, from the headers of its files."""
+    source = model.checkpoint
+    units = [_unit_bytes(model, i) for i in range(len(model.shapes))]
+    return ModelSizes(source.parameters, source.nbytes, units, header_bytes(source, model.family, model.shapes))
+
+
+def _unit_bytes(model: StreamedModel, index: int) -> tuple[int, int]:
+    """Bytes of one KV group and of one neuron of a layer."""
+    shape, entries = model.shapes[index], model.layer_entries[index]
+    total = {kind.name: 0 for kind in model.family.kinds}
+    for part in model.family.parts(shape):
+        for projection in part.kind.projections:
+            for name in ("weight", "bias") if projection.axis == ROWS else ("weight",):
+                entry = entries.get(f"{projection.name}.{name}")
+                total[part.kind.name] += 0 if entry is None else entry.nbytes
+    group, neuron = (nbytes // max(shape.units(kind), 1) for kind, nbytes in total.items())
+    return group, neuron
+
+
+def run_target(run: RunDirectory, options: PlanConfig, rewrite: RewriteConfig) -> Target | None:
+    """The target of a plan, with the biases that a rewrite adds; None if it has none."""
+    restore = require_restoration(options.method, rewrite.restore)
+    return target_of(options, run.layer_shapes, model_sizes(run.manifest), restore, rewrite.max_shard_bytes)
+
+
+def rehearse(model: StreamedModel, options: PruneConfig) -> list[LayerKeep]:
+    """A decision of the sizes that the real one will have, or nearly, before there are scores.
+
+    Raises InvalidOption if the options cannot be met whatever the scores.
+    """
+    target, shapes = None, model.shapes
+    if options.target is not None:
+        restore = require_restoration(options.method, options.restore)
+        target = target_of(options, shapes, sizes_of(model), restore, options.max_shard_bytes)
+    nothing = [LayerScores(np.zeros(shape.kv_groups), np.zeros(shape.neurons)) for shape in shapes]
+    return allocate(nothing, shapes, part_of(options, PlanConfig), target)
+
+
+def expected_ratio(model: StreamedModel, options: PruneConfig) -> float:
+    """About the share of the prunable weights that will be removed. Raises InvalidOption for an unmet target."""
+    if options.target is None:
+        return options.ratio
+    keeps = rehearse(model, options)
+    return pruned_sizes(model.shapes, keeps, model.checkpoint.parameters, "none").decoder_ratio
