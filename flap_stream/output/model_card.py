@@ -81,7 +81,7 @@ def _loading(stock_class: str | None, multimodal: bool) -> str:
         sizes = "Layers differ in size, so the modelling\nfile next to the weights is needed"
         flag, kept = ", trust_remote_code=True", "`pruning.json` lists what was kept, as indices into the dense model."
     else:
-        sizes = f"Smaller layers are padded with zeros; all\nthen have one size, and transformers' {stock_class} loads them"
+        sizes = f"Smaller layers are padded with zeros to\none size, so transformers' {stock_class} loads them"
         flag, kept = "", "What was kept of the dense model:"
     model_class, processor_class, processor = (
         ("AutoModelForImageTextToText", "AutoProcessor", "processor")
