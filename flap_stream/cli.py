@@ -105,7 +105,7 @@ def reported(action: Callable[[], object], goes_on: bool = True) -> int:
     except OSError as error:
         return _tell_failure(_named(error), goes_on)
     except KeyboardInterrupt as error:
-        again = "nothing is lost, run the same command again to continue" if goes_on else "a rerun starts over"
+        again = "run the same command again to continue" if goes_on else "a rerun starts over"
         _tell(error, f"interrupted; {again}", before="\n")
         return interruption.EXIT_CODE
     return 0

@@ -1,5 +1,6 @@
 """Tiny random models of every family, made on the spot: real transformers models in real safetensors files."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,12 @@ def random_tokens(samples: int, length: int, seed: int = 0) -> np.ndarray:
 def save_tokens(path: Path, tokens: np.ndarray) -> str:
     np.save(path, tokens)
     return str(path)
+
+
+def put_bos_before_texts(model: Path) -> None:
+    """Have the demo model's tokenizer, in a copy of the model, put `<s>`, which is 0, before every text."""
+    body = json.loads((model / "tokenizer.json").read_text())
+    sequence = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}
+    body["post_processor"] |= {"single": sequence, "special_tokens": special}
+    (model / "tokenizer.json").write_text(json.dumps(body))

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("cli")
-    save(tiny_model(tiny_config()), place / "model")
-    save_tokens(place / "tokens.npy", random_tokens(6, 16))
-    return place
+def place(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(original, tmp_path_factory.mktemp("cli") / "place")
 
 
 def test_the_public_surface_is_what_it_says() -> None:

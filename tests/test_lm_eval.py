@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import DEMO
+from models import DEMO, put_bos_before_texts
 
 pytestmark = [
     pytest.mark.slow,
@@ -108,11 +108,7 @@ def with_bos(pruned_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The pruned model with a tokenizer that puts `<s>`, which is 0, before a text."""
     place = tmp_path_factory.mktemp("bos") / "model"
     shutil.copytree(pruned_demo, place)
-    body = json.loads((place / "tokenizer.json").read_text())
-    sequence = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    special = {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}
-    body["post_processor"] |= {"single": sequence, "special_tokens": special}
-    (place / "tokenizer.json").write_text(json.dumps(body))
+    put_bos_before_texts(place)
     return place
 
 

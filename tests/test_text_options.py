@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from huggingface_hub import constants
-from models import DEMO
+from models import DEMO, put_bos_before_texts
 
 import flap_stream
 import flap_stream.storage.run_directory
@@ -33,11 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model with a tokenizer that puts `<s>`, which is 0, before a text."""
     place = tmp_path_factory.mktemp("bos") / "model"
     shutil.copytree(DEMO / "model", place)
-    body = json.loads((place / "tokenizer.json").read_text())
-    sequence = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    special = {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}
-    body["post_processor"] |= {"single": sequence, "special_tokens": special}
-    (place / "tokenizer.json").write_text(json.dumps(body))
+    put_bos_before_texts(place)
     return place
 
 

@@ -58,9 +58,9 @@ def add_engine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help="dtype of the forward pass (default: auto, the model's)",
     )
     group.add_argument(
-        "--host-memory", metavar="SIZE", help="most host memory to use, such as 8GiB (default: what is free)"
+        "--host-memory", metavar="SIZE", help="host memory to stay within, such as 8GiB (default: what is free)"
     )
-    group.add_argument("--device-memory", metavar="SIZE", help="most GPU memory to use (default: what is free)")
+    group.add_argument("--device-memory", metavar="SIZE", help="GPU memory to stay within (default: what is free)")
     group.add_argument(
         "--batch-size",
         type=batch_size,
@@ -267,7 +267,7 @@ def add_rewrite(parser: argparse.ArgumentParser) -> None:
         "--refit-target",
         default=config.RewriteConfig.refit_target,
         choices=config.REFIT_TARGETS,
-        help="what least-squares fits; each is better and slower than the one before (default: %(default)s)",
+        help="what least-squares fits; each takes longer than the one before (default: %(default)s)",
     )
     group.add_argument(
         "--max-shard-size",

@@ -22,8 +22,8 @@ def whole_number(text: str) -> int:
 class Parser(argparse.ArgumentParser):
     """The parser of the whole command line or of one verb.
 
-    An option that takes several values leaves to the positional arguments what they need, so that
-    `prune --calibration text.txt MODEL OUT` is `prune MODEL OUT --calibration text.txt`.
+    An option that takes several values leaves enough of them for the positional arguments:
+    `prune --calibration text.txt MODEL OUT` means `prune MODEL OUT --calibration text.txt`.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:

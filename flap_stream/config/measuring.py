@@ -109,7 +109,7 @@ class BenchInferenceConfig(Options):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ExportStockConfig(Options):
-    """A checkpoint that needs no code of its own.
+    """A checkpoint that loads without remote code.
 
     pad: pad layers with zeros to the size of the widest; without it, layers of different sizes are refused.
     max_shard_bytes: as in `RewriteConfig`.

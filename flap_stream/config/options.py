@@ -61,7 +61,7 @@ class Options:
 
 def changed_options(options: Any) -> dict[str, Any]:
     """Fields of a config that are not as they are by default, with their values."""
-    default = type(options)()  # whose fields hold what None stands for
+    default = type(options)()  # its fields have the values that None stands for
     names = [field.name for field in fields(options)]
     return {name: getattr(options, name) for name in names if getattr(options, name) != getattr(default, name)}
 

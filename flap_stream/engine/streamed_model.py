@@ -124,9 +124,8 @@ class StreamedModel:
         head: with logits at the end. refit: while refitting. backward: with gradients.
         """
         return Job(
-            skeleton=Skeleton(
-                self.checkpoint.config, self.checkpoint.source
-            ),  # a second one, since predictions leave traces in it
+            # a second one, since predictions leave traces in it
+            skeleton=Skeleton(self.checkpoint.config, self.checkpoint.source),
             layers=self.layer_entries,
             dtype=self.dtype,
             device=self.device.type,

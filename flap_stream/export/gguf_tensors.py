@@ -100,7 +100,7 @@ def gguf_tensors(model: StreamedModel, architecture: str, matrix_type: GGMLQuant
 
 
 def _factors(model: StreamedModel) -> dict[str, float]:
-    """Factors that make up for scalings which Llama's layers do not have: name of a tensor in the file to factor.
+    """Factors for scalings that Llama's layers do not have: name of a tensor in the file to factor.
 
     Granite scales embeddings, residual additions, attention scores and logits; a rotary embedding may scale what it
     rotates.

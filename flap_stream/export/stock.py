@@ -1,7 +1,7 @@
 """A pruned checkpoint that loads without remote code: layers of one size, in one of transformers' own classes.
 
-It is the first of the candidates below that has a tensor for each one of the checkpoint; the only tensors it may have
-besides are biases, which are then zero.
+The first of the candidates below that has room for every tensor of the checkpoint is used. Any other tensors that it
+has must be biases, which are set to zero.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Describing an unpruned model, from its config and headers, to a user who takes it for a result."""
+"""Describes an unpruned model, from its config and headers, to a user who mistakes it for a result."""
 
 from dataclasses import dataclass
 from pathlib import Path

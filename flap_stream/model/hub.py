@@ -11,7 +11,7 @@ from flap_stream.model.model_files import CONFIG_NAME, is_carried, require_model
 
 logger = logging.getLogger(__name__)
 
-# From a directory with all small files, and the names of all files of the repository: those needed besides.
+# Given the directory with all small files and the names of all files of the repository: which others are needed.
 Choose = Callable[[Path, Sequence[str]], Sequence[str]]
 
 

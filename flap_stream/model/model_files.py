@@ -22,7 +22,7 @@ _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _MAX_NAME_BYTES = 255
 _CARRIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 _CARRIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-# Of other formats, of a training run, or written anew.
+# Files of other formats or of a training run, and those that are written anew.
 _LEFT_BEHIND = re.compile(
     r"config\.json|README\.md|pruning\.json|params\.json|model_index\.json|adapter_config\.json|trainer_state\.json"
     r"|(all|train|eval|test|predict)_results\.json|.*\.index(\..+)?\.json"

@@ -53,7 +53,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     """Read and check config.json, the index and all shard headers of a directory or a Hub id.
 
     Where a family's dense checkpoints and its pruned class name tensors differently, the latter's names are used. A
-    head in spite of `tie_word_embeddings` is settled as transformers does (see tying.py), and the config corrected.
+    head that exists despite `tie_word_embeddings` is handled as in transformers (see tying.py).
     Raises InvalidModel if there is no such model or no safetensors in it, CorruptCheckpoint for a shard that is
     missing, truncated or whose header is inconsistent.
     """

@@ -78,10 +78,10 @@ def _options_sentence(record: dict[str, Any]) -> str:
 def _loading(stock_class: str | None, multimodal: bool) -> str:
     """How the checkpoint is loaded, up to the heading of the table of layers."""
     if stock_class is None:
-        sizes = "Every layer has its own size, so the\nmodelling file beside the weights is needed"
+        sizes = "Layers differ in size, so the modelling\nfile next to the weights is needed"
         flag, kept = ", trust_remote_code=True", "`pruning.json` lists what was kept, as indices into the dense model."
     else:
-        sizes = f"Zeros fill up smaller layers, so that all\nhave one size and transformers' {stock_class} loads them"
+        sizes = f"Smaller layers are padded with zeros to\none size, so transformers' {stock_class} loads them"
         flag, kept = "", "What was kept of the dense model:"
     model_class, processor_class, processor = (
         ("AutoModelForImageTextToText", "AutoProcessor", "processor")

@@ -81,7 +81,7 @@ class Facts:
 
     @property
     def has_plan(self) -> bool:
-        """Whether it is decided what each layer keeps."""
+        """Whether a plan says what each layer keeps."""
         return bool(self.kv_groups) and self.kv_groups[0].kept is not None
 
     @property

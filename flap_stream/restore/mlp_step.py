@@ -101,7 +101,7 @@ class MlpStep:
         self._search = ConjugateGradients(moments.kept, moments.cross.T, effects, self._refit.tokens)
 
     def _advance(self, direction: torch.Tensor, squares: torch.Tensor) -> None:
-        """Move along a direction `[row, hidden]` as far as is best. squares: as of `_pulled`."""
+        """Move to the minimum along a direction `[row, hidden]`. squares: see `_pulled`."""
         sums, _ = self._pulled(self._changes(direction), squares)
         self._model.ranks.from_first(lambda: self._searched().advance(sums.finish(about_mean=False).cross.T))
 
@@ -161,19 +161,19 @@ class MlpStep:
         return sum(self._model.ranks.gathered(float(total)))
 
     def _errors(self, windows: range | None = None) -> Iterator[torch.Tensor]:
-        """What the MLP's output lacks of its target, `[token, hidden]`, for each batch of these windows in order."""
+        """The target minus the MLP's output, `[token, hidden]`, for each batch of these windows in order."""
         targets = self._refit.targets(windows)
         for start, output in self._run(windows):
             wanted = self._sublayer.residual(targets, start, output).flatten(0, 1)
             yield wanted - functional.linear(self._mlp.outputs, self._down, self._bias)
 
     def _changes(self, direction: torch.Tensor) -> Iterator[torch.Tensor]:
-        """By how much the output changes with a direction `[row, hidden]`: `[token, hidden]`, batch by batch."""
+        """The change of the output along a direction `[row, hidden]`: `[token, hidden]`, batch by batch."""
         for _ in self._run():
             yield self._mlp.pushed(direction, self._down)
 
     def _run(self, windows: range | None = None) -> Iterator[Batch]:
-        """Run the layer with the linearised MLP in the place of its own, which outputs zeros."""
+        """Run the layer with the linearised MLP, which outputs zeros, in place of its own."""
         stand_ins = {self._sublayer.part.kind.module: self._mlp}
         return self._sublayer.forward(self._refit.hidden, stand_ins, keep_output=False, windows=windows)
 

@@ -34,7 +34,7 @@ class OutputProjection:
 
     @classmethod
     def of(cls, sublayer: PrunedSublayer) -> "OutputProjection | None":
-        """That of a sublayer; None if an earlier pruning removed its weight."""
+        """The output projection of a sublayer; None if an earlier pruning removed its weight."""
         model, part = sublayer.refit.model, sublayer.part
         weight = sublayer.weights.get(f"{part.kind.output.name}.weight")
         if weight is None:
@@ -78,7 +78,7 @@ class OutputProjection:
                 sums.add(inputs.flatten(0, 1))
 
     def hand_on(self, refitted: Mapping[str, torch.Tensor], cache: HiddenStates) -> None:
-        """Advance the hidden states by what the refitted projection makes of the cached inputs."""
+        """Advance the hidden states by the refitted projection's outputs for the cached inputs."""
         refit, part = self.sublayer.refit, self.sublayer.part
         model = refit.model
         tensors = {key.rpartition(".")[2]: tensor.to(model.device, model.dtype) for key, tensor in refitted.items()}

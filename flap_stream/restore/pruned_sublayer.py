@@ -34,7 +34,7 @@ class PrunedSublayer:
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """The sublayer's name in messages."""
         return f"{self.part.kind.module} in layer {self.index}"
 
     def kept_rows(self) -> dict[str, torch.Tensor]:

@@ -51,7 +51,7 @@ class RefitPass:
 
     @contextmanager
     def runs_counted_as(self, count: int) -> Iterator[None]:
-        """Count the runs of the layer inside as `count`, however many there are."""
+        """Count the runs of the layer in this block as `count`, however many there are."""
         layer, run = self.batches.step
         yield
         self.batches.step = (layer, run + count)
@@ -66,7 +66,7 @@ class RefitPass:
         return MomentSums(kept, squares, self.tokens, self.block_tokens, self.model.dtype, self.model.device)
 
     def collected(self, sums: MomentSums) -> MomentSums:
-        """The sums, on rank 0 over the windows of all ranks; what the others hold is then of no use."""
+        """The sums over the windows of all ranks, on rank 0; those of the other ranks are then undefined."""
         for part in sums.parts():
             self.model.ranks.sum_on_first(part)
         return sums

@@ -29,7 +29,7 @@ class Captures(nn.Module):
 
 
 class Supplies(StandIn):
-    """Stands in for attention or an MLP: outputs what the refitted projection makes of inputs captured earlier.
+    """Stands in for attention or an MLP: outputs the refitted projection of inputs captured earlier.
 
     weight: `[hidden, kept]`, or None for zeros. bias: `[hidden]` or None. inputs: called with the first window of a
     batch and their number; returns the projection's inputs, `[sample, token, kept]`. read: the last hidden states that
@@ -69,7 +69,7 @@ class _Preset(nn.Module):
 
 
 class LinearisedMlp(nn.Module):
-    """Stands in for an MLP of which some neurons are left: keeps what a step needs, outputs zeros.
+    """Stands in for a pruned MLP: keeps what a step needs, outputs zeros.
 
     mlp: the module of transformers. kind: its units.
 

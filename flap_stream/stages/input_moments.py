@@ -11,7 +11,7 @@ from flap_stream.arithmetic.moments import Moments, joined_channels, window_mome
 from flap_stream.engine.ranks import Ranks
 from flap_stream.engine.streamed_model import StreamedModel
 
-# Channels of a rank are a multiple of this, lest numpy sum very few in another order; the number is not measured.
+# Channels of a rank are a multiple of this, since numpy may sum very few in another order; not measured.
 _CHANNEL_BLOCK = 16
 # Means and m2s of a batch's windows, float32 [sample, channel], and the number of tokens in each window.
 _Windows = tuple[torch.Tensor, torch.Tensor, int]

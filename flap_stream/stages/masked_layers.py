@@ -1,6 +1,6 @@
 """A pruned decoder layer emulated by the dense one: removed channels are masked with zeros, biases compensate for them.
 
-So a layer that is read once serves any number of plans; outputs equal those of the written checkpoint up to rounding.
+A layer is then read once for any number of plans. Outputs equal those of the written checkpoint up to rounding.
 """
 
 from collections.abc import Callable, Iterator, Mapping

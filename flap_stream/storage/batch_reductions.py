@@ -1,4 +1,4 @@
-"""Where a stage ran out of memory and went on with smaller batches, so that a resumed run computes the same bits."""
+"""Where a stage ran out of memory and continued with smaller batches, which a resumed run repeats for the same bits."""
 
 import sys
 from dataclasses import dataclass

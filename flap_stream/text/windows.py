@@ -42,8 +42,8 @@ class TextWanted:
     """A text to cut into windows of `length` tokens.
 
     sources: names from `DATASETS`, files and directories, or a single .npy file of token ids, whose own shape counts
-    and of which the first `samples` rows are used. samples: number of windows; None is all. evaluation: else
-    calibration.
+    and of which the first `samples` rows are used. samples: number of windows; None is all. evaluation: whether
+    it is for evaluation rather than calibration.
     """
 
     sources: Sequence[str]

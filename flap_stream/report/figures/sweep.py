@@ -43,7 +43,7 @@ def curves_by_text(facts: Facts) -> list[list[Curve]]:
 
 
 def curve_name(curve: Curve) -> str:
-    """What tells a curve from others: method, options that are not at their default, and restoration."""
+    """What distinguishes a curve from the others: method, options that are not at their default, and restoration."""
     options, method = curve["options"], str(curve["options"].get("method"))
     default = asdict(PlanConfig(method=method, statistics=options.get("statistics", PlanConfig.statistics)))
     default["statistics"] = PlanConfig.statistics
@@ -121,7 +121,7 @@ def _draw_dense(ax: Any, dense: float, palette: Palette) -> None:
 
 
 def _draw_curve(ax: Any, curves: Sequence[Curve], number: int, palette: Palette) -> _End:
-    """Draw one of the curves in a style of its own; the first one has its values written next to its points."""
+    """Draw one of the curves in its own style; the first one has its values written next to its points."""
     curve = curves[number]
     at = [0.0, *(100 * point["decoder_ratio"] for point in curve["points"])]
     values = [curves[0]["dense_perplexity"], *(point["perplexity"] for point in curve["points"])]
