@@ -13,7 +13,7 @@ from flap_stream.arithmetic.allocation import allocate, require_minimum
 from flap_stream.arithmetic.scoring import LayerScores
 from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, changed_options, part_of
 from flap_stream.config.rules import FED_ON, options_of, warn_of_positions
-from flap_stream.engine.device import cpu_threads, release
+from flap_stream.engine.device import cpu_threads, in_use
 from flap_stream.engine.membership import joined
 from flap_stream.engine.memory import give_back_heap
 from flap_stream.engine.placement.prediction import Placement
@@ -76,8 +76,9 @@ def collect_into(
     out: where a whole job will write its output; its free space is checked first.
     """
     source, ranks, progress, measured = session.source, session.ranks, session.progress, session.measured
-    with measured.stage("collect"):
+    with measured.stage("collect"), ExitStack() as using:
         model = StreamedModel(source, options, ranks)
+        using.enter_context(in_use(model.device))
         measured.device = str(model.device)
         if isinstance(options, PruneConfig):
             _require_possible(model, options)
@@ -100,7 +101,6 @@ def collect_into(
             collect_statistics(model, directory, options, placement, progress, loss)
             if loss is not None:
                 _sweep_loss(model, loss, options, placement, progress)
-        release(model.device)
     measured.of_all(ranks, source.bytes_read)
     return directory, CollectResult(run, len(model.shapes), samples, length, measured)
 

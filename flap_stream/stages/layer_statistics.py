@@ -136,8 +136,7 @@ class _Collection:
         """Run a layer; return the statistics of what its output projections read, over the windows of all ranks."""
         model = self.batches.model
         with input_moments(model, index, weights) as merger:
-            for _ in self.batches.run(index, weights, keep_output=not self.hands_on_pruned):
-                merger.take_batch()
+            self.batches.run_all(index, weights, keep_output=not self.hands_on_pruned, after_batch=merger.take_batch)
         moments = merger.finish()
         _require_same_on_all_machines(model, index)
         return _layer_statistics(model, index, weights, moments)

@@ -15,7 +15,7 @@ import torch
 
 from flap_stream.config import PlanConfig, SweepConfig, part_of, require_restoration
 from flap_stream.config.rules import options_of, warn_of_positions
-from flap_stream.engine.device import release
+from flap_stream.engine.device import in_use
 from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import StreamedModel
@@ -127,7 +127,7 @@ def sweep(
         with open_checkpoint(place) as source, torch.inference_mode(), ExitStack() as opened:
             require_model_of(directory, source)
             streamed = StreamedModel(source, options)
-            opened.callback(release, streamed.device)
+            opened.enter_context(in_use(streamed.device))
             progress.header({**model_row(source, len(streamed.layers)), "run directory": str(run)})
             curve = _Curve(directory, streamed, options, restore, progress)
             warn_of_positions(source.config, curve.tokens.shape[1])
@@ -313,8 +313,7 @@ def perplexities(
         for i, weights in batches.layers(stage):
             for decision, windows in zip(decisions, shares, strict=True):
                 with masked(model, i, weights, decision) as own:
-                    for _ in batches.run(i, own, windows=windows):
-                        pass
+                    batches.run_all(i, own, windows=windows)
             hidden.advance()
         logits_of = model.head()
         scores = (score_outputs(model, logits_of, hidden.stream(batch, w), tokens)[0] for w in shares)
