@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import flap_stream
 from flap_stream.config import CollectConfig, PlanConfig
+from flap_stream.errors import NonFinite
 from flap_stream.storage.loss import KINDS, LossStore
 from flap_stream.storage.run_directory import RunDirectory
 
@@ -88,23 +89,50 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
+def collected(model: Any, place: Path, batch_size: int = 2) -> dict[Key, np.ndarray]:
+    """The scores of a model, saved and collected at a place."""
+    path, text = save(model, place / "model"), save_tokens(place / "tokens.npy", TOKENS)
+    options = CollectConfig(calibration=(text,), batch_size=batch_size, loss_windows=WINDOWS)
+    flap_stream.collect(path, place / "run", options)
+    with RunDirectory(place / "run") as run:
+        store = LossStore.of(run)
+        return {(i, kind): getattr(store.read(i), kind) for i in range(len(run.layer_shapes)) for kind in KINDS}
+
+
 @pytest.mark.parametrize(
     ("family", "batch_size"), [("llama", 1), ("qwen3", 2), ("gemma2", 3), ("mixtral", 4), ("llama", 5)]
 )
 def test_scores_are_those_of_autograd_through_the_whole_model(tmp_path: Path, family: str, batch_size: int) -> None:
     model = tiny_model(tiny_config(family))
-    path, text = save(model, tmp_path / "model"), save_tokens(tmp_path / "tokens.npy", TOKENS)
-    options = CollectConfig(calibration=(text,), batch_size=batch_size, loss_windows=WINDOWS)
-    flap_stream.collect(path, tmp_path / "run", options)
+    found = collected(model, tmp_path, batch_size)
     with RunDirectory(tmp_path / "run") as run:
-        store = LossStore.of(run)
-        found = {(i, kind): getattr(store.read(i), kind) for i in range(len(run.layer_shapes)) for kind in KINDS}
         single, double = (scores_in_memory(model, run, dtype) for dtype in (torch.float32, torch.float64))
     assert found.keys() == single.keys()
     for key, scores in found.items():
         assert difference(scores, single[key]) < 1e-6
         # what float32 loses by itself, whoever runs the model, is up to 3e-6 here
         assert difference(scores, double[key]) < max(1e-6, 2 * difference(single[key], double[key]))
+
+
+@pytest.mark.parametrize("scale", [2.0**-10, 256.0], ids=["tiny", "large"])
+def test_gradients_in_half_precision_neither_vanish_nor_overflow(tmp_path: Path, scale: float) -> None:
+    model = tiny_model(tiny_config(layers=2, vocab_size=1000))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(scale)  # so are the gradients, and a large one's losses
+    found = collected(model.half(), tmp_path)
+    with RunDirectory(tmp_path / "run") as run:
+        expected = scores_in_memory(model, run, torch.float32)
+    for key, scores in found.items():
+        assert difference(scores, expected[key]) < 0.02  # half precision keeps three digits
+
+
+def test_a_gradient_that_overflows_is_said_with_its_layer(tmp_path: Path) -> None:
+    model = tiny_model(tiny_config(layers=2))
+    with torch.no_grad():  # the forward does not see how small the hidden states are that layer 0 normalises
+        model.model.embed_tokens.weight.mul_(1e-4)
+        model.model.layers[0].input_layernorm.weight.fill_(1000)
+    with pytest.raises(NonFinite, match=r"input of layer 0 holds NaN or infinity; try --dtype float32"):
+        collected(model.half(), tmp_path)
 
 
 def test_statistics_that_are_complete_get_scores_later_and_a_plan_by_the_loss_keeps_the_ratio(tmp_path: Path) -> None:

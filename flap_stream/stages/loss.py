@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
+from flap_stream.engine.finite import all_finite
 from flap_stream.engine.hidden_states import Feed, HiddenStates
 from flap_stream.engine.layer_pass import LayerPass, StandIns
+from flap_stream.engine.placement.job import LOSS_LOGIT_BYTES
 from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import NonFinite
@@ -27,7 +28,6 @@ from flap_stream.storage.loss import LossScores, LossStore
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.run_files import KINDS
 
-_LOGIT_BYTES = 1 << 26  # of a chunk of float32 logits; not measured
 _SUMMED_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # at once, widened to float64 on a CPU; not measured
 
 Scores = dict[str, torch.Tensor]  # by kind of unit, the change of the loss when each is removed, float64 [window, unit]
@@ -59,7 +59,13 @@ class BackwardPass(LayerPass):
             tokens = torch.from_numpy(self.tokens[start : start + len(hidden)]).to(self.model.device)
             # one by one, so that the result does not depend on the batch size
             gradients = [gradient_of(*pair) for pair in zip(hidden, tokens, strict=True)]
-            self.hidden[0].put(start, torch.stack(gradients))
+            found = torch.stack(gradients)
+            if not all_finite([found])[0]:
+                raise NonFinite(
+                    "the gradient of the loss with respect to the last layer's output holds NaN or infinity; try "
+                    f"--dtype float32 (it ran in {self.model.dtype})"
+                )
+            self.hidden[0].put(start, found)
         self.hidden[0].advance()
 
     def scores(self, index: int, weights: Mapping[str, torch.Tensor]) -> Scores:
@@ -87,7 +93,7 @@ class BackwardPass(LayerPass):
         with torch.enable_grad(), _captured(self.model, index) as reads:
             output = self.model.run_batch(index, weights, hidden, modules)
             below, *gradients = torch.autograd.grad(output, [hidden, *(read.inputs for read in reads)], gradient)
-        if not torch.isfinite(below).all():
+        if not all_finite([below])[0]:
             raise NonFinite(
                 f"the gradient of the loss with respect to the input of layer {index} holds NaN or infinity; try "
                 f"--dtype float32 (it ran in {self.model.dtype})"
@@ -209,23 +215,36 @@ def loss_gradient(model: StreamedModel) -> Callable[[torch.Tensor, torch.Tensor]
     `[token, hidden]`. The loss is the sum of the negative log-likelihoods of all tokens but the first.
     """
     norm, head_weight = model.final_norm(), model.head_weight()
-    chunk = max(1, _LOGIT_BYTES // (4 * model.vocab_size))
+    chunk = max(1, LOSS_LOGIT_BYTES // (4 * model.vocab_size))
+
+    def of_logits(normed: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+        part = normed.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = model.skeleton.logits(head_weight, part)
+        slopes = torch.softmax(logits.detach().float(), dim=-1)
+        slopes[torch.arange(len(following), device=slopes.device), following] -= 1
+        return _propagated(slopes, logits, part)
 
     def gradient_of(hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():
             normed = norm(leaf)
-            gradient = torch.zeros_like(normed)
-            for start in range(0, len(tokens) - 1, chunk):
-                stop = min(start + chunk, len(tokens) - 1)
-                part = normed[start:stop].detach().requires_grad_()
-                logits = model.skeleton.logits(head_weight, part).float()
-                loss = functional.cross_entropy(logits, tokens[start + 1 : stop + 1], reduction="sum")
-                (gradient[start:stop],) = torch.autograd.grad(loss, part)
-            (found,) = torch.autograd.grad(normed, leaf, gradient)
-        return found.float()
+        parts = [of_logits(*pair) for pair in zip(normed[:-1].split(chunk), tokens[1:].split(chunk), strict=True)]
+        return _propagated(torch.cat([*parts, torch.zeros_like(normed[:1], dtype=torch.float32)]), normed, leaf)
 
     return gradient_of
+
+
+def _propagated(gradient: torch.Tensor, output: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    """The gradient with respect to a leaf, from that with respect to an output; both float32.
+
+    gradient: is overwritten. In between it is scaled by a power of two, so that half precision neither overflows nor
+    vanishes.
+    """
+    ends = torch.stack(gradient.aminmax()).abs().amax()
+    shift = torch.frexp(ends).exponent
+    (found,) = torch.autograd.grad(output, leaf, gradient.ldexp_(-shift).to(output.dtype))
+    return torch.ldexp(found.float(), shift)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ from flap_stream.engine.ranks import window_shares
 from flap_stream.model.safetensors_format import TensorEntry
 from flap_stream.model.skeleton import Skeleton
 
+LOSS_LOGIT_BYTES = 1 << 25  # of a chunk of float32 logits that are differentiated; not measured
+_HEAD_WORKSPACE = 224 << 20  # a chunk of logits in float32, held twice, or a block of rows of a refitted head
+
 # Bytes per channel: seven float64 figures, those of the moments held once and all of them up to twice more.
 _STATISTIC_BYTES = 19 * 8
 
@@ -143,6 +146,18 @@ class Job:
         of = [workspace_bytes(*sizes, item, self.refit.has_dense, on_cpu) for sizes in self.refit.projections]
         of += [step_workspace_bytes(*sizes, tokens, item, on_cpu) for sizes in self.refit.steps]
         return max(adding for adding, _ in of), max(solving for _, solving in of)
+
+    def head_bytes(self, batch_size: int) -> int:
+        """Most bytes that the head and what it computes take at once, while no layer is in memory."""
+        if self.head is None:
+            return 0
+        if not self.backward:
+            return self.head.nbytes + _HEAD_WORKSPACE
+        vocabulary = self.head.shape[0]
+        logits = min(self.tokens, max(1, LOSS_LOGIT_BYTES // (4 * vocabulary))) * vocabulary
+        # Logits and their gradient in both dtypes, log-probabilities and theirs; a CPU copies the head for a product.
+        chunk = (16 + 2 * self.dtype.itemsize) * logits + (self.head.nbytes if self.device == "cpu" else 0)
+        return self.head.nbytes + chunk + 2 * self.batch_bytes(batch_size) + 8 * self.batch_bytes(1)
 
     def workspace(self, batch_size: int) -> tuple[int, int]:
         """Peak bytes alive while one batch runs through any layer: of all tensors, and of small ones only.

@@ -13,7 +13,6 @@ _HOST_SLACK = (36 << 20, 40 << 20)  # on a CPU, beside an accelerator
 # Most memory that lies idle in the heap, as a share of the activations and of the small tensors: malloc fills a hole
 # even with blocks large enough for a mapping of their own. Chosen with tools/memory_grid.py.
 _HEAP_HOLES = (0.5, 1.5)
-_HEAD_WORKSPACE = 224 << 20  # a chunk of logits in float32, held twice, or a block of rows of a refitted head
 _DEVICE_SLACK = 128 << 20  # cuBLAS workspaces and the allocator's rounding; not measured separately
 
 
@@ -47,13 +46,13 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
     slab = max(slab_bytes([entry.nbytes for entry in layer.values()]) for layer in job.layers)
     weights = min(prefetch + 1, len(job.layers)) * slab + max(cast_bytes(e.values(), job.dtype) for e in job.layers)
     batch, (activations, small) = job.batch_bytes(batch_size), job.workspace(batch_size)
-    head = 0 if job.head is None else job.head.nbytes + _HEAD_WORKSPACE
+    head = job.head_bytes(batch_size)
     adding, solving = job.refit_bytes(batch_size)
     workspace = max(activations + adding, solving)
     if job.refit is not None:
         weights += job.refit.readers * job.dtype.itemsize
         if job.head is not None:  # the original and the refitted one, and the last layer
-            head = 2 * job.head.nbytes + slab + _HEAD_WORKSPACE
+            head += job.head.nbytes + slab
     slack = _HOST_SLACK[job.device != "cpu"]
     base = resident_bytes() if job.base_bytes is None else job.base_bytes
     host_always = base + slack + job.waiting_bytes(batch_size) + job.statistics_bytes

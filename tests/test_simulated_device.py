@@ -1,0 +1,280 @@
+"""The path through an accelerator on a simulated one, whose work runs as early or as late as a real one's may.
+
+Results are the CPU's whatever runs when, and mistakes in the order of work are found.
+"""
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from safetensors.torch import load_file
+from simulated_device import POLICIES, Event, simulated
+
+import flap_stream
+from flap_stream.config import CollectConfig, EngineConfig, EvaluateConfig, PlanConfig, RewriteConfig, SweepConfig
+from flap_stream.engine import weight_stream
+from flap_stream.engine.hidden_states import PLACES
+from flap_stream.engine.layer_pass import LayerPass
+from flap_stream.engine.placement import Placement
+from flap_stream.engine.streamed_model import StreamedModel
+from flap_stream.errors import FlapStreamError
+from flap_stream.model.opening import open_checkpoint
+from flap_stream.progress import Stage
+from flap_stream.stages.input_moments import input_moments
+from flap_stream.storage.loss import LossStore
+from flap_stream.storage.run_directory import RunDirectory
+
+TOKENS = random_tokens(9, 16)
+BATCH = 4
+LAYERS = 3
+RING_BLOCK_BYTES = 1 << 15  # a layer's weights take several, so that the ring is reused within it
+Statistics = list[dict[str, np.ndarray]]  # by layer, then by projection
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tiny_model(tiny_config(layers=LAYERS)), tmp_path_factory.mktemp("simulated") / "model")
+
+
+@pytest.fixture(autouse=True)
+def _small_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_stream, "RING_BLOCK_BYTES", RING_BLOCK_BYTES)
+
+
+def measured(model: Path, device: str, place: str = "host", prefetch: int = 1) -> Statistics:
+    """What collection measures, without storing it."""
+    found = []
+    with open_checkpoint(model) as checkpoint, torch.inference_mode():
+        streamed = StreamedModel(checkpoint, EngineConfig(device=device))
+        with streamed.hidden_states(place, *TOKENS.shape) as hidden:
+            batches = LayerPass(streamed, Placement(BATCH, place, prefetch, 0, 0), TOKENS, [hidden])
+            for i, weights in batches.layers(Stage("collect", LAYERS)):
+                with input_moments(streamed, i, weights) as merger:
+                    for _ in batches.run(i, weights):
+                        merger.take_batch()
+                found.append({name: np.stack([m.mean, m.m2]) for name, m in merger.finish().items()})
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> Statistics:
+    return measured(model, "cpu")
+
+
+def differ(found: Statistics, expected: Statistics) -> bool:
+    pairs = [(f[name], e[name]) for f, e in zip(found, expected, strict=True) for name in e]
+    return not all(np.allclose(f, e, rtol=1e-4, atol=1e-6) for f, e in pairs)
+
+
+# --- results ---
+
+
+@pytest.mark.parametrize(("policy", "place"), list(zip(POLICIES, itertools.cycle(PLACES), strict=False)))
+def test_statistics_are_the_cpus_whatever_runs_when(model: Path, expected: Statistics, policy: str, place: str) -> None:
+    with simulated(policy):
+        assert not differ(measured(model, "cuda", place), expected)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_statistics_are_the_cpus_in_any_order_of_work(model: Path, expected: Statistics, seed: int) -> None:
+    with simulated("random", seed):
+        assert not differ(measured(model, "cuda", PLACES[seed % 3], prefetch=seed // 3 % 2), expected)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A collection on the CPU, with a plan."""
+
+    place: Path
+    run: Path
+    text: str
+
+    def folder(self, name: str) -> Path:
+        """A copy of the run directory, to refit in."""
+        shutil.copytree(self.run, self.place / f"{name}.run")
+        return self.place / f"{name}.run"
+
+
+@pytest.fixture(scope="module")
+def collected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Collected:
+    place = tmp_path_factory.mktemp("collected")
+    text = save_tokens(place / "tokens.npy", TOKENS)
+    flap_stream.collect(model, place / "run", collect_options(text, "cpu"))
+    flap_stream.plan(place / "run", PlanConfig(ratio=0.3))
+    return Collected(place, place / "run", text)
+
+
+def collect_options(text: str, device: str) -> CollectConfig:
+    return CollectConfig(calibration=(text,), device=device, batch_size=BATCH, loss_windows=5)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def rewritten(collected: Collected, name: str, device: str, target: str) -> Path:
+    out = collected.place / name
+    options = RewriteConfig(restore="least-squares", refit_target=target, device=device, batch_size=BATCH)
+    flap_stream.rewrite(collected.folder(name), out, options)
+    return out
+
+
+@pytest.fixture(scope="module")
+def refitted(collected: Collected) -> Callable[[str], dict[str, torch.Tensor]]:
+    """What a refit on the CPU gives, by target."""
+    known: dict[str, dict[str, torch.Tensor]] = {}
+
+    def of(target: str) -> dict[str, torch.Tensor]:
+        if target not in known:
+            known[target] = tensors(rewritten(collected, f"cpu-{target}", "cpu", target))
+        return known[target]
+
+    return of
+
+
+SLOW_TARGETS = [pytest.param(target, marks=pytest.mark.slow) for target in ("own", "dense", "aligned")]
+
+
+@pytest.mark.parametrize(("policy", "seed"), [("lazy", 0), ("random", 1)])
+@pytest.mark.parametrize("target", [*SLOW_TARGETS, "joint"])  # the last does what the others do, and more
+def test_refits_are_the_cpus_whatever_runs_when(
+    collected: Collected, refitted: Callable[[str], dict[str, torch.Tensor]], target: str, policy: str, seed: int
+) -> None:
+    with simulated(policy, seed):
+        found = tensors(rewritten(collected, f"{policy}-{target}", "cuda", target))
+    for name, tensor in refitted(target).items():
+        wanted = tensor.float()
+        assert (found[name].float() - wanted).norm() <= 1e-3 * max(float(wanted.norm()), 1.0), name
+
+
+@pytest.mark.parametrize(("policy", "seed"), [("lazy", 0), ("random", 1)])
+def test_the_backward_sweep_is_the_cpus_whatever_runs_when(
+    model: Path, collected: Collected, policy: str, seed: int, tmp_path: Path
+) -> None:
+    with simulated(policy, seed):
+        flap_stream.collect(model, tmp_path / "run", collect_options(collected.text, "cuda"))
+    with RunDirectory(tmp_path / "run") as ours, RunDirectory(collected.run) as theirs:
+        for layer in range(LAYERS):
+            for kind in ("attention", "mlp"):
+                found, wanted = (getattr(LossStore(run, 5).read(layer), kind) for run in (ours, theirs))
+                assert np.linalg.norm(found - wanted) <= 1e-3 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(("policy", "seed"), [("lazy", 0), ("random", 1)])
+def test_perplexities_are_the_cpus_whatever_runs_when(
+    model: Path, collected: Collected, policy: str, seed: int
+) -> None:
+    def perplexities(device: str) -> list[float]:
+        how: dict[str, Any] = {"device": device, "batch_size": BATCH}
+        options = SweepConfig(ratios=(0.3,), evaluate=(collected.text,), **how)
+        swept = flap_stream.sweep(collected.folder(f"sweep-{device}-{policy}"), options).points
+        dense = flap_stream.evaluate(model, EvaluateConfig(text=(collected.text,), **how)).perplexity
+        return [dense, *(point.perplexity or 0.0 for point in swept)]
+
+    wanted = perplexities("cpu")
+    with simulated(policy, seed):
+        assert perplexities("cuda") == pytest.approx(wanted, rel=1e-4)
+
+
+# --- mistakes ---
+
+
+class Deaf(Event):
+    """An event that nobody waits for."""
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+
+def nothing_waits_before_use(patch: pytest.MonkeyPatch) -> None:
+    loader = weight_stream._DeviceLoader
+    patch.setattr(loader, "take", lambda self, index: self._slabs[index % len(self._slabs)])
+
+
+def buffers_are_given_back_at_once(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(weight_stream._DeviceLoader, "give_back", lambda self, index: None)
+
+
+def the_ring_is_reused_at_once(patch: pytest.MonkeyPatch) -> None:
+    made = weight_stream._DeviceLoader.__init__
+
+    def make(self: Any, *args: Any) -> None:
+        made(self, *args)
+        self._block_copied = [Deaf(self._block_copied[0]._simulator) for _ in self._block_copied]
+
+    patch.setattr(weight_stream._DeviceLoader, "__init__", make)
+
+
+def copies_begin_before_earlier_work_is_done(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(weight_stream, "new_stream", lambda device: torch.Stream(device))
+
+
+def buffers_belong_to_another_stream(patch: pytest.MonkeyPatch) -> None:
+    made = weight_stream._DeviceLoader.__init__
+
+    def make(self: Any, *args: Any) -> None:
+        made(self, *args)
+        with torch.Stream(self._device):
+            used = [slab.clone() for slab in self._slabs]  # what that stream's memory was used for before
+            del used
+            self._slabs = [torch.empty_like(slab) for slab in self._slabs]
+
+    patch.setattr(weight_stream._DeviceLoader, "__init__", make)
+
+
+MISTAKES: Sequence[Callable[[pytest.MonkeyPatch], None]] = (
+    nothing_waits_before_use,
+    buffers_are_given_back_at_once,
+    the_ring_is_reused_at_once,
+    copies_begin_before_earlier_work_is_done,
+    buffers_belong_to_another_stream,
+)
+
+
+def orders() -> Iterator[Any]:
+    """Simulated devices, one after another, whose work runs in different orders."""
+    yield from (simulated(policy) for policy in POLICIES)
+    yield from (simulated("random", seed) for seed in range(10))
+
+
+def weight_sums(model: Path, device: str) -> list[float]:
+    """Sums of squares of the weights of all layers; nothing waits for them until the last one is queued."""
+    used = [torch.empty(1 << 18, dtype=torch.uint8, device=device).fill_(1) for _ in range(2)]
+    del used  # memory that is free, but whose use may still be queued
+    with open_checkpoint(model) as checkpoint, torch.inference_mode():
+        streamed = StreamedModel(checkpoint, EngineConfig(device=device))
+        sums = [w.square().sum() for _ in range(2) for _, weights in streamed.stream() for w in weights.values()]
+        return torch.stack(sums).tolist()
+
+
+def is_found(measure: Callable[[str], list[float]]) -> bool:
+    """Whether a measurement is another than the CPU's in any order of work."""
+    expected = measure("cpu")
+    for order in orders():
+        with order:
+            try:
+                if measure("cuda") != pytest.approx(expected, rel=1e-4):
+                    return True
+            except FlapStreamError:  # weights or hidden states that hold NaN
+                return True
+    return False
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_order_of_work_is_found(
+    model: Path, monkeypatch: pytest.MonkeyPatch, mistake: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    mistake(monkeypatch)
+    assert is_found(partial(weight_sums, model))
+
+
+def test_without_a_mistake_nothing_is_found(model: Path) -> None:
+    assert not is_found(partial(weight_sums, model))
