@@ -66,10 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.verb != "bench-inference":  # which must time models as their users run them
         _sleep_while_waiting()
     with redirect_stdout(cast(TextIO, _Output(sys.stdout))):
-        return reported(lambda: _module_of(options.verb).run(options), goes_on=_goes_on(options))
+        return reported(lambda: _module_of(options.verb).run(options), resumes=_resumes(options))
 
 
-def _goes_on(options: argparse.Namespace) -> bool:
+def _resumes(options: argparse.Namespace) -> bool:
     """Whether the same command continues where it stopped; all others start over."""
     if options.verb == "prune":
         return not options.dry_run
@@ -88,10 +88,10 @@ def _sleep_while_waiting() -> None:
         os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
-def reported(action: Callable[[], object], goes_on: bool = True) -> int:
+def reported(action: Callable[[], object], resumes: bool = True) -> int:
     """Run an action and return its exit code; our errors and the system's become one sentence on stderr.
 
-    goes_on: whether the action, called again, continues where it stopped.
+    resumes: whether the action, called again, continues where it stopped.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     interruption.begun()
@@ -101,18 +101,18 @@ def reported(action: Callable[[], object], goes_on: bool = True) -> int:
     except BrokenPipeError:  # the reader has closed the pipe
         return NO_READER
     except FlapStreamError as error:
-        return _tell_failure(error, goes_on)
+        return _tell_failure(error, resumes)
     except OSError as error:
-        return _tell_failure(_named(error), goes_on)
+        return _tell_failure(_named(error), resumes)
     except KeyboardInterrupt as error:
-        again = "run the same command again to continue" if goes_on else "a rerun starts over"
+        again = "run the same command again to continue" if resumes else "a rerun starts over"
         _tell(error, f"interrupted; {again}", before="\n")
         return interruption.EXIT_CODE
     return 0
 
 
-def _tell_failure(error: FlapStreamError, goes_on: bool) -> int:
-    _tell(error, printable(f"{error} (it resumes where it stopped)" if goes_on and error.goes_on else str(error)))
+def _tell_failure(error: FlapStreamError, resumes: bool) -> int:
+    _tell(error, printable(f"{error} (it resumes where it stopped)" if resumes and error.resumes else str(error)))
     return error.exit_code
 
 

@@ -31,7 +31,7 @@ class FlapStreamError(Exception):
     """Base of all errors raised on purpose; the command line prints it as one line."""
 
     exit_code = 1
-    goes_on = False  # whether rerunning a resumable job continues it after this error
+    resumes = False  # whether rerunning a resumable job continues it after this error
 
 
 class RunLocked(FlapStreamError):
@@ -45,7 +45,7 @@ class CorruptRun(FlapStreamError):
 class RankLost(FlapStreamError):
     """Another rank of the job exited unexpectedly."""
 
-    goes_on = True
+    resumes = True
 
 
 class HubFailure(FlapStreamError):
@@ -55,7 +55,7 @@ class HubFailure(FlapStreamError):
 class StorageFailure(FlapStreamError):
     """The operating system failed or refused an operation on a file; its OSError is the cause."""
 
-    goes_on = True
+    resumes = True
 
     @classmethod
     def of(cls, error: OSError, path: object = None) -> "StorageFailure":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_bad_input import contents, refuse
+from refusals import contents, refuse
 
 import flap_stream
 from flap_stream.cli import main

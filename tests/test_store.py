@@ -1,5 +1,4 @@
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -11,23 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import zarr
-from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from faults import flip
+from models import random_tokens
 
-import flap_stream
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
 from flap_stream.arithmetic.scoring import ChannelStatistics, LayerStatistics
-from flap_stream.config import PlanConfig, PruneConfig
-from flap_stream.engine.hidden_states import HiddenStates, make_hidden_states
+from flap_stream.config import PlanConfig
 from flap_stream.errors import CorruptRun, RunLocked, RunMismatch
 from flap_stream.storage import files, run_manifest
-from flap_stream.storage.journal import Journal
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.run_manifest import tokens_digest
-from flap_stream.storage.snapshots import SnapshotStore
-from flap_stream.storage.statistics import LayerCost, StatisticsStore
+from flap_stream.storage.statistics import LayerCost
 
 SHAPE = LayerShape(kv_groups=4, heads_per_group=1, head_dim=2, neurons=7, group_cost=32, neuron_cost=12)
 LAYERS = [{**asdict(SHAPE), "experts": []}] * 2
@@ -38,65 +33,6 @@ MANIFEST: dict[str, Any] = {
     **{"source": "model", "calibration": {}, "threads": 1, "parameters": 900, "layers": LAYERS},
     "sizes": {"hidden": 8, "vocabulary": 97, "weight_bytes": 40, "expert_share": 1.0},
 }
-
-
-# --- the journal ---
-
-
-def _journal(path: Path, entries: int) -> Journal:
-    journal = Journal(path)
-    for i in range(entries):
-        journal.append("statistics", f"{i:04d}", digest=f"digest {i}", weights="")
-    return journal
-
-
-def test_a_journal_reads_back_what_was_appended(tmp_path: Path) -> None:
-    written = _journal(tmp_path / "journal", 3)
-    written.append("plan", "plan", digest="first")
-    written.append("plan", "plan", digest="second")
-    read = Journal(tmp_path / "journal")
-    assert read.entries == written.entries
-    assert [entry["name"] for entry in read.of_kind("statistics")] == ["0000", "0001", "0002"]
-    newest = read.find("plan", "plan")
-    assert newest is not None and newest["digest"] == "second"
-    assert read.find("plan", "0000") is None
-
-
-def test_a_journal_without_a_file_is_empty(tmp_path: Path) -> None:
-    assert Journal(tmp_path / "journal").entries == []
-
-
-def test_a_last_line_torn_anywhere_is_dropped_and_overwritten(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    _journal(path, 2)
-    whole = path.read_bytes()
-    start_of_last = whole.index(b"\n") + 1
-    for cut in range(start_of_last + 1, len(whole)):
-        path.write_bytes(whole[:cut])
-        journal = Journal(path)
-        assert [entry["name"] for entry in journal.entries] == ["0000"]
-        assert path.read_bytes() == whole[:cut]  # reading repairs nothing
-        journal.append("statistics", "0001", digest="digest 1", weights="")
-        assert path.read_bytes() == whole
-
-
-def test_a_last_line_of_zeros_is_dropped(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    _journal(path, 2)
-    with open(path, "ab") as file:
-        file.write(b"\0" * 40)
-    assert len(Journal(path).entries) == 2
-
-
-def test_a_damaged_line_before_the_last_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    _journal(path, 3)
-    whole = path.read_bytes()
-    first_line = whole.index(b"\n")
-    for position in (0, 10, 16, 17, first_line - 1):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-        with pytest.raises(CorruptRun, match="journal is damaged at byte 0"):
-            Journal(path)
 
 
 # --- the run directory ---
@@ -190,13 +126,7 @@ def test_an_array_is_one_uncompressed_chunk_with_a_checksum(tmp_path: Path) -> N
     np.testing.assert_array_equal(opened["layers/0000/mlp/mean"], _statistics(0).mlp.mean)
 
 
-def _flip(path: Path) -> None:
-    body = bytearray(path.read_bytes())
-    body[len(body) // 2] ^= 1
-    path.write_bytes(body)
-
-
-@pytest.mark.parametrize("harm", [_flip, Path.unlink, Path.touch], ids=["flipped", "missing", "added"])
+@pytest.mark.parametrize("harm", [flip, Path.unlink, Path.touch], ids=["flipped", "missing", "added"])
 @pytest.mark.parametrize("file", ["mlp/mean/c/0", "attention/m2/zarr.json", "zarr.json"])
 def test_altered_statistics_are_noticed(tmp_path: Path, harm: Callable[[Path], None], file: str) -> None:
     path = _filled(tmp_path / "run")
@@ -220,12 +150,12 @@ def test_statistics_that_are_gone_or_not_there_yet_are_told_apart(tmp_path: Path
 
 def test_altered_tokens_are_noticed(tmp_path: Path) -> None:
     path = _filled(tmp_path / "run")
-    _flip(path / "tokens.zarr" / "tokens" / "c" / "0" / "0")
+    flip(path / "tokens.zarr" / "tokens" / "c" / "0" / "0")
     with RunDirectory(path) as run, pytest.raises(CorruptRun, match=r"tokens\.zarr is altered"):
         run.tokens.read()
 
 
-@pytest.mark.parametrize(("harm", "state"), [(_flip, "altered"), (Path.unlink, "missing")])
+@pytest.mark.parametrize(("harm", "state"), [(flip, "altered"), (Path.unlink, "missing")])
 def test_an_altered_plan_is_noticed_and_can_be_made_again(
     tmp_path: Path, harm: Callable[[Path], None], state: str
 ) -> None:
@@ -406,82 +336,3 @@ def test_of_two_that_start_at_once_one_alone_decides_what_the_run_is_for(tmp_pat
             RunDirectory.create(path, MANIFEST)
         assert not (path / "run.json").exists()
         process.kill()
-
-
-# --- snapshots of the hidden states ---
-
-
-def _hidden(seed: int) -> HiddenStates:
-    hidden = make_hidden_states("host", (2, 3, 4), torch.bfloat16, torch.device("cpu"))
-    hidden.put(0, torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(seed)).bfloat16())
-    return hidden
-
-
-def test_the_two_newest_snapshots_alone_are_kept(tmp_path: Path) -> None:
-    with RunDirectory.create(tmp_path / "run", MANIFEST) as run:
-        files.make_directory(tmp_path / "run" / "hidden")
-        digests = {}
-        for layer in (1, 2, 5, 6):
-            digests[layer] = _hidden(layer).save(run.snapshots.path(layer))
-            run.snapshots.record(layer, digests[layer])
-        assert run.snapshots.newest() == [(6, digests[6]), (5, digests[5])]
-        assert sorted(p.name for p in (tmp_path / "run" / "hidden").iterdir()) == ["0005.bin", "0006.bin"]
-        run.snapshots.drop()
-        assert run.snapshots.newest() == []
-        assert list((tmp_path / "run" / "hidden").iterdir()) == []
-
-
-class _Stop(Exception):
-    """Ends a run where a test wants it."""
-
-
-@pytest.mark.parametrize("harmed", [(3,), (2, 3)], ids=["newest", "both"])
-def test_a_corrupted_snapshot_is_passed_over_with_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, harmed: tuple[int, ...]
-) -> None:
-    model = save(tiny_model(tiny_config(layers=5)), tmp_path / "model")
-    tokens = save_tokens(tmp_path / "tokens.npy", random_tokens(4, 8))
-    options = PruneConfig(
-        calibration=(tokens,), samples=4, sequence_length=8, batch_size=4, ratio=0.3, snapshot_interval=1
-    )
-    expected = flap_stream.prune(model, tmp_path / "expected", options)
-
-    write = StatisticsStore.write
-
-    def stop_at_layer_3(statistics: StatisticsStore, layer: int, *values: Any) -> None:
-        if layer == 3:
-            raise _Stop
-        write(statistics, layer, *values)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StatisticsStore, "write", stop_at_layer_3)
-        with pytest.raises(_Stop):
-            flap_stream.prune(model, tmp_path / "out", options)
-    for layer in harmed:
-        _flip(tmp_path / "out.run" / "hidden" / f"{layer:04d}.bin")
-    with caplog.at_level(logging.WARNING, logger="flap_stream"):
-        result = flap_stream.prune(model, tmp_path / "out", options)
-    warned = [record.getMessage() for record in caplog.records if "resuming from an earlier point" in record.message]
-    assert all(f"{layer:04d}.bin" in message for layer, message in zip(harmed[::-1], warned, strict=True))
-    assert result.record == expected.record
-    for file in (tmp_path / "expected").iterdir():
-        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
-
-
-def test_snapshots_are_gone_once_all_layers_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = save(tiny_model(tiny_config(layers=3)), tmp_path / "model")
-    tokens = save_tokens(tmp_path / "tokens.npy", random_tokens(4, 8))
-    options = flap_stream.CollectConfig(
-        calibration=(tokens,), samples=4, sequence_length=8, batch_size=4, snapshot_interval=1
-    )
-
-    def stop(_snapshots: SnapshotStore) -> None:
-        raise _Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SnapshotStore, "drop", stop)
-        with pytest.raises(_Stop):
-            flap_stream.collect(model, tmp_path / "run", options)
-    assert list((tmp_path / "run" / "hidden").iterdir())
-    flap_stream.collect(model, tmp_path / "run", options)
-    assert not list((tmp_path / "run" / "hidden").iterdir())
