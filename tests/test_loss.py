@@ -158,7 +158,7 @@ def test_statistics_that_are_complete_get_scores_later_and_a_plan_by_the_loss_ke
 def test_the_graph_of_one_layer_is_in_memory_whatever_the_depth(tmp_path: Path) -> None:
     text, peaks = save_tokens(tmp_path / "tokens.npy", random_tokens(16, 128)), []
     for layers in (4, 16):
-        sizes = {"hidden_size": 256, "intermediate_size": 688, "max_position_embeddings": 128}
+        sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 688, "max_position_embeddings": 128}
         path = save(tiny_model(tiny_config(layers=layers, **sizes)), tmp_path / f"model-{layers}", "20MB")
         command = [sys.executable, "-m", "flap_stream", "collect", str(path), str(tmp_path / f"run-{layers}"), "--json"]
         command += ["--quiet", "--calibration", text, "--samples", "16", "--loss-windows", "16", "--batch-size", "8"]

@@ -59,7 +59,8 @@ def measured(model: Path, device: str, place: str = "host", prefetch: int = 1) -
             batches = LayerPass(streamed, Placement(BATCH, place, prefetch, 0, 0), TOKENS, [hidden])
             for i, weights in batches.layers(Stage("collect", LAYERS)):
                 with input_moments(streamed, i, weights) as merger:
-                    batches.run_all(i, weights, after_batch=merger.take_batch)
+                    for _ in batches.run(i, weights):
+                        merger.take_batch()
                 found.append({name: np.stack([m.mean, m.m2]) for name, m in merger.finish().items()})
     return found
 
@@ -309,7 +310,8 @@ def passed_through(model: Path, device: str) -> list[float]:
             found = []
             for i, weights in batches.layers(Stage("collect", LAYERS)):
                 with input_moments(streamed, i, weights) as merger:
-                    batches.run_all(i, weights, after_batch=merger.take_batch)
+                    for _ in batches.run(i, weights):
+                        merger.take_batch()
                 found += [float(m.m2.sum()) for m in merger.finish().values()]
         return found
 

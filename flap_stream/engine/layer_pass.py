@@ -6,7 +6,6 @@ A stage is a `for` loop over `LayerPass.layers` and, inside, over the batches of
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
