@@ -377,6 +377,7 @@ def test_an_output_that_does_not_fit_is_refused_before_any_work(
         subprocess.run(["umount", small], check=True)
 
 
+@pytest.mark.slow
 def test_the_real_command_prints_one_line_and_no_traceback(place: Path) -> None:
     command = [sys.executable, "-m", "flap_stream", "prune", "./nowhere", "out"]
     result = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -102,6 +102,7 @@ def test_a_model_of_any_name_is_pruned_quoted_and_exported(name: bytes, place: P
     assert json.loads((out / "pruning.json").read_text())["base"]["name"].isprintable()
 
 
+@pytest.mark.slow
 def test_an_output_of_any_name_is_printed(place: Path) -> None:
     options = ["--calibration", "tokens.npy", "--quiet"]
     command: list[str | bytes] = [sys.executable, "-m", "flap_stream", "prune", "model", b"out\xff", *options]

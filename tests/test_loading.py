@@ -49,6 +49,7 @@ def test_without_the_flag_loading_asks_for_it(auto: Any, trust: bool | None, pru
         auto.from_pretrained(pruned_demo, trust_remote_code=trust)
 
 
+@pytest.mark.slow
 def test_as_documented_loading_generating_and_saving_warn_of_nothing(pruned_demo: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", LOAD, str(pruned_demo), str(tmp_path / "saved")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

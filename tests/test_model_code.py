@@ -143,6 +143,7 @@ def test_no_verb_runs_what_comes_with_a_model(name: str, place: Path, capsys: py
         assert not Path("ran").exists(), rest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAYLOADS)
 @pytest.mark.parametrize("model", ["model", "out"])
 def test_inference_is_not_timed_by_what_comes_with_a_model(
@@ -169,6 +170,7 @@ def test_what_is_trusted_runs(place: Path) -> None:
     assert Path("ran").exists()
 
 
+@pytest.mark.slow
 def test_the_harness_runs_nothing_that_comes_with_a_model(place: Path) -> None:
     for name in ("custom_generate", "our file and a line more", "a tokenizer"):
         PAYLOADS[name](place / "out")

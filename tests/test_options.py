@@ -349,6 +349,7 @@ def test_an_option_with_several_values_leaves_the_model(place: Path, tmp_path: P
     assert (out / "pruning.json").exists()
 
 
+@pytest.mark.slow
 def test_several_texts_in_front_of_the_model_are_all_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = [DEMO / "evaluation.txt", DEMO / "calibration.txt"]
     main(["evaluate", "--text", *map(str, texts), str(DEMO / "model"), "--json", "--samples", "2000"])

@@ -152,6 +152,7 @@ def test_limits_that_mean_nothing_are_refused(model: Path, tmp_path: Path, optio
         forecast(model, tmp_path / "out", PruneConfig(device="cpu", **options))
 
 
+@pytest.mark.slow
 def test_a_dry_run_on_a_bare_config_predicts_llama_65b(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_65B))
     for model in (tmp_path, tmp_path / "config.json"):
@@ -201,6 +202,7 @@ def test_a_dry_run_needs_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"{tmp_path}/config.json does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_a_mixture_takes_is_predicted(tmp_path: Path) -> None:
     config = tiny_config(
         "mixtral", layers=2, hidden_size=128, num_local_experts=64, num_experts_per_tok=8, intermediate_size=64

@@ -46,6 +46,7 @@ def _on_a_terminal(*arguments: object) -> str:
     return printed.decode()
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_word_a_header_and_a_bar_for_the_whole_job(place: Path, tmp_path: Path) -> None:
     options = ("--calibration", place / "tokens.npy", "--max-shard-size", "100KB")
     printed = _on_a_terminal("prune", place / "model", tmp_path / "out", *options)
@@ -55,6 +56,7 @@ def test_a_terminal_shows_a_word_a_header_and_a_bar_for_the_whole_job(place: Pat
     assert re.search(r"collect: +\d+%.*[1-4]/5", printed) and "collect: 5/5, " in printed
 
 
+@pytest.mark.slow
 def test_a_bar_that_goes_on_begins_where_it_was(place: Path, tmp_path: Path) -> None:
     text = (str(place / "tokens.npy"),)
     flap_stream.collect(place / "model", tmp_path / "out.run", CollectConfig(calibration=text, ratio=0.3))

@@ -161,6 +161,7 @@ def test_what_is_marked_as_removed_is_what_the_plan_removes(run: Path) -> None:
             assert (unprotected >= cut).all()
 
 
+@pytest.mark.slow
 def test_drawing_changes_nothing_and_is_the_same_every_time(run: Path, html: str, tmp_path: Path) -> None:
     before = identities(run)
     write_report(run, tmp_path / "again.html", tmp_path / "png")
@@ -287,6 +288,7 @@ def test_altered_statistics_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "r.html").exists()
 
 
+@pytest.mark.slow
 def test_without_matplotlib_it_says_what_to_install(run: Path) -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = None; from flap_stream.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -170,6 +170,7 @@ def test_what_follows_may_change_what_came_before() -> None:
     assert found.tolist() == encode(text)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     """31 MB of text went through the tokenizer at once, with 155 bytes of memory for each of them."""
     text = (DEMO / "calibration.txt").read_text()
