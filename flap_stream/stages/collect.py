@@ -13,7 +13,7 @@ from flap_stream.arithmetic.allocation import allocate, require_minimum
 from flap_stream.arithmetic.scoring import LayerScores
 from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, changed_options, part_of
 from flap_stream.config.rules import FED_ON, options_of, warn_of_positions
-from flap_stream.engine.device import cpu_threads, in_use
+from flap_stream.engine.device import cpu_threads, device_record, in_use
 from flap_stream.engine.membership import joined
 from flap_stream.engine.memory import give_back_heap
 from flap_stream.engine.placement.prediction import Placement
@@ -187,7 +187,7 @@ def _manifest(model: StreamedModel, options: CollectConfig, windows: Windows, ba
     """What the statistics depend on (`model`, `tokens`, `options`), and what planning needs to know of the model."""
     decides: dict[str, Any] = {"method": options.method}
     if options.method != "magnitude-sp":
-        decides |= {"dtype": str(model.dtype), "device": model.device.type, "batch_size": batch_size}
+        decides |= {"dtype": str(model.dtype), **device_record(model.device), "batch_size": batch_size}
     if options.method == "wanda-sp":
         decides |= {name: getattr(options, name) for name in FED_ON}
     return {
