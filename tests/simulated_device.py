@@ -150,12 +150,14 @@ class Event:
 class Simulator:
     """The device.
 
-    policy: when queued work runs; one of POLICIES. total: bytes of its memory. waits: how often the host waited, by
-    line of the package and what for. live, reserved, peak_live, peak_reserved: bytes of the caching allocator.
+    policy: when queued work runs; one of POLICIES. total: bytes of its memory. limits: what was set in turn.
+    waits: how often the host waited, by line of the package and what for.
+    live, reserved, peak_live, peak_reserved: bytes of the caching allocator.
     """
 
     def __init__(self, policy: str, seed: int = 0, total: int = 1 << 33) -> None:
         self.policy, self.total, self.limit = policy, total, total
+        self.limits: list[int] = []
         self.lock, self._random, self._local = threading.RLock(), random.Random(seed), threading.local()
         self._default = Stream(self)
         self._pool, self._turn = [Stream(self) for _ in range(_STREAMS)], 0
@@ -270,6 +272,7 @@ class Simulator:
 
     def set_fraction(self, fraction: float, device: object = None) -> None:
         self.limit = int(fraction * self.total)
+        self.limits.append(self.limit)
 
     # --- page-locked host memory ---
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from flap_stream.engine.hidden_states import PLACES, make_hidden_states
 from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.engine.placement import Placement
 from flap_stream.engine.streamed_model import StreamedModel
-from flap_stream.errors import FlapStreamError
+from flap_stream.errors import FlapStreamError, RunMismatch
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.progress import Stage
 from flap_stream.stages.input_moments import input_moments
@@ -357,3 +358,45 @@ def test_the_host_waits_a_few_times_a_layer_and_never_in_a_batch(
     assert (many[norms], many[finite]) == (2 * LAYERS, LAYERS + 5)
     outputs = [count for (line, _), count in many.items() if line.endswith("require_finite_outputs")]
     assert outputs == [LAYERS]
+
+
+# --- limits and records ---
+
+
+def test_a_limit_above_what_is_free_is_lowered_to_that(
+    model: Path, collected: Collected, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = CollectConfig(calibration=(collected.text,), device="cuda", device_memory=1 << 30)
+    with simulated("eager", total=1 << 30) as simulator:
+        flap_stream.collect(model, tmp_path / "run", options)
+    assert simulator.limits == [pytest.approx(0.95 * (1 << 30), rel=1e-6), 1 << 30]
+    assert "--device-memory is 1.0 GiB, but only 972.8 MiB of cuda:0 are free" in caplog.text
+
+
+def test_a_run_is_not_taken_up_on_another_card(
+    model: Path, collected: Collected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = CollectConfig(calibration=(collected.text,), device="cuda", batch_size=BATCH)
+    with simulated("eager"):
+        flap_stream.collect(model, tmp_path / "run", options)
+        flap_stream.collect(model, tmp_path / "run", options)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="other", uuid="1"))
+        with pytest.raises(RunMismatch, match="made on an accelerator simulated, not other, whose results differ"):
+            flap_stream.collect(model, tmp_path / "run", options)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_products_are_summed_in_full_precision_while_a_stage_runs(
+    model: Path, collected: Collected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    name, run_batch, seen = f"allow_{dtype}_reduced_precision_reduction", StreamedModel.run_batch, []
+
+    def look(*how: Any) -> torch.Tensor:
+        seen.append((getattr(torch.backends.cuda.matmul, name), torch.get_float32_matmul_precision()))
+        return run_batch(*how)
+
+    monkeypatch.setattr(StreamedModel, "run_batch", look)
+    before = getattr(torch.backends.cuda.matmul, name)
+    with simulated("eager"):
+        flap_stream.collect(model, tmp_path / "run", CollectConfig(calibration=(collected.text,), device="cuda"))
+    assert set(seen) == {(False, "highest")} and getattr(torch.backends.cuda.matmul, name) == before

@@ -152,6 +152,12 @@ def card(device: torch.device) -> tuple[str, str] | None:
     return _KINDS[device.type].card(device) if device.type in _KINDS else None
 
 
+def device_record(device: torch.device) -> dict[str, str]:
+    """What a run's results depend on: the kind of device, and the model of an accelerator, to the last bit."""
+    found = card(device)
+    return {"device": device.type, **({} if found is None else {"card": found[0]})}
+
+
 # --- memory ---
 
 

@@ -41,12 +41,14 @@ class Limits:
 def limits(device: torch.device, host_memory: int | None, device_memory: int | None, sharers: int = 1) -> Limits:
     """The limits requested, or what is free now less a margin, the host's divided among `sharers` processes.
 
+    Of a device's memory never more than that: its driver and libraries need some beside torch.
     Raises InvalidOption for a device memory limit on a CPU.
     """
     if device_memory is not None and device.type == "cpu":
         raise InvalidOption("--device-memory is the limit of a GPU; this run is on the CPU, so give --host-memory")
     host = host_memory or resident_bytes() + int(free_host_bytes() * (1 - _HOST_MARGIN)) // sharers
-    return Limits(host, device_memory or int(free_bytes(device) * (1 - _DEVICE_MARGIN)))
+    there_is = int(free_bytes(device) * (1 - _DEVICE_MARGIN))
+    return Limits(host, there_is if device_memory is None else min(device_memory, there_is))
 
 
 def room(device: torch.device, host_memory: int | None, device_memory: int | None, sharers: int = 1) -> int:

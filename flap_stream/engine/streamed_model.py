@@ -1,5 +1,6 @@
 """A causal language model of which one decoder layer at a time is in memory, run by transformers' code."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -25,6 +26,9 @@ from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.dtypes import stored_dtype
 from flap_stream.model.safetensors_format import TensorEntry, row_ranges
 from flap_stream.model.skeleton import LayerCall, Skeleton
+from flap_stream.progress import format_bytes
+
+logger = logging.getLogger(__name__)
 
 Logits = Callable[[torch.Tensor], Iterator[tuple[int, torch.Tensor]]]
 
@@ -105,6 +109,13 @@ class StreamedModel:
         Raises InsufficientMemory if there is no way, InvalidOption for ranks on devices of different types.
         """
         limits = _common_limits(self.device, options, self.ranks)
+        if options.device_memory is not None and limits.device < options.device_memory and self.ranks.is_first:
+            logger.warning(
+                "--device-memory is %s, but only %s of %s are free for tensors; that is the limit",
+                format_bytes(options.device_memory),
+                format_bytes(limits.device),
+                self.device,
+            )
         limit_memory(self.device, limits.device)
         chosen = self.ranks.from_first(
             lambda: placement.place(job, limits, options.batch_size, options.prefetch, then, recorded)

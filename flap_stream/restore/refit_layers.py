@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.least_squares import product_windows
+from flap_stream.engine.device import device_record
 from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import StreamedModel
@@ -50,7 +51,7 @@ def refit_layers(model: StreamedModel, run: RunDirectory, job: RefitJob, progres
     """
     ranks, count = model.ranks, len(model.layers)
     if ranks.is_first:
-        conditions = {"dtype": str(model.dtype), "device": model.device.type, "batch_size": job.placement.batch_size}
+        conditions = {"dtype": str(model.dtype), "batch_size": job.placement.batch_size, **device_record(model.device)}
         run.refits.begin({**conditions, **refit_record(job.target)})
     complete = ranks.from_first(run.refits.complete_layers)
     with progress.stage("refit", count, device=model.device) as stage:

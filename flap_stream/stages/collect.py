@@ -12,7 +12,7 @@ import torch
 from flap_stream.arithmetic.allocation import require_minimum
 from flap_stream.config import CollectConfig, PruneConfig, changed_options
 from flap_stream.config.rules import FED_ON, options_of, warn_of_positions
-from flap_stream.engine.device import cpu_threads, in_use
+from flap_stream.engine.device import cpu_threads, device_record, in_use
 from flap_stream.engine.membership import joined
 from flap_stream.engine.memory import give_back_heap
 from flap_stream.engine.placement import Job
@@ -201,7 +201,7 @@ def _manifest(model: StreamedModel, options: CollectConfig, windows: Windows, ba
     sizes = sizes_of(model)
     decides: dict[str, Any] = {"method": options.method}
     if options.method != "magnitude-sp":
-        decides |= {"dtype": str(model.dtype), "device": model.device.type, "batch_size": batch_size}
+        decides |= {"dtype": str(model.dtype), **device_record(model.device), "batch_size": batch_size}
     if options.method == "wanda-sp":
         decides |= {name: getattr(options, name) for name in FED_ON}
     return {

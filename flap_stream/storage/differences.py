@@ -13,7 +13,8 @@ _MAX_FILES = 3  # named in a message
 def run_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """How two manifests of a run directory differ in what determines the statistics; None if they do not.
 
-    Returns what follows "was made ": `from the model a, not b`, `with other options: --dtype was ..., now ...`.
+    Returns what follows "was made ": `from the model a, not b`, `with other options: --dtype was ..., now ...`,
+    `on an accelerator a, not b`.
     """
     if before["model"] != now["model"]:
         return model_differences(before, now)
@@ -22,9 +23,13 @@ def run_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | 
     methods = [part["options"]["method"] for part in (before, now)]
     if methods[0] != methods[1]:  # all other differences follow from this one
         return f"with other options: {option_differences({'method': methods[0]}, {'method': methods[1]})}"
-    options = option_differences({**before["options"], **texts[0]}, {**now["options"], **texts[1]})
-    if options:
-        return f"with other options: {options}"
+    asked = [dict(part["options"]) for part in (before, now)]
+    cards = [options.pop("card", None) for options in asked]
+    differences = option_differences({**asked[0], **texts[0]}, {**asked[1], **texts[1]})
+    if differences:
+        return f"with other options: {differences}"
+    if None not in cards and cards[0] != cards[1]:  # earlier versions did not record it
+        return f"on an accelerator {cards[0]}, not {cards[1]}, whose results differ in the last bits"
     return None if same_text else _text_differences(before, now)
 
 

@@ -50,7 +50,8 @@ class SizesRecord(TypedDict):
 class Manifest(TypedDict):
     """The contents of a run.json; `model`, `tokens` and `options` determine the statistics.
 
-    model: fingerprint. options: method and, unless only weights are read, dtype, device and batch size.
+    model: fingerprint. options: method and, unless only weights are read, dtype, device (of an accelerator also its
+    model, as `card`) and batch size.
     source: where the model is. calibration: as asked for. layers: the fields of each LayerShape.
     """
 
@@ -76,6 +77,7 @@ _OPTIONS = {
     "method": one_of(*METHODS),
     "dtype?": one_of(*(f"torch.{name}" for name in DTYPES[1:])),
     "device?": str,
+    "card?": str,
     "batch_size?": within(1, _MAX_TOKENS),
 }
 _bytes = within(0, 1 << 50)
