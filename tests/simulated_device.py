@@ -1,7 +1,7 @@
 """A CUDA device simulated over host memory: streams, events, a caching allocator, page-locked memory.
 
 Work is queued on the current stream, and runs when an event, a wait of the host or the policy says so. Memory that is
-allocated is filled with NaN on the stream that it is allocated for, as is host memory that a copy is on its way to. So
+allocated is filled with NaN on the stream that it is allocated for, as is new page-locked host memory. So
 whatever is used too early or reused too soon shows as a wrong result under one of the policies. What a real device
 would refuse (tensors of two devices in one operation, more memory than there is) is refused.
 

@@ -180,6 +180,7 @@ def _on_host(simulator: Simulator, function: Any, args: Any, kwargs: Any) -> Any
     if not kwargs.get("pin_memory"):
         return function(*args, **kwargs)
     made = function(*args, **{**kwargs, "pin_memory": False})
+    _spoil(made)
     simulator.locked[made.data_ptr()] = made.nbytes
     simulator.kept.append(made)
     return made
@@ -220,7 +221,6 @@ def _copied(
     if non_blocking:
         if not simulator.is_locked(target):
             simulator.host_waits("copy to pageable memory")
-        _spoil(target)
         simulator.stream.push(lambda: target.copy_(values))
         return target
     simulator.wait_for_values("copy to host")
@@ -230,7 +230,7 @@ def _copied(
 
 
 def _spoil(target: torch.Tensor) -> None:
-    """Overwrite host memory that a copy is on its way to."""
+    """Overwrite host memory that holds nothing yet."""
     with _disable_current_modes(), torch.inference_mode():
         if target.is_floating_point():
             target.fill_(float("nan"))

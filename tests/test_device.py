@@ -10,12 +10,12 @@ import flap_stream
 from flap_stream.engine.device import (
     HostCopy,
     choose_device,
+    in_use,
     is_out_of_memory,
     limit_memory,
     own_device,
     peak_bytes,
     release,
-    told_out_of_memory,
 )
 from flap_stream.engine.ranks import ALONE, Ranks
 from flap_stream.errors import InsufficientMemory, InvalidOption
@@ -73,7 +73,7 @@ def test_a_device_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch
 )
 def test_whoever_runs_out_of_memory_is_understood(error: Exception, says_so: bool) -> None:
     assert is_out_of_memory(error) == says_so
-    with pytest.raises(InsufficientMemory if says_so else type(error)), told_out_of_memory(torch.device("cpu")):
+    with pytest.raises(InsufficientMemory if says_so else type(error)), in_use(torch.device("cpu")):
         raise error
 
 

@@ -1,6 +1,9 @@
 """Scores by the loss: the streamed backward sweep against autograd through the whole model."""
 
 import copy
+import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -149,3 +152,17 @@ def test_statistics_that_are_complete_get_scores_later_and_a_plan_by_the_loss_ke
         plans.append(flap_stream.plan(tmp_path / name, PlanConfig(ratio=0.3, metric="fisher", round_neurons_to=1)))
     assert [keep.neurons.tolist() for keep in plans[0].layers] == [keep.neurons.tolist() for keep in plans[1].layers]
     assert plans[0].decoder_ratio == pytest.approx(0.3, abs=0.01)
+
+
+@pytest.mark.slow
+def test_the_graph_of_one_layer_is_in_memory_whatever_the_depth(tmp_path: Path) -> None:
+    text, peaks = save_tokens(tmp_path / "tokens.npy", random_tokens(16, 128)), []
+    for layers in (4, 16):
+        sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 688, "max_position_embeddings": 128}
+        path = save(tiny_model(tiny_config(layers=layers, **sizes)), tmp_path / f"model-{layers}", "20MB")
+        command = [sys.executable, "-m", "flap_stream", "collect", str(path), str(tmp_path / f"run-{layers}"), "--json"]
+        command += ["--quiet", "--calibration", text, "--samples", "16", "--loss-windows", "16", "--batch-size", "8"]
+        measured = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)["measured"]
+        peaks.append(measured["peak_host_bytes"])
+        assert 0.9 < peaks[-1] / measured["placement"]["host_bytes"] <= 1
+    assert abs(peaks[1] - peaks[0]) < 16 << 20  # the graph of one takes twice that

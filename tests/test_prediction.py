@@ -115,10 +115,18 @@ def prune(model: Path, out: Path, *extra: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("restore", ["bias", "least-squares"])
-def test_the_limit_that_a_refusal_names_works_and_is_kept(model: Path, tmp_path: Path, restore: str) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        (),
+        ("--restore", "least-squares"),
+        pytest.param(("--metric", "fisher", "--loss-windows", "32"), marks=pytest.mark.slow),
+    ],
+    ids=["bias", "refit", "loss"],
+)
+def test_the_limit_that_a_refusal_names_works_and_is_kept(model: Path, tmp_path: Path, how: tuple[str, ...]) -> None:
     tokens = save_tokens(tmp_path / "tokens.npy", np.repeat(random_tokens(8, 512), 32, axis=0))
-    text = ("--calibration", tokens, "--samples", "256", "--sequence-length", "512", "--json", "--restore", restore)
+    text = ("--calibration", tokens, "--samples", "256", "--sequence-length", "512", "--json", *how)
     refused = prune(model, tmp_path / "out", *text, "--host-memory", "50MiB")
     assert refused.returncode == 2 and refused.stdout == ""
     assert not (tmp_path / "out.run").exists()
@@ -164,11 +172,17 @@ def test_a_dry_run_on_a_bare_config_predicts_llama_65b(tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize(
-    "refit", [{}, {"restore": "least-squares"}, {"restore": "least-squares", "refit_target": "joint"}]
+    "how",
+    [
+        {},
+        {"restore": "least-squares"},
+        {"restore": "least-squares", "refit_target": "joint"},
+        {"metric": "fisher", "loss_windows": 6},
+    ],
 )
-def test_a_dry_run_says_what_the_run_then_takes(model: Path, tmp_path: Path, refit: dict[str, Any]) -> None:
+def test_a_dry_run_says_what_the_run_then_takes(model: Path, tmp_path: Path, how: dict[str, Any]) -> None:
     tokens = save_tokens(tmp_path / "tokens.npy", random_tokens(8, 16))
-    options = PruneConfig(calibration=(tokens,), samples=8, sequence_length=16, ratio=0.3, device="cpu", **refit)
+    options = PruneConfig(calibration=(tokens,), samples=8, sequence_length=16, ratio=0.3, device="cpu", **how)
     found = forecast(model, tmp_path / "out", options)
     assert not (tmp_path / "out").exists() and found.has_headers
     result = flap_stream.prune(model, tmp_path / "out", options)
@@ -177,8 +191,9 @@ def test_a_dry_run_says_what_the_run_then_takes(model: Path, tmp_path: Path, ref
     assert (placement.batch_size, placement.hidden_place) == (found.placement.batch_size, found.placement.hidden_place)
     assert result.record["parameters"]["before"] == found.parameters
     written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
-    assert found.bytes_written == pytest.approx(written, rel=0.05)
-    assert found.bytes_read == pytest.approx(result.measured.bytes_read, rel=0.1)
+    inputs = 5 * options.loss_windows * 16 * 64 * 4  # of four layers, and the last one's output
+    assert found.bytes_written == pytest.approx(written + inputs, rel=0.05)
+    assert found.bytes_read == pytest.approx(result.measured.bytes_read + inputs, rel=0.1)
 
 
 def test_a_dry_run_needs_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,8 +20,9 @@ from simulated_device import POLICIES, Event, simulated
 
 import flap_stream
 from flap_stream.config import CollectConfig, EngineConfig, EvaluateConfig, PlanConfig, RewriteConfig, SweepConfig
-from flap_stream.engine import weight_stream
-from flap_stream.engine.hidden_states import PLACES
+from flap_stream.engine import hidden_states, placement, weight_stream
+from flap_stream.engine.device import HostCopy
+from flap_stream.engine.hidden_states import PLACES, make_hidden_states
 from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.engine.placement import Placement
 from flap_stream.engine.streamed_model import StreamedModel
@@ -278,3 +279,81 @@ def test_a_mistake_in_the_order_of_work_is_found(
 
 def test_without_a_mistake_nothing_is_found(model: Path) -> None:
     assert not is_found(partial(weight_sums, model))
+
+
+def a_host_buffer_is_read_into_at_once(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(hidden_states._Used, "wait", lambda self: None)
+
+
+def copies_to_the_host_are_not_waited_for(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(HostCopy, "result", lambda self: self._values)
+
+
+def snapshots_do_not_wait(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(hidden_states, "synchronize", lambda device: None)
+
+
+def put_and_saved(device: str) -> list[float]:
+    """Hidden states as a snapshot has them right after they have been put."""
+    with torch.inference_mode(), make_hidden_states("host", (2, 3, 4), torch.float32, torch.device(device)) as hidden:
+        hidden.put(0, torch.ones(2, 3, 4, device=device))
+        return torch.frombuffer(bytearray(b"".join(hidden._blocks(hidden.nbytes))), dtype=torch.float32).tolist()
+
+
+def passed_through(model: Path, device: str) -> list[float]:
+    """Sums of what collection measures with hidden states on disk."""
+    place = "disk"
+    with open_checkpoint(model) as checkpoint, torch.inference_mode():
+        streamed = StreamedModel(checkpoint, EngineConfig(device=device))
+        with streamed.hidden_states(place, *TOKENS.shape) as hidden:
+            batches = LayerPass(streamed, Placement(1, place, 1, 0, 0), TOKENS, [hidden])
+            found = []
+            for i, weights in batches.layers(Stage("collect", LAYERS)):
+                with input_moments(streamed, i, weights) as merger:
+                    for _ in batches.run(i, weights):
+                        merger.take_batch()
+                found += [float(m.m2.sum()) for m in merger.finish().values()]
+        return found
+
+
+@pytest.mark.parametrize("mistake", [a_host_buffer_is_read_into_at_once, copies_to_the_host_are_not_waited_for])
+def test_a_mistake_in_the_use_of_host_memory_is_found(
+    model: Path, monkeypatch: pytest.MonkeyPatch, mistake: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    mistake(monkeypatch)
+    assert is_found(partial(passed_through, model))
+
+
+def test_a_snapshot_that_does_not_wait_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_found(put_and_saved)
+    snapshots_do_not_wait(monkeypatch)
+    assert is_found(put_and_saved)
+
+
+# --- waits ---
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_host_waits_a_few_times_a_layer_and_never_in_a_batch(
+    model: Path, collected: Collected, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice as many batches, the same number of waits, but for what arrives while the next batch runs."""
+    counts = []
+    for batch_size in (4, 2):
+        monkeypatch.setattr(placement, "place", lambda *_, size=batch_size: Placement(size, place, 1, 0, 0))
+        with simulated("computations first") as simulator:
+            run = tmp_path / f"{batch_size}"
+            flap_stream.collect(model, run, CollectConfig(calibration=(collected.text,), device="cuda"))
+        counts.append(simulator.waits)
+    few, many = counts
+    more = {line: count - few[line] for line, count in many.items() if count != few[line]}
+    finite, norms = (
+        ("engine/finite.py:all_finite", "copy to host"),
+        ("arithmetic/moments.py:column_norms", "copy to host"),
+    )
+    embedding = [(f"engine/streamed_model.py:{name}", "copy from host") for name in ("embed", "_embedding_rows")]
+    # Once a run, every batch is embedded: its rows are copied to the device, and must be finite.
+    assert more.keys() <= {finite, *embedding, ("model/skeleton.py:record", "value")} and more[finite] == 2
+    assert (many[norms], many[finite]) == (2 * LAYERS, LAYERS + 5)
+    outputs = [count for (line, _), count in many.items() if line.endswith("require_finite_outputs")]
+    assert outputs == [LAYERS]

@@ -129,10 +129,10 @@ def column_norms(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     weight: `[out, channel]`, any floating dtype, any device; reduced in float32 a block of rows at a time, the blocks
     summed in float64.
     """
-    squared = np.zeros(weight.shape[1])
-    absolute = np.zeros(weight.shape[1])
+    sums = torch.zeros(2, weight.shape[1], dtype=torch.float64, device=weight.device)
     for block in weight.split(_ROW_BLOCK):
         values = block.float()
-        squared += values.square().sum(dim=0).cpu().numpy().astype(np.float64)
-        absolute += values.abs().sum(dim=0).cpu().numpy().astype(np.float64)
+        sums[0] += values.square().sum(dim=0)
+        sums[1] += values.abs().sum(dim=0)
+    squared, absolute = sums.cpu().numpy()
     return squared, absolute / weight.shape[0]

@@ -194,8 +194,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def told_out_of_memory(device: torch.device) -> Iterator[None]:
-    """Raise what says that the device has no memory left as InsufficientMemory, with what helps."""
+def in_use(device: torch.device) -> Iterator[None]:
+    """A stage on a device that `begin` was called for; it is released at the end.
+
+    Raises InsufficientMemory for whatever says that the device has no memory left.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -207,6 +210,8 @@ def told_out_of_memory(device: torch.device) -> Iterator[None]:
             "end what else uses the device, lower --device-memory so that more is left for its libraries, or lower "
             "--batch-size"
         ) from error
+    finally:
+        release(device)
 
 
 # --- copies beside computations ---
@@ -265,12 +270,13 @@ class HostCopy:
     Its source may be changed and freed at once, by work that is queued later.
     """
 
-    def __init__(self, values: torch.Tensor) -> None:
+    def __init__(self, values: torch.Tensor, into: torch.Tensor | None = None) -> None:
+        """Begin the copy. into: page-locked memory; None takes some of torch's."""
         self._event: torch.Event | None = None
         if values.device.type not in _KINDS:
             self._values = values.cpu()
             return
-        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True) if into is None else into
         self._values.copy_(values, non_blocking=True)
         self._event = new_event(values.device)
         self._event.record(current_stream(values.device))

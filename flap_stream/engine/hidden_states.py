@@ -14,6 +14,7 @@ from types import TracebackType
 
 import torch
 
+from flap_stream.engine.device import HostCopy, current_stream, lock_pages, new_event, synchronize, unlock_pages
 from flap_stream.engine.memory import host_buffer
 from flap_stream.engine.ranks import ALONE, Ranks
 from flap_stream.errors import CorruptRun, InsufficientSpace
@@ -54,11 +55,17 @@ class HiddenStates(ABC):
         return prod(self.shape) * self.dtype.itemsize
 
     @abstractmethod
-    def stream(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield the first window and the inputs `[sample, token, hidden]` on the device, batch by batch.
+    def stored(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the first window and the inputs `[sample, token, hidden]` where they are kept, batch by batch.
 
-        Inputs are valid until the next batch. windows: consecutive ones; None is all.
+        Inputs are valid until the next batch, for copies to the device that are queued until then, too.
+        windows: consecutive ones; None is all.
         """
+
+    def stream(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """The same, on the device."""
+        for start, values in self.stored(batch_size, windows):
+            yield start, values.to(self.device, non_blocking=True)
 
     @abstractmethod
     def put(self, start: int, values: torch.Tensor) -> None:
@@ -158,33 +165,39 @@ class ResidentHiddenStates(HiddenStates):
         """Allocate the buffer."""
         if self.memory.type == "cpu":
             self.values = host_buffer(self.shape, self.dtype)
+            lock_pages(self.device, self.values)
         else:
             self.values = torch.empty(self.shape, dtype=self.dtype, device=self.memory)
 
-    def stream(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+    def stored(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield batches of the buffer."""
         for start, stop in batches(windows or range(self.samples), batch_size):
-            yield start, self.values[start:stop].to(self.device)
+            yield start, self.values[start:stop]
 
     def put(self, start: int, values: torch.Tensor) -> None:
-        """Overwrite windows from `start` on."""
-        self.values[start : start + len(values)].copy_(values)
+        """Overwrite windows from `start` on; on an accelerator, after what is queued already."""
+        self.values[start : start + len(values)].copy_(values, non_blocking=True)
 
     def advance(self) -> None:
         """Do nothing: outputs have overwritten the inputs."""
 
     def _bytes(self) -> torch.Tensor:
+        synchronize(self.device)  # copies to and from host memory may be queued
         return self.values.view(torch.uint8).view(-1)
 
     def _blocks(self, nbytes: int) -> Iterator[memoryview]:
+        raw = self._bytes()
         for start in range(0, nbytes, _BLOCK_BYTES):
-            yield memoryview(self._bytes()[start : min(start + _BLOCK_BYTES, nbytes)].cpu().numpy())
+            yield memoryview(raw[start : min(start + _BLOCK_BYTES, nbytes)].cpu().numpy())
 
     def _store(self, offset: int, block: memoryview) -> None:
         self._bytes()[offset : offset + len(block)].copy_(torch.frombuffer(block, dtype=torch.uint8))
 
     def close(self) -> None:
         """Free the buffer."""
+        if self.memory.type == "cpu":
+            synchronize(self.device)
+            unlock_pages(self.device, self.values)
         del self.values
 
 
@@ -206,7 +219,8 @@ class DiskHiddenStates(HiddenStates):
             raise self._no_room(place)
         self._files = [tempfile.TemporaryFile(buffering=0, dir=self.directory) for _ in range(2)]  # noqa: SIM115
         self._inputs, self._outputs = (file.fileno() for file in self._files)
-        self._buffers: list[torch.Tensor] = []
+        self._buffers: list[torch.Tensor] = []  # two of a batch for inputs, and beside an accelerator two for outputs
+        self._turn = 0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="hidden-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="hidden-write")
         self._written: Future[None] | None = None
@@ -225,20 +239,39 @@ class DiskHiddenStates(HiddenStates):
             "or allow more memory with --host-memory"
         )
 
-    def stream(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+    def stored(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield batches of the input file, reading one ahead."""
-        if not self._buffers or len(self._buffers[0]) < min(batch_size, self.samples):
-            shape = (min(batch_size, self.samples), *self.shape[1:])
-            self._buffers = [host_buffer(shape, self.dtype) for _ in range(2)]
+        self._make_buffers(min(batch_size, self.samples))
+        used = [_Used(self.device) for _ in range(2)]
         ranges = list(batches(windows or range(self.samples), batch_size))
-        reads = [self._reader.submit(self._read, *ranges[0], self._buffers[0])]
+        reads = [self._reader.submit(self._read, *ranges[0], self._buffers[0], used[0])]
         for i, (start, _) in enumerate(ranges):
             values = reads.pop().result()
             if i + 1 < len(ranges):
-                reads.append(self._reader.submit(self._read, *ranges[i + 1], self._buffers[(i + 1) % 2]))
-            yield start, values.to(self.device)
+                following = (i + 1) % 2
+                reads.append(self._reader.submit(self._read, *ranges[i + 1], self._buffers[following], used[following]))
+            yield start, values
+            used[i % 2].mark()
 
-    def _read(self, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+    def _make_buffers(self, windows: int) -> None:
+        """Have buffers for batches of so many windows."""
+        if self._buffers and len(self._buffers[0]) >= windows:
+            return
+        self._wait()
+        self._drop_buffers()
+        count = 2 if self.device.type == "cpu" else 4
+        self._buffers = [host_buffer((windows, *self.shape[1:]), self.dtype) for _ in range(count)]
+        for buffer in self._buffers:
+            lock_pages(self.device, buffer)
+
+    def _drop_buffers(self) -> None:
+        synchronize(self.device)
+        for buffer in self._buffers:
+            unlock_pages(self.device, buffer)
+        self._buffers = []
+
+    def _read(self, start: int, stop: int, buffer: torch.Tensor, used: "_Used") -> torch.Tensor:
+        used.wait()
         values = buffer[: stop - start]
         left, at = _raw(values), start * self._window_bytes
         while left:
@@ -248,9 +281,18 @@ class DiskHiddenStates(HiddenStates):
 
     def put(self, start: int, values: torch.Tensor) -> None:
         """Hand windows from `start` on to the writer, once it has written the previous ones."""
-        host = values.contiguous().cpu()
+        into = None
+        if self.device.type != "cpu":
+            self._make_buffers(len(values))
+            self._turn = 1 - self._turn  # the other one's values may not be on disk yet
+            into = self._buffers[2 + self._turn][: len(values)]
+        host = HostCopy(values.contiguous(), into)
         self._wait()
-        self._written = self._writer.submit(self._write, self._outputs, start * self._window_bytes, _raw(host))
+        self._written = self._writer.submit(self._write_copy, self._outputs, start * self._window_bytes, host)
+
+    @staticmethod
+    def _write_copy(descriptor: int, offset: int, values: HostCopy) -> None:
+        DiskHiddenStates._write(descriptor, offset, _raw(values.result()))
 
     @staticmethod
     def _write(descriptor: int, offset: int, left: memoryview) -> None:
@@ -280,8 +322,27 @@ class DiskHiddenStates(HiddenStates):
         """Stop the threads and free the files."""
         self._reader.shutdown(cancel_futures=True)
         self._writer.shutdown()
+        self._drop_buffers()
         for file in self._files:
             file.close()
+
+
+class _Used:
+    """When copies from a buffer are done: marked once they are all queued."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._event = None if device.type == "cpu" else new_event(device)
+
+    def mark(self) -> None:
+        """Say that no more copies will be queued."""
+        if self._event is not None:
+            self._event.record(current_stream(self._device))
+
+    def wait(self) -> None:
+        """Wait for the copies queued before the last mark."""
+        if self._event is not None:
+            self._event.synchronize()
 
 
 class Feed:

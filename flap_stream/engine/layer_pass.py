@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from flap_stream.engine.batch_sizes import BatchSizes
-from flap_stream.engine.device import free_cached
+from flap_stream.engine.device import free_cached, is_out_of_memory
 from flap_stream.engine.hidden_states import HiddenStates
 from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.snapshots import Snapshots, resume
@@ -117,6 +117,8 @@ class LayerPass:
             if keep_output:
                 hidden.put(start, values)
             yield start, values
+            del values  # lest it live while the next batch runs
+        self.model.require_finite_outputs(index)
         if keep_output and windows is None:
             hidden.advance()
         for reduction in self.sizes.agree(self.model.ranks):
@@ -133,8 +135,8 @@ class LayerPass:
         windows: range | None = None,
     ) -> None:
         """Run one layer only to replace the hidden states. windows: see `run`."""
-        for _ in self.run(index, weights, hidden, windows=windows):
-            pass
+        for _start, output in self.run(index, weights, hidden, windows=windows):
+            del output  # lest it live while the next batch runs
 
     def _batches(
         self,
@@ -145,29 +147,35 @@ class LayerPass:
         stand_ins: StandIns,
     ) -> Iterator[Batch]:
         """Yield first window and output of batches as large as the device has memory for."""
-        for first, values in hidden.stream(self.sizes.first, windows):
+        for first, stored in hidden.stored(self.sizes.first, windows):
             done = 0
-            while done < len(values):
+            while done < len(stored):
                 start = first + done
-                part = values[done : done + self.sizes.at(self.step, start)]
-                for module in stand_ins.values():
-                    if isinstance(module, StandIn):
-                        module.start = start
+                part = stored[done : done + self.sizes.at(self.step, start)]
                 output = self._run_if_it_fits(index, weights, start, part, stand_ins)
                 if output is None:
                     self._halve(index, start, part)
                     continue
                 yield start, output
+                del output  # lest it live while the next batch runs
                 done += len(part)
 
     def _run_if_it_fits(
-        self, index: int, weights: Mapping[str, torch.Tensor], start: int, values: torch.Tensor, modules: StandIns
+        self, index: int, weights: Mapping[str, torch.Tensor], start: int, stored: torch.Tensor, modules: StandIns
     ) -> torch.Tensor | None:
-        """The output, or None if the device ran out of memory."""
+        """The output, or None if the device ran out of memory, which nothing of the batch occupies any more."""
+        own = [module for module in modules.values() if isinstance(module, StandIn)]
+        for module in own:
+            module.start = start
         try:
+            values = stored.to(self.model.device, non_blocking=True)
             return self.run_batch(index, weights, start, values, modules)
-        except torch.OutOfMemoryError:
-            pass  # the exception holds what was allocated until here
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Only now: the exception held what was allocated until there.
+        for module in own:
+            module.forget()
         free_cached(self.model.device)
         return None
 
@@ -182,6 +190,15 @@ class LayerPass:
 
 
 class StandIn(nn.Module):
-    """A replacement for one of a layer's modules. start: the first window of the batch that runs."""
+    """A replacement for one of a layer's modules.
+
+    start: the first window of the batch that runs. seen: names of attributes that hold tensors of the last batch.
+    """
 
     start: int = 0
+    seen: tuple[str, ...] = ()
+
+    def forget(self) -> None:
+        """Drop the tensors of the last batch, which failed."""
+        for name in self.seen:
+            vars(self).pop(name, None)

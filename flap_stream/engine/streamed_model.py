@@ -59,6 +59,7 @@ class StreamedModel:
         stored = stored_dtype(next(iter(self.layer_entries[0].values())))
         self.dtype: torch.dtype = stored if options.dtype == "auto" else getattr(torch, options.dtype)
         self._calls: dict[int, list[LayerCall]] = {}
+        self._ends: list[torch.Tensor] = []  # of outputs: smallest and largest value, until they are looked at
 
     @property
     def expert_share(self) -> float:
@@ -182,17 +183,25 @@ class StreamedModel:
         """The output of one layer for one batch of hidden states, both `[sample, token, hidden]` on the device.
 
         stand_ins: see `Skeleton.run_layer`.
-        Raises NonFinite if the output holds NaN or infinity.
+        Raises NonFinite if the output holds NaN or infinity; on an accelerator `require_finite_outputs` does, since the
+        host would wait for it.
         """
         if len(values) not in self._calls:
             self._calls[len(values)] = self.skeleton.record(torch.zeros_like(values))[1]
         output = self.skeleton.run_layer(index, weights, values, self._calls[len(values)][index], stand_ins)
-        if not all_finite([output])[0]:
+        self._ends += output.detach().aminmax()
+        if self.device.type == "cpu":
+            self.require_finite_outputs(index)
+        return output
+
+    def require_finite_outputs(self, index: int) -> None:
+        """Raise NonFinite if an output of `run_batch` since the last call holds NaN or infinity."""
+        ends, self._ends = self._ends, []
+        if ends and not bool(torch.isfinite(torch.stack(ends)).all()):
             raise NonFinite(
                 f"hidden states after layer {index} ({self.family.layers}.{index}) hold NaN or infinity, though "
                 f"its weights are finite; try --dtype float32 (it ran in {self.dtype})"
             )
-        return output
 
     def head(self) -> Logits:
         """Load the final norm and the head; returns a function from hidden states to logits.

@@ -108,5 +108,5 @@ class PrunedSublayer:
 
     def run_all(self, hidden: HiddenStates, stand_ins: Mapping[str, nn.Module] | None = None) -> None:
         """`forward`, only for the hidden states."""
-        for _ in self.forward(hidden, stand_ins or {}):
-            pass
+        for _start, output in self.forward(hidden, stand_ins or {}):
+            del output

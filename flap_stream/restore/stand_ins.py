@@ -13,10 +13,11 @@ from flap_stream.engine.layer_pass import StandIn
 from flap_stream.model.units import UnitKind
 
 
-class Captures(nn.Module):
+class Captures(StandIn):
     """Stands in for an output projection: keeps its inputs, outputs zeros."""
 
     inputs: torch.Tensor
+    seen = ("inputs",)
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -37,6 +38,7 @@ class Supplies(StandIn):
     """
 
     read: torch.Tensor
+    seen = ("read",)
 
     def __init__(
         self,
@@ -68,7 +70,7 @@ class _Preset(nn.Module):
         return self.values
 
 
-class LinearisedMlp(nn.Module):
+class LinearisedMlp(StandIn):
     """Stands in for a pruned MLP: keeps what a step needs, outputs zeros.
 
     mlp: the module of transformers. kind: its units.
@@ -81,6 +83,7 @@ class LinearisedMlp(nn.Module):
     inputs: torch.Tensor
     outputs: torch.Tensor
     slopes: torch.Tensor
+    seen = ("inputs", "outputs", "slopes")
 
     def __init__(self, mlp: nn.Module, kind: UnitKind, hidden_size: int) -> None:
         super().__init__()
@@ -93,6 +96,13 @@ class LinearisedMlp(nn.Module):
     def use(self, readers: Mapping[str, torch.Tensor]) -> None:
         """Set weights, and biases if any, of what reads hidden states, by name: the rows of the neurons left."""
         self._tensors = readers
+
+    def forget(self) -> None:
+        """Drop the tensors of the last batch, those of the MLP's own modules, too."""
+        super().forget()
+        self._captures.forget()
+        for preset in self._presets.values():
+            vars(preset).pop("values", None)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[sample, token, hidden]` to zeros of that shape."""

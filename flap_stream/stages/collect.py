@@ -12,7 +12,7 @@ import torch
 from flap_stream.arithmetic.allocation import require_minimum
 from flap_stream.config import CollectConfig, PruneConfig, changed_options
 from flap_stream.config.rules import FED_ON, options_of, warn_of_positions
-from flap_stream.engine.device import cpu_threads, release
+from flap_stream.engine.device import cpu_threads, in_use
 from flap_stream.engine.membership import joined
 from flap_stream.engine.memory import give_back_heap
 from flap_stream.engine.placement import Job
@@ -78,8 +78,9 @@ def collect_into(
     out: where a whole job will write its output; its free space is checked first.
     """
     source, ranks, progress, measured = session.source, session.ranks, session.progress, session.measured
-    with measured.stage("collect"):
+    with measured.stage("collect"), ExitStack() as using:
         model = StreamedModel(source, options, ranks)
+        using.enter_context(in_use(model.device))
         measured.device = str(model.device)
         if isinstance(options, PruneConfig):
             _require_possible(model, options)
@@ -108,7 +109,6 @@ def collect_into(
                 swept = _place_sweep(model, options, sweep, placement, loss)
                 measured.placement = measured.placement.together(swept)
                 collect_loss_scores(model, loss, swept, progress, options.snapshot_interval)
-        release(model.device)
     measured.of_all(ranks, source.bytes_read)
     return directory, CollectResult(run, len(model.shapes), samples, length, measured)
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from flap_stream.config import EngineConfig, EvaluateConfig
 from flap_stream.config.rules import options_of, warn_of_positions
-from flap_stream.engine.device import release
+from flap_stream.engine.device import in_use
 from flap_stream.engine.layer_pass import Batch, LayerPass
 from flap_stream.engine.membership import joined
 from flap_stream.engine.memory import give_back_heap
@@ -65,7 +65,7 @@ def evaluate(
         ranks.from_first(lambda: check_text(wanted, model))
         checkpoint = opened.enter_context(open_checkpoint(model))
         streamed = StreamedModel(checkpoint, options, ranks)
-        opened.callback(release, streamed.device)
+        opened.enter_context(in_use(streamed.device))
         progress.header(model_row(checkpoint, len(streamed.layers)))
         progress.say("reading the text")
         tokens = ranks.from_first(lambda: windows_of(wanted, streamed, options))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from flap_stream.arithmetic.moments import Moments, joined_channels, window_moments
+from flap_stream.engine.device import HostCopy
 from flap_stream.engine.ranks import Ranks
 from flap_stream.engine.streamed_model import StreamedModel
 
@@ -29,6 +30,7 @@ class MomentMerger:
         self._ranks, self._channels = ranks, channels
         self._moments = {name: Moments.empty(len(self._own(name, ranks.rank))) for name in channels}
         self._pending: dict[str, _Windows] = {}
+        self._coming: dict[str, tuple[HostCopy, HostCopy, int]] = {}  # of one batch, on their way from the device
         self._batches: list[dict[str, _Windows]] = []
 
     def _own(self, name: str, rank: int) -> range:
@@ -52,15 +54,31 @@ class MomentMerger:
         self._pending = {}
 
     def take_batch(self) -> None:
-        """Add the moments of the batch that has just run."""
-        on_host = {name: (means.cpu(), m2s.cpu(), tokens) for name, (means, m2s, tokens) in self._pending.items()}
-        self._batches.append(on_host)
+        """Add the moments of the batch that has just run.
+
+        On an accelerator they arrive while the next batch runs, and are merged meanwhile.
+        """
+        before, self._coming = (
+            self._coming,
+            {name: (HostCopy(means), HostCopy(m2s), tokens) for name, (means, m2s, tokens) in self._pending.items()},
+        )
+        self._arrived(before)
+        on_cpu = all(means.device.type == "cpu" for means, _, _ in self._pending.values())
         self._pending = {}
+        if on_cpu:
+            self._arrived(self._coming)
+            self._coming = {}
         if self._ranks.world == 1:
             self._merge()
 
+    def _arrived(self, coming: Mapping[str, tuple[HostCopy, HostCopy, int]]) -> None:
+        """Add what has arrived to the batches to merge."""
+        if coming:
+            self._batches.append({name: (means.result(), m2s.result(), n) for name, (means, m2s, n) in coming.items()})
+
     def finish(self) -> dict[str, Moments]:
         """Moments over all windows, by projection."""
+        self._arrived(self._coming)
         self._merge()
         parts = self._ranks.gathered(self._moments)
         return {name: joined_channels([part[name] for part in parts]) for name in self._channels}

@@ -136,7 +136,8 @@ class _Collection:
         """Run a layer; return the statistics of what its output projections read, over the windows of all ranks."""
         model = self.batches.model
         with input_moments(model, index, weights) as merger:
-            for _ in self.batches.run(index, weights, keep_output=not self.hands_on_pruned):
+            for _start, output in self.batches.run(index, weights, keep_output=not self.hands_on_pruned):
+                del output  # lest it live while the next batch runs
                 merger.take_batch()
         moments = merger.finish()
         _require_same_on_all_machines(model, index)

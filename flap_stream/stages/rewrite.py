@@ -12,7 +12,7 @@ from flap_stream.arithmetic.layer_shape import Sublayer
 from flap_stream.arithmetic.scoring import baseline_input
 from flap_stream.config import RewriteConfig, require_restoration
 from flap_stream.config.rules import options_of
-from flap_stream.engine.device import cpu_threads, release
+from flap_stream.engine.device import cpu_threads, in_use
 from flap_stream.engine.membership import joined
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import RunMismatch
@@ -151,10 +151,9 @@ def _refitted(
     if placement != collected:
         session.progress.header(engine_rows(model, placement, samples, length))
     measured.placement = placement if collected is None else collected.together(placement)
-    with cpu_threads(run.manifest["threads"]):
+    with in_use(model.device), cpu_threads(run.manifest["threads"]):
         job = RefitJob(keeps, options.refit_target, placement, snapshot_interval)
         refit_layers(model, run, job, session.progress)
-    release(model.device)
     how, files_count = refit_record(options.refit_target), len(model.layers) + refit.has_head
     return session.ranks.from_first(
         lambda: Restoration(refitted=refitted_tensors(run, files_count), digests=run.refits.digests(), how=how)

@@ -17,7 +17,7 @@ import torch
 from flap_stream.arithmetic.predicted_loss import PredictedRise
 from flap_stream.config import PlanConfig, RewriteConfig, SweepConfig, part_of, require_restoration
 from flap_stream.config.rules import options_of, warn_of_positions
-from flap_stream.engine.device import release
+from flap_stream.engine.device import in_use
 from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import StreamedModel
@@ -134,7 +134,7 @@ def sweep(
         with open_checkpoint(place) as source, torch.inference_mode(), ExitStack() as opened:
             require_model_of(directory, source)
             streamed = StreamedModel(source, options)
-            opened.callback(release, streamed.device)
+            opened.enter_context(in_use(streamed.device))
             progress.header({**model_row(source, len(streamed.layers)), "run directory": str(run)})
             curve = _Curve(directory, streamed, options, restore, progress, plan_at)
             warn_of_positions(source.config, curve.tokens.shape[1])

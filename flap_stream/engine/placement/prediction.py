@@ -12,7 +12,7 @@ from flap_stream.engine.weight_stream import RING_BLOCK_BYTES, cast_bytes, ring_
 _HOST_SLACK = (36 << 20, 40 << 20)  # on a CPU, beside an accelerator
 # Most memory that lies idle in the heap, as a share of the activations and of the small tensors: malloc fills a hole
 # even with blocks large enough for a mapping of their own. Chosen with tools/memory_grid.py.
-_HEAP_HOLES = (0.5, 1.5)
+_HEAP_HOLES, _BACKWARD_HEAP_HOLES = (0.5, 1.5), (0.0, 0.75)  # of a graph most is alive at the peak
 _DEVICE_SLACK = 128 << 20  # cuBLAS workspaces and the allocator's rounding; not measured separately
 
 
@@ -62,7 +62,8 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
         # oneDNN copies a weight into its own layout for each product.
         largest = max(prod(entry.shape) for layer in job.layers for entry in layer.values()) * job.dtype.itemsize
         small += largest if largest < OWN_BLOCK_BYTES else 0
-        holes = int(_HEAP_HOLES[0] * activations + _HEAP_HOLES[1] * small)
+        of_all, of_small = _BACKWARD_HEAP_HOLES if job.backward else _HEAP_HOLES
+        holes = int(of_all * activations + of_small * small)
         host = host_always + hidden + max(weights + workspace + largest + holes, head)
         return Placement(batch_size, hidden_place, prefetch, host, 0, base)
     on_device = {"device": own_hidden, "host": batch, "disk": batch}[hidden_place]
