@@ -37,7 +37,7 @@ TARGETS: list[tuple[str, float, dict[str, Any]]] = [  # name, share of the dense
     ("target_parameters", 0.6, {"metric": "fisher", "round_neurons_to": 1}),
     ("target_parameters", 0.75, {"structure": "ul-um", "round_neurons_to": 1}),
     ("target_parameters", 0.8, {"structure": "al-mm", "remove_heads": 2}),
-    ("target_size", 0.8, {}),
+    ("target_size", 0.8, {"min_neurons": 40}),
     ("target_size", 0.7, {"metric": "fisher", "restore": "none"}),
     ("target_size", 0.75, {"method": "magnitude-sp"}),
     ("target_memory", 0.9, CACHE),
@@ -220,6 +220,18 @@ def test_targets_that_mean_nothing_are_refused(
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1, error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_has_no_target(runs: dict[str, Path]) -> None:
+    with pytest.raises(InvalidOption, match="--target-size 100000 would have no effect"):
+        flap_stream.sweep(runs["llama"], target_size=100_000)
+
+
+def test_the_released_decision_meets_a_target_too(runs: dict[str, Path]) -> None:
+    for structure in ({}, {"structure": "ul-um"}, {"structure": "ul-mm", "remove_heads": 6}):
+        plan = planned(runs["llama"], "target_parameters", 80_000, {"statistics": "released", **structure})
+        steps = 3 * (64 * 3 + 64 * 16 * 6) if structure else 64 * 16 * 6
+        assert 80_000 - steps < plan.parameters_after <= 80_000
 
 
 @pytest.mark.parametrize("options", [{}, {"structure": "ul-um"}, {"structure": "al-mm", "remove_heads": 6}])

@@ -18,7 +18,8 @@ class TargetConfig(Options):
     """What the pruned model may have at most.
 
     target_parameters: parameters, added biases included. target_size: bytes of all weight files. target_memory: bytes
-    of the weights and of the KV cache of `batch` (1) texts of `context` tokens, in the checkpoint's dtype.
+    of the weights and of the KV cache of `batch` (1) texts of `context` tokens, in the checkpoint's dtype; layers with
+    a sliding window count as if they kept all of it.
     """
 
     target_parameters: Parameters | None = None
