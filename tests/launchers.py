@@ -75,7 +75,7 @@ def wait_for(condition: Any, seconds: float) -> Any:
 def two_hosts() -> Any:
     """Two network namespaces with a wire between them, as two hosts that share all their files.
 
-    Launchers come out, to be given a number of ranks on each. Skips where namespaces may not be made.
+    Returns launchers that take the number of ranks on each. Skips where namespaces may not be made.
     """
     commands = [
         *[f"ip netns add {host}" for host in HOSTS],

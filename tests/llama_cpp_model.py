@@ -13,7 +13,7 @@ _F32 = 0  # of ggml_type, for the cache of keys and values
 
 @contextmanager
 def llama_model(path: Path, tokens: int = 128) -> Iterator[llama_cpp.Llama]:
-    """The model with room for so many tokens."""
+    """The model with room for that many tokens."""
     defaults = llama_cpp.llama_cpp.llama_model_default_params
 
     def without_repacking() -> llama_cpp.llama_cpp.llama_model_params:

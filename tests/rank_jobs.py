@@ -74,7 +74,7 @@ class Ended:
 def launch(
     place: Path, ranks: int, action: Callable[[], Any], *, nodes: int = 1, kill: tuple[int, float] | None = None
 ) -> Ended:
-    """Start so many ranks, wait for all. kill: which one to kill, after how many seconds."""
+    """Start that many ranks and wait for all. kill: which one to kill, after how many seconds."""
     if ranks == 1:
         environments: list[dict[str, str]] = [{}]
     else:
@@ -137,14 +137,14 @@ class RankJob:
         return Prune(model or self.model, self.place(name) / "out", replace(self.options, **changes))
 
     def trouble(self, name: str, ranks: int, **changes: Any) -> str | None:
-        """What is wrong with what so many ranks make of the job; None if all is well."""
+        """What is wrong with the job's results on that many ranks; None if nothing is."""
         ended = self.run(name, ranks, keep_run=True, **changes)
         if set(ended.codes) != {0}:
             return f"exit codes {ended.codes}: {ended.said}"
         return self.difference(name)
 
     def _seconds(self, ranks: int) -> float:
-        """How long so many ranks take."""
+        """How long that many ranks take."""
         started = time.monotonic()
         self.run(f"timed-{ranks}", ranks)
         return time.monotonic() - started

@@ -1,4 +1,4 @@
-"""What a model's folder holds beside its weights is carried, or left out with a warning before any work."""
+"""What a model's folder holds besides its weights is copied, or left out with a warning before any work."""
 
 import json
 import logging

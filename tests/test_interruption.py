@@ -1,4 +1,4 @@
-"""Real processes, really killed: the same command goes on, and the output is the same byte for byte."""
+"""Real processes, really killed: the same command resumes, and the output is the same byte for byte."""
 
 import os
 import re

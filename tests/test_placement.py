@@ -55,7 +55,7 @@ def placed(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
 
 
 def slow_reads(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> list[int]:
-    """Delay the n-th read of the model; the sizes of all reads come out."""
+    """Delay the n-th read of the model; returns the sizes of all reads."""
     read, sizes = ShardFiles.read, []
 
     def slow(files: Any, file: str, offset: int, buffers: Any) -> None:
@@ -148,7 +148,7 @@ def stop_at_layer(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
 
 
 def limit_windows(monkeypatch: pytest.MonkeyPatch, allowed: Callable[[int], int]) -> list[tuple[int, int]]:
-    """Raise out of memory for more windows than a layer is allowed; the layers and sizes that ran come out."""
+    """Raise out of memory for more windows than a layer is allowed; returns the layers and sizes that ran."""
     run_layer, ran = Skeleton.run_layer, []
 
     def limited(skeleton: Skeleton, index: int, weights: Any, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:

@@ -6,7 +6,7 @@
 - forward: the floor of collection, decoder layers in memory, forward alone, at the best batch size;
 - copy: the floor of rewriting, `cp` with fsync of the bytes that it reads and writes.
 
-Every part runs in a process of its own, the parts in turn, several rounds; medians are printed, and ratios within a
+Every part runs in a separate process, the parts in turn, several rounds; medians are printed, and ratios within a
 round. The model is made of random weights, layer by layer, unless one is given.
 """
 
@@ -240,7 +240,7 @@ MEASURES: dict[str, Callable[[Path, torch.Tensor, torch.device, Path], dict[str,
 
 
 def run_part(part: str, options: argparse.Namespace, model: Path, tokens: Path, place: Path) -> dict[str, Any]:
-    """One part in a process of its own: its seconds by stage and its peak memory in MiB."""
+    """One part in a separate process: its seconds by stage and its peak memory in MiB."""
     out = place / "out"
     if part == "copy":
         return {"seconds": measure_copy(model, out, place)}

@@ -1,8 +1,9 @@
-"""Hold vLLM against transformers on pruned checkpoints: the bundled model, and tiny random ones of other families.
+"""Compare vLLM with transformers on pruned checkpoints: the bundled model, and tiny random ones of other families.
 
 Run with the project's python; `--vllm-python` names that of an environment with vLLM and flap-stream in it
 (`check_vllm.sh` makes one). For each way to run a checkpoint it prints the largest difference of the prompts'
-log-probabilities, in float32, and whether 32 greedy tokens are equal; it fails where they are not, or differ by 1e-3.
+log-probabilities, in float32, and whether 32 greedy tokens are equal; it fails if they are not, or at a difference of
+1e-3.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Seconds and peak memory of `flap-stream prune` against depth, width, number of windows and their length.
 
-One of them grows while the others stay; every point is the real command in a process of its own on a random
+One of them grows while the others are fixed; every point is the real command in a separate process on a random
 LLaMA-shaped model, medians over the runs, all points in turn. Prints a table; `--figure` draws it (needs matplotlib).
 """
 

@@ -1,8 +1,8 @@
-"""Many examples of every kind of file that someone made to do harm, for the parsers that read them.
+"""Many hostile files of every kind, for the parsers that read them.
 
     python tools/fuzz_parsers.py [--examples 100000] [--seed 0]
 
-The examples are those of tests/hostile.py, shared out by their weight. Each parser runs in a process of its own, which
+The examples are those of tests/hostile.py, shared out by their weight. Each parser runs in a separate process, which
 may take half a GiB more than it begins with. Prints a line each; the exit code is 1 if anything but an error of ours
 came out, or if one example took longer than two seconds.
 """
@@ -28,7 +28,7 @@ MORE_BYTES = 1 << 29
 
 
 def fuzz(name: str, examples: int, number: int) -> bool:
-    """Whether a parser withstood so many examples."""
+    """Whether a parser withstood that many examples."""
     read, bodies, _ = READERS[name]
     outcomes: Counter[str] = Counter()
     longest = 0.0

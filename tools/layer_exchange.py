@@ -1,4 +1,4 @@
-"""How the ranks of a node get a layer that is read once: three ways, timed.
+"""Times three ways to give all ranks of a node a layer that is read once.
 
     torchrun --nproc-per-node 2 tools/layer_exchange.py [--layer-bytes 256MiB] [--layers 8]
 

@@ -1,6 +1,6 @@
 """Whether memory stays within its limit and its prediction, over limits, window lengths and places of hidden states.
 
-Runs the real `flap-stream prune` in a process of its own for every setting; a limit is `smallest + share * (largest -
+Runs the real `flap-stream prune` in a separate process for every setting; a limit is `smallest + share * (largest -
 smallest)` of what the job can make use of, found by asking for far too little and for everything.
 """
 

@@ -70,7 +70,7 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config_of(options: argparse.Namespace, layers: int) -> LlamaConfig | MixtralConfig:
-    """The config of the sizes asked for, with so many layers."""
+    """The config of the sizes asked for, with that many layers."""
     sizes = {
         "hidden_size": options.hidden,
         "intermediate_size": options.intermediate,

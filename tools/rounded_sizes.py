@@ -1,6 +1,6 @@
 """What rounding sizes is worth: one model pruned at one ratio to multiples of 1, 32, 64 and 256, timed side by side.
 
-Times are medians over rounds in which every variant runs once, in turn, as of `flap-stream bench-inference`; ratios are
+Times are medians over rounds in which every variant runs once, in turn, as in `flap-stream bench-inference`; ratios are
 within a round. For the prompt one window goes through the model, for generation single tokens with its cache.
 """
 

@@ -114,7 +114,7 @@ def measure(rounds: int) -> None:
     rate, cores = work.operations / for_windows, os.cpu_count() or 1
     besides = (found[1, windows] - for_windows) / work.layers
     rates = Rates(rate, disk_read=2e9, disk_write=1e9, node_product=rate * cores, layer_seconds=besides)
-    print(f"{rate / 1e9:.0f} GFLOP/s a process, {besides:.3f} s a layer besides; {cores} cores")
+    print(f"{rate / 1e9:.0f} GFLOP/s a process, {besides:.3f} s of overhead a layer; {cores} cores")
     print(f"| processes | collection, median of {rounds} | predicted |\n|---|---|---|")
     for count in (1, 2, 4):
         predicted = scale(work, rates, count).seconds["collect"]

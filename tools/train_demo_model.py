@@ -1,6 +1,6 @@
 """Train the small Llama that ships as `flap_stream/demo/`, on the King James Bible.
 
-Everything the demo holds comes from here: held-out texts, tokenizer, sharded bfloat16 checkpoint and README.
+Everything in the demo comes from here: held-out texts, tokenizer, sharded bfloat16 checkpoint and README.
 The text is read from Debian's `bible` program (package bible-kjv) or from `--text FILE`.
 """
 

@@ -54,9 +54,8 @@ class StreamedModel:
         memory.keep_malloc_steady(memory.OWN_BLOCK_BYTES_OF_MIXTURES if is_mixture else memory.OWN_BLOCK_BYTES)
         memory.keep_few_kernels()
         tensors = CheckedTensors(checkpoint)
-        self.skeleton, self.shapes = tensors.skeleton, tensors.shapes
+        self.skeleton, self.shapes, self.layers = tensors.skeleton, tensors.shapes, tensors.skeleton.layers
         self.skeleton.move_buffers(self.device)
-        self.layers = self.skeleton.layers
         self.layer_entries, self.norm_entries = tensors.layer_entries, tensors.norm_entries
         self.embedding_entry, self.head_entry = tensors.embedding_entry, tensors.head_entry
         self.vocab_size, self.hidden_size = tensors.vocab_size, tensors.hidden_size
@@ -93,12 +92,7 @@ class StreamedModel:
         return make_hidden_states(place, shape, dtype or self.dtype, self.device, directory)
 
     def place(
-        self,
-        options: EngineConfig,
-        job: Job,
-        *,
-        then: Sequence[Job] = (),
-        recorded: int | None = None,
+        self, options: EngineConfig, job: Job, *, then: Sequence[Job] = (), recorded: int | None = None
     ) -> Placement:
         """How to run a job within the memory allowed; the same for all ranks, to suit the one with the least memory.
 
@@ -237,19 +231,16 @@ class StreamedModel:
 
     def _embedding_rows(self, ids: np.ndarray) -> torch.Tensor:
         """Read rows of the embedding to the device, `[id, hidden]`. ids: ascending."""
-        entry = self.embedding_entry
-        row_bytes = entry.nbytes // self.vocab_size
+        entry, row_bytes = self.embedding_entry, self.embedding_entry.nbytes // self.vocab_size
         raw = torch.empty(len(ids) * row_bytes, dtype=torch.uint8)
         self.checkpoint.read_ranges(entry, list(row_ranges(ids, row_bytes)), memoryview(raw.numpy()))
-        rows = raw.view(stored_dtype(entry)).view(len(ids), self.hidden_size)
-        rows = rows.to(self.device, self.dtype)
+        rows = raw.view(stored_dtype(entry)).view(len(ids), self.hidden_size).to(self.device, self.dtype)
         refuse_non_finite([] if all(all_finite([rows])) else [entry.name], self.checkpoint.source)
         return rows
 
     def _load(self, entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
         weights = load(self.checkpoint, entries, self.device, self.dtype, self.ranks)
-        full_names = {entries[name].name: tensor for name, tensor in weights.items()}
-        require_finite(full_names, self.checkpoint.source, self.ranks)
+        require_finite({entries[name].name: w for name, w in weights.items()}, self.checkpoint.source, self.ranks)
         return weights
 
 
