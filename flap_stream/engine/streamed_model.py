@@ -157,7 +157,7 @@ class StreamedModel:
         """
         for start, stop in batches(range(len(tokens)), batch_size):
             unique, ids = np.unique(tokens[start:stop], return_inverse=True)
-            rows = self._embedding_rows(unique)
+            rows = _embedding_rows(self, unique)
             places = torch.from_numpy(ids.reshape(stop - start, -1)).to(self.device)
             first, self._calls[stop - start] = self.skeleton.record(self.skeleton.embed(rows, places))
             for copy in range(copies):
@@ -229,19 +229,20 @@ class StreamedModel:
         """Load the head, `[vocabulary, hidden]`."""
         return self._load({"weight": self.head_entry})["weight"]
 
-    def _embedding_rows(self, ids: np.ndarray) -> torch.Tensor:
-        """Read rows of the embedding to the device, `[id, hidden]`. ids: ascending."""
-        entry, row_bytes = self.embedding_entry, self.embedding_entry.nbytes // self.vocab_size
-        raw = torch.empty(len(ids) * row_bytes, dtype=torch.uint8)
-        self.checkpoint.read_ranges(entry, list(row_ranges(ids, row_bytes)), memoryview(raw.numpy()))
-        rows = raw.view(stored_dtype(entry)).view(len(ids), self.hidden_size).to(self.device, self.dtype)
-        refuse_non_finite([] if all(all_finite([rows])) else [entry.name], self.checkpoint.source)
-        return rows
-
     def _load(self, entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
         weights = load(self.checkpoint, entries, self.device, self.dtype, self.ranks)
         require_finite({entries[name].name: w for name, w in weights.items()}, self.checkpoint.source, self.ranks)
         return weights
+
+
+def _embedding_rows(model: StreamedModel, ids: np.ndarray) -> torch.Tensor:
+    """Read rows of the embedding to the device, `[id, hidden]`. ids: ascending."""
+    entry, row_bytes = model.embedding_entry, model.embedding_entry.nbytes // model.vocab_size
+    raw = torch.empty(len(ids) * row_bytes, dtype=torch.uint8)
+    model.checkpoint.read_ranges(entry, list(row_ranges(ids, row_bytes)), memoryview(raw.numpy()))
+    rows = raw.view(stored_dtype(entry)).view(len(ids), model.hidden_size).to(model.device, model.dtype)
+    refuse_non_finite([] if all(all_finite([rows])) else [entry.name], model.checkpoint.source)
+    return rows
 
 
 def _chunked_logits(
