@@ -263,11 +263,10 @@ def refits(check: Check) -> dict[str, Any]:
     for target in check.targets:
         out = check.work / f"refit-{target}"
         how: dict[str, Any] = {"device": check.device, "samples": check.samples}
-        options = PruneConfig(
-            calibration=(CALIBRATION,), restore="least-squares", refit_target=target, ratio=0.3, **how
-        )
-        pruned = flap_stream.prune(DEMO / "model", out, options)
-        evaluation = flap_stream.evaluate(out, EvaluateConfig(text=(EVALUATION,), device=check.device, samples=check.samples))
+        wanted = PruneConfig(calibration=(CALIBRATION,), restore="least-squares", refit_target=target, ratio=0.3, **how)
+        pruned = flap_stream.prune(DEMO / "model", out, wanted)
+        options = EvaluateConfig(text=(EVALUATION,), device=check.device, samples=check.samples)
+        evaluation = flap_stream.evaluate(out, options)
         found[target] = {"seconds": pruned.measured.seconds, "perplexity": evaluation.perplexity}
     return found
 
