@@ -206,7 +206,9 @@ class Simulator:
             stream.run_until(stream.queued)
 
     def host_waits(self, what: str) -> None:
-        """Count a wait of the host."""
+        """Count a wait of the thread that queues computations; those that read and write may wait."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         frame = sys._getframe(1)
         while frame.f_back is not None and not frame.f_code.co_filename.startswith(PACKAGE):
             frame = frame.f_back

@@ -5,6 +5,7 @@ Results are the CPU's whatever runs when, and mistakes in the order of work are 
 
 import itertools
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.engine.placement import Placement
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import FlapStreamError, RunMismatch
+from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.progress import Stage
 from flap_stream.stages.input_moments import input_moments
@@ -341,10 +343,10 @@ def test_the_host_waits_a_few_times_a_layer_and_never_in_a_batch(
     """Twice as many batches, the same number of waits, but for what arrives while the next batch runs."""
     counts = []
     for batch_size in (4, 2):
+        options = CollectConfig(calibration=(collected.text,), device="cuda", snapshot_interval=100)
         monkeypatch.setattr(placement, "place", lambda *_, size=batch_size: Placement(size, place, 1, 0, 0))
         with simulated("computations first") as simulator:
             run = tmp_path / f"{batch_size}"
-            options = CollectConfig(calibration=(collected.text,), device="cuda", snapshot_interval=LAYERS)
             flap_stream.collect(model, run, options)
         counts.append(simulator.waits)
     few, many = counts
@@ -354,9 +356,8 @@ def test_the_host_waits_a_few_times_a_layer_and_never_in_a_batch(
         ("arithmetic/moments.py:column_norms", "copy to host"),
     )
     embedding = [(f"engine/streamed_model.py:{name}", "copy from host") for name in ("embed", "_embedding_rows")]
-    reader = ("engine/weight_stream.py:fill", "event")  # a thread of its own, whenever it is faster than the copies
     # Once a run, every batch is embedded: its rows are copied to the device, and must be finite.
-    assert more.keys() <= {finite, *embedding, reader, ("model/skeleton.py:record", "value")} and more[finite] == 2
+    assert more.keys() <= {finite, *embedding, ("model/skeleton.py:record", "value")} and more[finite] == 2
     assert (many[norms], many[finite]) == (2 * LAYERS, LAYERS + 5)
     outputs = [count for (line, _), count in many.items() if line.endswith("require_finite_outputs")]
     assert outputs == [LAYERS]
@@ -402,3 +403,28 @@ def test_products_are_summed_in_full_precision_while_a_stage_runs(
     with simulated("eager"):
         flap_stream.collect(model, tmp_path / "run", CollectConfig(calibration=(collected.text,), device="cuda"))
     assert set(seen) == {(False, "highest")} and getattr(torch.backends.cuda.matmul, name) == before
+
+
+# --- reading ---
+
+
+def test_several_reads_are_in_flight_and_checksums_are_those_of_one_after_another(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number, together = itertools.count(), threading.Barrier(4)
+    read_block = Checkpoint.read_block
+
+    def read(checkpoint: Checkpoint, block: Any, buffers: Any) -> None:
+        if next(number) < 4:
+            together.wait(20)  # broken, and raises, unless four reads get here
+        read_block(checkpoint, block, buffers)
+
+    with open_checkpoint(model) as checkpoint, torch.inference_mode(), simulated("random", 3):
+        streamed = StreamedModel(checkpoint, EngineConfig(device="cuda"))
+        monkeypatch.setattr(Checkpoint, "read_block", read)
+        layers = streamed.stream(prefetch=0)
+        for _ in layers:
+            pass
+        found = [checkpoint.checksum(list(entries.values())) for entries in streamed.layer_entries]
+    with open_checkpoint(model) as checkpoint:
+        assert found == [checkpoint.read_checksum(list(entries.values())) for entries in streamed.layer_entries]

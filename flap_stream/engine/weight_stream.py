@@ -4,8 +4,9 @@ On a CPU a layer is read straight into the buffer that it is used from. For an a
 into a ring of page-locked host buffers and copied from there on a separate stream; nothing is reused before its event.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import count
 
@@ -22,11 +23,16 @@ from flap_stream.model.shard_files import Block, coalesce
 RING_BLOCK_BYTES = 1 << 24  # not measured
 
 _ALIGNMENT = 64  # bytes, for vector loads
+_READS_IN_FLIGHT = 4  # of a rank that is alone on its node; a disk reads one block at a time far below its rate
 
 
 def ring_blocks(readers: int) -> int:
-    """Number of blocks in the ring that `readers` ranks of a node share: each fills one while as many are copied."""
-    return 2 * max(2, readers)
+    """Number of blocks in the ring that `readers` ranks of a node share.
+
+    A rank alone has so many reads in flight, and as many blocks on their way to the device; several ranks fill one each
+    while as many are copied.
+    """
+    return 2 * (_READS_IN_FLIGHT if readers == 1 else readers)
 
 
 def slab_bytes(sizes: Sequence[int]) -> int:
@@ -147,6 +153,9 @@ class _DeviceLoader:
         self._filled = [new_event(device) for _ in range(slots)]
         self._free = [new_event(device) for _ in range(slots)]
         self._turns = count()
+        self._reads = ThreadPoolExecutor(_READS_IN_FLIGHT, thread_name_prefix="pread")
+        self._checks = ThreadPoolExecutor(1, thread_name_prefix="checksum")  # which need the blocks in order
+        self._checked: list[Future[None] | None] = [None] * blocks
         self._copies = new_stream(device)  # after the buffers, whose memory earlier kernels may still use
 
     @torch.inference_mode()  # set per thread; without it, tensors created in inference mode cannot be written to
@@ -155,30 +164,74 @@ class _DeviceLoader:
         slot = index % len(self._slabs)
         self._copies.wait_event(self._free[slot])
         blocks = coalesce(list(entries.values()), RING_BLOCK_BYTES)
-        (own, readers), offsets = self._ranks.local, _offsets(entries)
+        if self._ranks.local[1] == 1:
+            self._fill_alone(blocks, self._slabs[slot], _offsets(entries))
+        else:
+            self._fill_together(blocks, self._slabs[slot], _offsets(entries))
+        for checked in filter(None, self._checked):
+            checked.result()
+        self._filled[slot].record(self._copies)
+
+    def _fill_alone(self, blocks: Sequence[Block], slab: torch.Tensor, offsets: Mapping[str, int]) -> None:
+        """Read with several reads in flight; blocks are copied in order as they arrive."""
+        coming: deque[tuple[int, Block, Future[None]]] = deque()
+
+        def pass_on() -> None:
+            turn, block, read = coming.popleft()
+            read.result()
+            self._copy(block, turn, slab, offsets)
+
+        for block in blocks:
+            if len(coming) == len(self._ring):  # the next turn's last copy is not queued yet
+                pass_on()
+            turn = next(self._turns) % len(self._ring)
+            coming.append((turn, block, self._reads.submit(self._read, turn, block, self._checked[turn])))
+        while coming:
+            pass_on()
+
+    def _read(self, turn: int, block: Block, checked: "Future[None] | None") -> None:
+        """Read a block, once what was in its place in the ring has been copied and its checksum taken."""
+        if checked is not None:
+            checked.result()
+        self._block_copied[turn].synchronize()
+        self._checkpoint.read_block(block, [memoryview(self._ring[turn, : block.nbytes].numpy())])
+
+    def _fill_together(self, blocks: Sequence[Block], slab: torch.Tensor, offsets: Mapping[str, int]) -> None:
+        """Read one block each, wait for the other ranks of the node, and copy all of them."""
+        own, readers = self._ranks.local
         for first in range(0, len(blocks), readers):
             turns = [(next(self._turns) % len(self._ring), block) for block in blocks[first : first + readers]]
             for turn, _ in turns:
+                checked = self._checked[turn]
+                if checked is not None:
+                    checked.result()
                 self._block_copied[turn].synchronize()
             self._ranks.node_barrier()  # no rank copies from these blocks any more
             for turn, block in turns[own : own + 1]:
                 self._checkpoint.read_block(block, [memoryview(self._ring[turn, : block.nbytes].numpy())])
             self._ranks.node_barrier()
             for turn, block in turns:
-                self._copy(block, self._ring[turn], self._slabs[slot], offsets)
-                self._block_copied[turn].record(self._copies)
-        self._filled[slot].record(self._copies)
+                self._copy(block, turn, slab, offsets)
 
-    def _copy(self, block: Block, source: torch.Tensor, target: torch.Tensor, offsets: Mapping[str, int]) -> None:
-        at = 0
+    @torch.inference_mode()
+    def _copy(self, block: Block, turn: int, target: torch.Tensor, offsets: Mapping[str, int]) -> None:
+        """Queue the copies of a block, and have its checksum taken."""
+        at, source = 0, self._ring[turn]
         with self._copies:
             for entry, start, stop in block.parts:
                 offset = offsets[entry.name] + start
-                part = source[at : at + stop - start]
-                if self._ranks.leads_node:
-                    self._checkpoint.note_checksum(entry, start, memoryview(part.numpy()))
-                target[offset : offset + stop - start].copy_(part, non_blocking=True)
+                target[offset : offset + stop - start].copy_(source[at : at + stop - start], non_blocking=True)
                 at += stop - start
+        self._block_copied[turn].record(self._copies)
+        if self._ranks.leads_node:
+            self._checked[turn] = self._checks.submit(self._check, block, turn)
+
+    def _check(self, block: Block, turn: int) -> None:
+        """Add a block to the checksums of its tensors."""
+        at, raw = 0, memoryview(self._ring[turn].numpy())
+        for entry, start, stop in block.parts:
+            self._checkpoint.note_checksum(entry, start, raw[at : at + stop - start])
+            at += stop - start
 
     def take(self, index: int) -> torch.Tensor:
         """The buffer that holds a layer; computations launched from now on wait until it is filled."""
@@ -191,7 +244,9 @@ class _DeviceLoader:
         self._free[index % len(self._slabs)].record(current_stream(self._device))
 
     def close(self) -> None:
-        """Wait for pending copies and free the ring."""
+        """Wait for pending reads and copies, and free the ring."""
+        self._reads.shutdown(cancel_futures=True)
+        self._checks.shutdown()
         self._copies.synchronize()
         unlock_pages(self._device, self._ring)
 
