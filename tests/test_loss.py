@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import flap_stream
 from flap_stream.config import CollectConfig, PlanConfig
+from flap_stream.engine.wide_attention import wide_attention
 from flap_stream.errors import NonFinite
 from flap_stream.storage.loss import KINDS, LossStore
 from flap_stream.storage.run_directory import RunDirectory
@@ -117,6 +118,16 @@ def test_scores_are_those_of_autograd_through_the_whole_model(tmp_path: Path, fa
         assert difference(scores, double[key]) < max(1e-6, 2 * difference(single[key], double[key]))
 
 
+def test_attention_is_wide_only_in_half_precision_on_a_cpu() -> None:
+    q = torch.randn(1, 2, 8, 16, dtype=torch.bfloat16)
+    with wide_attention(torch.bfloat16, "cpu"):
+        wide = functional.scaled_dot_product_attention(q, q, value=q)
+    with wide_attention(torch.bfloat16, "cuda"):
+        narrow = functional.scaled_dot_product_attention(q, q, value=q)
+    expected = functional.scaled_dot_product_attention(q.float(), q.float(), q.float()).bfloat16()
+    assert torch.equal(wide, expected) and not torch.equal(narrow, expected)
+
+
 @pytest.mark.parametrize("scale", [2.0**-10, 256.0], ids=["tiny", "large"])
 def test_gradients_in_half_precision_neither_vanish_nor_overflow(tmp_path: Path, scale: float) -> None:
     model = tiny_model(tiny_config(layers=2, vocab_size=1000))
@@ -158,7 +169,7 @@ def test_statistics_that_are_complete_get_scores_later_and_a_plan_by_the_loss_ke
 def test_the_graph_of_one_layer_is_in_memory_whatever_the_depth(tmp_path: Path) -> None:
     text, peaks = save_tokens(tmp_path / "tokens.npy", random_tokens(16, 128)), []
     for layers in (4, 16):
-        sizes = {"hidden_size": 256, "intermediate_size": 688, "max_position_embeddings": 128}
+        sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 688, "max_position_embeddings": 128}
         path = save(tiny_model(tiny_config(layers=layers, **sizes)), tmp_path / f"model-{layers}", "20MB")
         command = [sys.executable, "-m", "flap_stream", "collect", str(path), str(tmp_path / f"run-{layers}"), "--json"]
         command += ["--quiet", "--calibration", text, "--samples", "16", "--loss-windows", "16", "--batch-size", "8"]
