@@ -3,6 +3,7 @@
 - plain: the released procedure (whole model in memory, one window at a time, buffers for 2048 windows), with saving;
 - offload: the same forward driven by accelerate's disk offload, at batch 1 and at the batch that suits it;
 - flap-stream: `flap-stream prune`, the real command; flap-stream-refit: the same with `--restore least-squares`;
+  flap-stream-loss: the same with `--metric fisher`, swept by the loss over a quarter of the windows;
 - forward: the floor of pass 1, decoder layers in memory, forward alone, at the best batch size;
 - copy: the floor of pass 2, `cp` with fsync of the bytes that it reads and writes.
 
@@ -35,8 +36,12 @@ from flap_stream.progress import peak_host_bytes
 BUFFER_WINDOWS = 2048  # lib/prune.py:120 of the released code
 FORWARD_BATCHES = (1, 8, 16, 32)
 OFFLOAD_BATCHES = (1, 16)
-OURS = {"flap-stream": [], "flap-stream-refit": ["--restore", "least-squares"]}
-PARTS = ("plain", "offload-1", "offload-16", "flap-stream-refit", "flap-stream", "forward", "copy")
+OURS = {
+    "flap-stream": [],
+    "flap-stream-refit": ["--restore", "least-squares"],
+    "flap-stream-loss": ["--metric", "fisher"],
+}
+PARTS = ("plain", "offload-1", "offload-16", "flap-stream-refit", "flap-stream-loss", "flap-stream", "forward", "copy")
 
 
 def synchronize(device: torch.device) -> None:
@@ -246,6 +251,8 @@ def run_part(part: str, options: argparse.Namespace, model: Path, tokens: Path, 
         shutil.rmtree(out, ignore_errors=True)
         command = [sys.executable, "-m", "flap_stream", "prune", str(model), str(out), "--json", "--quiet", *OURS[part]]
         command += ["--calibration", str(tokens), "--samples", str(options.windows), "--device", options.device]
+        if part == "flap-stream-loss":
+            command += ["--loss-windows", str(options.windows // 4)]
     else:
         command = [sys.executable, __file__, "--part", part, "--model", str(model), "--tokens", str(tokens)]
         command += ["--place", str(place), "--device", options.device]
@@ -313,6 +320,14 @@ def summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
         "peak host with refit, predicted / measured": (
             "flap-stream-refit",
             lambda p: p["flap-stream-refit"]["predicted_host_mib"] / p["flap-stream-refit"]["peak_host_mib"],
+        ),
+        "pass 1 with the sweep by the loss / pass 1": (
+            "flap-stream-loss",
+            lambda p: p["flap-stream-loss"]["seconds"]["collect"] / ours("collect")(p),
+        ),
+        "peak host with the sweep, predicted / measured": (
+            "flap-stream-loss",
+            lambda p: p["flap-stream-loss"]["predicted_host_mib"] / p["flap-stream-loss"]["peak_host_mib"],
         ),
         "pass 2 / copy": ("copy", lambda p: ours("rewrite")(p) / total("copy")(p)),
         **{
