@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import flap_stream
 from flap_stream.config import CollectConfig, PlanConfig
+from flap_stream.engine.wide_attention import wide_attention
 from flap_stream.errors import NonFinite
 from flap_stream.storage.loss import KINDS, LossStore
 from flap_stream.storage.run_directory import RunDirectory
@@ -115,6 +116,16 @@ def test_scores_are_those_of_autograd_through_the_whole_model(tmp_path: Path, fa
         assert difference(scores, single[key]) < 1e-6
         # what float32 loses by itself, whoever runs the model, is up to 3e-6 here
         assert difference(scores, double[key]) < max(1e-6, 2 * difference(single[key], double[key]))
+
+
+def test_attention_is_wide_only_in_half_precision_on_a_cpu() -> None:
+    q = torch.randn(1, 2, 8, 16, dtype=torch.bfloat16)
+    with wide_attention(torch.bfloat16, "cpu"):
+        wide = functional.scaled_dot_product_attention(q, q, value=q)
+    with wide_attention(torch.bfloat16, "cuda"):
+        narrow = functional.scaled_dot_product_attention(q, q, value=q)
+    expected = functional.scaled_dot_product_attention(q.float(), q.float(), q.float()).bfloat16()
+    assert torch.equal(wide, expected) and not torch.equal(narrow, expected)
 
 
 @pytest.mark.parametrize("scale", [2.0**-10, 256.0], ids=["tiny", "large"])

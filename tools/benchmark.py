@@ -3,8 +3,14 @@
 - plain: the released procedure (whole model in memory, one window at a time, buffers for 2048 windows), with saving;
 - offload: the same forward driven by accelerate's disk offload, at batch 1 and at the batch that suits it;
 - flap-stream: `flap-stream prune`, the real command; flap-stream-refit: the same with `--restore least-squares`;
+<<<<<<< HEAD
 - forward: the floor of collection, decoder layers in memory, forward alone, at the best batch size;
 - copy: the floor of rewriting, `cp` with fsync of the bytes that it reads and writes.
+=======
+  flap-stream-loss: the same with `--metric fisher`, swept by the loss over a quarter of the windows;
+- forward: the floor of pass 1, decoder layers in memory, forward alone, at the best batch size;
+- copy: the floor of pass 2, `cp` with fsync of the bytes that it reads and writes.
+>>>>>>> loss
 
 Every part runs in a separate process, the parts in turn, several rounds; medians are printed, and ratios within a
 round. The model is made of random weights, layer by layer, unless one is given.
@@ -36,9 +42,18 @@ from flap_stream.progress import peak_host_bytes
 BUFFER_WINDOWS = 2048  # lib/prune.py:120 of the released code
 FORWARD_BATCHES = (1, 8, 16, 32)
 OFFLOAD_BATCHES = (1, 16)
+<<<<<<< HEAD
 OURS = {"flap-stream": [], "flap-stream-refit": ["--restore", "least-squares"]}
 Parts = dict[str, dict[str, Any]]  # what each part of one round took
 PARTS = ("plain", "offload-1", "offload-16", "flap-stream-refit", "flap-stream", "forward", "copy")
+=======
+OURS = {
+    "flap-stream": [],
+    "flap-stream-refit": ["--restore", "least-squares"],
+    "flap-stream-loss": ["--metric", "fisher"],
+}
+PARTS = ("plain", "offload-1", "offload-16", "flap-stream-refit", "flap-stream-loss", "flap-stream", "forward", "copy")
+>>>>>>> loss
 
 
 def synchronize(device: torch.device) -> None:
@@ -248,6 +263,8 @@ def run_part(part: str, options: argparse.Namespace, model: Path, tokens: Path, 
         shutil.rmtree(out, ignore_errors=True)
         command = [sys.executable, "-m", "flap_stream", "prune", str(model), str(out), "--json", "--quiet", *OURS[part]]
         command += ["--calibration", str(tokens), "--samples", str(options.windows), "--device", options.device]
+        if part == "flap-stream-loss":
+            command += ["--loss-windows", str(options.windows // 4)]
     else:
         command = [sys.executable, __file__, "--part", part, "--model", str(model), "--tokens", str(tokens)]
         command += ["--place", str(place), "--device", options.device]
@@ -284,7 +301,53 @@ def summary(rounds: list[Parts]) -> dict[str, Any]:
             "seconds": median(partial(_total, part=part)),
             **{key: peak(part, key) for key in ("peak_host_mib", "peak_device_mib")},
         }
+<<<<<<< HEAD
         for part in measured
+=======
+        for part in rounds[0]
+    }
+    of_ours = {
+        "prune / plain, seconds": ("plain", lambda p: total("flap-stream")(p) / total("plain")(p)),
+        "prune / plain, peak host": (
+            "plain",
+            lambda p: p["flap-stream"]["peak_host_mib"] / p["plain"]["peak_host_mib"],
+        ),
+        "peak host, predicted / measured": (
+            "flap-stream",
+            lambda p: p["flap-stream"]["predicted_host_mib"] / p["flap-stream"]["peak_host_mib"],
+        ),
+        "pass 1 / forward": ("forward", lambda p: ours("collect")(p) / total("forward")(p)),
+        "pass 2 with refit / pass 1": (
+            "flap-stream-refit",
+            lambda p: (total("flap-stream-refit")(p) - of_refit(p, "collect")) / of_refit(p, "collect"),
+        ),
+        "peak host with refit, predicted / measured": (
+            "flap-stream-refit",
+            lambda p: p["flap-stream-refit"]["predicted_host_mib"] / p["flap-stream-refit"]["peak_host_mib"],
+        ),
+        "pass 1 with the sweep by the loss / pass 1": (
+            "flap-stream-loss",
+            lambda p: p["flap-stream-loss"]["seconds"]["collect"] / ours("collect")(p),
+        ),
+        "peak host with the sweep, predicted / measured": (
+            "flap-stream-loss",
+            lambda p: p["flap-stream-loss"]["predicted_host_mib"] / p["flap-stream-loss"]["peak_host_mib"],
+        ),
+        "pass 2 / copy": ("copy", lambda p: ours("rewrite")(p) / total("copy")(p)),
+        **{
+            f"offload at batch {batch} / pass 1": (
+                f"offload-{batch}",
+                per_collection(f"offload-{batch}"),
+            )
+            for batch in OFFLOAD_BATCHES
+        },
+    }
+    measured = rounds[0].keys()
+    ratios = {
+        name: median(ratio)
+        for name, (part, ratio) in of_ours.items()
+        if part in measured and ("flap-stream" in measured or part == "flap-stream-refit")
+>>>>>>> loss
     }
     ratios = {name: median(ratio) for name, (needed, ratio) in RATIOS.items() if needed <= measured}
     return {"parts": rows, "ratios": ratios}

@@ -20,6 +20,7 @@ from flap_stream.engine.layer_pass import LayerPass, StandIns
 from flap_stream.engine.placement.job import LOSS_LOGIT_BYTES
 from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import StreamedModel
+from flap_stream.engine.wide_attention import wide_attention
 from flap_stream.errors import NonFinite
 from flap_stream.model.units import Part
 from flap_stream.progress import Progress
@@ -91,7 +92,8 @@ class BackwardPass(LayerPass):
         gradient = torch.ldexp(values, -shift).to(self.model.dtype)  # half precision neither overflows nor vanishes
         hidden = self._feed.take(start, len(values)).detach().requires_grad_()
         with torch.enable_grad(), _captured(self.model, index) as reads:
-            output = self.model.run_batch(index, weights, hidden, modules)
+            with wide_attention(self.model.dtype, self.model.device.type):
+                output = self.model.run_batch(index, weights, hidden, modules)
             below, *gradients = torch.autograd.grad(output, [hidden, *(read.inputs for read in reads)], gradient)
         if not all_finite([below])[0]:
             raise NonFinite(
@@ -104,7 +106,7 @@ class BackwardPass(LayerPass):
             changes = read.changes(self._means[read.part.kind.output.name], found)
             scores[read.part.kind.name][:, own] = -torch.ldexp(changes, shift[:, 0]).cpu()
         self._scores[start] = scores
-        return torch.ldexp(below.float(), shift)
+        return below.float().ldexp_(shift)
 
 
 def keep_inputs(batches: LayerPass, store: LossStore, layer: int) -> None:

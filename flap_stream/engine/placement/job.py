@@ -166,7 +166,7 @@ class Job:
         """
         if batch_size not in self._workspaces:
             self._workspaces[batch_size] = layer_workspace(
-                self.skeleton, self.layers, (batch_size, self.tokens), self.dtype, self.backward
+                self.skeleton, self.layers, (batch_size, self.tokens), self.dtype, self.device, self.backward
             )
             give_back_heap()  # fake tensors leave more behind than real ones
         return self._workspaces[batch_size]

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from flap_stream.arithmetic.moments import window_moments
 from flap_stream.engine.memory import OWN_BLOCK_BYTES
+from flap_stream.engine.wide_attention import wide_attention
 from flap_stream.model.safetensors_format import TensorEntry
 from flap_stream.model.skeleton import LayerCall, Skeleton
 
@@ -22,13 +23,15 @@ def layer_workspace(
     layers: Sequence[Mapping[str, TensorEntry]],
     batch: tuple[int, int],
     dtype: torch.dtype,
+    device: str,
     backward: bool,
 ) -> tuple[int, int]:
     """Peak bytes alive, weights and hidden states excluded, while one batch runs through any layer.
 
     Only the widest and the largest layer are tried.
     skeleton: used for nothing else, since the run leaves traces in it. layers: the tensors of each by relative name.
-    batch: windows and tokens of each. backward: whether gradients flow through the layers.
+    batch: windows and tokens of each. device: the type of the one that the job is for.
+    backward: whether gradients flow through the layers.
     The second figure counts only tensors smaller than `memory.OWN_BLOCK_BYTES`.
     """
     widest = max(range(len(layers)), key=lambda i: skeleton.layer_shape(i).neurons)
@@ -47,7 +50,8 @@ def layer_workspace(
             handles = [] if backward else _take_moments(skeleton, index)
             with live:
                 if backward:
-                    _run_backward(skeleton, index, weights, hidden, calls[index])
+                    with wide_attention(dtype, device):
+                        _run_backward(skeleton, index, weights, hidden, calls[index])
                 else:
                     skeleton.run_layer(index, weights, hidden, calls[index])
             peak, small_peak = max(peak, live.peak), max(small_peak, live.small_peak)
