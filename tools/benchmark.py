@@ -3,14 +3,9 @@
 - plain: the released procedure (whole model in memory, one window at a time, buffers for 2048 windows), with saving;
 - offload: the same forward driven by accelerate's disk offload, at batch 1 and at the batch that suits it;
 - flap-stream: `flap-stream prune`, the real command; flap-stream-refit: the same with `--restore least-squares`;
-<<<<<<< HEAD
+  flap-stream-loss: the same with `--metric fisher`, swept by the loss over a quarter of the windows;
 - forward: the floor of collection, decoder layers in memory, forward alone, at the best batch size;
 - copy: the floor of rewriting, `cp` with fsync of the bytes that it reads and writes.
-=======
-  flap-stream-loss: the same with `--metric fisher`, swept by the loss over a quarter of the windows;
-- forward: the floor of pass 1, decoder layers in memory, forward alone, at the best batch size;
-- copy: the floor of pass 2, `cp` with fsync of the bytes that it reads and writes.
->>>>>>> loss
 
 Every part runs in a separate process, the parts in turn, several rounds; medians are printed, and ratios within a
 round. The model is made of random weights, layer by layer, unless one is given.
@@ -42,18 +37,13 @@ from flap_stream.progress import peak_host_bytes
 BUFFER_WINDOWS = 2048  # lib/prune.py:120 of the released code
 FORWARD_BATCHES = (1, 8, 16, 32)
 OFFLOAD_BATCHES = (1, 16)
-<<<<<<< HEAD
-OURS = {"flap-stream": [], "flap-stream-refit": ["--restore", "least-squares"]}
-Parts = dict[str, dict[str, Any]]  # what each part of one round took
-PARTS = ("plain", "offload-1", "offload-16", "flap-stream-refit", "flap-stream", "forward", "copy")
-=======
 OURS = {
     "flap-stream": [],
     "flap-stream-refit": ["--restore", "least-squares"],
     "flap-stream-loss": ["--metric", "fisher"],
 }
+Parts = dict[str, dict[str, Any]]  # what each part of one round took
 PARTS = ("plain", "offload-1", "offload-16", "flap-stream-refit", "flap-stream-loss", "flap-stream", "forward", "copy")
->>>>>>> loss
 
 
 def synchronize(device: torch.device) -> None:
@@ -301,53 +291,7 @@ def summary(rounds: list[Parts]) -> dict[str, Any]:
             "seconds": median(partial(_total, part=part)),
             **{key: peak(part, key) for key in ("peak_host_mib", "peak_device_mib")},
         }
-<<<<<<< HEAD
         for part in measured
-=======
-        for part in rounds[0]
-    }
-    of_ours = {
-        "prune / plain, seconds": ("plain", lambda p: total("flap-stream")(p) / total("plain")(p)),
-        "prune / plain, peak host": (
-            "plain",
-            lambda p: p["flap-stream"]["peak_host_mib"] / p["plain"]["peak_host_mib"],
-        ),
-        "peak host, predicted / measured": (
-            "flap-stream",
-            lambda p: p["flap-stream"]["predicted_host_mib"] / p["flap-stream"]["peak_host_mib"],
-        ),
-        "pass 1 / forward": ("forward", lambda p: ours("collect")(p) / total("forward")(p)),
-        "pass 2 with refit / pass 1": (
-            "flap-stream-refit",
-            lambda p: (total("flap-stream-refit")(p) - of_refit(p, "collect")) / of_refit(p, "collect"),
-        ),
-        "peak host with refit, predicted / measured": (
-            "flap-stream-refit",
-            lambda p: p["flap-stream-refit"]["predicted_host_mib"] / p["flap-stream-refit"]["peak_host_mib"],
-        ),
-        "pass 1 with the sweep by the loss / pass 1": (
-            "flap-stream-loss",
-            lambda p: p["flap-stream-loss"]["seconds"]["collect"] / ours("collect")(p),
-        ),
-        "peak host with the sweep, predicted / measured": (
-            "flap-stream-loss",
-            lambda p: p["flap-stream-loss"]["predicted_host_mib"] / p["flap-stream-loss"]["peak_host_mib"],
-        ),
-        "pass 2 / copy": ("copy", lambda p: ours("rewrite")(p) / total("copy")(p)),
-        **{
-            f"offload at batch {batch} / pass 1": (
-                f"offload-{batch}",
-                per_collection(f"offload-{batch}"),
-            )
-            for batch in OFFLOAD_BATCHES
-        },
-    }
-    measured = rounds[0].keys()
-    ratios = {
-        name: median(ratio)
-        for name, (part, ratio) in of_ours.items()
-        if part in measured and ("flap-stream" in measured or part == "flap-stream-refit")
->>>>>>> loss
     }
     ratios = {name: median(ratio) for name, (needed, ratio) in RATIOS.items() if needed <= measured}
     return {"parts": rows, "ratios": ratios}
@@ -390,6 +334,14 @@ RATIOS: dict[str, tuple[set[str], Callable[[Parts], float]]] = {
     "peak host with refit, predicted / measured": (
         {"flap-stream-refit"},
         partial(_predicted, part="flap-stream-refit"),
+    ),
+    "collect with the sweep by the loss / collect": (
+        {"flap-stream", "flap-stream-loss"},
+        lambda p: p["flap-stream-loss"]["seconds"]["collect"] / _collection(p),
+    ),
+    "peak host with the sweep, predicted / measured": (
+        {"flap-stream-loss"},
+        partial(_predicted, part="flap-stream-loss"),
     ),
     "rewrite / copy": (
         {"flap-stream", "copy"},
