@@ -33,7 +33,10 @@ from flap_stream.text.windows import TextWanted, evaluation_tokens
 
 @dataclass
 class Bench:
-    """What all methods are given. engine: options of `EngineConfig`; calibration: of `CollectConfig`."""
+    """What all methods are given. engine: options of `EngineConfig`; calibration: of `CollectConfig`.
+
+    loss_windows: of the common collection; 0 if no method decides by the loss.
+    """
 
     model: str
     calibration: dict[str, Any]
@@ -41,12 +44,13 @@ class Bench:
     engine: dict[str, Any]
     place: Path
     progress: Progress
+    loss_windows: int
 
     def collected(self) -> Path:
         """The run directory that serves all methods of one collection, made when it is first asked for."""
         run = self.place / "run"
         if not run.exists():
-            config = CollectConfig(**self.calibration, **self.engine)
+            config = CollectConfig(loss_windows=self.loss_windows, **self.calibration, **self.engine)
             flap_stream.collect(self.model, run, config, progress=self.progress)
         return run
 
@@ -81,12 +85,17 @@ def pruned(bench: Bench, options: dict[str, Any], ratios: Sequence[float]) -> li
 
 
 def rewritten(bench: Bench, options: dict[str, Any], ratios: Sequence[float]) -> list[float]:
-    """Each ratio from the common collection, its checkpoint evaluated and removed. options: of `RewriteConfig`."""
+    """Each ratio from the common collection, its checkpoint evaluated and removed.
+
+    options: of `RewriteConfig`, and the metric of the plan.
+    """
+    config = RewriteConfig(**bench.engine, **{name: value for name, value in options.items() if name != "metric"})
     found = []
     for ratio in ratios:
         out = bench.place / "out"
-        flap_stream.plan(bench.collected(), PlanConfig(ratio=ratio, round_neurons_to=1))
-        flap_stream.rewrite(bench.collected(), out, RewriteConfig(**bench.engine, **options), progress=bench.progress)
+        metric = options.get("metric", PlanConfig.metric)
+        flap_stream.plan(bench.collected(), PlanConfig(ratio=ratio, metric=metric, round_neurons_to=1))
+        flap_stream.rewrite(bench.collected(), out, config, progress=bench.progress)
         found.append(bench.perplexity(out))
         shutil.rmtree(out)
     return found
@@ -165,10 +174,12 @@ METHODS = [
     Method(REFERENCE, swept),
     Method("flap, released", swept, {"statistics": "released"}),
     Method("flap, exact, no bias", swept, {"restore": "none"}),
+    Method("by the loss", swept, {"metric": "fisher"}),
     Method("wanda-sp", pruned, {"method": "wanda-sp"}),  # pruned layers feed the next: a collection a ratio
     Method("magnitude-sp", swept, {"method": "magnitude-sp"}),
     Method("published refit (moments about zero, FLAP's bias)", published, {"damping": 1e-3}),
     Method("least-squares", rewritten, {"restore": "least-squares"}),
+    Method("least-squares, by the loss", rewritten, {"restore": "least-squares", "metric": "fisher"}),
     Method("least-squares, target dense", rewritten, {"restore": "least-squares", "refit_target": "dense"}),
     Method("least-squares, target aligned", rewritten, {"restore": "least-squares", "refit_target": "aligned"}),
     Method("least-squares, target joint", rewritten, {"restore": "least-squares", "refit_target": "joint"}),
@@ -216,12 +227,16 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--samples", type=int, default=1024, help="calibration windows (default: 1024)")
     parser.add_argument("--sequence-length", type=int, default=128, help="tokens a window (default: 128)")
+    parser.add_argument(
+        "--loss-windows", type=int, default=256, help="windows that the loss is swept over (default: 256)"
+    )
     parser.add_argument("--dtype", default="float32", help="of the forward (default: float32)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--place", type=Path, help="folder for run directories and outputs (default: a temporary one)")
     parser.add_argument("--markdown", type=Path, help="write the table here too")
     parser.add_argument("--json", type=Path, help="write all figures here")
     options = parser.parse_args()
+    chosen = [method for method in METHODS if method.name in options.methods]
     with tempfile.TemporaryDirectory(dir=options.place) as place:
         bench = Bench(
             model=options.model,
@@ -234,8 +249,8 @@ def main() -> None:
             engine={"dtype": options.dtype, "device": options.device},
             place=Path(place),
             progress=Progress("auto"),
+            loss_windows=options.loss_windows if any("metric" in method.options for method in chosen) else 0,
         )
-        chosen = [method for method in METHODS if method.name in options.methods]
         body = compare(bench, chosen, options.ratios)
     print(markdown(body), end="")
     if options.markdown:

@@ -198,9 +198,10 @@ def _candidates(config: Mapping[str, Any], widest: LayerShape) -> Iterator[dict[
         "intermediate_size": widest.neurons,
         "head_dim": widest.head_dim,
     }
-    own = {key: value for key, value in config.items() if key not in _PRUNED_KEYS} | sizes
+    uniform = {key: value for key, value in config.items() if key not in _PRUNED_KEYS}
+    own = uniform | sizes
     yield _named(own)
-    known = CONFIG_MAPPING[config["model_type"]].from_dict(dict(own))
+    known = CONFIG_MAPPING[config["model_type"]].from_dict(dict(uniform))  # its validation may refuse the new sizes
     flags = {flag: True for flag in _BIAS_FLAGS if hasattr(known, flag)}
     if flags:
         yield _named(own | flags)
