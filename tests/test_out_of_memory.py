@@ -41,7 +41,8 @@ class Pass:
 
     def run_first_layer(self, **how: Any) -> None:
         for i, weights in self.batches.layers(Stage("collect", 2)):
-            self.batches.run_all(i, weights, **how)
+            for _start, output in self.batches.run(i, weights, **how):
+                del output  # lest it live while the next batch runs
             return
 
 

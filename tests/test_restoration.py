@@ -282,7 +282,7 @@ def test_a_killed_refit_goes_on_to_the_same_bytes(tmp_path: Path, target: str) -
     job = make_job(tmp_path, restore="least-squares", refit_target=target)
     begun = job.first_step("out.run/refit")
     ended = job.first_step("out.partial")
-    points = sorted({*range(begun - 3, ended, 5), *(n + 1 for n in job.records() if begun < n < ended)})
+    points = sorted({*range(begun - 3, ended, 11), *(n + 1 for n in job.records() if begun < n < ended)})
     assert len(points) > 12
     assert job.troubles(points) == []
 
