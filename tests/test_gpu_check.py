@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import gpu_check
 
-MEASURING = ("model", "floors", "disk", "main", "statistics", "refits")
+MEASURING = ("model", "floors", "disk", "main", "statistics", "profile", "small_jobs", "refits")
 
 
 @pytest.mark.slow
@@ -20,6 +20,8 @@ def test_every_stage_that_measures_answers(tmp_path: Path) -> None:
     assert found["main"]["code"] == 0 and found["main"]["host_peak_over_prediction"] <= 1
     assert {answer["relative_error"] for answer in found["statistics"].values()} == {0.0}
     assert found["refits"]["joint"]["perplexity"] > 1
+    assert found["small_jobs"]["by_the_loss"]["code"] == found["small_jobs"]["refit_joint"]["code"] == 0
+    assert "collect" in (tmp_path / "out" / "profile.txt").read_text()
 
 
 @pytest.mark.slow

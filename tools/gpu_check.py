@@ -4,19 +4,27 @@
     python tools/gpu_check.py OUT --device cpu --tiny     # tries the script itself
 
 The gpu tests; a random model of 65B geometry, pruned under `--device-memory 24GiB` beside what products, copies and the
-disk of the machine reach; statistics held against the CPU's; a kill and a resume; every refit. A stage for which too
-little time is left is skipped, and what fails in one is written down.
+disk of the machine reach, all of them read past the page cache; statistics held against the CPU's; a kill and a resume;
+every refit; the backward sweep; where the time goes and which lines wait for the device. A stage for which too little
+time is left is skipped, and what fails in one is written down.
 """
 
 import argparse
+import collections
+import cProfile
 import hashlib
+import io
 import json
 import os
+import pstats
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -27,6 +35,7 @@ import numpy as np
 import torch
 from random_checkpoint import make
 from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 import flap_stream
 from flap_stream.arithmetic.layer_shape import Sublayer
@@ -69,7 +78,7 @@ class Geometry:
         )
 
 
-LLAMA_65B = Geometry(8192, 22016, 64, 32000, 6, 1024, 128)
+LLAMA_65B = Geometry(8192, 22016, 64, 32000, 8, 1024, 128)
 TINY = Geometry(64, 176, 4, 500, 3, 8, 16)
 
 
@@ -115,39 +124,71 @@ class Check:
     def command(self, *arguments: object, kill_when: Callable[[], bool] | None = None) -> dict[str, Any]:
         """Run a flap-stream command: its JSON, its exit code, and the end of what it said if it failed."""
         words = [sys.executable, "-m", "flap_stream", *map(str, arguments), "--json"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-        with open(self.out / "log.txt", "a+") as log:
-            process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-            while kill_when is not None and process.poll() is None:
-                if kill_when():
-                    process.send_signal(signal.SIGKILL)
-                time.sleep(0.01)
-            text = process.communicate()[0]
-            log.seek(0)
-            said = log.read()[-1500:]
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+        began = time.monotonic()
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
+        )
+        said: list[str] = []
+
+        def listen() -> None:
+            assert process.stderr is not None
+            with open(self.out / "log.txt", "a") as log:
+                for line in process.stderr:
+                    said.append(line)
+                    log.write(f"{time.monotonic() - began:7.2f} {line}")
+
+        listener = threading.Thread(target=listen)
+        listener.start()
+        while kill_when is not None and process.poll() is None:
+            if kill_when():
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.01)
+        assert process.stdout is not None
+        text = process.stdout.read()
+        process.wait()
+        listener.join()
         body = json.loads(text.strip().splitlines()[-1]) if text.strip() else {}
         body.pop("layers", None)
-        return {"code": process.returncode, **body, **({"stderr": said} if process.returncode else {})}
+        body["wall"] = time.monotonic() - began
+        return {"code": process.returncode, **body, **({"stderr": "".join(said)[-1500:]} if process.returncode else {})}
 
-    def prune(self, out: str, *more: object, **how: Any) -> dict[str, Any]:
-        """Prune the random model."""
+    def prune(self, model: str, out: str, *more: object, **how: Any) -> dict[str, Any]:
+        """Prune a random model; with its peaks over the predictions."""
         memory = ["--device-memory", "24GiB"] if self.device != "cpu" else []
         arguments = ["--ratio", 0.2, "--calibration", self.work / "tokens.npy", "--device", self.device, *memory]
-        return self.command("prune", self.work / "model", self.work / out, *arguments, *more, **how)
+        body = self.command("prune", self.work / model, self.work / out, *arguments, *more, **how)
+        for kind in ("device", "host"):
+            peak, predicted = body.get(f"peak_{kind}_bytes"), (body.get("placement") or {}).get(f"{kind}_bytes")
+            if peak and predicted:
+                body[f"{kind}_peak_over_prediction"] = peak / predicted
+        return body
 
 
 def gpu_tests() -> dict[str, Any]:
     """The tests that need a CUDA device."""
-    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests" / "test_gpu.py")]
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        str(ROOT / "tests" / "test_gpu.py"),
+    ]
     ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    return {"code": ended.returncode, "end": ended.stdout[-1500:]}
+    return {"code": ended.returncode, "end": ended.stdout[-8000:] if ended.returncode else ended.stdout[-300:]}
 
 
 def model(check: Check) -> dict[str, Any]:
-    """Write the random model, as many layers as the disk has room for twice, and the tokens."""
+    """Write a random model of as many layers as the disk has room for twice, one of two, and the tokens."""
     sizes, free = check.geometry, shutil.disk_usage(check.out).free
     layers = max(2, min(sizes.layers, int((free - (2 << 30)) / (2 * sizes.layer_bytes))))
-    make(check.work / "model", sizes.config(layers), torch.bfloat16)
+    make(check.work / "model", sizes.config(layers), torch.bfloat16, device=check.device)
+    make(check.work / "small", sizes.config(2), torch.bfloat16, device=check.device)
     tokens = np.random.default_rng(0).integers(3, sizes.vocabulary, (sizes.windows, sizes.length))
     np.save(check.work / "tokens.npy", tokens)
     return {"layers": layers, "layer_bytes": sizes.layer_bytes}
@@ -164,18 +205,33 @@ def rate(device: torch.device, action: Callable[[], object], times: int = 5) -> 
     return times / (time.perf_counter() - began)
 
 
+def forward_rate(config: LlamaConfig, tokens: int, length: int, device: torch.device) -> float:
+    """Tokens per second of transformers' own decoder layer, with random weights, so many tokens at once."""
+    config._attn_implementation = "sdpa"
+    layer = LlamaDecoderLayer(config, 0).to(device, torch.bfloat16).eval()
+    hidden = torch.randn(tokens // length, length, config.hidden_size, dtype=torch.bfloat16, device=device)
+    positions = torch.arange(length, device=device)[None]
+    rotary = LlamaRotaryEmbedding(config).to(device)(hidden, positions)
+    return tokens * rate(device, lambda: layer(hidden, attention_mask=None, position_embeddings=rotary))
+
+
 def floors(check: Check) -> dict[str, float]:
-    """What products and copies reach: the width of the MLP as it is, odd, and a multiple of 8."""
+    """What products, a layer and copies reach: the width of the MLP as it is, odd, and a multiple of 8."""
     device, sizes, found = choose_device(check.device), check.geometry, {}
     begin(device)
     try:
         with torch.inference_mode():
             for width in (sizes.intermediate, sizes.intermediate - 9, sizes.intermediate - 8):
-                inputs = torch.ones(sizes.windows * 16, sizes.hidden, dtype=torch.bfloat16, device=device)
-                weight = torch.ones(width, sizes.hidden, dtype=torch.bfloat16, device=device)
-                operations = 2 * len(inputs) * width * sizes.hidden
-                times = rate(device, lambda a=inputs, b=weight: torch.nn.functional.linear(a, b))  # type: ignore[misc]
-                found[f"product_tflops_{width}"] = operations * times / 1e12
+                for count in (sizes.windows * 16, 512, 8, 1):
+                    inputs = torch.randn(count, sizes.hidden, dtype=torch.bfloat16, device=device)
+                    weight = torch.randn(width, sizes.hidden, dtype=torch.bfloat16, device=device)
+                    times = rate(device, lambda a=inputs, b=weight: torch.nn.functional.linear(a, b))  # type: ignore[misc]
+                    found[f"product_tflops_{width}_tokens_{count}"] = 2 * count * width * sizes.hidden * times / 1e12
+            tokens = sizes.windows * 16
+            speed = forward_rate(sizes.config(1), tokens, sizes.length, device)
+            found["forward_layer_seconds"] = sizes.windows * sizes.length / speed
+            double = torch.randn(1024, 1024, dtype=torch.float64, device=device)
+            found["float64_tflops"] = 2 * 1024**3 * rate(device, lambda: double @ double) / 1e12
             for name, is_locked in (("locked", device.type != "cpu"), ("pageable", False)):
                 host = torch.ones(1 << 26, dtype=torch.uint8, pin_memory=is_locked)
                 there = torch.empty_like(host, device=device)
@@ -188,31 +244,109 @@ def floors(check: Check) -> dict[str, float]:
 
 
 def disk(check: Check) -> dict[str, float]:
-    """Bytes per second of shards, read past the page cache, four at once."""
+    """Bytes per second of shards, read past the page cache, four at once; and through it, once they are out of it."""
     shards = sorted((check.work / "model").glob("*.safetensors"))[:4]
 
     def read(path: Path) -> int:
         words = ["dd", f"if={path}", "of=/dev/null", "bs=4M", "iflag=direct"]
         return subprocess.run(words, stderr=subprocess.DEVNULL).returncode
 
+    forget(check.work / "model")
     began = time.perf_counter()
     with ThreadPoolExecutor(4) as pool:
         codes = list(pool.map(read, shards))
+    direct = time.perf_counter() - began
+    began = time.perf_counter()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda path: subprocess.run(["cat", path], stdout=subprocess.DEVNULL), shards))
+    buffered, nbytes = time.perf_counter() - began, sum(p.stat().st_size for p in shards)
     return {
-        "direct_gbps": sum(p.stat().st_size for p in shards) / (time.perf_counter() - began) / 1e9,
+        "direct_gbps": nbytes / direct / 1e9,
+        "buffered_gbps": nbytes / buffered / 1e9,
         "failed": sum(map(bool, codes)),
     }
 
 
+def forget(folder: Path) -> None:
+    """Put a folder's files out of the page cache."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def main_job(check: Check) -> dict[str, Any]:
-    """Prune the whole model; with predictions beside peaks."""
-    body = check.prune("pruned", "--run", check.work / "run")
-    for kind in ("device", "host"):
-        peak, said = body.get(f"peak_{kind}_bytes"), (body.get("placement") or {}).get(f"{kind}_bytes")
-        if peak and said:
-            body[f"{kind}_peak_over_prediction"] = peak / said
+    """Prune the whole model, from the disk; beside the floors."""
+    forget(check.work / "model")
+    body = check.prune("model", "pruned", "--run", check.work / "run")
     shutil.rmtree(check.work / "pruned", ignore_errors=True)
+    shutil.rmtree(check.work / "run", ignore_errors=True)
+    floor, layers = check.found.get("floors", {}), check.found.get("model", {}).get("layers", 0)
+    if "seconds" in body and "forward_layer_seconds" in floor:
+        compute = layers * floor["forward_layer_seconds"]
+        read = layers * check.geometry.layer_bytes / 1e9 / check.found["disk"]["direct_gbps"]
+        body["floor_seconds"] = {"compute": compute, "read": read}
+        body["collect_over_floor"] = body["seconds"]["collect"] / max(compute, read)
     return body
+
+
+def small_jobs(check: Check) -> dict[str, Any]:
+    """The jobs that hold more than a collection, on two layers of the width: peaks, predictions and seconds."""
+    jobs: dict[str, tuple[object, ...]] = {
+        "by_the_loss": ("--metric", "fisher", "--loss-windows", min(128, check.geometry.windows)),
+        **{f"refit_{t}": ("--restore", "least-squares", "--refit-target", t) for t in check.targets if t != "aligned"},
+    }
+    found = {}
+    for name, options in jobs.items():
+        left = check.seconds - (time.monotonic() - check.started)
+        found[name] = check.prune("small", name, *options) if left > 40 else f"skipped: {left:.0f} s left"
+        for place in (check.work / name, check.work / f"{name}.run"):
+            shutil.rmtree(place, ignore_errors=True)
+    return found
+
+
+def profile(check: Check) -> dict[str, Any]:
+    """Where the main thread's time and the device's go in a collection of two layers: profile.txt."""
+    options = CollectConfig(calibration=(str(check.work / "tokens.npy"),), device=check.device)
+    main_thread, text = cProfile.Profile(), io.StringIO()
+    seconds = dict[str, float]()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if check.device != "cpu":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    kernels = torch.profiler.profile(activities=activities)
+    for run, profiler in (("main thread", main_thread), ("kernels", kernels)):
+        began = time.monotonic()
+        with profiler:
+            flap_stream.collect(check.work / "small", check.work / f"profile {run}", options)
+        seconds[run] = time.monotonic() - began
+    for order in ("cumulative", "tottime"):
+        pstats.Stats(main_thread, stream=text).sort_stats(order).print_stats(45)
+    averages = kernels.key_averages()
+    for key in ("self_cpu_time_total", *(["self_device_time_total"] if check.device != "cpu" else [])):
+        text.write(averages.table(sort_by=key, row_limit=25, max_name_column_width=70))
+    (check.out / "profile.txt").write_text(text.getvalue())
+    return seconds
+
+
+def waits(check: Check) -> dict[str, int]:
+    """Lines that wait for the device in a collection of two layers, and how often."""
+    lines: collections.Counter[str] = collections.Counter()
+
+    def note(message: Warning | str, *_: object, **__: object) -> None:
+        if "synchroniz" in str(message):
+            frames = [f for f in traceback.extract_stack() if "/flap_stream/" in f.filename]
+            lines[f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "elsewhere"] += 1
+
+    options = CollectConfig(calibration=(str(check.work / "tokens.npy"),), device=check.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            flap_stream.collect(check.work / "small", check.work / "waits", options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return dict(lines.most_common())
 
 
 def statistics(check: Check) -> dict[str, Any]:
@@ -251,9 +385,9 @@ def kill_and_resume(check: Check) -> dict[str, Any]:
     def is_midway() -> bool:
         return journal.exists() and journal.read_bytes().count(b'"statistics"') >= 1
 
-    codes = [check.prune("whole", *options)["code"]]
-    codes.append(check.prune("killed", *options, kill_when=is_midway)["code"])
-    codes.append(check.prune("killed", *options)["code"])
+    codes = [check.prune("small", "whole", *options)["code"]]
+    codes.append(check.prune("small", "killed", *options, kill_when=is_midway)["code"])
+    codes.append(check.prune("small", "killed", *options)["code"])
     return {"codes": codes, "same_bytes": digests(check.work / "whole") == digests(check.work / "killed")}
 
 
@@ -284,6 +418,10 @@ def run(check: Check) -> dict[str, Any]:
     check.stage("disk", 20, lambda: disk(check))
     check.stage("main", 60, lambda: main_job(check))
     check.stage("statistics", 40, lambda: statistics(check))
+    check.stage("profile", 40, lambda: profile(check))
+    if device.type != "cpu":
+        check.stage("waits", 30, lambda: waits(check))
+    check.stage("small_jobs", 60, lambda: small_jobs(check))
     check.stage("kill_and_resume", 60, lambda: kill_and_resume(check))
     check.stage("refits", 60, lambda: refits(check))
     shutil.rmtree(check.work, ignore_errors=True)

@@ -12,20 +12,26 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, MixtralConfig
 
 
-def make(path: Path, config: LlamaConfig | MixtralConfig, dtype: torch.dtype, seed: int = 0) -> None:
-    """Write config.json, an index and one shard a layer (and one for embedding, norm and head) into `path`."""
+def make(
+    path: Path, config: LlamaConfig | MixtralConfig, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
+) -> None:
+    """Write config.json, an index and one shard a layer (and one for embedding, norm and head) into `path`.
+
+    device: where the numbers are drawn; another draws others.
+    """
     path.mkdir(parents=True, exist_ok=True)
     config.dtype = dtype
     config.architectures = [type(config).__name__.removesuffix("Config") + "ForCausalLM"]
     config.save_pretrained(path)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     hidden, head_dim = config.hidden_size, config.head_dim
     assert head_dim is not None and config.num_key_value_heads is not None
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        scale = torch.rand(rows, 1, generator=generator).add_(0.5).div_(columns**0.5)
-        return torch.empty(rows, columns).normal_(generator=generator).mul_(scale).to(dtype)
+        scale = torch.rand(rows, 1, generator=generator, device=device).add_(0.5).div_(columns**0.5)
+        values = torch.empty(rows, columns, device=device).normal_(generator=generator)
+        return values.mul_(scale).to(dtype).cpu()
 
     ends = {"model.embed_tokens.weight": matrix(config.vocab_size, hidden)}
     ends |= {"model.norm.weight": torch.ones(hidden, dtype=dtype), "lm_head.weight": matrix(config.vocab_size, hidden)}
