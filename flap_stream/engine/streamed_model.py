@@ -155,9 +155,11 @@ class StreamedModel:
         copies: how many times all windows are repeated, one after another.
         Also records the arguments that the layers are called with.
         """
+        most = min(tokens[:batch_size].size, self.vocab_size) * self.embedding_entry.nbytes // self.vocab_size
+        buffer = memory.host_buffer((most,), torch.uint8)  # a new one for each batch would cost as much as reading
         for start, stop in batches(range(len(tokens)), batch_size):
             unique, ids = np.unique(tokens[start:stop], return_inverse=True)
-            rows = _embedding_rows(self, unique)
+            rows = _embedding_rows(self, unique, buffer)
             places = torch.from_numpy(ids.reshape(stop - start, -1)).to(self.device)
             first, self._calls[stop - start] = self.skeleton.record(self.skeleton.embed(rows, places))
             for copy in range(copies):
@@ -235,10 +237,13 @@ class StreamedModel:
         return weights
 
 
-def _embedding_rows(model: StreamedModel, ids: np.ndarray) -> torch.Tensor:
-    """Read rows of the embedding to the device, `[id, hidden]`. ids: ascending."""
+def _embedding_rows(model: StreamedModel, ids: np.ndarray, buffer: torch.Tensor) -> torch.Tensor:
+    """Read rows of the embedding, `[id, hidden]`, to the device; on a CPU they may be the buffer itself.
+
+    ids: ascending. buffer: uint8, in host memory.
+    """
     entry, row_bytes = model.embedding_entry, model.embedding_entry.nbytes // model.vocab_size
-    raw = torch.empty(len(ids) * row_bytes, dtype=torch.uint8)
+    raw = buffer[: len(ids) * row_bytes]
     model.checkpoint.read_ranges(entry, list(row_ranges(ids, row_bytes)), memoryview(raw.numpy()))
     rows = raw.view(stored_dtype(entry)).view(len(ids), model.hidden_size).to(model.device, model.dtype)
     refuse_non_finite([] if all(all_finite([rows])) else [entry.name], model.checkpoint.source)

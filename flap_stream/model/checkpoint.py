@@ -22,6 +22,7 @@ from flap_stream.model.shard_files import Block, ShardFiles, coalesce, stamp
 
 _READ_THREADS = 2  # not measured
 _READ_BYTES = 1 << 25  # of one read; not measured
+_GAP_BYTES = 1 << 16  # read in vain rather than in two reads; not measured
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,23 @@ class Checkpoint:
         self._files.drops = True
 
     def read_ranges(self, entry: TensorEntry, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> None:
-        """Fill `buffer` with byte ranges `(start, stop)` of the tensor, one after another."""
-        at = 0
+        """Fill `buffer` with byte ranges `(start, stop)` of the tensor, in ascending order, one after another.
+
+        Ranges with little between them are read together with it: another read would take longer.
+        """
+        between = memoryview(bytearray(_GAP_BYTES))
+        first = at = end = 0
+        buffers = list[memoryview]()
         for start, stop in ranges:
-            self._files.read(entry.file, entry.offset + start, [buffer[at : at + stop - start]])
-            at += stop - start
+            if start - end > _GAP_BYTES:
+                self._files.read(entry.file, entry.offset + first, buffers)
+                first, buffers = start, []
+            elif buffers and start > end:
+                buffers.append(between[: start - end])
+            first = first if buffers else start
+            buffers.append(buffer[at : at + stop - start])
+            at, end = at + stop - start, stop
+        self._files.read(entry.file, entry.offset + first, buffers)
 
     @property
     def bytes_read(self) -> int:
