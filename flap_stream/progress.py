@@ -37,11 +37,20 @@ def peak_host_bytes() -> int:
 
 def peak_device_bytes(device: Any) -> int:
     """Peak memory that torch reserved on an accelerator (or its name); 0 for None and a CPU."""
+    return _peak(device, "max_memory_reserved")
+
+
+def peak_device_allocated_bytes(device: Any) -> int:
+    """Most of it that tensors took at once."""
+    return _peak(device, "max_memory_allocated")
+
+
+def _peak(device: Any, figure: str) -> int:
     torch = sys.modules.get("torch")  # not imported just for a progress line
     if torch is None or not device or str(device) in ("cpu", "meta"):
         return 0
     kind = torch.get_device_module(torch.device(device))
-    return kind.max_memory_reserved(device) if kind.is_initialized() else 0
+    return getattr(kind, figure)(device) if kind.is_initialized() else 0
 
 
 def format_bytes(count: float) -> str:

@@ -359,6 +359,7 @@ def _replace_torch(patch: pytest.MonkeyPatch, simulator: Simulator) -> None:
     }
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, answer)
+    patch.setattr(torch._C, "_accelerator_setAllocatorSettings", lambda settings: None)
     patch.setattr(torch, "Stream", simulator.new_stream)
     patch.setattr(torch, "Event", lambda device=None: Event(simulator))
     patch.setattr(torch.accelerator, "current_stream", lambda device=None: simulator.stream)

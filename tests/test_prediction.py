@@ -191,7 +191,8 @@ def test_a_dry_run_says_what_the_run_then_takes(model: Path, tmp_path: Path, how
     written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     inputs = 5 * options.loss_windows * 16 * 64 * 4  # of four layers, and the last one's output
     assert found.bytes_written == pytest.approx(written + inputs, rel=0.05)
-    assert found.bytes_read == pytest.approx(result.measured.bytes_read + inputs, rel=0.1)
+    # Rows of so narrow an embedding are read with all that lies between them.
+    assert found.bytes_read == pytest.approx(result.measured.bytes_read + inputs, rel=0.15)
 
 
 def test_a_dry_run_needs_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,13 +13,14 @@ _ROW_BLOCK = 256  # rows of a weight that are reduced at once; not measured
 _BLOCK_ELEMENTS = (1 << 20, 1 << 24)  # on a CPU, on an accelerator
 
 
-def window_moments(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def window_moments(inputs: torch.Tensor, device: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and sum of squared deviations of every window's inputs.
 
-    inputs: `[sample, token, channel]`, any floating dtype, any device.
+    inputs: `[sample, token, channel]`, any floating dtype, any device. device: the type of the one whose blocks to use;
+    None is theirs.
     Both results are float32 `[sample, channel]`; two passes, so that nothing cancels.
     """
-    block_elements = _BLOCK_ELEMENTS[inputs.device.type != "cpu"]
+    block_elements = _BLOCK_ELEMENTS[(device or inputs.device.type) != "cpu"]
     if inputs[0].numel() > block_elements:
         rows = max(1, block_elements // inputs.shape[2])
         pairs = [_long_window_moments(window, rows) for window in inputs]

@@ -354,6 +354,7 @@ def totals(result: Any) -> dict[str, Any]:
         "bytes_written": measured.bytes_written,
         "peak_host_bytes": measured.peak_host_bytes,
         "peak_device_bytes": measured.peak_device_bytes,
+        "peak_device_allocated_bytes": measured.peak_device_allocated_bytes,
         "placement": asdict(measured.placement) if measured.placement else None,
     }
 

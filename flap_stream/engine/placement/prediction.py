@@ -14,6 +14,7 @@ _HOST_SLACK = (36 << 20, 40 << 20)  # on a CPU, beside an accelerator
 # even with blocks large enough for a mapping of their own. Chosen with tools/memory_grid.py.
 _HEAP_HOLES, _BACKWARD_HEAP_HOLES = (0.5, 1.5), (0.0, 0.75)  # of a graph most is alive at the peak
 _DEVICE_SLACK = 128 << 20  # cuBLAS workspaces and the allocator's rounding; not measured separately
+_DEVICE_HOLES = 0.35  # the same on an accelerator, where torch's allocator leaves them
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
         host = host_always + hidden + max(weights + workspace + largest + holes, head)
         return Placement(batch_size, hidden_place, prefetch, host, 0, base)
     on_device = {"device": own_hidden, "host": batch, "disk": batch}[hidden_place]
+    workspace += int(_DEVICE_HOLES * (activations + adding))
     device = on_device + max(weights + workspace, head) + _DEVICE_SLACK
     ring = ring_blocks(job.local_ranks) * RING_BLOCK_BYTES
     host = host_always + hidden + ring + max(batch, 0 if job.head is None else job.head.nbytes)

@@ -47,7 +47,7 @@ def layer_workspace(
         for index in {widest, largest}:
             sizes = skeleton.layer_tensors(index)
             weights = {name: torch.empty(size, dtype=dtype) for name, size in sizes.items()}
-            handles = [] if backward else _take_moments(skeleton, index)
+            handles = [] if backward else _take_moments(skeleton, index, device)
             with live:
                 if backward:
                     with wide_attention(dtype, device):
@@ -76,11 +76,11 @@ def _run_backward(
     torch.autograd.grad(output, [leaf, *reads], torch.empty_like(output))  # of which sums are taken in small blocks
 
 
-def _take_moments(skeleton: Skeleton, index: int) -> list[Any]:
-    """Hooks that compute the moments that collection takes; returns their handles."""
+def _take_moments(skeleton: Skeleton, index: int, device: str) -> list[Any]:
+    """Hooks that compute the moments that collection takes on a device; returns their handles."""
 
     def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        window_moments(inputs[0] if inputs[0].ndim == 3 else inputs[0][None])
+        window_moments(inputs[0] if inputs[0].ndim == 3 else inputs[0][None], device)
 
     return [projection.register_forward_pre_hook(hook) for projection in _output_projections(skeleton, index)]
 
