@@ -29,6 +29,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ class Geometry:
         )
 
 
-LLAMA_65B = Geometry(8192, 22016, 64, 32000, 8, 1024, 128)
+LLAMA_65B = Geometry(8192, 22016, 64, 32000, 6, 1024, 128)
 TINY = Geometry(64, 176, 4, 500, 3, 8, 16)
 
 
@@ -95,7 +96,7 @@ class Check:
     seconds: float
     only: tuple[str, ...] | None = None
     targets: tuple[str, ...] = REFIT_TARGETS
-    samples: int = 32
+    samples: int = 128
     started: float = field(default_factory=time.monotonic)
     found: dict[str, Any] = field(default_factory=dict)
 
@@ -280,6 +281,8 @@ def main_job(check: Check) -> dict[str, Any]:
     forget(check.work / "model")
     body = check.prune("model", "pruned", "--run", check.work / "run")
     shutil.rmtree(check.work / "pruned", ignore_errors=True)
+    with RunDirectory(check.work / "run") as run:
+        seconds = [cost.seconds for cost in run.statistics.costs() if cost is not None]
     shutil.rmtree(check.work / "run", ignore_errors=True)
     floor, layers = check.found.get("floors", {}), check.found.get("model", {}).get("layers", 0)
     if "seconds" in body and "forward_layer_seconds" in floor:
@@ -287,6 +290,8 @@ def main_job(check: Check) -> dict[str, Any]:
         read = layers * check.geometry.layer_bytes / 1e9 / check.found["disk"]["direct_gbps"]
         body["floor_seconds"] = {"compute": compute, "read": read}
         body["collect_over_floor"] = body["seconds"]["collect"] / max(compute, read)
+        body["layer_seconds"] = median(seconds[1:])  # the first waits for the embedding and the first reads
+        body["layer_over_floor"] = body["layer_seconds"] * layers / max(compute, read)
     return body
 
 

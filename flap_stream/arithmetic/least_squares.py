@@ -246,6 +246,7 @@ def workspace_bytes(
     adding += (4 * BLOCK_CHANNELS + 24 * _ROUNDED_ROWS) * width
     matrices = 4 * kept * width
     weights = out * channels * (item_bytes + 4)
-    # LAPACK factors into a separate copy.
-    solving = weights + matrices + 2 * 4 * kept * kept + 4 * kept * (2 * min(other, out) + out)
+    # LAPACK factors into a separate copy, and cuSOLVER takes up to as much again.
+    copies = 2 if on_cpu else 3
+    solving = weights + matrices + copies * 4 * kept * kept + 4 * kept * (2 * min(other, out) + out)
     return adding, max(sums + matrices, solving)

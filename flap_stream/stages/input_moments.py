@@ -12,6 +12,7 @@ import torch
 
 from flap_stream.arithmetic.moments import Moments, joined_channels, window_moments
 from flap_stream.engine.device import HostCopy
+from flap_stream.engine.placement import BATCHES_BEHIND
 from flap_stream.engine.ranks import Ranks
 from flap_stream.engine.streamed_model import StreamedModel
 
@@ -20,7 +21,6 @@ _CHANNEL_BLOCK = 16
 # Channels that are merged at once: with 128 windows they stay in cache, which takes a third less time than 22,016.
 _MERGED_CHANNELS = 4096
 _THREADS = 4  # that merge beside an accelerator; one keeps up with a disk of 2 GB/s
-_BATCHES_BEHIND = 2  # that may wait to be merged
 # Means and m2s of a batch's windows, float32 [sample, channel], and the number of tokens in each window.
 _Windows = tuple[torch.Tensor, torch.Tensor, int]
 _Copies = tuple[HostCopy, HostCopy, int]
@@ -88,7 +88,7 @@ class MomentMerger:
             for part in parts:
                 _add_windows(*part)
             return
-        while len(self._behind) >= _BATCHES_BEHIND:
+        while len(self._behind) >= BATCHES_BEHIND:
             self._wait()
         # A group's batches go to one thread, and so stay in order.
         self._behind.append(

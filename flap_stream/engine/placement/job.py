@@ -17,6 +17,8 @@ from flap_stream.model.skeleton import Skeleton
 LOSS_LOGIT_BYTES = 1 << 25  # of a chunk of float32 logits that are differentiated; not measured
 _HEAD_WORKSPACE = 224 << 20  # a chunk of logits in float32, held twice, or a block of rows of a refitted head
 
+BATCHES_BEHIND = 2  # whose moments wait on the host to be merged, beside an accelerator
+
 # Bytes per channel: seven float64 figures, those of the moments held once and all of them up to twice more.
 _STATISTIC_BYTES = 19 * 8
 
@@ -44,6 +46,11 @@ class Refit:
     def cached(self) -> int:
         """Most input channels that a projection keeps."""
         return max((kept for _, _, kept in self.projections), default=0)
+
+    def host_bytes(self, item_bytes: int) -> int:
+        """Bytes of what is refitted, on the host: what reads hidden states, and a step in float32 with its sum."""
+        steps = (8 * rows * hidden for rows, _, hidden in self.steps)
+        return self.readers * item_bytes + max(steps, default=0)
 
     def operations(self, ratio: float, tokens: int) -> tuple[int, int]:
         """Multiplications and additions to accumulate the moments, and to solve for the weights.
@@ -118,11 +125,16 @@ class Job:
         return max(map(len, window_shares(self.samples, together, self.ranks)))
 
     def waiting_bytes(self, batch_size: int) -> int:
-        """Bytes of the moments of a rank's windows, sent and received, held on the host until a layer is done."""
-        if self.ranks == 1 or self.refit is not None:
+        """Bytes of moments of windows that are held on the host.
+
+        With several ranks, of all windows of a rank, sent and received, until a layer is done; else, beside an
+        accelerator, of few batches, in page-locked memory, whose sizes are rounded up to powers of two.
+        """
+        if self.refit is not None or (self.ranks == 1 and self.device == "cpu"):
             return 0
+        windows, copies = (self.share(batch_size), 3) if self.ranks > 1 else (batch_size, 2 * (1 + BATCHES_BEHIND))
         shapes = map(self.skeleton.layer_shape, range(len(self.layers)))
-        return max(3 * moment_bytes(shape, self.share(batch_size), batch_size) for shape in shapes)
+        return copies * max(moment_bytes(shape, windows, batch_size) for shape in shapes)
 
     @property
     def statistics_bytes(self) -> int:

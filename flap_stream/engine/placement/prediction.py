@@ -9,7 +9,8 @@ from flap_stream.engine.weight_stream import RING_BLOCK_BYTES, cast_bytes, ring_
 
 # What lazy imports, thread stacks, kernels compiled on first use and freed but unreturned memory add to the buffers.
 # Predictions are checked with tools/memory_grid.py.
-_HOST_SLACK = (36 << 20, 40 << 20)  # on a CPU, beside an accelerator
+# Beside an accelerator mostly kernels, which are loaded on first use: 190 MiB in a refit on an H200.
+_HOST_SLACK = (36 << 20, 256 << 20)  # on a CPU, beside an accelerator
 # Most memory that lies idle in the heap, as a share of the activations and of the small tensors: malloc fills a hole
 # even with blocks large enough for a mapping of their own. Chosen with tools/memory_grid.py.
 _HEAP_HOLES, _BACKWARD_HEAP_HOLES = (0.5, 1.5), (0.0, 0.75)  # of a graph most is alive at the peak
@@ -71,5 +72,6 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
     workspace += int(_DEVICE_HOLES * (activations + adding))
     device = on_device + max(weights + workspace, head) + _DEVICE_SLACK
     ring = ring_blocks(job.local_ranks) * RING_BLOCK_BYTES
-    host = host_always + hidden + ring + max(batch, 0 if job.head is None else job.head.nbytes)
+    refitted = 0 if job.refit is None else job.refit.host_bytes(job.dtype.itemsize)
+    host = host_always + hidden + ring + refitted + max(batch, 0 if job.head is None else job.head.nbytes)
     return Placement(batch_size, hidden_place, prefetch, host, device, base)
