@@ -24,6 +24,7 @@ import torch._dynamo  # which makes subclasses of what is replaced here
 from torch.utils._python_dispatch import _disable_current_modes
 
 import flap_stream
+from flap_stream.engine import device
 
 POLICIES = ("eager", "lazy", "copies first", "computations first", "random")
 PACKAGE = f"{Path(flap_stream.__file__).parent}/"
@@ -331,7 +332,10 @@ def simulated(policy: str = "lazy", seed: int = 0, total: int = 1 << 33) -> Iter
     simulator = Simulator(policy, seed, total)
     with pytest.MonkeyPatch.context() as patch, tensors_made_on_host(patch, simulator), Dispatch(simulator):
         _replace_torch(patch, simulator)
-        yield simulator
+        try:
+            yield simulator
+        finally:
+            device._KINDS[DEVICE.type].end(DEVICE)  # what a stage that was not ended has left
 
 
 def _replace_torch(patch: pytest.MonkeyPatch, simulator: Simulator) -> None:

@@ -34,7 +34,9 @@ BLOCK_CHANNELS = 512  # rows of the symmetric part that are held and multiplied 
 _HARDER = 10.0  # factor on a damping that did not suffice; rarely needed, so not measured
 _GROWTH = 2.0**16  # how far sums of squares may exceed the expected ones and still be exact; ample, not measured
 _LEAST_SHARE = 2.0**-24  # of the largest expected sum of squares, float32's rounding; smaller ones are rounded like it
-_ROUNDED_ROWS = 32  # rows rounded at once, so that the temporary grid stays small; not measured
+# Rows rounded at once: few, so that the temporary grid stays in cache; on an accelerator more,
+# since each group of them takes four kernels. Not measured.
+_ROUNDED_ROWS = (32, 256)  # on a CPU, on an accelerator
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def _add_rounded(sums: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, c
 
     Where all sums are below 2^e, adding 1.5 * 2^e and taking it away again rounds to multiples of 2^(e - 52).
     """
-    parts = (tensor.split(_ROUNDED_ROWS) for tensor in (sums, values, rows))
+    parts = (tensor.split(_ROUNDED_ROWS[sums.device.type != "cpu"]) for tensor in (sums, values, rows))
     for some, new, size in zip(*parts, strict=True):
         grid = torch.outer(1.5 * size, columns)
         some += (new + grid).sub_(grid)
@@ -243,7 +245,7 @@ def workspace_bytes(
     blocks = range(0, kept, BLOCK_CHANNELS)
     sums = 8 * sum(min(BLOCK_CHANNELS, kept - at) * (width - at) for at in blocks)
     adding = sums + PRODUCT_TOKENS * width * (4 if on_cpu else item_bytes)
-    adding += (4 * BLOCK_CHANNELS + 24 * _ROUNDED_ROWS) * width
+    adding += (4 * BLOCK_CHANNELS + 24 * _ROUNDED_ROWS[not on_cpu]) * width
     matrices = 4 * kept * width
     weights = out * channels * (item_bytes + 4)
     # LAPACK factors into a separate copy, and cuSOLVER takes up to as much again.

@@ -17,11 +17,12 @@ from flap_stream.output.shard_plan import BaselineShift, OutputTensor, Shard
 from flap_stream.storage import files
 
 _BLOCK_BYTES = 1 << 23  # read or written at a time; not measured
+_CHUNKS_KEPT = 4  # until they are hashed
 
 
 def write_shard(checkpoint: Checkpoint, shard: Shard, directory: Path) -> str:
     """Stream one shard into a directory, durably; returns the sha256 of its bytes."""
-    return files.write_committed(directory / shard.name, _one_ahead(_shard_chunks(checkpoint, shard)))
+    return files.write_committed(directory / shard.name, _one_ahead(_shard_chunks(checkpoint, shard)), _CHUNKS_KEPT)
 
 
 def _one_ahead(chunks: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview]:

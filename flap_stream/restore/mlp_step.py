@@ -83,8 +83,8 @@ class MlpStep:
         before = self._begin(effects, square)
         squares = _SPREAD / model.hidden_size * effects.double().square()
         for _ in range(DIRECTIONS):
-            direction = ranks.from_first(lambda: self._searched().direction().to(model.dtype).cpu())
-            self._advance(direction.to(model.device), squares)
+            direction = ranks.tensor_from_first(lambda: self._searched().direction().to(model.dtype), model.device)
+            self._advance(direction, squares)
         return ranks.from_first(lambda: self._searched().step().cpu()), before
 
     def _begin(self, effects: torch.Tensor, square: float) -> float:

@@ -83,7 +83,7 @@ class RefitPass:
         Raises NonFinite, naming `where`, if the moments hold NaN or infinity.
         """
         summed = self.collected(sums)
-        return self.model.ranks.from_first(lambda: _solve_alignment(summed, where)).to(self.model.device)
+        return self.model.ranks.tensor_from_first(lambda: _solve_alignment(summed, where), self.model.device)
 
 
 def _solve_alignment(sums: MomentSums, where: str) -> torch.Tensor:
@@ -91,7 +91,7 @@ def _solve_alignment(sums: MomentSums, where: str) -> torch.Tensor:
     if not torch.isfinite(moments.kept.diagonal()).all():
         raise NonFinite(f"the inputs of {where}, or their squares, hold NaN or infinity; try --dtype float32")
     identity = torch.eye(moments.kept.shape[0], device=moments.kept.device)
-    return solve_for_target(identity, moments).cpu()
+    return solve_for_target(identity, moments)
 
 
 def aligned_rows(weight: torch.Tensor, matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

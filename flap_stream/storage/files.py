@@ -17,8 +17,9 @@ import os
 import shutil
 import stat
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -33,6 +34,7 @@ _READ_WHOLE = (".jinja", ".json", ".md", ".model", ".py", ".tiktoken", ".txt")  
 _NOT_READ = ("trainer_state.json",)
 _MAX_DEPTH = 16  # of nested directories; those created here have 6
 _READ_BYTES = 1 << 22  # at a time; not measured
+_WRITEBACK_BYTES = 1 << 26  # whose way to the disk begins at once; not measured
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _unsynced: set[int] = set()  # devices already warned about
 
@@ -51,22 +53,39 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL_SUFFIX)
 
 
-def write_committed(path: Path, chunks: bytes | Iterable[bytes | memoryview]) -> str:
-    """Write a whole file durably, replacing any older one; returns the sha256 of its bytes."""
-    digest = hashlib.sha256()
-    temporary = partial_path(path)
+def write_committed(path: Path, chunks: bytes | Iterable[bytes | memoryview], kept: int = 0) -> str:
+    """Write a whole file durably, replacing any older one; returns the sha256 of its bytes.
+
+    kept: how many chunks stay as they are when later ones are taken; so many may still wait to be hashed.
+    """
+    digest, hashed = hashlib.sha256(), deque[Future[None]]()
+    temporary, started = partial_path(path), 0
     with (
         failures_of(temporary),
         open_new(temporary) as file,
         ThreadPoolExecutor(1, thread_name_prefix="sha256") as hasher,
     ):
         for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
-            hashed = hasher.submit(digest.update, chunk)
+            hashed.append(hasher.submit(digest.update, chunk))
             write_all(file.fileno(), chunk)
-            hashed.result()
+            started = _begin_writeback(file.fileno(), started)
+            while len(hashed) > kept:
+                hashed.popleft().result()
         os.fsync(file.fileno())
     commit_rename(temporary, path)
     return digest.hexdigest()
+
+
+def _begin_writeback(descriptor: int, start: int) -> int:
+    """Have the kernel begin to write what was written to a file from `start` on, if it is much; returns where it ends.
+
+    By default it would wait for `fsync`, and the disk meanwhile for it.
+    """
+    end = os.lseek(descriptor, 0, os.SEEK_CUR)
+    if end - start < _WRITEBACK_BYTES:
+        return start
+    os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
+    return end
 
 
 def open_new(path: Path) -> BinaryIO:
