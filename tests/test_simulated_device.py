@@ -6,6 +6,7 @@ Results are the CPU's whatever runs when, and mistakes in the order of work are 
 import itertools
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,18 +22,20 @@ from safetensors.torch import load_file
 from simulated_device import POLICIES, Event, simulated
 
 import flap_stream
+from flap_stream.arithmetic.moments import Moments
 from flap_stream.config import CollectConfig, EngineConfig, EvaluateConfig, PlanConfig, RewriteConfig, SweepConfig
 from flap_stream.engine import hidden_states, placement, weight_stream
 from flap_stream.engine.device import HostCopy
 from flap_stream.engine.hidden_states import PLACES, make_hidden_states
 from flap_stream.engine.layer_pass import LayerPass
-from flap_stream.engine.placement import Placement
+from flap_stream.engine.memory import page_locked
+from flap_stream.engine.placement import Placement, landing_bytes
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import FlapStreamError, RunMismatch
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.progress import Stage
-from flap_stream.stages.input_moments import input_moments
+from flap_stream.stages.input_moments import MomentMerger, input_moments
 from flap_stream.storage.loss import LossStore
 from flap_stream.storage.run_directory import RunDirectory
 
@@ -54,15 +57,18 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flap_stream.stages.input_moments._MERGED_CHANNELS", 16)  # several groups, and threads
 
 
-def measured(model: Path, device: str, place: str = "host", prefetch: int = 1) -> Statistics:
+def measured(model: Path, device: str, place: str = "host", prefetch: int = 1, batch: int = BATCH) -> Statistics:
     """What collection measures, without storing it."""
     found = []
     with open_checkpoint(model) as checkpoint, torch.inference_mode():
         streamed = StreamedModel(checkpoint, EngineConfig(device=device))
-        with streamed.hidden_states(place, *TOKENS.shape) as hidden:
-            batches = LayerPass(streamed, Placement(BATCH, place, prefetch, 0, 0), TOKENS, [hidden])
+        with (
+            streamed.hidden_states(place, *TOKENS.shape) as hidden,
+            page_locked(streamed.device, landing_bytes(streamed.shapes, batch)) as landing,
+        ):
+            batches = LayerPass(streamed, Placement(batch, place, prefetch, 0, 0), TOKENS, [hidden])
             for i, weights in batches.layers(Stage("collect", LAYERS)):
-                with input_moments(streamed, i, weights) as merger:
+                with input_moments(streamed, i, weights, landing) as merger:
                     for _ in batches.run(i, weights):
                         merger.take_batch()
                 found.append({name: np.stack([m.mean, m.m2]) for name, m in merger.finish().items()})
@@ -324,6 +330,27 @@ def test_a_mistake_in_the_use_of_host_memory_is_found(
 ) -> None:
     mistake(monkeypatch)
     assert is_found(partial(passed_through, model))
+
+
+def summed(model: Path, device: str) -> list[float]:
+    """Sums of what collection measures, a window at a time, so that host memory is reused."""
+    return [float(part.sum()) for layer in measured(model, device, batch=1) for part in layer.values()]
+
+
+def test_moments_whose_memory_is_reused_before_they_are_merged_are_found(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_windows = Moments.add_windows
+
+    def add_late(*how: Any) -> None:
+        time.sleep(0.02)
+        add_windows(*how)
+
+    monkeypatch.setattr(Moments, "add_windows", add_late)
+    with simulated("eager"):
+        assert summed(model, "cuda") == pytest.approx(summed(model, "cpu"), rel=1e-4)
+    monkeypatch.setattr(MomentMerger, "_wait", lambda self: self._behind.popleft())
+    assert is_found(partial(summed, model))
 
 
 def test_a_snapshot_that_does_not_wait_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

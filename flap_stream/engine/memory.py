@@ -6,8 +6,8 @@ put back."""
 import ctypes
 import mmap
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from flap_stream.engine import control_groups
-from flap_stream.engine.device import free_bytes
+from flap_stream.engine.device import free_bytes, lock_pages, synchronize, unlock_pages
 from flap_stream.errors import InvalidOption
 
 OWN_BLOCK_BYTES = 8 << 20  # malloc gives larger blocks a mapping of their own and unmaps them when freed
@@ -99,6 +99,18 @@ def host_buffer(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     if not nbytes:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype).view(shape)
+
+
+@contextmanager
+def page_locked(device: torch.device, nbytes: int) -> Iterator[torch.Tensor]:
+    """Host memory, uint8, that an accelerator copies to and from without the host's help."""
+    buffer = host_buffer((nbytes,), torch.uint8)
+    lock_pages(device, buffer)
+    try:
+        yield buffer
+    finally:
+        synchronize(device)  # copies may be queued
+        unlock_pages(device, buffer)
 
 
 def resident_bytes() -> int:

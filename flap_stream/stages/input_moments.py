@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from flap_stream.engine.streamed_model import StreamedModel
 # Channels that are merged together start at a multiple of this, since numpy may sum very few in another order.
 _CHANNEL_BLOCK = 16
 # Channels that are merged at once: with 128 windows they stay in cache, which takes a third less time than 22,016.
-_MERGED_CHANNELS = 4096
+_MERGED_CHANNELS = 2048
 _THREADS = 4  # that merge beside an accelerator; one keeps up with a disk of 2 GB/s
 # Means and m2s of a batch's windows, float32 [sample, channel], and the number of tokens in each window.
 _Windows = tuple[torch.Tensor, torch.Tensor, int]
@@ -35,7 +36,10 @@ class MomentMerger:
     of channels are merged by several while the next batches run.
     """
 
-    def __init__(self, ranks: Ranks, channels: Mapping[str, int], device: torch.device) -> None:
+    def __init__(
+        self, ranks: Ranks, channels: Mapping[str, int], device: torch.device, landing: torch.Tensor | None = None
+    ) -> None:
+        """landing: of `placement.landing_bytes`, page-locked; None takes memory from torch, which keeps it."""
         self._ranks, self._channels = ranks, channels
         self._groups = {name: _divided(len(self._own(name, ranks.rank))) for name in channels}
         self._moments = {name: [Moments.empty(len(group)) for group in groups] for name, groups in self._groups.items()}
@@ -44,6 +48,9 @@ class MomentMerger:
         threads = 0 if device.type == "cpu" else min(_THREADS, os.cpu_count() or 1)
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="merge") for _ in range(threads)]
         self._behind: deque[list[Future[None]]] = deque()
+        has_landing = landing is not None and len(landing) > 0 and ranks.world == 1
+        self._landing = landing.view(1 + BATCHES_BEHIND, -1) if landing is not None and has_landing else None
+        self._turns = count()
 
     def _own(self, name: str, rank: int) -> range:
         """The channels of a projection that a rank merges."""
@@ -70,7 +77,13 @@ class MomentMerger:
 
         On an accelerator they arrive, and are merged, while the next batches run.
         """
-        batch = {name: (HostCopy(means), HostCopy(m2s), tokens) for name, (means, m2s, tokens) in self._pending.items()}
+        while len(self._behind) >= BATCHES_BEHIND:
+            self._wait()
+        turn, at, batch = next(self._turns), 0, dict[str, _Copies]()
+        for name, (means, m2s, tokens) in self._pending.items():
+            into = [None, None] if self._landing is None else _places(self._landing, turn, at, means)
+            batch[name] = (HostCopy(means, into[0]), HostCopy(m2s, into[1]), tokens)
+            at += 2 * means.nbytes
         self._pending = {}
         if self._ranks.world > 1:
             self._batches.append(batch)
@@ -88,8 +101,6 @@ class MomentMerger:
             for part in parts:
                 _add_windows(*part)
             return
-        while len(self._behind) >= BATCHES_BEHIND:
-            self._wait()
         # A group's batches go to one thread, and so stay in order.
         self._behind.append(
             [self._threads[i % len(self._threads)].submit(_add_windows, *part) for i, part in enumerate(parts)]
@@ -143,6 +154,12 @@ def _divided(channels: int) -> list[range]:
     return [range(*ends) for ends in zip(starts, [*starts[1:], channels], strict=True)]
 
 
+def _places(landing: torch.Tensor, turn: int, at: int, like: torch.Tensor) -> list[torch.Tensor | None]:
+    """Where means and m2s of a projection go: from byte `at` of a batch's part of the memory on."""
+    slot, size = landing[turn % len(landing)], like.nbytes
+    return [slot[first : first + size].view(like.dtype).view(like.shape) for first in (at, at + size)]
+
+
 def _columns_of(values: HostCopy, columns: range) -> np.ndarray:
     return values.result().numpy()[:, columns.start : columns.stop]
 
@@ -153,11 +170,16 @@ def _add_windows(moments: Moments, group: range, copies: _Copies) -> None:
 
 
 @contextmanager
-def input_moments(model: StreamedModel, index: int, weights: Mapping[str, torch.Tensor]) -> Iterator[MomentMerger]:
-    """A merger of the moments of what the layer's output projections read while it runs in the block."""
+def input_moments(
+    model: StreamedModel, index: int, weights: Mapping[str, torch.Tensor], landing: torch.Tensor | None = None
+) -> Iterator[MomentMerger]:
+    """A merger of the moments of what the layer's output projections read while it runs in the block.
+
+    landing: see `MomentMerger`.
+    """
     names = [part.kind.output.name for part in model.family.parts(model.shapes[index])]
     present = {name: weights[f"{name}.weight"].shape[1] for name in names if f"{name}.weight" in weights}
-    merger = MomentMerger(model.ranks, {name: present.get(name, 0) for name in names}, model.device)
+    merger = MomentMerger(model.ranks, {name: present.get(name, 0) for name in names}, model.device, landing)
     layer = model.layers[index]
     handles = [layer.get_submodule(name).register_forward_pre_hook(merger.hook(name)) for name in present]
     handles.append(layer.register_forward_pre_hook(lambda _module, _inputs: merger.begin_batch()))

@@ -13,6 +13,8 @@ from flap_stream.arithmetic.moments import Moments, column_norms
 from flap_stream.arithmetic.scoring import ChannelStatistics, LayerStatistics, concatenated, wanda_scores
 from flap_stream.config import CollectConfig, PlanConfig, part_of
 from flap_stream.engine.layer_pass import LayerPass
+from flap_stream.engine.memory import page_locked
+from flap_stream.engine.placement import landing_bytes
 from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import CorruptCheckpoint
@@ -71,7 +73,11 @@ def _collect_moments(
     """Collect statistics of the weights and of what output projections read, while the windows run through."""
     ranks, first, tokens = model.ranks, run.statistics.complete_layers(), run.tokens.read()
     own = ranks.share(len(tokens), placement.batch_size)
-    with model.hidden_states(placement.hidden_place, len(own), tokens.shape[1], run.path) as hidden:
+    landing = 0 if model.device.type == "cpu" or ranks.world > 1 else landing_bytes(model.shapes, placement.batch_size)
+    with (
+        model.hidden_states(placement.hidden_place, len(own), tokens.shape[1], run.path) as hidden,
+        page_locked(model.device, landing) as memory,
+    ):
         batches = LayerPass(
             model,
             placement,
@@ -81,7 +87,7 @@ def _collect_moments(
             reductions=run.batch_reductions("collect"),
             windows=own,
         )
-        collection, costs = _Collection(batches, run, options), _Costs(tokens.size, model.device)
+        collection, costs = _Collection(batches, run, options, memory), _Costs(tokens.size, model.device)
         for i, weights in batches.layers(stage, first, options.snapshot_interval):
             if loss is not None:
                 keep_inputs(batches, loss, i)
@@ -121,11 +127,12 @@ def _store(model: StreamedModel, run: RunDirectory, index: int, statistics: Laye
 
 @dataclass(frozen=True)
 class _Collection:
-    """The windows on their way through the layers, and what is measured in each."""
+    """The windows on their way through the layers, and what is measured in each. landing: see `MomentMerger`."""
 
     batches: LayerPass
     run: RunDirectory
     options: CollectConfig
+    landing: torch.Tensor
 
     @property
     def hands_on_pruned(self) -> bool:
@@ -135,7 +142,7 @@ class _Collection:
     def measure(self, index: int, weights: Mapping[str, torch.Tensor]) -> LayerStatistics:
         """Run a layer; return the statistics of what its output projections read, over the windows of all ranks."""
         model = self.batches.model
-        with input_moments(model, index, weights) as merger:
+        with input_moments(model, index, weights, self.landing) as merger:
             for _start, output in self.batches.run(index, weights, keep_output=not self.hands_on_pruned):
                 del output  # lest it live while the next batch runs
                 merger.take_batch()

@@ -5,7 +5,7 @@ of a layer is found by running the real layer on tensors that have sizes but no 
 """
 
 from flap_stream.engine.placement.choice import place
-from flap_stream.engine.placement.job import BATCHES_BEHIND, Job, Refit, moment_bytes
+from flap_stream.engine.placement.job import BATCHES_BEHIND, Job, Refit, landing_bytes, moment_bytes
 from flap_stream.engine.placement.prediction import Placement, predict
 
-__all__ = ["BATCHES_BEHIND", "Job", "Placement", "Refit", "moment_bytes", "place", "predict"]
+__all__ = ["BATCHES_BEHIND", "Job", "Placement", "Refit", "landing_bytes", "moment_bytes", "place", "predict"]

@@ -48,8 +48,8 @@ class Refit:
         return max((kept for _, _, kept in self.projections), default=0)
 
     def host_bytes(self, item_bytes: int) -> int:
-        """Bytes of what is refitted, on the host: what reads hidden states, and a step in float32 with its sum."""
-        steps = (8 * rows * hidden for rows, _, hidden in self.steps)
+        """Bytes of what is refitted, on the host: what reads hidden states, a step in float32 and what it leads to."""
+        steps = ((8 + item_bytes) * rows * hidden for rows, _, hidden in self.steps)
         return self.readers * item_bytes + max(steps, default=0)
 
     def operations(self, ratio: float, tokens: int) -> tuple[int, int]:
@@ -128,13 +128,14 @@ class Job:
         """Bytes of moments of windows that are held on the host.
 
         With several ranks, of all windows of a rank, sent and received, until a layer is done; else, beside an
-        accelerator, of few batches, in page-locked memory, whose sizes are rounded up to powers of two.
+        accelerator, of few batches.
         """
         if self.refit is not None or (self.ranks == 1 and self.device == "cpu"):
             return 0
-        windows, copies = (self.share(batch_size), 3) if self.ranks > 1 else (batch_size, 2 * (1 + BATCHES_BEHIND))
-        shapes = map(self.skeleton.layer_shape, range(len(self.layers)))
-        return copies * max(moment_bytes(shape, windows, batch_size) for shape in shapes)
+        shapes = list(map(self.skeleton.layer_shape, range(len(self.layers))))
+        if self.ranks == 1:
+            return landing_bytes(shapes, batch_size)
+        return max(3 * moment_bytes(shape, self.share(batch_size), batch_size) for shape in shapes)
 
     @property
     def statistics_bytes(self) -> int:
@@ -191,3 +192,8 @@ def moment_bytes(shape: LayerShape, samples: int, batch_size: int) -> int:
     """
     channels = shape.kv_groups * shape.heads_per_group * shape.head_dim
     return 8 * (samples * channels + (-(-samples // batch_size) if shape.experts else samples) * shape.neurons)
+
+
+def landing_bytes(shapes: Sequence[LayerShape], batch_size: int) -> int:
+    """Bytes of page-locked memory for the moments of the batches that have not been merged yet."""
+    return (1 + BATCHES_BEHIND) * max(moment_bytes(shape, batch_size, batch_size) for shape in shapes)
