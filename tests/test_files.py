@@ -17,6 +17,27 @@ def test_write_committed_returns_the_digest_of_what_it_wrote(tmp_path: Path) -> 
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_chunks_that_are_kept_may_be_hashed_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes to the disk early, and what is hashed late, is the same file."""
+    monkeypatch.setattr(files, "_WRITEBACK_BYTES", 1000)
+    chunks = [os.urandom(700) for _ in range(20)]
+    digest = files.write_committed(tmp_path / "file", iter(chunks), kept=4)
+    assert (tmp_path / "file").read_bytes() == b"".join(chunks)
+    assert digest == hashlib.sha256(b"".join(chunks)).hexdigest()
+
+
+def test_a_chunk_that_is_not_kept_is_hashed_before_the_next_is_made(tmp_path: Path) -> None:
+    buffer = bytearray(1 << 22)
+
+    def chunks() -> Iterator[memoryview]:
+        for value in range(4):
+            buffer[:] = bytes([value]) * len(buffer)
+            yield memoryview(buffer)
+
+    digest = files.write_committed(tmp_path / "file", chunks())
+    assert digest == hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest()
+
+
 def test_write_committed_takes_views_of_wide_elements(tmp_path: Path) -> None:
     numbers = memoryview(b"12345678").cast("I")
     digest = files.write_committed(tmp_path / "file", [numbers])

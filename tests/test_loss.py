@@ -15,10 +15,10 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 from torch.nn import functional
 
 import flap_stream
-from flap_stream.config import CollectConfig, PlanConfig
+from flap_stream.config import CollectConfig, PlanConfig, SweepConfig
 from flap_stream.engine.wide_attention import wide_attention
-from flap_stream.errors import NonFinite
-from flap_stream.storage.loss import KINDS, LossStore
+from flap_stream.errors import NonFinite, RunMismatch
+from flap_stream.storage.loss import KINDS, LossScores, LossStore
 from flap_stream.storage.run_directory import RunDirectory
 
 TOKENS = random_tokens(7, 24)
@@ -166,6 +166,42 @@ def test_statistics_that_are_complete_get_scores_later_and_a_plan_by_the_loss_ke
 
 
 @pytest.mark.slow
+def test_a_curve_of_other_scores_is_measured_anew(tmp_path: Path) -> None:
+    path, run = save(tiny_model(tiny_config()), tmp_path / "model"), tmp_path / "run"
+    tokens = save_tokens(tmp_path / "tokens.npy", TOKENS)
+    how: dict[str, Any] = {"metric": "fisher", "ratios": (0.3,), "evaluate": (tokens,)}
+    curves = []
+    for windows in (1, len(TOKENS)):
+        flap_stream.collect(path, run, CollectConfig(calibration=(tokens,), loss_windows=windows))
+        curves += [flap_stream.sweep(run, SweepConfig(**how)).points[0].perplexity for _ in range(2)]
+    assert curves[0] == curves[1] != curves[2] == curves[3]
+
+
+def test_scores_of_two_sweeps_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, run = save(tiny_model(tiny_config()), tmp_path / "model"), tmp_path / "run"
+    tokens = save_tokens(tmp_path / "tokens.npy", TOKENS)
+    flap_stream.collect(path, run, CollectConfig(calibration=(tokens,), loss_windows=1))
+    write, written = LossStore.write, list[int]()
+
+    def write_two(store: LossStore, layer: int, scores: LossScores) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(layer)
+        write(store, layer, scores)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LossStore, "write", write_two)
+        flap_stream.collect(path, run, CollectConfig(calibration=(tokens,), loss_windows=WINDOWS))
+    with pytest.raises(RunMismatch, match="holds no loss scores"):
+        flap_stream.plan(run, PlanConfig(ratio=0.3, metric="fisher"))
+    flap_stream.collect(path, run, CollectConfig(calibration=(tokens,), loss_windows=1))
+    flap_stream.collect(path, tmp_path / "fresh", CollectConfig(calibration=(tokens,), loss_windows=1))
+    kept = [
+        flap_stream.plan(where, PlanConfig(ratio=0.3, metric="fisher")).layers for where in (run, tmp_path / "fresh")
+    ]
+    assert all(np.array_equal(a.of(k), b.of(k)) for a, b in zip(*kept, strict=True) for k in KINDS)
+
+
 def test_the_graph_of_one_layer_is_in_memory_whatever_the_depth(tmp_path: Path) -> None:
     text, peaks = save_tokens(tmp_path / "tokens.npy", random_tokens(16, 128)), []
     for layers in (4, 16):

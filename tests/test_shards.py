@@ -1,3 +1,5 @@
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,10 @@ from safetensors.torch import load_file
 
 import flap_stream
 from flap_stream.config import CollectConfig, PlanConfig, RewriteConfig
+from flap_stream.model import checkpoint
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.model.safetensors_format import row_ranges
+from flap_stream.model.shard_files import ShardFiles
 
 PRUNED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -31,6 +35,30 @@ def collected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def test_neighbouring_rows_are_read_together() -> None:
     assert list(row_ranges(np.array([0, 1, 2, 5, 7, 8]), 10)) == [(0, 30), (50, 60), (70, 90)]
     assert list(row_ranges(np.array([], dtype=np.int64), 10)) == []
+
+
+@pytest.mark.parametrize("rows", [[0], [3, 4], [0, 2, 3, 9], [1, 5, 30, 31], [], list(range(40))])
+def test_rows_are_those_of_the_file_whatever_lies_between_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[int]
+) -> None:
+    model, read, reads = save(tiny_model(tiny_config()), tmp_path / "model"), ShardFiles.read, list[int]()
+    expected = tensors_of(model)["model.embed_tokens.weight"].view(torch.uint8)
+    row_bytes = expected.shape[1]
+    monkeypatch.setattr(checkpoint, "_GAP_BYTES", 5 * row_bytes)
+
+    def note(self: ShardFiles, file: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        reads.append(offset)
+        read(self, file, offset, buffers)
+
+    monkeypatch.setattr(ShardFiles, "read", note)
+    found = torch.zeros(len(rows), row_bytes, dtype=torch.uint8)
+    with open_checkpoint(model) as opened:
+        ranges = list(row_ranges(np.array(rows, dtype=np.int64), row_bytes))
+        entry = opened.tensors["model.embed_tokens.weight"]
+        opened.read_ranges(entry, ranges, memoryview(found.numpy().reshape(-1)))
+    assert torch.equal(found, expected[rows])
+    apart = [row for before, row in itertools.pairwise(rows) if row - before > 6]
+    assert len(reads) == 1 + len(apart)
 
 
 def test_three_ratios_come_from_one_collection(collected: Path) -> None:

@@ -32,10 +32,11 @@ import torch
 from random_checkpoint import add_shape_arguments, config_of, make
 from torch import nn
 
-from flap_stream.progress import peak_host_bytes
+from flap_stream.engine.device import synchronize
+from flap_stream.progress import peak_device_bytes, peak_host_bytes
 
 BUFFER_WINDOWS = 2048  # lib/prune.py:120 of the released code
-FORWARD_BATCHES = (1, 8, 16, 32)
+FORWARD_BATCHES = {"cpu": (1, 8, 16, 32), "cuda": (16, 32, 64, 128)}
 OFFLOAD_BATCHES = (1, 16)
 OURS = {
     "flap-stream": [],
@@ -44,12 +45,6 @@ OURS = {
 }
 Parts = dict[str, dict[str, Any]]  # what each part of one round took
 PARTS = ("plain", "offload-1", "offload-16", "flap-stream-refit", "flap-stream-loss", "flap-stream", "forward", "copy")
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device, so that a clock read afterwards means something."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager
@@ -193,7 +188,7 @@ def measure_forward(model_path: Path, tokens: torch.Tensor, device: torch.device
     model = load_model(model_path, device)
     run_layers(model, tokens[:1], 1, device)
     seconds: dict[str, float] = {}
-    for batch in FORWARD_BATCHES:
+    for batch in FORWARD_BATCHES[device.type]:
         with timed(seconds, f"batch {batch}", device):
             run_layers(model, tokens, batch, device)
     return {**seconds, "best": min(seconds.values())}
@@ -272,8 +267,8 @@ def part_main(options: argparse.Namespace) -> None:
     tokens = torch.from_numpy(np.load(options.tokens))
     with torch.no_grad():
         seconds = MEASURES[options.part](options.model, tokens, device, options.place)
-    peak_device = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    print(json.dumps({"seconds": seconds, "peak_host_bytes": peak_host_bytes(), "peak_device_bytes": peak_device}))
+    peaks = {"peak_host_bytes": peak_host_bytes(), "peak_device_bytes": peak_device_bytes(device)}
+    print(json.dumps({"seconds": seconds, **peaks}))
 
 
 def summary(rounds: list[Parts]) -> dict[str, Any]:

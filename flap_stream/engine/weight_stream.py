@@ -49,7 +49,9 @@ def load(
 ) -> dict[str, torch.Tensor]:
     """Load tensors to the device, by the names given; each is read once per node."""
     slab = node_buffer(ranks, slab_bytes([entry.nbytes for entry in entries.values()]))
-    _read(checkpoint, entries, slab, ranks)
+    requests = _read(checkpoint, entries, slab, ranks)
+    if ranks.leads_node:
+        checkpoint.note_checksums(requests)
     return {name: tensor.to(device, dtype) for name, tensor in _views(entries, slab).items()}
 
 
@@ -119,20 +121,30 @@ class _HostLoader:
     def __init__(self, checkpoint: Checkpoint, size: int, slots: int, ranks: Ranks) -> None:
         self._checkpoint, self._ranks = checkpoint, ranks
         self._slabs = [node_buffer(ranks, size) for _ in range(slots)]
+        self._checks = ThreadPoolExecutor(1, thread_name_prefix="checksum")  # while the next layer is read
+        self._checked: list[Future[None] | None] = [None] * slots
 
     def fill(self, index: int, entries: Mapping[str, TensorEntry]) -> None:
         """Read a layer into its buffer."""
-        _read(self._checkpoint, entries, self.take(index), self._ranks)
+        slot = index % len(self._slabs)
+        requests = _read(self._checkpoint, entries, self._slabs[slot], self._ranks)
+        if self._ranks.leads_node:
+            self._checked[slot] = self._checks.submit(self._checkpoint.note_checksums, requests)
 
     def take(self, index: int) -> torch.Tensor:
-        """The buffer that holds a layer."""
-        return self._slabs[index % len(self._slabs)]
+        """The buffer that holds a layer, once its checksum has been taken: its user may change it."""
+        slot = index % len(self._slabs)
+        checked = self._checked[slot]
+        if checked is not None:
+            checked.result()
+        return self._slabs[slot]
 
     def give_back(self, index: int) -> None:
         """Do nothing: buffers are reused in order."""
 
     def close(self) -> None:
-        """Do nothing: memory is freed with the buffers."""
+        """End the thread; memory is freed with the buffers."""
+        self._checks.shutdown()
 
 
 class _DeviceLoader:
@@ -268,12 +280,16 @@ def _views(entries: Mapping[str, TensorEntry], slab: torch.Tensor) -> dict[str, 
     return tensors
 
 
-def _read(checkpoint: Checkpoint, entries: Mapping[str, TensorEntry], slab: torch.Tensor, ranks: Ranks) -> None:
-    """Read tensors into a host buffer that the ranks of a node share; each reads a part."""
+def _read(
+    checkpoint: Checkpoint, entries: Mapping[str, TensorEntry], slab: torch.Tensor, ranks: Ranks
+) -> list[tuple[TensorEntry, memoryview]]:
+    """Read tensors into a host buffer that the ranks of a node share; each reads a part.
+
+    Returns them with their places in the buffer.
+    """
     raw, offsets = memoryview(slab.numpy()), _offsets(entries)
     requests = [(entry, raw[offsets[entry.name] : offsets[entry.name] + entry.nbytes]) for entry in entries.values()]
     ranks.node_barrier()  # no rank uses the buffer's previous contents any more
     checkpoint.read_all(requests, ranks.local)
     ranks.node_barrier()
-    if ranks.leads_node:
-        checkpoint.note_checksums(requests)
+    return requests

@@ -27,9 +27,10 @@ from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.stages.evaluate import perplexity_of, score_outputs, windows_of
 from flap_stream.stages.job_header import engine_rows, model_row
 from flap_stream.stages.masked_layers import Decision, masked, mending
-from flap_stream.stages.plan import PlanResult, decide, predictor, unit_scores
+from flap_stream.stages.plan import PlanResult, decide, is_by_loss, predictor, unit_scores
 from flap_stream.stages.same_source import require_model_of
 from flap_stream.storage import files
+from flap_stream.storage.loss import LossStore
 from flap_stream.storage.plan import recorded_options
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.run_manifest import tokens_digest
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 _POINT = {"ratio": finite, "decoder_ratio": finite, "model_ratio": finite, "parameters": natural, "perplexity": float}
 _CURVE = {
     **{"options": dict, "restore": str, "text": {"sources": [str], "sha256": str, "shape": (natural, natural)}},
-    **{"dtype": str, "device": str, "dense_perplexity": float, "points": [_POINT]},
+    **{"dtype": str, "device": str, "loss_windows?": natural, "dense_perplexity": float, "points": [_POINT]},
 }
 _SAME_RATIO = 1e-9  # above the float error of a difference of ratios, below their sixth digit
 
@@ -234,6 +235,8 @@ class _Curve:
             "dtype": str(model.dtype),
             "device": model.device.type,
         }
+        if is_by_loss(_plan_options(options, options.ratios[0])):
+            job["loss_windows"] = LossStore.of(run).windows
         self._name = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
         job["text"]["sources"] = [Path(source).name for source in options.evaluate]
         fresh: dict[str, Any] = {**job, "dense_perplexity": None, "points": []}

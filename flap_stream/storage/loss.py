@@ -86,8 +86,7 @@ class LossStore:
     @staticmethod
     def is_swept(run: Path, windows: int, layers: int) -> bool:
         """Whether a run directory, which need not exist, holds the scores of all layers."""
-        done = {entry["name"] for entry in Journal(run / "journal").of_kind(_SCORES) if entry["job"] == str(windows)}
-        return len(done) == layers
+        return len(_layers_of(Journal(run / "journal"), str(windows))) == layers
 
     def drop_inputs(self) -> None:
         """Delete the inputs of all layers: all scores are stored."""
@@ -98,8 +97,7 @@ class LossStore:
     def complete(self) -> int:
         """How many layers, counted from the last, have their scores stored."""
         layers = len(self.run.layer_shapes)
-        done = {entry["name"] for entry in self.run.journal.of_kind(_SCORES) if entry["job"] == self.job}
-        count = 0
+        done, count = _layers_of(self.run.journal, self.job), 0
         while count < layers and layer_name(layers - 1 - count) in done:
             count += 1
         return count
@@ -122,6 +120,12 @@ class LossStore:
         self.run.files.require_intact(Committed(name, entry["digest"], arrays.max_bytes(specs)))
         found, _ = arrays.read_group(self.run.path / name, specs)
         return LossScores(*found)
+
+
+def _layers_of(journal: Journal, job: str) -> set[str]:
+    """Names of the layers whose scores are of this job; a later job replaces them layer by layer."""
+    newest = {entry["name"]: entry["job"] for entry in journal.of_kind(_SCORES)}
+    return {name for name, found in newest.items() if found == job}
 
 
 def _path(layer: int) -> str:
