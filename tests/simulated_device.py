@@ -8,6 +8,7 @@ would refuse (tensors of two devices in one operation, more memory than there is
 Every time the host waits for the device, the line of the package that made it wait is counted.
 """
 
+import os
 import random
 import sys
 import threading
@@ -355,7 +356,10 @@ def _replace_torch(patch: pytest.MonkeyPatch, simulator: Simulator) -> None:
         "empty_cache": simulator.empty_cache,
         "get_per_process_memory_fraction": lambda device=None: simulator.limit / simulator.total,
         "set_per_process_memory_fraction": simulator.set_fraction,
-        "get_device_properties": lambda device=None: SimpleNamespace(name="simulated", uuid="0"),
+        "get_device_properties": lambda device=None: SimpleNamespace(
+            name="simulated",
+            uuid=os.environ.get("RANK", "0"),  # each rank has its own
+        ),
         "cudart": lambda: SimpleNamespace(
             cudaHostRegister=simulator.lock_pages, cudaHostUnregister=simulator.unlock_pages
         ),

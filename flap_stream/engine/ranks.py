@@ -183,9 +183,12 @@ ALONE = Ranks()
 
 
 def window_shares(samples: int, batch_size: int, ranks: int) -> list[range]:
-    """Contiguous ranges of windows, one per rank, cut where one process would begin a batch; some may be empty."""
+    """Contiguous ranges of windows, one per rank, cut where one process would begin a batch.
+
+    Where there are fewer batches than ranks, some are empty, but never the first rank's.
+    """
     batches = -(-samples // batch_size)
-    cuts = [min(batch_size * (batches * rank // ranks), samples) for rank in range(ranks + 1)]
+    cuts = [min(batch_size * -(-batches * rank // ranks), samples) for rank in range(ranks + 1)]
     return [range(start, stop) for start, stop in itertools.pairwise(cuts)]
 
 
