@@ -10,30 +10,25 @@ time is left is skipped, and what fails in one is written down.
 """
 
 import argparse
-import collections
-import cProfile
 import hashlib
-import io
 import json
 import os
-import pstats
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-import traceback
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
+from gpu_profile import Collection, profile, waits
 from random_checkpoint import make
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -127,29 +122,25 @@ class Check:
         words = [sys.executable, "-m", "flap_stream", *map(str, arguments), "--json"]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-        began = time.monotonic()
-        process = subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
-        )
-        said: list[str] = []
+        began, said = time.monotonic(), list[str]()
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
-        def listen() -> None:
-            assert process.stderr is not None
+        def listen(lines: IO[str]) -> None:
             with open(self.out / "log.txt", "a") as log:
-                for line in process.stderr:
+                for line in lines:
                     said.append(line)
                     log.write(f"{time.monotonic() - began:7.2f} {line}")
 
-        listener = threading.Thread(target=listen)
-        listener.start()
-        while kill_when is not None and process.poll() is None:
-            if kill_when():
-                process.send_signal(signal.SIGKILL)
-            time.sleep(0.01)
-        assert process.stdout is not None
-        text = process.stdout.read()
-        process.wait()
-        listener.join()
+        with subprocess.Popen(words, **pipes, errors="replace", env=environment) as process:
+            assert process.stdout is not None and process.stderr is not None
+            listener = threading.Thread(target=listen, args=(process.stderr,))
+            listener.start()
+            while kill_when is not None and process.poll() is None:
+                if kill_when():
+                    process.send_signal(signal.SIGKILL)
+                time.sleep(0.01)
+            text = process.stdout.read()
+            listener.join()
         body = json.loads(text.strip().splitlines()[-1]) if text.strip() else {}
         body.pop("layers", None)
         body["wall"] = time.monotonic() - began
@@ -310,50 +301,6 @@ def small_jobs(check: Check) -> dict[str, Any]:
     return found
 
 
-def profile(check: Check) -> dict[str, Any]:
-    """Where the main thread's time and the device's go in a collection of two layers: profile.txt."""
-    options = CollectConfig(calibration=(str(check.work / "tokens.npy"),), device=check.device)
-    main_thread, text = cProfile.Profile(), io.StringIO()
-    seconds = dict[str, float]()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if check.device != "cpu":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    kernels = torch.profiler.profile(activities=activities)
-    for run, profiler in (("main thread", main_thread), ("kernels", kernels)):
-        began = time.monotonic()
-        with profiler:
-            flap_stream.collect(check.work / "small", check.work / f"profile {run}", options)
-        seconds[run] = time.monotonic() - began
-    for order in ("cumulative", "tottime"):
-        pstats.Stats(main_thread, stream=text).sort_stats(order).print_stats(45)
-    averages = kernels.key_averages()
-    for key in ("self_cpu_time_total", *(["self_device_time_total"] if check.device != "cpu" else [])):
-        text.write(averages.table(sort_by=key, row_limit=25, max_name_column_width=70))
-    (check.out / "profile.txt").write_text(text.getvalue())
-    return seconds
-
-
-def waits(check: Check) -> dict[str, int]:
-    """Lines that wait for the device in a collection of two layers, and how often."""
-    lines: collections.Counter[str] = collections.Counter()
-
-    def note(message: Warning | str, *_: object, **__: object) -> None:
-        if "synchroniz" in str(message):
-            frames = [f for f in traceback.extract_stack() if "/flap_stream/" in f.filename]
-            lines[f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "elsewhere"] += 1
-
-    options = CollectConfig(calibration=(str(check.work / "tokens.npy"),), device=check.device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = note
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            flap_stream.collect(check.work / "small", check.work / "waits", options)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return dict(lines.most_common())
-
-
 def statistics(check: Check) -> dict[str, Any]:
     """How far the bundled model's statistics are from the CPU's, and how many units are decided otherwise."""
     found = {}
@@ -423,9 +370,10 @@ def run(check: Check) -> dict[str, Any]:
     check.stage("disk", 20, lambda: disk(check))
     check.stage("main", 60, lambda: main_job(check))
     check.stage("statistics", 40, lambda: statistics(check))
-    check.stage("profile", 40, lambda: profile(check))
+    collection = Collection(check.work / "small", check.work / "tokens.npy", check.work, check.device)
+    check.stage("profile", 40, lambda: profile(collection, check.out / "profile.txt"))
     if device.type != "cpu":
-        check.stage("waits", 30, lambda: waits(check))
+        check.stage("waits", 30, lambda: waits(collection))
     check.stage("small_jobs", 60, lambda: small_jobs(check))
     check.stage("kill_and_resume", 60, lambda: kill_and_resume(check))
     check.stage("refits", 60, lambda: refits(check))
