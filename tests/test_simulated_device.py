@@ -7,6 +7,7 @@ import itertools
 import shutil
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +58,9 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flap_stream.stages.input_moments._MERGED_CHANNELS", 16)  # several groups, and threads
 
 
-def measured(model: Path, device: str, place: str = "host", prefetch: int = 1, batch: int = BATCH) -> Statistics:
+def measured(
+    model: Path, device: str, place: str = "host", prefetch: int = 1, batch: int = BATCH, layers: int = LAYERS
+) -> Statistics:
     """What collection measures, without storing it."""
     found = []
     with open_checkpoint(model) as checkpoint, torch.inference_mode():
@@ -67,7 +70,7 @@ def measured(model: Path, device: str, place: str = "host", prefetch: int = 1, b
             page_locked(streamed.device, landing_bytes(streamed.shapes, batch)) as landing,
         ):
             batches = LayerPass(streamed, Placement(batch, place, prefetch, 0, 0), TOKENS, [hidden])
-            for i, weights in batches.layers(Stage("collect", LAYERS)):
+            for i, weights in batches.layers(Stage("collect", layers)):
                 with input_moments(streamed, i, weights, landing) as merger:
                     for _ in batches.run(i, weights):
                         merger.take_batch()
@@ -352,6 +355,24 @@ def test_moments_whose_memory_is_reused_before_they_are_merged_are_found(
     monkeypatch.setattr(MomentMerger, "_wait", lambda self: self._behind.popleft())
     with simulated("eager"):
         assert summed(model, "cuda") != expected
+
+
+def test_a_thread_merges_a_group_whichever_experts_get_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, add_windows = save(tiny_model(tiny_config("mixtral")), tmp_path / "model"), Moments.add_windows
+    threads = defaultdict[int, set[int]](set)
+    kept = list[Moments]()  # lest another gets the identity of one that is gone
+
+    def note(moments: Moments, *how: Any) -> None:
+        kept.append(moments)
+        threads[id(moments)].add(threading.get_ident())
+        add_windows(moments, *how)
+
+    monkeypatch.setattr(Moments, "add_windows", note)
+    with simulated("random", 5):
+        found = measured(model, "cuda", batch=1, layers=2)
+    assert len(threads) > 8 and all(len(own) == 1 for own in threads.values())
+    monkeypatch.undo()
+    assert not differ(found, measured(model, "cpu", batch=1, layers=2))
 
 
 def test_a_snapshot_that_does_not_wait_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, cycle, islice
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,8 @@ class MomentMerger:
         self._batches: list[dict[str, _Copies]] = []  # with several ranks, until they are exchanged
         threads = 0 if device.type == "cpu" else min(_THREADS, os.cpu_count() or 1)
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="merge") for _ in range(threads)]
+        turns = cycle(self._threads or [None])  # a group's batches go to one thread, and so stay in order
+        self._thread_of = {name: list(islice(turns, len(groups))) for name, groups in self._groups.items()}
         self._behind: deque[list[Future[None]]] = deque()
         has_landing = landing is not None and len(landing) > 0 and ranks.world == 1
         self._landing = landing.view(1 + BATCHES_BEHIND, -1) if landing is not None and has_landing else None
@@ -92,19 +94,17 @@ class MomentMerger:
 
     def _add(self, batch: Mapping[str, _Copies]) -> None:
         """Add one batch, of all windows or their own channels."""
-        parts = [
-            (moments, group, copies)
-            for name, copies in batch.items()
-            for moments, group in zip(self._moments[name], self._groups[name], strict=True)
-        ]
-        if not self._threads:
-            for part in parts:
-                _add_windows(*part)
-            return
-        # A group's batches go to one thread, and so stay in order.
-        self._behind.append(
-            [self._threads[i % len(self._threads)].submit(_add_windows, *part) for i, part in enumerate(parts)]
-        )
+        adding = list[Future[None]]()
+        for name, copies in batch.items():  # of experts only those that got tokens
+            for moments, group, thread in zip(
+                self._moments[name], self._groups[name], self._thread_of[name], strict=True
+            ):
+                if thread is None:
+                    _add_windows(moments, group, copies)
+                else:
+                    adding.append(thread.submit(_add_windows, moments, group, copies))
+        if adding:
+            self._behind.append(adding)
 
     def _wait(self) -> None:
         for added in self._behind.popleft():
