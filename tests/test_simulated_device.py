@@ -358,7 +358,9 @@ def test_moments_whose_memory_is_reused_before_they_are_merged_are_found(
 
 
 def test_a_thread_merges_a_group_whichever_experts_get_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, add_windows = save(tiny_model(tiny_config("mixtral")), tmp_path / "model"), Moments.add_windows
+    config = tiny_config("mixtral", num_local_experts=16, num_experts_per_tok=1)  # more than windows have tokens for
+    model, add_windows = save(tiny_model(config), tmp_path / "model"), Moments.add_windows
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
     threads = defaultdict[int, set[int]](set)
     kept = list[Moments]()  # lest another gets the identity of one that is gone
 
