@@ -37,7 +37,7 @@ def test_neighbouring_rows_are_read_together() -> None:
     assert list(row_ranges(np.array([], dtype=np.int64), 10)) == []
 
 
-@pytest.mark.parametrize("rows", [[0], [3, 4], [0, 2, 3, 9], [1, 5, 30, 31], [], list(range(40))])
+@pytest.mark.parametrize("rows", [[0], [30, 31], [0, 2, 3, 9], [1, 5, 30, 31], [], list(range(40))])
 def test_rows_are_those_of_the_file_whatever_lies_between_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[int]
 ) -> None:
@@ -58,7 +58,7 @@ def test_rows_are_those_of_the_file_whatever_lies_between_them(
         opened.read_ranges(entry, ranges, memoryview(found.numpy().reshape(-1)))
     assert torch.equal(found, expected[rows])
     apart = [row for before, row in itertools.pairwise(rows) if row - before > 6]
-    assert len(reads) == 1 + len(apart)
+    assert len(reads) == bool(rows) + len(apart)
 
 
 def test_three_ratios_come_from_one_collection(collected: Path) -> None:

@@ -142,15 +142,17 @@ class Checkpoint:
         first = at = end = 0
         buffers = list[memoryview]()
         for start, stop in ranges:
-            if start - end > _GAP_BYTES:
+            if buffers and start - end > _GAP_BYTES:
                 self._files.read(entry.file, entry.offset + first, buffers)
-                first, buffers = start, []
-            elif buffers and start > end:
+                buffers = []
+            if not buffers:
+                first = start
+            elif start > end:
                 buffers.append(between[: start - end])
-            first = first if buffers else start
             buffers.append(buffer[at : at + stop - start])
             at, end = at + stop - start, stop
-        self._files.read(entry.file, entry.offset + first, buffers)
+        if buffers:
+            self._files.read(entry.file, entry.offset + first, buffers)
 
     @property
     def bytes_read(self) -> int:

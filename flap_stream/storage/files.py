@@ -84,7 +84,8 @@ def _begin_writeback(descriptor: int, start: int) -> int:
     end = os.lseek(descriptor, 0, os.SEEK_CUR)
     if end - start < _WRITEBACK_BYTES:
         return start
-    os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
+    with suppress(OSError):  # advice that a file system may not take
+        os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
     return end
 
 
