@@ -6,7 +6,6 @@ Results are the CPU's whatever runs when, and mistakes in the order of work are 
 import itertools
 import shutil
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -343,15 +342,25 @@ def summed(model: Path, device: str) -> list[float]:
 def test_moments_whose_memory_is_reused_before_they_are_merged_are_found(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add_windows, expected = Moments.add_windows, pytest.approx(summed(model, "cpu"), rel=1e-4)
+    add_windows, close, expected = (
+        Moments.add_windows,
+        MomentMerger.close,
+        pytest.approx(summed(model, "cpu"), rel=1e-4),
+    )
+    all_have_run = threading.Event()
 
     def add_late(*how: Any) -> None:
-        time.sleep(0.01)
+        assert all_have_run.wait(60)
         add_windows(*how)
 
-    monkeypatch.setattr(Moments, "add_windows", add_late)
+    def let_add(merger: MomentMerger) -> None:
+        all_have_run.set()
+        close(merger)
+
     with simulated("eager"):
         assert summed(model, "cuda") == expected
+    monkeypatch.setattr(Moments, "add_windows", add_late)
+    monkeypatch.setattr(MomentMerger, "close", let_add)
     monkeypatch.setattr(MomentMerger, "_wait", lambda self: self._behind.popleft())
     with simulated("eager"):
         assert summed(model, "cuda") != expected
