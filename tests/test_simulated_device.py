@@ -57,9 +57,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flap_stream.stages.input_moments._MERGED_CHANNELS", 16)  # several groups, and threads
 
 
-def measured(
-    model: Path, device: str, place: str = "host", prefetch: int = 1, batch: int = BATCH, layers: int = LAYERS
-) -> Statistics:
+def measured(model: Path, device: str, place: str = "host", prefetch: int = 1, batch: int = BATCH) -> Statistics:
     """What collection measures, without storing it."""
     found = []
     with open_checkpoint(model) as checkpoint, torch.inference_mode():
@@ -69,7 +67,7 @@ def measured(
             page_locked(streamed.device, landing_bytes(streamed.shapes, batch)) as landing,
         ):
             batches = LayerPass(streamed, Placement(batch, place, prefetch, 0, 0), TOKENS, [hidden])
-            for i, weights in batches.layers(Stage("collect", layers)):
+            for i, weights in batches.layers(Stage("collect", LAYERS)):
                 with input_moments(streamed, i, weights, landing) as merger:
                     for _ in batches.run(i, weights):
                         merger.take_batch()
@@ -380,10 +378,10 @@ def test_a_thread_merges_a_group_whichever_experts_get_tokens(tmp_path: Path, mo
 
     monkeypatch.setattr(Moments, "add_windows", note)
     with simulated("random", 5):
-        found = measured(model, "cuda", batch=1, layers=2)
+        found = measured(model, "cuda", batch=1)
     assert len(threads) > 8 and all(len(own) == 1 for own in threads.values())
     monkeypatch.undo()
-    assert not differ(found, measured(model, "cpu", batch=1, layers=2))
+    assert not differ(found, measured(model, "cpu", batch=1))
 
 
 def test_a_snapshot_that_does_not_wait_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

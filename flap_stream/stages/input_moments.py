@@ -1,11 +1,11 @@
 """Moments of what a layer's output projections read while it runs, merged over windows and ranks."""
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import count, cycle, islice
 from typing import Any
 
 import numpy as np
@@ -41,18 +41,22 @@ class MomentMerger:
     ) -> None:
         """landing: of `placement.landing_bytes`, page-locked; None takes memory from torch, which keeps it."""
         self._ranks, self._channels = ranks, channels
-        self._groups = {name: _divided(len(self._own(name, ranks.rank))) for name in channels}
-        self._moments = {name: [Moments.empty(len(group)) for group in groups] for name, groups in self._groups.items()}
         self._pending: dict[str, _Windows] = {}
         self._batches: list[dict[str, _Copies]] = []  # with several ranks, until they are exchanged
         threads = 0 if device.type == "cpu" else min(_THREADS, os.cpu_count() or 1)
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="merge") for _ in range(threads)]
-        turns = cycle(self._threads or [None])  # a group's batches go to one thread, and so stay in order
-        self._thread_of = {name: list(islice(turns, len(groups))) for name, groups in self._groups.items()}
+        threads_in_turn = itertools.cycle(self._threads or [None])
+        # By projection, groups of the own channels; a group's batches go to one thread, and so stay in order.
+        self._groups = {
+            name: [
+                (Moments.empty(len(columns)), columns, next(threads_in_turn))
+                for columns in _divided(len(self._own(name, ranks.rank)))
+            ]
+            for name in channels
+        }
         self._behind: deque[list[Future[None]]] = deque()
-        has_landing = landing is not None and len(landing) > 0 and ranks.world == 1
-        self._landing = landing.view(1 + BATCHES_BEHIND, -1) if landing is not None and has_landing else None
-        self._turns = count()
+        self._landing = None if landing is None or not len(landing) else landing.view(1 + BATCHES_BEHIND, -1)
+        self._turns = itertools.count()
 
     def _own(self, name: str, rank: int) -> range:
         """The channels of a projection that a rank merges."""
@@ -96,13 +100,11 @@ class MomentMerger:
         """Add one batch, of all windows or their own channels."""
         adding = list[Future[None]]()
         for name, copies in batch.items():  # of experts only those that got tokens
-            for moments, group, thread in zip(
-                self._moments[name], self._groups[name], self._thread_of[name], strict=True
-            ):
+            for moments, columns, thread in self._groups[name]:
                 if thread is None:
-                    _add_windows(moments, group, copies)
+                    _add_windows(moments, columns, copies)
                 else:
-                    adding.append(thread.submit(_add_windows, moments, group, copies))
+                    adding.append(thread.submit(_add_windows, moments, columns, copies))
         if adding:
             self._behind.append(adding)
 
@@ -116,7 +118,7 @@ class MomentMerger:
             self._exchange()
         while self._behind:
             self._wait()
-        own = {name: joined_channels(groups) for name, groups in self._moments.items()}
+        own = {name: joined_channels([moments for moments, _, _ in groups]) for name, groups in self._groups.items()}
         parts = self._ranks.gathered(own)
         return {name: joined_channels([part[name] for part in parts]) for name in self._channels}
 
@@ -125,9 +127,9 @@ class MomentMerger:
         for batches in self._ranks.exchanged([self._columns(rank) for rank in range(self._ranks.world)]):
             for batch in batches:
                 for name, (means, m2s, tokens) in batch.items():
-                    for moments, group in zip(self._moments[name], self._groups[name], strict=True):
-                        columns = slice(group.start, group.stop)
-                        moments.add_windows(means[:, columns], m2s[:, columns], tokens)
+                    for moments, columns, _ in self._groups[name]:
+                        own = slice(columns.start, columns.stop)
+                        moments.add_windows(means[:, own], m2s[:, own], tokens)
         self._batches = []
 
     def _columns(self, rank: int) -> list[dict[str, tuple[np.ndarray, np.ndarray, int]]]:
@@ -164,9 +166,9 @@ def _columns_of(values: HostCopy, columns: range) -> np.ndarray:
     return values.result().numpy()[:, columns.start : columns.stop]
 
 
-def _add_windows(moments: Moments, group: range, copies: _Copies) -> None:
+def _add_windows(moments: Moments, columns: range, copies: _Copies) -> None:
     means, m2s, tokens = copies
-    moments.add_windows(_columns_of(means, group), _columns_of(m2s, group), tokens)
+    moments.add_windows(_columns_of(means, columns), _columns_of(m2s, columns), tokens)
 
 
 @contextmanager

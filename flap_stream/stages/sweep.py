@@ -226,7 +226,8 @@ class _Curve:
         self._mend = mending(restore, model, run, options.statistics)
         wanted = evaluation_text(options.evaluate, options.samples, options.sequence_length, options)
         self.tokens = windows_of(wanted, model, options)
-        decides = recorded_options(_plan_options(options, options.ratios[0]))
+        plan_options = _plan_options(options, options.ratios[0])
+        decides = recorded_options(plan_options)
         del decides["ratio"]
         job: dict[str, Any] = {
             "options": decides,
@@ -235,7 +236,7 @@ class _Curve:
             "dtype": str(model.dtype),
             "device": model.device.type,
         }
-        if is_by_loss(_plan_options(options, options.ratios[0])):
+        if is_by_loss(plan_options):
             job["loss_windows"] = LossStore.of(run).windows
         self._name = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
         job["text"]["sources"] = [Path(source).name for source in options.evaluate]
