@@ -26,7 +26,7 @@ def test_every_stage_that_measures_answers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_job_that_is_killed_and_resumed_is_compared(tmp_path: Path) -> None:
-    check = gpu_check.Check(tmp_path / "out", "cpu", gpu_check.TINY, 600, ("model", "kill_and_resume"))
+    check = gpu_check.Check(tmp_path / "out", "auto", gpu_check.TINY, 600, ("model", "kill_and_resume"))
     found = gpu_check.run(check)["kill_and_resume"]
     assert found["codes"] == [0, -9, 0] and found["same_bytes"]
 

@@ -165,7 +165,6 @@ def test_statistics_that_are_complete_get_scores_later_and_a_plan_by_the_loss_ke
     assert plans[0].decoder_ratio == pytest.approx(0.3, abs=0.01)
 
 
-@pytest.mark.slow
 def test_a_curve_of_other_scores_is_measured_anew(tmp_path: Path) -> None:
     path, run = save(tiny_model(tiny_config()), tmp_path / "model"), tmp_path / "run"
     tokens = save_tokens(tmp_path / "tokens.npy", TOKENS)
@@ -202,6 +201,7 @@ def test_scores_of_two_sweeps_are_not_mixed(tmp_path: Path, monkeypatch: pytest.
     assert all(np.array_equal(a.of(k), b.of(k)) for a, b in zip(*kept, strict=True) for k in KINDS)
 
 
+@pytest.mark.slow
 def test_the_graph_of_one_layer_is_in_memory_whatever_the_depth(tmp_path: Path) -> None:
     text, peaks = save_tokens(tmp_path / "tokens.npy", random_tokens(16, 128)), []
     for layers in (4, 16):

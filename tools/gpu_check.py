@@ -272,17 +272,17 @@ def main_job(check: Check) -> dict[str, Any]:
     forget(check.work / "model")
     body = check.prune("model", "pruned", "--run", check.work / "run")
     shutil.rmtree(check.work / "pruned", ignore_errors=True)
-    with RunDirectory(check.work / "run") as run:
-        seconds = [cost.seconds for cost in run.statistics.costs() if cost is not None]
-    shutil.rmtree(check.work / "run", ignore_errors=True)
     floor, layers = check.found.get("floors", {}), check.found.get("model", {}).get("layers", 0)
     if "seconds" in body and "forward_layer_seconds" in floor:
+        with RunDirectory(check.work / "run") as run:
+            seconds = [cost.seconds for cost in run.statistics.costs() if cost is not None]
         compute = layers * floor["forward_layer_seconds"]
         read = layers * check.geometry.layer_bytes / 1e9 / check.found["disk"]["direct_gbps"]
         body["floor_seconds"] = {"compute": compute, "read": read}
         body["collect_over_floor"] = body["seconds"]["collect"] / max(compute, read)
         body["layer_seconds"] = median(seconds[1:])  # the first waits for the embedding and the first reads
         body["layer_over_floor"] = body["layer_seconds"] * layers / max(compute, read)
+    shutil.rmtree(check.work / "run", ignore_errors=True)
     return body
 
 
@@ -361,6 +361,7 @@ def run(check: Check) -> dict[str, Any]:
     """All stages; returns what they found."""
     check.work.mkdir(parents=True)
     device = choose_device(check.device)
+    check.device = str(device)  # what `auto` means here
     check.found |= {"device": str(device), "card": card(device), "torch": torch.__version__}
     check.found |= {"geometry": asdict(check.geometry), "cpus": os.cpu_count()}
     if device.type != "cpu":
