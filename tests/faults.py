@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import zarr
-from fork_server import KILLED, SERVER
+from fork_server import KILLED, forked
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
@@ -385,12 +385,12 @@ class Job:
         fault = Fault(fault, kill) if isinstance(fault, int) else fault
         names, options = place.with_name(f"{place.name}.steps"), replace(self.options, **changes)
         arguments = (model or self.model, place / "out", options, names, fault, cuts, seconds, run)
-        child = SERVER.Process(target=_child, args=arguments)
         with self._lock:  # another thread's start would take this child's exit code
-            child.start()
-        wait([child.sentinel], 120)
+            process = forked(_child, arguments)
+            process.start()
+        wait([process.sentinel], 120)
         with self._lock:
-            return child.exitcode
+            return process.exitcode
 
     def said(self, place: Path) -> str:
         """What the last process there that ended by itself wrote to stderr."""

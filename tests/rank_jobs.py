@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fork_server import KILLED, SERVER
+from fork_server import KILLED, forked
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 from torch.distributed import TCPStore
 
@@ -89,7 +89,7 @@ def launch(
     children = []
     for rank, environment in enumerate(environments):
         seconds = kill[1] if kill is not None and kill[0] == rank else None
-        children.append(SERVER.Process(target=_rank, args=(environment, said[rank], action, seconds)))
+        children.append(forked(_rank, (environment, said[rank], action, seconds)))
         children[-1].start()
     left, first = {child.sentinel: child for child in children}, None
     while left and (ended := wait(list(left), 300)):

@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from flap_stream.arithmetic.layer_shape import LayerShape
@@ -200,7 +201,7 @@ def _build(config: Mapping[str, Any], family: Family, where: str) -> PreTrainedM
     """
     try:
         kind, hf_config = model_class(config)
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             if "per_layer_config" in config:
                 skeleton = kind._from_config(hf_config)
             else:
@@ -210,6 +211,7 @@ def _build(config: Mapping[str, Any], family: Family, where: str) -> PreTrainedM
     except Exception as error:  # a wrong value makes transformers raise anything, ZeroDivisionError included
         reason = " ".join(str(error).split())
         raise InvalidModel(f"transformers cannot build a model from {where}/config.json: {reason}") from error
+    skeleton.tie_weights()
     return skeleton.eval().requires_grad_(False)
 
 
