@@ -62,7 +62,7 @@ class Reads:
         return result
 
     def summed(self, key: tuple[int, str, int], terms: torch.Tensor) -> torch.Tensor:
-        """Sums over the tokens of each window, `[window, channel]`."""
+        """Sums over the tokens of each window, `[window, unit]`."""
         if terms.ndim == 3:
             return terms.sum(dim=1)
         windows = self.tokens[key] // TOKENS.shape[1]
@@ -70,7 +70,7 @@ class Reads:
 
 
 def scores_in_memory(model: Any, run: RunDirectory, dtype: torch.dtype) -> dict[Key, np.ndarray]:
-    """The mean squares of -sum (x - mean) g, one layer's units after another; x and g in `dtype`, sums in float64."""
+    """F of all units, one layer's after another; x and g in `dtype`, sums in float64."""
     model = copy.deepcopy(model).to(dtype)
     reads, tokens = Reads(model), torch.from_numpy(TOKENS[:WINDOWS])
     logits = model(tokens).logits
@@ -83,9 +83,10 @@ def scores_in_memory(model: Any, run: RunDirectory, dtype: torch.dtype) -> dict[
         shape, first = run.layer_shapes[i], done.get((i, kind), 0)
         mean = torch.from_numpy(getattr(run.statistics.read(i), kind).mean)[first : first + inputs.shape[-1]]
         done[i, kind] = first + inputs.shape[-1]
-        changes = reads.summed(key, (inputs.detach().double() - mean) * gradient.double())
+        terms = (inputs.detach().double() - mean) * gradient.double()
         units = shape.kv_groups if kind == "attention" else inputs.shape[-1]
-        found.setdefault((i, kind), []).append(changes.unflatten(-1, (units, -1)).sum(dim=-1).square().mean(dim=0))
+        squares = terms.unflatten(-1, (units, -1)).sum(dim=-1).square()
+        found.setdefault((i, kind), []).append(reads.summed(key, squares).mean(dim=0))
     return {key: torch.cat(parts).numpy() for key, parts in found.items()}
 
 

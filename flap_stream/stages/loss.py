@@ -1,8 +1,8 @@
 """How much each unit affects the loss: a backward sweep over the layers, one layer's graph in memory at a time.
 
 With x the input of an output projection, `mean` its baseline and g the gradient of a window's loss with respect to x,
-replacing unit u by its bias changes the loss of window w by s_wu = -sum (x - mean) g over the unit's channels and the
-window's tokens, to first order; F_u = mean_w s_wu^2 (Kwon et al. 2022, for masks; the centring is ours).
+replacing unit u by its bias at token t changes the loss of window w by s_wtu = -sum (x - mean) g over the unit's
+channels, to first order; F_u = mean_w sum_t s_wtu^2 (Kwon et al. 2022, for masks; the centring is ours).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ from flap_stream.storage.run_files import KINDS
 
 _SUMMED_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # at once, widened to float64 on a CPU; not measured
 
-Scores = dict[str, torch.Tensor]  # by kind of unit, the change of the loss when each is removed, float64 [window, unit]
+Scores = dict[str, torch.Tensor]  # by kind of unit, sum_t s_wtu^2, float64 [window, unit]
 
 
 @dataclass(kw_only=True)
@@ -70,7 +70,7 @@ class BackwardPass(LayerPass):
         self.hidden[0].advance()
 
     def scores(self, index: int, weights: Mapping[str, torch.Tensor]) -> Scores:
-        """Propagate the gradient through a layer; return the change of each window's loss when each unit is removed."""
+        """Propagate the gradient through a layer; return what each window adds to F of each of its units."""
         self._load_inputs(index)
         self._feed, self._scores = Feed(self.inputs, self.placement.batch_size), {}
         means = self.model.ranks.from_first(lambda: _baselines(self.model, self.store.run, index))
@@ -103,8 +103,8 @@ class BackwardPass(LayerPass):
         scores = _zeros(self.model, index, len(values))
         for read, found in zip(reads, gradients, strict=True):
             own = slice(read.part.first, read.part.first + read.part.units)
-            changes = read.changes(self._means[read.part.kind.output.name], found)
-            scores[read.part.kind.name][:, own] = -torch.ldexp(changes, shift[:, 0]).cpu()
+            squares = read.squares(self._means[read.part.kind.output.name], found)
+            scores[read.part.kind.name][:, own] = torch.ldexp(squares, 2 * shift[:, 0]).cpu()
         self._scores[start] = scores
         return below.float().ldexp_(shift)
 
@@ -190,17 +190,15 @@ def collect_loss_scores(
                     found = ranks.gathered(scores)
                     model.checkpoint.require_unchanged()
                     if ranks.is_first:
-                        store.write(i, _mean_squares(found))
+                        store.write(i, _means_over_windows(found))
     if ranks.is_first:
         store.snapshots.drop()
         store.drop_inputs()
 
 
-def _mean_squares(found: Sequence[Scores]) -> LossScores:
-    """F of each unit. found: the changes of the loss, from every rank's windows."""
-    return LossScores(
-        **{kind: torch.cat([part[kind] for part in found]).square().mean(dim=0).numpy() for kind in KINDS}
-    )
+def _means_over_windows(found: Sequence[Scores]) -> LossScores:
+    """F of each unit. found: what every rank's windows add."""
+    return LossScores(**{kind: torch.cat([part[kind] for part in found]).mean(dim=0).numpy() for kind in KINDS})
 
 
 def _baselines(model: StreamedModel, run: RunDirectory, index: int) -> dict[str, np.ndarray]:
@@ -260,21 +258,25 @@ class _Read:
     inputs: torch.Tensor
     counts: list[int]
 
-    def changes(self, mean: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Sums of (x - mean) g over a window's tokens and a unit's channels, float64 `[window, unit]`."""
+    def squares(self, mean: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Sums over a window's tokens of the squared sums of (x - mean) g over a unit's channels.
+
+        float64 `[window, unit]`.
+        """
         inputs, gradients = (
             values if values.ndim == 3 else values.split(self.counts) for values in (self.inputs.detach(), gradient)
         )
-        sums = torch.stack([_summed(x, g, mean) for x, g in zip(inputs, gradients, strict=True)])
-        return sums.unflatten(-1, (self.part.units, -1)).sum(dim=-1)
+        units = self.part.units
+        return torch.stack([_summed_squares(x, g, mean, units) for x, g in zip(inputs, gradients, strict=True)])
 
 
-def _summed(inputs: torch.Tensor, gradient: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Sums of (x - mean) g over the tokens of one window, float64 `[channel]`. inputs, gradient: `[token, channel]`."""
+def _summed_squares(inputs: torch.Tensor, gradient: torch.Tensor, mean: torch.Tensor, units: int) -> torch.Tensor:
+    """The same for the tokens of one window, float64 `[unit]`. inputs, gradient: `[token, channel]`."""
     rows = max(1, _SUMMED_ELEMENTS[inputs.device.type] // inputs.shape[1])
-    total = torch.zeros(inputs.shape[1], dtype=torch.float64, device=inputs.device)
+    total = torch.zeros(units, dtype=torch.float64, device=inputs.device)
     for x, g in zip(inputs.split(rows), gradient.split(rows), strict=True):
-        total += ((x.float() - mean) * g.float()).sum(dim=0, dtype=torch.float64)
+        changes = ((x.float() - mean) * g.float()).unflatten(-1, (units, -1)).sum(dim=-1, dtype=torch.float64)
+        total += changes.square().sum(dim=0)
     return total
 
 

@@ -1,5 +1,6 @@
 """The loss scores of a run directory, and the layer inputs that computing them needs."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from flap_stream.storage.snapshots import SnapshotStore
 __all__ = ["KINDS", "LossScores", "LossStore"]
 
 _INPUTS, _SCORES = "loss-inputs", "loss"
+_JOB = re.compile(r"(\d+)-per-token")  # scores that were squared per window had the number alone
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class LossStore:
         """
         jobs = [entry["job"] for entry in run.journal.of_kind(_SCORES)]
         for job in dict.fromkeys(reversed(jobs)):
-            found = cls(run, int(job))
-            if found.complete() == len(run.layer_shapes):
+            windows = _JOB.fullmatch(job)
+            if windows is not None and (found := cls(run, int(windows[1]))).complete() == len(run.layer_shapes):
                 return found
         raise RunMismatch(
             f"{run.path} holds no loss scores; collect them with flap-stream collect MODEL {run.path} "
@@ -52,7 +54,7 @@ class LossStore:
     @property
     def job(self) -> str:
         """What determines the scores, besides what determines the statistics."""
-        return str(self.windows)
+        return _job(self.windows)
 
     @property
     def snapshots(self) -> SnapshotStore:
@@ -86,7 +88,7 @@ class LossStore:
     @staticmethod
     def is_swept(run: Path, windows: int, layers: int) -> bool:
         """Whether a run directory, which need not exist, holds the scores of all layers."""
-        return len(_layers_of(Journal(run / "journal"), str(windows))) == layers
+        return len(_layers_of(Journal(run / "journal"), _job(windows))) == layers
 
     def drop_inputs(self) -> None:
         """Delete the inputs of all layers: all scores are stored."""
@@ -120,6 +122,10 @@ class LossStore:
         self.run.files.require_intact(Committed(name, entry["digest"], arrays.max_bytes(specs)))
         found, _ = arrays.read_group(self.run.path / name, specs)
         return LossScores(*found)
+
+
+def _job(windows: int) -> str:
+    return f"{windows}-per-token"
 
 
 def _layers_of(journal: Journal, job: str) -> set[str]:
