@@ -31,7 +31,7 @@ SIZES = ((64, 96, 2), (256, 1024, 3), (512, 4096, 2))
 
 
 @lru_cache
-def workspaces(sizes: tuple[int, int, int], tokens: int) -> dict[int, tuple[int, int]]:
+def workspaces(sizes: tuple[int, int, int], tokens: int) -> dict[tuple[int, bool], tuple[int, int]]:
     """What a batch needs depends on neither the device nor the target: found once for all jobs of these sizes."""
     return {}
 

@@ -166,8 +166,8 @@ class RewriteConfig(EngineConfig):
     """The rewrite: how the pruned checkpoint is written.
 
     restore: `bias` adds W[:, removed]·mean[removed]; `least-squares` refits what o_proj and down_proj keep, running
-    the layers again (the engine's options are for that); None is the method's own (`bias` for flap, else
-    `none`).
+    the layers again (the engine's options are for that); `reconstruct` fits all that a layer keeps to the dense
+    model's hidden states, by gradients; None is the method's own (`bias` for flap, else `none`).
     refit_target: what `least-squares` refits to: `own`, the projection's dense output for the inputs that it gets in
     the pruned model; `dense`, the dense model's hidden states, which takes about twice as long; `aligned`, which
     also refits what reads hidden states (q, k, v, gate, up, and the head unless it is the embedding) to what it
@@ -181,8 +181,13 @@ class RewriteConfig(EngineConfig):
 
     @property
     def refits(self) -> bool:
-        """Whether projections are refitted, for which the layers are run again."""
-        return self.restore == "least-squares"
+        """Whether weights are refitted, for which the layers are run again."""
+        return self.restore in ("least-squares", "reconstruct")
+
+    @property
+    def refit(self) -> str:
+        """What is refitted: one of REFIT_TARGETS, or `reconstruct`."""
+        return "reconstruct" if self.restore == "reconstruct" else self.refit_target
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""

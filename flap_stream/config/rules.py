@@ -50,7 +50,7 @@ def _has_ready_tokens(options: Any) -> bool:
 
 
 RULES = (
-    Rule((RewriteConfig,), ("refit_target",), "--restore least-squares", lambda o: o.refits),
+    Rule((RewriteConfig,), ("refit_target",), "--restore least-squares", lambda o: o.restore == "least-squares"),
     Rule((PlanConfig,), ("metric", "head_score", "statistics"), "--method flap", lambda o: o.method == "flap"),
     Rule((SweepConfig,), ("ratio", *TARGET_FIELDS), "plan and prune; a sweep has --ratios", lambda o: False),
     Rule((SweepConfig,), ("sequence_length", "samples"), "--evaluate TEXT", lambda o: bool(o.evaluate)),
@@ -85,7 +85,7 @@ RULES = (
     Rule(
         (RewriteConfig,),
         _ENGINE,
-        "--restore least-squares; nothing else runs layers here",
+        "--restore least-squares or reconstruct; nothing else runs layers here",
         lambda o: o.refits or isinstance(o, PruneConfig),
         is_refused=False,
     ),

@@ -143,13 +143,12 @@ def _plan_layer(pruned: PrunedModel, index: int) -> dict[str, list[OutputTensor]
     prefix, (shape, keep) = f"{pruned.family.layers}.{index}.", pruned.layers[index]
     changed: dict[str, list[OutputTensor]] = {}
     for part in pruned.family.parts(shape):
-        kind = part.kind
-        if f"{prefix}{kind.output.name}.weight" in tensors:  # else an earlier pruning left only the bias
-            changed |= _plan_part(pruned, index, part, part.own(keep.of(kind.name)))
-        readers = [f"{prefix}{projection.name}.weight" for projection in kind.readers]
-        changed |= {name: [_whole(refitted[name])] for name in readers if name in refitted}
-        weight, bias = (f"{prefix}{kind.output.name}.{name}" for name in ("weight", "bias"))
-        if bias in refitted:
+        if f"{prefix}{part.kind.output.name}.weight" in tensors:  # else an earlier pruning left only the bias
+            changed |= _plan_part(pruned, index, part, part.own(keep.of(part.kind.name)))
+    changed |= {name: [_whole(entry)] for name, entry in refitted.items() if name.startswith(prefix)}
+    for part in pruned.family.parts(shape):
+        weight, bias = (f"{prefix}{part.kind.output.name}.{name}" for name in ("weight", "bias"))
+        if bias in refitted and weight in tensors:  # the bias comes right after it
             changed |= {bias: [], weight: [_whole(refitted[name]) for name in (weight, bias) if name in refitted]}
     return changed
 

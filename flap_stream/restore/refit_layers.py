@@ -23,6 +23,7 @@ from flap_stream.errors import CorruptRun
 from flap_stream.model.safetensors_format import FORWARD_DTYPES, TensorEntry, read_header, safetensors_header
 from flap_stream.output.shard_plan import OutputTensor
 from flap_stream.progress import Progress, Stage
+from flap_stream.restore.reconstruction import reconstruct_layer
 from flap_stream.restore.refit_pass import RefitPass
 from flap_stream.restore.requirements import refit_record, refits_head
 from flap_stream.restore.sublayer import refit_head, refit_layer
@@ -33,7 +34,7 @@ from flap_stream.storage.run_directory import RunDirectory
 class RefitJob:
     """What to refit and how to run the layers for it.
 
-    keeps: of every layer. target: one of config.REFIT_TARGETS. snapshot_interval: layers between two snapshots of the
+    keeps: of every layer. target: one of config.REFITS. snapshot_interval: layers between two snapshots of the
     hidden states; None chooses it by their cost.
     """
 
@@ -56,7 +57,8 @@ def refit_layers(model: StreamedModel, run: RunDirectory, job: RefitJob, progres
     complete = ranks.from_first(run.refits.complete_layers)
     with progress.stage("refit", count, device=model.device) as stage:
         if complete < count + refits_head(model, job.target):
-            with torch.inference_mode(), ExitStack() as stack:
+            without_graph = torch.no_grad() if job.target == "reconstruct" else torch.inference_mode()
+            with without_graph, ExitStack() as stack:
                 _refit_rest(_refit_pass(model, run, job, stack), job, stage, complete)
         else:
             stage.skip(count)
@@ -89,14 +91,15 @@ def _refit_pass(model: StreamedModel, run: RunDirectory, job: RefitJob, stack: E
 def _refit_rest(refit: RefitPass, job: RefitJob, stage: Stage, complete: int) -> None:
     """Refit every layer from `complete` on, and the head; layers before it only hand their hidden states on."""
     model, run, count = refit.model, refit.run, len(refit.model.layers)
+    refitted_layer = reconstruct_layer if job.target == "reconstruct" else refit_layer
     has_head = refits_head(model, job.target)
     for i, weights in refit.batches.layers(stage, complete, job.snapshot_interval):
         prefix = f"{model.family.layers}.{i}."
         if i < complete:
             stored = {name.removeprefix(prefix): tensor for name, tensor in load_file(run.refits.path(i)).items()}
-            refit_layer(refit, i, weights, job.keeps[i], stored)
+            refitted_layer(refit, i, weights, job.keeps[i], stored)
         else:
-            refitted = refit_layer(refit, i, weights, job.keeps[i], is_read=i + 1 < count or has_head)
+            refitted = refitted_layer(refit, i, weights, job.keeps[i], is_read=i + 1 < count or has_head)
             _store(refit, i, prefix, refitted)
     if has_head:
         _store(refit, count, "", {model.family.head: refit_head(refit)})

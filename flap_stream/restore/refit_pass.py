@@ -56,10 +56,10 @@ class RefitPass:
         yield
         self.batches.step = (layer, run + count)
 
-    def targets(self, windows: range | None = None) -> Feed:
-        """The dense hidden states, read alongside the pruned ones."""
+    def targets(self, windows: range | None = None, batch_size: int | None = None) -> Feed:
+        """The dense hidden states, read alongside the pruned ones. batch_size: None is the largest of this pass."""
         assert self.dense is not None
-        return Feed(self.dense, self.sizes.first, windows)
+        return Feed(self.dense, batch_size or self.sizes.first, windows)
 
     def sums(self, kept: int, squares: torch.Tensor) -> MomentSums:
         """Empty sums for all windows. squares: float64 `[channel]`, the expected sum of squares of each."""

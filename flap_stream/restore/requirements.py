@@ -1,25 +1,39 @@
 """Which models can be refitted, and what that takes: sizes for the placement, bytes in the run directory."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.gauss_newton import DIRECTIONS
-from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
+from flap_stream.arithmetic.layer_shape import Sublayer
 from flap_stream.arithmetic.least_squares import DAMPING
 from flap_stream.config import ALIGNING_TARGETS
 from flap_stream.engine.placement.job import Refit
 from flap_stream.engine.streamed_model import StreamedModel
-from flap_stream.errors import UnsupportedModel
-from flap_stream.model.architecture import Family
+from flap_stream.errors import InvalidOption, UnsupportedModel
 from flap_stream.model.units import ROWS
 
+# Of a reconstruction: passes over the windows, tokens of a step, the largest step of a weight as a share of the root
+# mean square of its matrix, and which share of the windows is held out. README.md has what else was tried.
+EPOCHS, STEP_TOKENS, LEARNING_RATE, HELD_OUT = 3, 1024, 0.02, 8
 
-def require_refittable(family: Family, shapes: Sequence[LayerShape], target: str, where: str) -> None:
+
+def require_refittable(model: StreamedModel, target: str) -> None:
     """Raise UnsupportedModel for models and targets that no refit is defined for."""
-    if any(shape.experts for shape in shapes):
-        raise UnsupportedModel(f"{where} has experts, whose projections are not refitted; use --restore bias")
-    if target != "own" and family.norms_outputs:
+    where = model.checkpoint.source
+    if target == "reconstruct":
+        if model.ranks.world > 1:
+            raise InvalidOption(
+                f"--restore reconstruct runs in one process, not in {model.ranks.world}; rewrite without torchrun"
+            )
+        return
+    if any(shape.experts for shape in model.shapes):
+        raise UnsupportedModel(
+            f"{where} has experts, whose projections are not refitted by least squares; use --restore reconstruct or "
+            "bias"
+        )
+    if target != "own" and model.family.norms_outputs:
         raise UnsupportedModel(
             f"{where} normalises attention and MLP outputs before the residual addition, so the hidden states cannot "
             "be a least-squares target; use --refit-target own"
@@ -36,6 +50,9 @@ def refit_sizes(model: StreamedModel, target: str, keeps: Sequence[LayerKeep] | 
 
     keeps: of each layer; without them every layer is assumed to keep all its units.
     """
+    if target == "reconstruct":
+        fitted = tuple(_fitted(model, i) for i in range(len(model.shapes)))
+        return Refit((), True, fitted=fitted, epochs=EPOCHS, step_tokens=STEP_TOKENS)
     hidden, aligns = model.hidden_size, target in ALIGNING_TARGETS
     projections, steps, readers = list[tuple[int, int, int]](), list[tuple[int, int, int]](), 0
     for i, shape in enumerate(model.shapes):
@@ -53,8 +70,19 @@ def refit_sizes(model: StreamedModel, target: str, keeps: Sequence[LayerKeep] | 
     return Refit(tuple(projections), target != "own", readers, has_head, tuple(steps))
 
 
+def _fitted(model: StreamedModel, index: int) -> int:
+    """Parameters of one layer that a reconstruction fits, in the dense sizes."""
+    return sum(prod(entry.shape) for entry in model.layer_entries[index].values()) + 2 * model.hidden_size
+
+
 def refit_stored_bytes(model: StreamedModel, target: str) -> int:
     """Upper bound on the bytes of the refitted tensors in the run directory."""
+    if target == "reconstruct":
+        return sum(
+            entry.nbytes + entry.shape[0] * entry.item_bytes
+            for entries in model.layer_entries
+            for entry in entries.values()
+        )
     weights = (
         entries.get(f"{projection.name}.weight")
         for entries, shape in zip(model.layer_entries, model.shapes, strict=True)
@@ -68,4 +96,6 @@ def refit_stored_bytes(model: StreamedModel, target: str) -> int:
 
 def refit_record(target: str) -> dict[str, Any]:
     """What determines a refit besides the plan and how layers are run, as journal and pruning.json hold it."""
+    if target == "reconstruct":
+        return {"epochs": EPOCHS, "step_tokens": STEP_TOKENS, "learning_rate": LEARNING_RATE, "held_out": HELD_OUT}
     return {"target": target, "damping": DAMPING, **({"directions": DIRECTIONS} if target == "joint" else {})}

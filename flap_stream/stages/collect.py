@@ -133,7 +133,7 @@ def _require_possible(model: StreamedModel, options: PruneConfig) -> None:
     require_minimum(model.shapes, options)
     rehearse(model, options)
     if options.refits:
-        require_refittable(model.family, model.shapes, options.refit_target, model.checkpoint.source)
+        require_refittable(model, options.refit)
 
 
 def _calibration_windows(model: StreamedModel, options: CollectConfig) -> Windows:
@@ -155,7 +155,7 @@ def _calibration_windows(model: StreamedModel, options: CollectConfig) -> Window
 
 def _refit_target(options: CollectConfig) -> str | None:
     """What a refit after this collection aims at; None if this call does not refit."""
-    return options.refit_target if isinstance(options, PruneConfig) and options.refits else None
+    return options.refit if isinstance(options, PruneConfig) and options.refits else None
 
 
 def _require_space(

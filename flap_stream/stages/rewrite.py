@@ -35,7 +35,7 @@ from flap_stream.text.tokenization import code_files
 
 # About how long refitting and rewriting take relative to collection, for the bar of a whole job; measured on CPUs, see
 # the README.
-_REFIT_WEIGHTS = {"own": 1.5, "dense": 2.5, "aligned": 3.5, "joint": 10.0}
+_REFIT_WEIGHTS = {"own": 1.5, "dense": 2.5, "aligned": 3.5, "joint": 10.0, "reconstruct": 10.0}
 _REWRITE_WEIGHT = 0.1
 
 
@@ -88,7 +88,7 @@ def rewrite(
 def progress_weights(options: RewriteConfig) -> list[tuple[str, float]]:
     """The stages after the plan, and about how long each takes relative to collection."""
     return [
-        *([("refit", _REFIT_WEIGHTS[options.refit_target])] if options.refits else []),
+        *([("refit", _REFIT_WEIGHTS[options.refit])] if options.refits else []),
         ("rewrite", _REWRITE_WEIGHT),
     ]
 
@@ -104,7 +104,7 @@ def rewrite_from(
     restoration = Restoration()
     if restore == "bias":
         restoration = Restoration([_means(run, i, plan_options.statistics) for i in range(len(keeps))])
-    elif restore == "least-squares":
+    elif options.refits:
         with measured.stage("refit"):
             restoration = _refitted(session, run, keeps, options, snapshot_interval)
     code = [name for name in code_files(source.directory) if (source.directory / name).is_file()]
@@ -140,9 +140,9 @@ def _refitted(
     source, measured = session.source, session.measured
     model = StreamedModel(source, replace(options, dtype=_collected_dtype(run, options)), session.ranks)
     measured.device = str(model.device)
-    require_refittable(model.family, model.shapes, options.refit_target, source.source)
+    require_refittable(model, options.refit)
     samples, length = run.manifest["tokens"]["shape"]
-    refit = refit_sizes(model, options.refit_target, keeps)
+    refit = refit_sizes(model, options.refit, keeps)
     collected = measured.placement  # of a collection in this process: the slack in it covers what it left in memory
     whole = replace(
         model.job(samples, length, refit=refit), base_bytes=None if collected is None else collected.base_bytes
@@ -152,9 +152,9 @@ def _refitted(
         session.progress.header(engine_rows(model, placement, samples, length))
     measured.placement = placement if collected is None else collected.together(placement)
     with in_use(model.device), cpu_threads(run.manifest["threads"]):
-        job = RefitJob(keeps, options.refit_target, placement, snapshot_interval)
+        job = RefitJob(keeps, options.refit, placement, snapshot_interval)
         refit_layers(model, run, job, session.progress)
-    how, files_count = refit_record(options.refit_target), len(model.layers) + refit.has_head
+    how, files_count = refit_record(options.refit), len(model.layers) + refit.has_head
     return session.ranks.from_first(
         lambda: Restoration(refitted=refitted_tensors(run, files_count), digests=run.refits.digests(), how=how)
     )

@@ -34,6 +34,8 @@ class Refit:
     squares that the alignment matrices come from are among the projections.
     has_head: whether the head is refitted.
     steps: `(rows that move, neurons kept, hidden size)` of each layer in which a Gauss-Newton step is taken.
+    fitted: parameters of each layer that are fitted with gradients, in `epochs` passes over the windows and steps of
+    `step_tokens`.
     """
 
     projections: tuple[tuple[int, int, int], ...]
@@ -41,6 +43,9 @@ class Refit:
     readers: int = 0
     has_head: bool = False
     steps: tuple[tuple[int, int, int], ...] = ()
+    fitted: tuple[int, ...] = ()
+    epochs: int = 0
+    step_tokens: int = 0
 
     @property
     def cached(self) -> int:
@@ -69,6 +74,7 @@ class Refit:
             pushes = hidden * (rows + neurons)
             moments += 2 * tokens * (1 - ratio) * ((1 + DIRECTIONS) * (pulls + pushes) + pushes)
             solving += hidden**3 / 3 + (1 - ratio) * (2 * DIRECTIONS + 2) * rows * hidden**2
+        moments += (3 * self.epochs + 1) * tokens * sum(self.fitted)
         return int(moments), int(solving)
 
     def sum_bytes(self, ratio: float) -> int:
@@ -107,7 +113,7 @@ class Job:
     ranks: int = 1
     local_ranks: int = 1
     base_bytes: int | None = None
-    _workspaces: dict[int, tuple[int, int]] = field(default_factory=dict, repr=False)
+    _workspaces: dict[tuple[int, bool], tuple[int, int]] = field(default_factory=dict, repr=False)
 
     @property
     def hidden_size(self) -> int:
@@ -153,7 +159,7 @@ class Job:
 
     def refit_bytes(self, batch_size: int) -> tuple[int, int]:
         """Most bytes that refitting takes while a layer runs, and while none does."""
-        if self.refit is None:
+        if self.refit is None or self.refit.fitted:
             return 0, 0
         tokens, item, on_cpu = batch_size * self.tokens, self.dtype.itemsize, self.device == "cpu"
         of = [workspace_bytes(*sizes, item, self.refit.has_dense, on_cpu) for sizes in self.refit.projections]
@@ -177,12 +183,27 @@ class Job:
 
         See `layer_workspace`; found once per batch size.
         """
-        if batch_size not in self._workspaces:
-            self._workspaces[batch_size] = layer_workspace(
-                self.skeleton, self.layers, (batch_size, self.tokens), self.dtype, self.device, self.backward
+        return self._workspace(batch_size, False)
+
+    def fit(self, batch_size: int) -> tuple[int, int, int]:
+        """Most bytes that fitting a layer takes: those of parameters, of all other tensors, and of small ones only."""
+        if self.refit is None or not self.refit.fitted:
+            return 0, 0, 0
+        # In float32 the start, the parameters, their gradients and Adam's two moments; as they run, with gradients;
+        # and the best so far.
+        parameters = (20 + 3 * self.dtype.itemsize) * max(self.refit.fitted)
+        windows = min(batch_size, max(1, self.refit.step_tokens // self.tokens))
+        return parameters, *self._workspace(windows, True)
+
+    def _workspace(self, batch_size: int, fits: bool) -> tuple[int, int]:
+        key = batch_size, fits
+        if key not in self._workspaces:
+            batch = batch_size, self.tokens
+            self._workspaces[key] = layer_workspace(
+                self.skeleton, self.layers, batch, self.dtype, self.device, self.backward, fits
             )
             give_back_heap()  # fake tensors leave more behind than real ones
-        return self._workspaces[batch_size]
+        return self._workspaces[key]
 
 
 def moment_bytes(shape: LayerShape, samples: int, batch_size: int) -> int:

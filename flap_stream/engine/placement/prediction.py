@@ -51,6 +51,7 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
     head = job.head_bytes(batch_size)
     adding, solving = job.refit_bytes(batch_size)
     workspace = max(activations + adding, solving)
+    parameters, fitting, small_fitting = job.fit(batch_size)
     if job.refit is not None:
         weights += job.refit.readers * job.dtype.itemsize
         if job.head is not None:  # the original and the refitted one, and the last layer
@@ -66,10 +67,14 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
         small += largest if largest < OWN_BLOCK_BYTES else 0
         of_all, of_small = _BACKWARD_HEAP_HOLES if job.backward else _HEAP_HOLES
         holes = int(of_all * activations + of_small * small)
-        host = host_always + hidden + max(weights + workspace + largest + holes, head)
+        of_all, of_small = _BACKWARD_HEAP_HOLES
+        fitted = parameters + fitting + int(of_all * fitting + of_small * small_fitting)
+        host = host_always + hidden + max(weights + largest + max(workspace + holes, fitted), head)
         return Placement(batch_size, hidden_place, prefetch, host, 0, base)
     on_device = {"device": own_hidden, "host": batch, "disk": batch}[hidden_place]
-    workspace += int(_DEVICE_HOLES * (activations + adding))
+    workspace = max(
+        workspace + int(_DEVICE_HOLES * (activations + adding)), parameters + int((1 + _DEVICE_HOLES) * fitting)
+    )
     device = on_device + max(weights + workspace, head) + _DEVICE_SLACK
     ring = ring_blocks(job.local_ranks) * RING_BLOCK_BYTES
     refitted = 0 if job.refit is None else job.refit.host_bytes(job.dtype.itemsize)

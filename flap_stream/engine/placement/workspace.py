@@ -25,13 +25,14 @@ def layer_workspace(
     dtype: torch.dtype,
     device: str,
     backward: bool,
+    fits: bool = False,
 ) -> tuple[int, int]:
     """Peak bytes alive, weights and hidden states excluded, while one batch runs through any layer.
 
     Only the widest and the largest layer are tried.
     skeleton: used for nothing else, since the run leaves traces in it. layers: the tensors of each by relative name.
     batch: windows and tokens of each. device: the type of the one that the job is for.
-    backward: whether gradients flow through the layers.
+    backward: whether gradients flow through the layers. fits: whether they go to the layers' own tensors.
     The second figure counts only tensors smaller than `memory.OWN_BLOCK_BYTES`.
     """
     widest = max(range(len(layers)), key=lambda i: skeleton.layer_shape(i).neurons)
@@ -39,7 +40,8 @@ def layer_workspace(
     peak, small_peak = 0, 0
     skeleton.ignore_values()  # fake tensors have none
     # The same mode on every call: what a module caches in one call must be usable in the next.
-    with torch.set_grad_enabled(backward), torch.inference_mode(not backward), _fake_mode():
+    differentiates = backward or fits
+    with torch.set_grad_enabled(differentiates), torch.inference_mode(not differentiates), _fake_mode():
         hidden = torch.empty((*batch, skeleton.config["hidden_size"]), dtype=dtype)
         live = _LiveBytes()
         with live:
@@ -47,11 +49,12 @@ def layer_workspace(
         for index in {widest, largest}:
             sizes = skeleton.layer_tensors(index)
             weights = {name: torch.empty(size, dtype=dtype) for name, size in sizes.items()}
-            handles = [] if backward else _take_moments(skeleton, index, device)
+            handles = [] if differentiates else _take_moments(skeleton, index, device)
             with live:
-                if backward:
+                if differentiates:
                     with wide_attention(dtype, device):
-                        _run_backward(skeleton, index, weights, hidden, calls[index])
+                        run = _run_fit if fits else _run_backward
+                        run(skeleton, index, weights, hidden, calls[index])
                 else:
                     skeleton.run_layer(index, weights, hidden, calls[index])
             peak, small_peak = max(peak, live.peak), max(small_peak, live.small_peak)
@@ -74,6 +77,16 @@ def _run_backward(
     for handle in handles:
         handle.remove()
     torch.autograd.grad(output, [leaf, *reads], torch.empty_like(output))  # of which sums are taken in small blocks
+
+
+def _run_fit(
+    skeleton: Skeleton, index: int, weights: Mapping[str, torch.Tensor], hidden: torch.Tensor, call: LayerCall
+) -> None:
+    """Do what a reconstruction does with a layer, whose parameters' gradients count elsewhere."""
+    sources = [weight.requires_grad_() for weight in weights.values()]
+    output = skeleton.run_layer(index, weights, hidden, call)
+    error = (output.float() - torch.empty_like(output).float()).square().mean(dim=-1).sum()
+    torch.autograd.grad(error, sources, allow_unused=True)
 
 
 def _take_moments(skeleton: Skeleton, index: int, device: str) -> list[Any]:

@@ -1,0 +1,141 @@
+"""Reconstruction: nearer to the dense model than the bias in every family, never worse, the same bytes after a kill."""
+
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from faults import contents, make_job
+from models import DEMO, load, random_tokens, save, save_tokens, tiny_config, tiny_model
+
+import flap_stream
+from flap_stream import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
+from flap_stream.engine.ranks import Ranks
+from flap_stream.engine.streamed_model import StreamedModel
+from flap_stream.errors import InvalidOption
+from flap_stream.model.opening import open_checkpoint
+from flap_stream.model.safetensors_format import read_header
+from flap_stream.restore.requirements import require_refittable
+
+FAMILIES = (
+    *("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "granite", "olmo"),
+    *("glm4", "exaone4"),
+)
+TOKENS = random_tokens(256, 32)
+UNSEEN = torch.from_numpy(random_tokens(64, 32, seed=1))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=UNSEEN, use_cache=False).logits.float()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_nearer_to_the_dense_model_than_the_bias(
+    tmp_path: Path, family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense = tiny_model(tiny_config(family))
+    path, text = save(dense, tmp_path / "model"), save_tokens(tmp_path / "tokens.npy", TOKENS)
+    flap_stream.collect(path, tmp_path / "run", CollectConfig(calibration=(text,)))
+    flap_stream.plan(tmp_path / "run", PlanConfig(ratio=0.3))
+    flap_stream.rewrite(tmp_path / "run", tmp_path / "bias", RewriteConfig(restore="bias"))
+    with caplog.at_level(logging.INFO):
+        flap_stream.rewrite(tmp_path / "run", tmp_path / "fitted", RewriteConfig(restore="reconstruct"))
+    path.rename(tmp_path / "away")  # nothing of it is needed any more
+    wanted = logits(dense)
+    bias, fitted = (float((logits(load(tmp_path / name)) - wanted).norm()) for name in ("bias", "fitted"))
+    assert fitted < 0.95 * bias
+    errors = [tuple(map(float, found)) for found in re.findall(r"error (\S+) of the target, (\S+) before", caplog.text)]
+    assert len(errors) == 3 and all(after <= before for after, before in errors)
+
+
+def test_layers_that_lose_nothing_and_read_what_they_did_stay_as_they_are(tmp_path: Path) -> None:
+    dense = tiny_model(tiny_config())
+    with torch.no_grad():  # the loss hardly feels the last layer, which loses all that goes
+        for projection in (dense.model.layers[2].self_attn.o_proj, dense.model.layers[2].mlp.down_proj):
+            projection.weight.mul_(1e-3)
+    path, text = save(dense, tmp_path / "model"), save_tokens(tmp_path / "tokens.npy", TOKENS[:64])
+    options = PruneConfig(calibration=(text,), ratio=0.1, metric="fisher", restore="reconstruct")
+    flap_stream.prune(path, tmp_path / "out", options)
+    found = load(tmp_path / "out").state_dict()
+    for name, tensor in dense.state_dict().items():
+        is_fitted = name.startswith("model.layers.2.")
+        assert (found[name].shape == tensor.shape and torch.equal(found[name], tensor)) != is_fitted, name
+    added = [found[f"model.layers.{i}.{name}.bias"] for i in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")]
+    assert not torch.stack(added).any()
+
+
+def test_a_layer_that_gets_worse_is_left_as_the_bias_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tiny_model(tiny_config()), tmp_path / "model")
+    text = save_tokens(tmp_path / "tokens.npy", TOKENS[:64])
+    monkeypatch.setattr("flap_stream.restore.reconstruction.LEARNING_RATE", 100.0)
+    outputs = []
+    for restore in ("bias", "reconstruct"):
+        options = PruneConfig(calibration=(text,), ratio=0.3, restore=restore)
+        flap_stream.prune(path, tmp_path / restore, options)
+        outputs.append(load(tmp_path / restore).state_dict())
+    for name, tensor in outputs[0].items():
+        assert torch.allclose(outputs[1][name], tensor, rtol=1e-5, atol=1e-6), name
+
+
+def test_empty_sublayers_and_a_pruned_checkpoint(tmp_path: Path) -> None:
+    path = save(tiny_model(tiny_config(layers=2)), tmp_path / "model")
+    text = save_tokens(tmp_path / "tokens.npy", TOKENS[:32])
+    options = PruneConfig(calibration=(text,), ratio=0.6, restore="reconstruct", min_heads=0, min_neurons=0)
+    flap_stream.prune(path, tmp_path / "once", options)
+    flap_stream.prune(tmp_path / "once", tmp_path / "twice", replace(options, ratio=0.3))
+    assert torch.isfinite(logits(load(tmp_path / "twice"))).all()
+
+
+def test_hidden_states_on_disk_and_batches_of_another_size_give_the_same_fit(tmp_path: Path) -> None:
+    path = save(tiny_model(tiny_config(layers=2)), tmp_path / "model")
+    text = save_tokens(tmp_path / "tokens.npy", TOKENS[:40])
+    options = PruneConfig(calibration=(text,), restore="reconstruct", batch_size=32)
+    flap_stream.prune(path, tmp_path / "host", options)
+    place = StreamedModel.place
+
+    def on_disk(model: StreamedModel, *arguments: Any, **options: Any) -> Any:
+        return replace(place(model, *arguments, **options), hidden_place="disk")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StreamedModel, "place", on_disk)
+        flap_stream.prune(path, tmp_path / "disk", options)
+    assert contents(tmp_path / "disk") == contents(tmp_path / "host")
+
+
+@pytest.mark.slow
+def test_a_killed_reconstruction_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    job = make_job(tmp_path, layers=2, restore="reconstruct")
+    begun, ended = job.first_step("out.run/refit"), job.first_step("out.partial")
+    points = sorted({*range(begun - 3, ended, 11), *(n + 1 for n in job.records() if begun < n < ended)})
+    assert len(points) > 6
+    assert job.troubles(points) == []
+
+
+def test_several_ranks_are_refused(tmp_path: Path) -> None:
+    with open_checkpoint(save(tiny_model(tiny_config()), tmp_path / "model")) as checkpoint:
+        model = StreamedModel(checkpoint, EvaluateConfig(), Ranks(0, ((0, 1),)))
+        with pytest.raises(InvalidOption, match="--restore reconstruct runs in one process, not in 2"):
+            require_refittable(model, "reconstruct")
+
+
+@pytest.mark.slow
+def test_it_restores_most_on_a_trained_model(tmp_path: Path) -> None:
+    """On held-out text, by what share of the rise of the log perplexity is left."""
+    measure = EvaluateConfig(text=(str(DEMO / "evaluation.txt"),), samples=100)
+    dense = flap_stream.evaluate(DEMO / "model", measure).perplexity
+    options = CollectConfig(calibration=(str(DEMO / "calibration.txt"),), samples=128, dtype="float32")
+    flap_stream.collect(DEMO / "model", tmp_path / "run", options)
+    flap_stream.plan(tmp_path / "run", PlanConfig(ratio=0.3))
+    rise = {}
+    for restore in ("bias", "least-squares", "reconstruct"):
+        flap_stream.rewrite(tmp_path / "run", tmp_path / restore, RewriteConfig(restore=restore))
+        rise[restore] = np.log(flap_stream.evaluate(tmp_path / restore, measure).perplexity / dense)
+    assert rise["reconstruct"] < 0.8 * rise["least-squares"] < 0.8 * rise["bias"]
+    tensors = [entry for file in (tmp_path / "reconstruct").glob("*.safetensors") for entry in read_header(file)[0]]
+    assert {entry.dtype for entry in tensors} == {"BF16"}  # though it ran in float32
