@@ -270,6 +270,8 @@ def _on_device(simulator: Simulator, function: Any, args: Any, kwargs: Any, own:
         return tree_map(lambda t: filled(simulator, t) if isinstance(t, torch.Tensor) else t, found)
     if function._schema.is_mutable:
         simulator.stream.push(lambda: function(*real_args, **real_kwargs))
+        if not function._schema.returns:  # of several tensors at once
+            return None
         written = [args[i] if i < len(args) else kwargs[a.name] for i, a in enumerate(function._schema.arguments)
                    if a.alias_info is not None and a.alias_info.is_write]  # fmt: skip
         return written[0] if len(written) == 1 else tuple(written)

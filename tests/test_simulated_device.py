@@ -133,7 +133,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def rewritten(collected: Collected, name: str, device: str, target: str) -> Path:
     out = collected.place / name
-    options = RewriteConfig(restore="least-squares", refit_target=target, device=device, batch_size=BATCH)
+    how = {"restore": target} if target == "reconstruct" else {"restore": "least-squares", "refit_target": target}
+    options = RewriteConfig(device=device, batch_size=BATCH, **how)
     flap_stream.rewrite(collected.folder(name), out, options)
     return out
 
@@ -155,7 +156,7 @@ SLOW_TARGETS = [pytest.param(target, marks=pytest.mark.slow) for target in ("own
 
 
 @pytest.mark.parametrize(("policy", "seed"), [("lazy", 0), ("random", 1)])
-@pytest.mark.parametrize("target", [*SLOW_TARGETS, "joint"])  # the last does what the others do, and more
+@pytest.mark.parametrize("target", [*SLOW_TARGETS, "joint", "reconstruct"])  # joint does what the first do, and more
 def test_refits_are_the_cpus_whatever_runs_when(
     collected: Collected, refitted: Callable[[str], dict[str, torch.Tensor]], target: str, policy: str, seed: int
 ) -> None:

@@ -183,6 +183,8 @@ METHODS = [
     Method("least-squares, target dense", rewritten, {"restore": "least-squares", "refit_target": "dense"}),
     Method("least-squares, target aligned", rewritten, {"restore": "least-squares", "refit_target": "aligned"}),
     Method("least-squares, target joint", rewritten, {"restore": "least-squares", "refit_target": "joint"}),
+    Method("reconstruct", rewritten, {"restore": "reconstruct"}),
+    Method("reconstruct, by the loss", rewritten, {"restore": "reconstruct", "metric": "fisher"}),
 ]
 
 

@@ -261,7 +261,8 @@ def add_rewrite(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--restore",
         choices=config.RESTORATIONS,
-        help="how to compensate for what was removed (default: bias for flap, none for the others)",
+        help="how to compensate for what was removed: by a bias, by refitting output projections, or by fitting whole "
+        "layers to the dense model's hidden states (default: bias for flap, none for the others)",
     )
     group.add_argument(
         "--refit-target",

@@ -34,7 +34,7 @@ from flap_stream.storage.run_directory import RunDirectory
 class RefitJob:
     """What to refit and how to run the layers for it.
 
-    keeps: of every layer. target: one of config.REFITS. snapshot_interval: layers between two snapshots of the
+    keeps: of every layer. target: `RewriteConfig.refit`. snapshot_interval: layers between two snapshots of the
     hidden states; None chooses it by their cost.
     """
 
