@@ -133,7 +133,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def rewritten(collected: Collected, name: str, device: str, target: str) -> Path:
     out = collected.place / name
-    how = {"restore": target} if target == "reconstruct" else {"restore": "least-squares", "refit_target": target}
+    how: dict[str, Any] = (
+        {"restore": target} if target == "reconstruct" else {"restore": "least-squares", "refit_target": target}
+    )
     options = RewriteConfig(device=device, batch_size=BATCH, **how)
     flap_stream.rewrite(collected.folder(name), out, options)
     return out
