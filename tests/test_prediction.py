@@ -118,8 +118,8 @@ def prune(model: Path, out: Path, *extra: str) -> subprocess.CompletedProcess[st
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
-    [(), ("--restore", "least-squares"), ("--metric", "fisher", "--loss-windows", "32")],
-    ids=["bias", "refit", "loss"],
+    [(), ("--restore", "least-squares"), ("--restore", "reconstruct"), ("--metric", "fisher", "--loss-windows", "32")],
+    ids=["bias", "refit", "reconstruct", "loss"],
 )
 def test_the_limit_that_a_refusal_names_works_and_is_kept(model: Path, tmp_path: Path, how: tuple[str, ...]) -> None:
     tokens = save_tokens(tmp_path / "tokens.npy", np.repeat(random_tokens(8, 512), 16, axis=0))

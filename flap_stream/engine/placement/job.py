@@ -189,9 +189,9 @@ class Job:
         """Most bytes that fitting a layer takes: those of parameters, of all other tensors, and of small ones only."""
         if self.refit is None or not self.refit.fitted:
             return 0, 0, 0
-        # In float32 the start, the parameters, their gradients and Adam's two moments; as they run, with gradients;
-        # and the best so far.
-        parameters = (20 + 3 * self.dtype.itemsize) * max(self.refit.fitted)
+        # In float32 the parameters, their gradients, Adam's two moments, and products with masks; as they run, with
+        # gradients; the best so far, and what it is compared with. The rest is what a heap of a CPU kept beyond that.
+        parameters = (30 + 4 * self.dtype.itemsize) * max(self.refit.fitted)
         windows = min(batch_size, max(1, self.refit.step_tokens // self.tokens))
         return parameters, *self._workspace(windows, True)
 
