@@ -16,7 +16,7 @@ from flap_stream.model.units import ROWS
 
 # Of a reconstruction: passes over the windows, tokens of a step, the largest step of a weight as a share of the root
 # mean square of its matrix, and which share of the windows is held out. README.md has what else was tried.
-EPOCHS, STEP_TOKENS, LEARNING_RATE, HELD_OUT = 3, 1024, 0.04, 8
+EPOCHS, STEP_TOKENS, LEARNING_RATE, HELD_OUT = 3, 1024, 0.015, 8
 
 
 def require_refittable(model: StreamedModel, target: str) -> None:
