@@ -126,13 +126,13 @@ def test_it_restores_most_on_a_trained_model(tmp_path: Path) -> None:
     """On held-out text, by what share of the rise of the log perplexity is left."""
     measure = EvaluateConfig(text=(str(DEMO / "evaluation.txt"),), samples=100)
     dense = flap_stream.evaluate(DEMO / "model", measure).perplexity
-    options = CollectConfig(calibration=(str(DEMO / "calibration.txt"),), samples=128, dtype="float32")
+    options = CollectConfig(calibration=(str(DEMO / "calibration.txt"),), samples=192, dtype="float32")
     flap_stream.collect(DEMO / "model", tmp_path / "run", options)
     flap_stream.plan(tmp_path / "run", PlanConfig(ratio=0.3))
     rise = {}
     for restore in ("bias", "least-squares", "reconstruct"):
         flap_stream.rewrite(tmp_path / "run", tmp_path / restore, RewriteConfig(restore=restore))
         rise[restore] = np.log(flap_stream.evaluate(tmp_path / restore, measure).perplexity / dense)
-    assert rise["reconstruct"] < 0.8 * rise["least-squares"] < 0.8 * rise["bias"]
+    assert rise["reconstruct"] < 0.9 * rise["least-squares"] < 0.8 * rise["bias"]
     tensors = [entry for file in (tmp_path / "reconstruct").glob("*.safetensors") for entry in read_header(file)[0]]
     assert {entry.dtype for entry in tensors} == {"BF16"}  # though it ran in float32
