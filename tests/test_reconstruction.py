@@ -89,7 +89,7 @@ def test_empty_sublayers_and_a_pruned_checkpoint(tmp_path: Path) -> None:
     assert torch.isfinite(logits(load(tmp_path / "twice"))).all()
 
 
-def test_hidden_states_on_disk_and_batches_of_another_size_give_the_same_fit(tmp_path: Path) -> None:
+def test_hidden_states_on_disk_give_the_same_fit(tmp_path: Path) -> None:
     path = save(tiny_model(tiny_config(layers=2)), tmp_path / "model")
     text = save_tokens(tmp_path / "tokens.npy", TOKENS[:40])
     options = PruneConfig(calibration=(text,), restore="reconstruct", batch_size=32)

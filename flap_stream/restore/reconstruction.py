@@ -8,7 +8,6 @@ one layer. Windows that the fit does not see decide when it stops and whether it
 import logging
 from collections.abc import Iterator, Mapping
 
-import numpy as np
 import torch
 
 from flap_stream.arithmetic.allocation import LayerKeep
@@ -35,11 +34,7 @@ def reconstruct_layer(
     stored: Mapping[str, torch.Tensor] | None = None,
     is_read: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Run one layer as pruned; returns its fitted tensors by relative name, in the dtypes of the checkpoint.
-
-    stored: what an earlier call returned, which is then used instead of fitting again. is_read: whether anything
-    reads the hidden states that leave the layer; they are not computed otherwise.
-    """
+    """Run one layer as pruned; returns all its tensors but routers, fitted. Arguments as of `sublayer.refit_layer`."""
     assert refit.dense is not None, "the dense model's hidden states are the target"
     layer = CutLayer(refit.model, index, weights, keep)
     refit.batches.run_all(index, weights, refit.dense)
@@ -54,10 +49,7 @@ class _Fit:
 
     def __init__(self, refit: RefitPass, layer: CutLayer) -> None:
         self._refit, self._layer, self._model = refit, layer, refit.model
-        statistics = refit.run.statistics.read(layer.index)
-        means: dict[str, np.ndarray] = {kind: statistics.of(kind).mean for kind in Sublayer}
         self._masks = layer.masks()
-        self._start = layer.with_bias(means)
         samples, tokens, _ = refit.hidden.shape
         held_out = max(1, samples // HELD_OUT)
         self._fitted, self._held_out = range(samples - held_out), range(samples - held_out, samples)
@@ -66,11 +58,13 @@ class _Fit:
 
     def run(self) -> dict[str, torch.Tensor]:
         """What is kept of the layer's tensors after the fit."""
-        kept = self._layer.cut(self._start)
+        statistics = self._refit.run.statistics.read(self._layer.index)
+        start = self._layer.with_bias({kind: statistics.of(kind).mean for kind in Sublayer})
+        kept = self._layer.cut(start)
         before = best = self._error(kept)
         if before > 0 and self._fitted:
-            parameters = {name: tensor.clone().requires_grad_() for name, tensor in self._start.items()}
-            del self._start
+            parameters = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
+            del start  # its memory is wanted
             for _ in self._epochs(parameters, before):
                 found = self._layer.cut({name: tensor.detach() for name, tensor in parameters.items()})
                 if (error := self._error(found)) < best:
