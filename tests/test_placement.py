@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from placements import placed
 from torch._subclasses.fake_tensor import FakeTensor
 
 import flap_stream
@@ -46,12 +47,6 @@ def expected(job: tuple[Path, PruneConfig], tmp_path_factory: pytest.TempPathFac
 def assert_same(out: Path, expected: Path) -> None:
     for file in expected.iterdir():
         assert (out / file.name).read_bytes() == file.read_bytes(), file.name
-
-
-def placed(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """Have the pipeline place jobs as before, but for `changes`."""
-    find = placement.place
-    monkeypatch.setattr(placement, "place", lambda *arguments: replace(find(*arguments), **changes))
 
 
 def slow_reads(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> list[int]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from faults import contents, make_job
 from models import DEMO, load, random_tokens, save, save_tokens, tiny_config, tiny_model
+from placements import placed
 
 import flap_stream
 from flap_stream import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
@@ -94,13 +95,8 @@ def test_hidden_states_on_disk_give_the_same_fit(tmp_path: Path) -> None:
     text = save_tokens(tmp_path / "tokens.npy", TOKENS[:40])
     options = PruneConfig(calibration=(text,), restore="reconstruct", batch_size=32)
     flap_stream.prune(path, tmp_path / "host", options)
-    place = StreamedModel.place
-
-    def on_disk(model: StreamedModel, *arguments: Any, **options: Any) -> Any:
-        return replace(place(model, *arguments, **options), hidden_place="disk")
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StreamedModel, "place", on_disk)
+        placed(patch, hidden_place="disk")
         flap_stream.prune(path, tmp_path / "disk", options)
     assert contents(tmp_path / "disk") == contents(tmp_path / "host")
 

@@ -11,6 +11,7 @@ import torch
 from faults import contents, make_job
 from fork_server import KILLED
 from models import DEMO, DENSE, load, random_tokens, save, save_tokens, tiny_config, tiny_model
+from placements import placed
 from torch import nn
 from torch.nn import functional
 from transformers import AutoTokenizer
@@ -342,13 +343,8 @@ def test_hidden_states_on_disk_give_the_same_refit(tmp_path: Path) -> None:
     calibration = (save_tokens(tmp_path / "t.npy", random_tokens(8, 16)),)
     options = PruneConfig(calibration=calibration, samples=8, sequence_length=16, batch_size=3, restore="least-squares")
     flap_stream.prune(tmp_path / "model", tmp_path / "host", options)
-    place = StreamedModel.place
-
-    def on_disk(model: StreamedModel, *arguments: Any, **options: Any) -> Any:
-        return replace(place(model, *arguments, **options), hidden_place="disk")
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StreamedModel, "place", on_disk)
+        placed(patch, hidden_place="disk")
         flap_stream.prune(tmp_path / "model", tmp_path / "disk", options)
     assert contents(tmp_path / "disk") == contents(tmp_path / "host")
 
