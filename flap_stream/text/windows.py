@@ -4,7 +4,7 @@ import logging
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from flap_stream.config import CollectConfig, TextConfig
 from flap_stream.errors import InsufficientMemory, InvalidOption, InvalidText
 from flap_stream.storage import files
 from flap_stream.text.documents import Reading
+from flap_stream.text.mixture import parts_of, spread
 from flap_stream.text.sources import DATASETS, C4Documents, check_sources, fetch, joined
 from flap_stream.text.tokenization import Tokenizer, load_tokenizer, pretrained_tokenizer, window_prefix
 
@@ -42,8 +43,8 @@ class TextWanted:
     """A text to cut into windows of `length` tokens.
 
     sources: names from `DATASETS`, files and directories, or a single .npy file of token ids, whose own shape counts
-    and of which the first `samples` rows are used. samples: number of windows; None is all. evaluation: whether
-    it is for evaluation rather than calibration.
+    and of which the first `samples` rows are used; for calibration each may end in its share, `name:0.7`. samples:
+    number of windows; None is all. evaluation: whether it is for evaluation rather than calibration.
     """
 
     sources: Sequence[str]
@@ -56,6 +57,12 @@ class TextWanted:
     def names(self) -> str:
         """The sources, for messages."""
         return ", ".join(self.sources)
+
+    @property
+    def parts(self) -> "list[TextWanted] | None":
+        """A text for each source, if they have shares of the windows. Raises InvalidText as `mixture.parts_of` does."""
+        found = None if self.evaluation or self.samples is None else parts_of(self.sources, self.samples)
+        return found and [replace(self, sources=(name,), samples=count) for name, count in found]
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,10 @@ def check_text(wanted: TextWanted, model: str | Path | None = None) -> None:
     model: if it comes from the Hub, the Hub's texts, which are small compared with it, are downloaded first.
     Raises InvalidText or InvalidOption for a text that cannot be used.
     """
+    if (parts := wanted.parts) is not None:
+        for part in parts:
+            check_text(part, model)
+        return
     if _ready_tokens(wanted.sources) is not None:
         for name, value, default in (
             ("bos", wanted.options.bos, ("auto", "never")),
@@ -98,12 +109,14 @@ def check_text(wanted: TextWanted, model: str | Path | None = None) -> None:
 
 
 def calibration_tokens(wanted: TextWanted, seed: int, load: Load, vocab_size: int, room: int | None = None) -> Windows:
-    """Calibration windows.
+    """Calibration windows; those of texts with shares are drawn from each text by the same seed, and spread evenly.
 
     load: returns the tokenizer; not called for token ids. room: bytes that reading and tokenising may take.
     Raises InvalidText for text that is missing, unreadable, too short, or outside the vocabulary.
     Source: lib/data.py of the released code (Python's `random` seeded once, `randint` with both ends included).
     """
+    if (parts := wanted.parts) is not None:
+        return _mixed([calibration_tokens(part, seed, load, vocab_size, room) for part in parts], parts)
     ready = _ready_tokens(wanted.sources)
     if ready is not None:
         return Windows(_checked(ready[: wanted.samples], vocab_size, wanted))
@@ -116,6 +129,22 @@ def calibration_tokens(wanted: TextWanted, seed: int, load: Load, vocab_size: in
     else:
         tokens = _drawn_windows(wanted, draw, tokenizer, prefix, room)
     return Windows(_checked(tokens, vocab_size, wanted), prefix)
+
+
+def _mixed(found: Sequence[Windows], parts: Sequence[TextWanted]) -> Windows:
+    """The windows of all parts, spread evenly."""
+    for part, windows in zip(parts, found, strict=True):
+        count, length = windows.tokens.shape
+        if count != part.samples:
+            raise InvalidText(f"{part.names} has {count} windows, but its share is {part.samples}; use fewer --samples")
+        if length != part.length:
+            raise InvalidText(
+                f"{part.names} holds windows of {length} tokens, but the other texts' have {part.length}; "
+                f"use --sequence-length {length}"
+            )
+    together = np.concatenate([windows.tokens for windows in found])
+    prefix = max((windows.prefix for windows in found), key=len)
+    return Windows(together[spread([len(windows.tokens) for windows in found])], prefix)
 
 
 def evaluation_tokens(wanted: TextWanted, load: Load, vocab_size: int, room: int | None = None) -> Windows:
