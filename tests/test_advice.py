@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from models import tiny_config
 
-from flap_stream.config import REFIT_TARGETS, EngineConfig
+from flap_stream.config import REFITS, EngineConfig
 from flap_stream.engine.memory import Limits
 from flap_stream.engine.placement import Job
 from flap_stream.engine.placement.candidates import candidates
@@ -69,7 +69,7 @@ def followed(advice: str, limits: Limits, batch_size: int | None, prefetch: int 
     sizes=st.sampled_from(SIZES),
     tokens=st.sampled_from((32, 200)),
     samples=st.integers(1, 4096),
-    target=st.sampled_from((None, *REFIT_TARGETS)),
+    target=st.sampled_from((None, *REFITS)),
     device=st.sampled_from(("cpu", "cuda")),
     batch_size=st.one_of(st.none(), st.integers(1, 64)),
     prefetch=st.sampled_from((None, 0, 1)),

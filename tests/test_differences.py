@@ -72,7 +72,7 @@ def test_a_model_that_was_changed_names_its_files(place: Path, capsys: pytest.Ca
         ),
         (
             "prune model out --calibration then.npy --ratio 0.3 --restore least-squares",
-            "--restore was bias, now least-squares, --refit-target was not given, now own",
+            "out was pruned with other options: --restore was bias, now least-squares;",
         ),
         ("prune other out --calibration then.npy --ratio 0.3", "out was pruned from the model model, not other"),
         ("rewrite run out --restore none", "--restore was bias, now none"),

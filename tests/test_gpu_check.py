@@ -14,13 +14,13 @@ MEASURING = ("model", "floors", "disk", "main", "statistics", "profile", "small_
 
 @pytest.mark.slow
 def test_every_stage_that_measures_answers(tmp_path: Path) -> None:
-    check = gpu_check.Check(tmp_path / "out", "cpu", gpu_check.TINY, 600, MEASURING, ("joint",), samples=4)
+    check = gpu_check.Check(tmp_path / "out", "cpu", gpu_check.TINY, 600, MEASURING, samples=4)
     found = gpu_check.run(check)
     assert found["model"]["layers"] == 3 and found["disk"]["failed"] == 0 and found["floors"]["copy_gbps_pageable"] > 0
     assert found["main"]["code"] == 0 and found["main"]["host_peak_over_prediction"] <= 1
     assert {answer["relative_error"] for answer in found["statistics"].values()} == {0.0}
-    assert found["refits"]["joint"]["perplexity"] > 1
-    assert found["small_jobs"]["by_the_loss"]["code"] == found["small_jobs"]["refit_joint"]["code"] == 0
+    assert found["refits"]["least-squares"]["perplexity"] > 1
+    assert found["small_jobs"]["by_the_loss"]["code"] == found["small_jobs"]["reconstruct"]["code"] == 0
     assert "collect" in (tmp_path / "out" / "profile.txt").read_text()
 
 

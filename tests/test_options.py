@@ -211,17 +211,27 @@ def test_the_package_is_typed_and_names_its_functions_without_importing_torch() 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_what_was_removed_names_what_to_use(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["rewrite", "run", "out", "--restore", "least-squares", "--refit-target"]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "joint"])
+    assert ended.value.code == 2
+    assert "'joint' was removed: least-squares has the target own, and --restore reconst" in capsys.readouterr().err
+    assert main([*arguments, "own"]) == 2  # since there is no run
+    assert "run" in capsys.readouterr().err
+    with pytest.raises(InvalidOption, match="--refit-target was removed"):
+        flap_stream.rewrite(place / "run", place / "out", restore="least-squares", refit_target="dense")
+
+
 # --- options without an effect ---
 
 
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("prune model out --calibration tokens.npy --refit-target dense", "only valid with --restore least-squares"),
         ("prune model out --method magnitude-sp --metric ifv", "only valid with --method flap"),
         ("plan run --method magnitude-sp --statistics released", "only valid with --method flap"),
         ("plan run --method magnitude-sp --head-score l2", "only valid with --method flap"),
-        ("rewrite run out --refit-target joint --restore bias", "only valid with --restore least-squares"),
         ("sweep run --samples 8", "only valid with --evaluate TEXT"),
         ("sweep run --evaluate tokens.npy --resolution 0.01", "only valid with --max-perplexity-increase"),
         ("prune model out --calibration tokens.npy --ranks 2", "only valid with --dry-run"),

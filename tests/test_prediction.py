@@ -16,7 +16,7 @@ from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 import flap_stream
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.cli import main
-from flap_stream.config import REFIT_TARGETS, EngineConfig, PruneConfig
+from flap_stream.config import EngineConfig, PruneConfig
 from flap_stream.engine import memory
 from flap_stream.engine.placement import Job
 from flap_stream.engine.placement.choice import place
@@ -87,8 +87,7 @@ def test_wishes_are_kept_or_refused(job: Job) -> None:
         place(job, memory.Limits(limit, 0), batch_size=1024, prefetch=1)
 
 
-@pytest.mark.parametrize("target", REFIT_TARGETS)
-def test_a_plan_narrows_what_a_refit_is_said_to_take(model: Path, target: str) -> None:
+def test_a_plan_narrows_what_a_refit_is_said_to_take(model: Path) -> None:
     with open_checkpoint(model) as checkpoint:
         streamed = StreamedModel(checkpoint, EngineConfig(device="cpu"))
         whole, half = (
@@ -96,7 +95,7 @@ def test_a_plan_narrows_what_a_refit_is_said_to_take(model: Path, target: str) -
             for part in (1, 2)
         )
         unplanned, kept, planned = (
-            streamed.job(64, 128, refit=refit_sizes(streamed, target, keeps)) for keeps in (None, whole, half)
+            streamed.job(64, 128, refit=refit_sizes(streamed, "least-squares", keeps)) for keeps in (None, whole, half)
         )
     assert kept.refit == unplanned.refit
     assert all(less < most for less, most in zip(planned.refit_bytes(8), unplanned.refit_bytes(8), strict=True))
@@ -134,7 +133,8 @@ def test_the_limit_that_a_refusal_names_works_and_is_kept(model: Path, tmp_path:
     assert fitting.returncode == 0, fitting.stderr
     body = json.loads(fitting.stdout)
     assert body["peak_host_bytes"] <= body["placement"]["host_bytes"] <= limit
-    assert body["placement"]["hidden_place"] == "disk"
+    fits = "reconstruct" in how  # which takes more than a collection with its hidden states on the host
+    assert body["placement"]["hidden_place"] == ("host" if fits else "disk")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_a_dry_run_on_a_bare_config_predicts_llama_65b(tmp_path: Path, capsys: p
     [
         {},
         {"restore": "least-squares"},
-        {"restore": "least-squares", "refit_target": "joint"},
+        {"restore": "reconstruct"},
         {"metric": "fisher", "loss_windows": 6},
     ],
 )

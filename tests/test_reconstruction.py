@@ -48,7 +48,7 @@ def test_it_is_nearer_to_the_dense_model_than_the_bias(
     wanted = logits(dense)
     bias, fitted = (float((logits(load(tmp_path / name)) - wanted).norm()) for name in ("bias", "fitted"))
     assert fitted < 0.95 * bias
-    errors = [tuple(map(float, found)) for found in re.findall(r"error (\S+) of the target, (\S+) before", caplog.text)]
+    errors = [tuple(map(float, found)) for found in re.findall(r"held-out .+ (\S+), (\S+) before", caplog.text)]
     assert len(errors) == 3 and all(after <= before for after, before in errors)
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from flap_stream.arithmetic.gauss_newton import ConjugateGradients
-from flap_stream.arithmetic.least_squares import BLOCK_CHANNELS, DAMPING, PRODUCT_TOKENS, MomentSums, product_windows
+from flap_stream.arithmetic.least_squares import BLOCK_CHANNELS, PRODUCT_TOKENS, MomentSums, product_windows
 
 pytestmark = pytest.mark.slow
 
@@ -55,37 +54,6 @@ def test_blocks_taken_apart_in_any_order_add_up_to_the_same_bits(guess: float) -
 @pytest.mark.parametrize(("batch_size", "tokens", "windows"), [(16, 128, 32), (3, 512, 6), (4, 2048, 4), (1, 9000, 1)])
 def test_products_are_of_whole_batches(batch_size: int, tokens: int, windows: int) -> None:
     assert product_windows(batch_size, tokens) == windows
-
-
-def test_conjugate_gradients_reach_the_damped_least_squares_step() -> None:
-    rows, hidden, tokens = 3, 4, 50
-    draw = torch.Generator().manual_seed(0)
-    inputs = torch.randn(tokens, hidden, generator=draw) @ torch.randn(hidden, hidden, generator=draw)
-    slopes, errors = (torch.randn(tokens, rows, generator=draw) for _ in range(2))
-    effects = slopes.square().mean(0).sqrt()
-    gram = inputs.T @ inputs
-
-    def product(weights: torch.Tensor) -> torch.Tensor:
-        return (slopes.square() * (inputs @ weights.T)).T @ inputs
-
-    search = ConjugateGradients(gram.triu(), (slopes * errors).T @ inputs, effects, tokens)
-    for _ in range(3 * rows * hidden):
-        direction = search.direction()
-        search.advance(product(direction))
-    # The same in the coordinates of the weights: what is damped is the step over the scale, times the factor.
-    mean = gram / tokens
-    penalty = DAMPING * tokens * (mean + DAMPING * mean.diagonal().mean() * torch.eye(hidden))
-    for row, found in enumerate(search.step()):
-        weighted = inputs.T @ (slopes[:, row].square()[:, None] * inputs)
-        wanted = inputs.T @ (slopes[:, row] * errors[:, row])
-        expected = torch.linalg.solve(weighted + effects[row].square() * penalty, wanted)
-        assert torch.linalg.norm(found - expected) < 1e-3 * torch.linalg.norm(expected)
-
-
-def test_nothing_to_fit_is_no_step() -> None:
-    search = ConjugateGradients(torch.zeros(4, 4), torch.zeros(3, 4), torch.zeros(3), 50)
-    search.advance(search.direction())
-    assert not search.step().any()
 
 
 def test_no_torch_is_allowed_that_cannot_multiply_into_float32() -> None:

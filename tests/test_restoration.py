@@ -19,14 +19,11 @@ from transformers import AutoTokenizer
 import flap_stream
 from flap_stream import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
 from flap_stream.arithmetic.allocation import LayerKeep
-from flap_stream.arithmetic.gauss_newton import DIRECTIONS
 from flap_stream.arithmetic.least_squares import DAMPING
-from flap_stream.config import ALIGNING_TARGETS, REFIT_TARGETS
 from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidOption, RunMismatch, UnsupportedModel
 from flap_stream.model.opening import open_checkpoint
-from flap_stream.model.safetensors_format import read_header
 from flap_stream.progress import Stage
 from flap_stream.restore.stand_ins import Supplies
 
@@ -46,20 +43,6 @@ def captured(model: Any, module: Any, tokens: torch.Tensor) -> tuple[torch.Tenso
     return seen[0]
 
 
-def residual_streams(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """What is added up before and after every attention and MLP, float64 [token, hidden], of a Llama."""
-    seen: list[torch.Tensor] = []
-    handles = []
-    for layer in model.model.layers:
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            handles.append(norm.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].flatten(0, 1))))
-    handles.append(model.model.norm.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].flatten(0, 1))))
-    model(input_ids=tokens, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
 def keeps_of(record: dict[str, Any]) -> list[LayerKeep]:
     return [LayerKeep(np.array(layer["kept_kv_groups"]), np.array(layer["kept_neurons"])) for layer in record["layers"]]
 
@@ -74,15 +57,6 @@ def perplexity(model: Any, tokens: np.ndarray) -> float:
     return float(functional.cross_entropy(logits(model, tokens)[:, :-1].flatten(0, 1).double(), targets).exp())
 
 
-def align(readers: list[nn.Linear], dense: torch.Tensor, pruned: torch.Tensor) -> None:
-    """Refit what reads hidden states `[token, hidden]` in the pruned model to what it reads in the dense one."""
-    gram = pruned.T @ pruned
-    damping = DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    matrix = torch.linalg.solve(gram + damping, pruned.T @ dense + damping).T
-    for reader in readers:
-        reader.weight.copy_(reader.weight @ matrix)
-
-
 def fit(linear: nn.Linear, dense: nn.Linear, kept: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
     """Refit the kept columns and the bias to what they should give, both `[token, channel]`."""
     x, y = inputs[:, kept] - inputs[:, kept].mean(0), outputs - outputs.mean(0)
@@ -95,78 +69,18 @@ def fit(linear: nn.Linear, dense: nn.Linear, kept: torch.Tensor, inputs: torch.T
     linear.bias = nn.Parameter(bias)
 
 
-def take_step(mlp: Any, kept: torch.Tensor, inputs: torch.Tensor, wanted: torch.Tensor, first: int) -> None:
-    """A damped Gauss-Newton step of gate and up, cut short, with derivatives by autograd.
-
-    first: tokens that decide how rows are scaled.
-    """
-    readers, down = (mlp.gate_proj, mlp.up_proj), mlp.down_proj.weight[:, kept]
-    before = torch.stack([reader.weight[kept] for reader in readers])
-    biases = torch.stack([inputs.new_zeros(len(kept)) if r.bias is None else r.bias[kept] for r in readers])
-
-    def outputs(rows: torch.Tensor, of: torch.Tensor = inputs) -> torch.Tensor:
-        gate, up = of @ rows.mT + biases[:, None]
-        return functional.linear(functional.silu(gate) * up, down, mlp.down_proj.bias)
-
-    gram = inputs.T @ inputs / len(inputs)
-    factor = torch.linalg.cholesky(gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64))
-    gate, up = inputs[:first] @ before.mT + biases[:, None]
-    sigmoid = gate.sigmoid()
-    slopes = torch.stack([sigmoid * (1 + gate * (1 - sigmoid)) * up, gate * sigmoid])
-    effects = slopes.square().mean(1).sqrt() * down.norm(dim=0)
-
-    def rows(values: torch.Tensor) -> torch.Tensor:
-        return torch.linalg.solve(factor.T, (values / effects[..., None]).mT).mT
-
-    zeros = torch.zeros_like(before)
-    pull = torch.func.vjp(lambda values: outputs(before + rows(values)), zeros)[1]
-    push = torch.func.vjp(lambda errors: pull(errors)[0], torch.zeros_like(wanted))[1]
-    found, left = zeros, pull(wanted - outputs(before))[0]
-    towards = left
-    for _ in range(DIRECTIONS):
-        product = pull(push(towards)[0])[0] + DAMPING * len(inputs) * towards
-        distance = left.square().sum() / (towards * product).sum()
-        found, remaining = found + distance * towards, left - distance * product
-        towards = remaining + remaining.square().sum() / left.square().sum() * towards
-        left = remaining
-    step = rows(found)
-    while (wanted - outputs(before + step)).norm() >= (wanted - outputs(before)).norm():
-        step = step / 2
-    for reader, moved in zip(readers, before + step, strict=True):
-        reader.weight[kept] = moved
-
-
 @torch.no_grad()
-def refitted_in_memory(dense: Any, keeps: list[LayerKeep], tokens: torch.Tensor, target: str, batch_size: int) -> Any:
+def refitted_in_memory(dense: Any, keeps: list[LayerKeep], tokens: torch.Tensor) -> Any:
     """The model with refitted weights, zeros in the columns that go, everything in float64."""
     dense = copy.deepcopy(dense).double()
     model, config = copy.deepcopy(dense), dense.config
-    streams = residual_streams(dense, tokens)
-    for i, (layer, keep) in enumerate(zip(model.model.layers, keeps, strict=True)):
-        attention, mlp = layer.self_attn, layer.mlp
-        readers = [[attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]]
+    for layer, keep in zip(model.model.layers, keeps, strict=True):
         per_group = config.num_attention_heads // config.num_key_value_heads * layer.self_attn.head_dim
         head_channels = (torch.from_numpy(keep.kv_groups)[:, None] * per_group + torch.arange(per_group)).flatten()
-        for half, (module, name, kept) in enumerate(
-            ((layer.self_attn, "o_proj", head_channels), (layer.mlp, "down_proj", torch.from_numpy(keep.neurons)))
-        ):
-            linear = getattr(module, name)
-            if target in ALIGNING_TARGETS:
-                own = readers[half][0]
-                path = next(path for path, found in model.named_modules() if found is own)
-                reads = [captured(m, m.get_submodule(path), tokens)[0] for m in (dense, model)]
-                align(readers[half], *reads)
-            dense_linear = copy.deepcopy(linear)
-            inputs, outputs = captured(model, linear, tokens)
-            if target != "own":
-                outputs = streams[2 * i + half + 1] - residual_streams(model, tokens)[2 * i + half]
-            fit(linear, dense_linear, kept, inputs, outputs)
-            if target == "joint" and half:
-                first = batch_size * tokens.shape[1]
-                take_step(layer.mlp, kept, captured(model, layer.mlp.up_proj, tokens)[0], outputs, first)
-                fit(linear, dense_linear, kept, captured(model, linear, tokens)[0], outputs)
-    if target in ALIGNING_TARGETS and not config.tie_word_embeddings:
-        align([model.lm_head], *(captured(m, m.lm_head, tokens)[0] for m in (dense, model)))
+        for linear, kept in (
+            (layer.self_attn.o_proj, head_channels), (layer.mlp.down_proj, torch.from_numpy(keep.neurons)),
+        ):  # fmt: skip
+            fit(linear, copy.deepcopy(linear), kept, *captured(model, linear, tokens))
     return model
 
 
@@ -174,19 +88,18 @@ def nearly_equal(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     return bool(torch.linalg.norm(found - wanted) < 1e-3 * torch.linalg.norm(wanted) + 1e-5)
 
 
-@pytest.mark.parametrize("target", REFIT_TARGETS)
 @pytest.mark.parametrize("varied", [False, True])
-def test_streaming_refit_equals_the_one_in_memory(tmp_path: Path, target: str, varied: bool) -> None:
+def test_streaming_refit_equals_the_one_in_memory(tmp_path: Path, varied: bool) -> None:
     config = tiny_config(attention_bias=varied, mlp_bias=varied, tie_word_embeddings=varied)
     dense, tokens = tiny_model(config), random_tokens(SAMPLES, LENGTH)
     save(dense, tmp_path / "model")
     options = PruneConfig(
         ratio=0.4, calibration=(save_tokens(tmp_path / "t.npy", tokens),), samples=SAMPLES, sequence_length=LENGTH,
-        restore="least-squares", refit_target=target, batch_size=5,
+        restore="least-squares", batch_size=5,
     )  # fmt: skip
     record = flap_stream.prune(tmp_path / "model", tmp_path / "out", options).record
     keeps = keeps_of(record)
-    expected, pruned = refitted_in_memory(dense, keeps, torch.from_numpy(tokens), target, 5), load(tmp_path / "out")
+    expected, pruned = refitted_in_memory(dense, keeps, torch.from_numpy(tokens)), load(tmp_path / "out")
     for layer, wanted, keep in zip(pruned.model.layers, expected.model.layers, keeps, strict=True):
         head_dim, heads = wanted.self_attn.head_dim, config.num_attention_heads // config.num_key_value_heads
         key_rows = (torch.from_numpy(keep.kv_groups)[:, None] * head_dim + torch.arange(head_dim)).flatten()
@@ -200,13 +113,10 @@ def test_streaming_refit_equals_the_one_in_memory(tmp_path: Path, target: str, v
             is_output = name in ("o_proj", "down_proj")
             assert nearly_equal(found.weight, linear.weight[:, units] if is_output else linear.weight[units])
             assert not is_output or nearly_equal(found.bias, linear.bias)
-    assert nearly_equal(pruned.lm_head.weight, expected.lm_head.weight)
-    changed = not torch.equal(pruned.lm_head.weight.float(), dense.lm_head.weight.float())
-    assert changed == (target in ALIGNING_TARGETS and not varied)
+    assert torch.equal(pruned.lm_head.weight.float(), dense.lm_head.weight.float())
 
 
-@pytest.mark.parametrize("target", ["own", "joint"])
-def test_streaming_refit_has_the_perplexity_of_the_one_in_memory(tmp_path: Path, target: str) -> None:
+def test_streaming_refit_has_the_perplexity_of_the_one_in_memory(tmp_path: Path) -> None:
     dense = load(DEMO / "model", trust=False)
     save(dense, tmp_path / "model", shard_size="4MB")
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
@@ -216,10 +126,10 @@ def test_streaming_refit_has_the_perplexity_of_the_one_in_memory(tmp_path: Path,
     )
     options = PruneConfig(
         ratio=0.4, calibration=(save_tokens(tmp_path / "t.npy", text),), samples=10, sequence_length=64,
-        restore="least-squares", refit_target=target, batch_size=4,
+        restore="least-squares", batch_size=4,
     )  # fmt: skip
     record = flap_stream.prune(tmp_path / "model", tmp_path / "out", options).record
-    expected = refitted_in_memory(dense, keeps_of(record), torch.from_numpy(text), target, 4)
+    expected = refitted_in_memory(dense, keeps_of(record), torch.from_numpy(text))
     found, wanted, before = (perplexity(model, held_out) for model in (load(tmp_path / "out"), expected, dense))
     assert found == pytest.approx(wanted, rel=1e-3)
     assert wanted > 1.2 * before
@@ -245,11 +155,8 @@ def test_a_layer_is_its_attention_and_its_mlp_one_after_the_other(tmp_path: Path
             assert torch.equal(whole.values, halves.values)
 
 
-REFITTED = [(family, target) for family in ("granite", "phi3", "qwen2") for target in REFIT_TARGETS]
-
-
-@pytest.mark.parametrize(("family", "target"), [("gemma2", "own"), *REFITTED])
-def test_refitted_families_load_and_are_nearer_to_the_dense_model(tmp_path: Path, family: str, target: str) -> None:
+@pytest.mark.parametrize("family", ["gemma2", "granite", "phi3", "qwen2"])
+def test_refitted_families_load_and_are_nearer_to_the_dense_model(tmp_path: Path, family: str) -> None:
     dense, tokens = tiny_model(tiny_config(family)), random_tokens(64, 24)
     save(dense, tmp_path / "model")
     calibration = (save_tokens(tmp_path / "t.npy", tokens),)
@@ -259,28 +166,13 @@ def test_refitted_families_load_and_are_nearer_to_the_dense_model(tmp_path: Path
     flap_stream.plan(tmp_path / "run", PlanConfig(ratio=0.4))
     wanted, errors = logits(dense, tokens), {}
     for restore in ("bias", "least-squares"):
-        how = RewriteConfig(restore=restore, refit_target=target if restore == "least-squares" else "own")
-        flap_stream.rewrite(tmp_path / "run", tmp_path / restore, how)
+        flap_stream.rewrite(tmp_path / "run", tmp_path / restore, RewriteConfig(restore=restore))
         errors[restore] = float((logits(load(tmp_path / restore), tokens) - wanted).norm())
     assert errors["least-squares"] < 0.95 * errors["bias"]
 
 
-@pytest.mark.parametrize("target", [target for target in REFIT_TARGETS if target != "own"])
-def test_families_that_normalise_their_outputs_are_refused_other_targets(tmp_path: Path, target: str) -> None:
-    save(tiny_model(tiny_config("gemma2")), tmp_path / "model")
-    calibration = (save_tokens(tmp_path / "t.npy", random_tokens(8, 16)),)
-    flap_stream.collect(tmp_path / "model", tmp_path / "run", CollectConfig(calibration=calibration))
-    flap_stream.plan(tmp_path / "run", PlanConfig(ratio=0.4))
-    with pytest.raises(UnsupportedModel, match="--refit-target own"):
-        flap_stream.rewrite(
-            tmp_path / "run", tmp_path / "out", RewriteConfig(restore="least-squares", refit_target=target)
-        )
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("target", ["own", "joint"])  # which goes through all that the others do
-def test_a_killed_refit_goes_on_to_the_same_bytes(tmp_path: Path, target: str) -> None:
-    job = make_job(tmp_path, restore="least-squares", refit_target=target)
+def test_a_killed_refit_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    job = make_job(tmp_path, restore="least-squares")
     begun = job.first_step("out.run/refit")
     ended = job.first_step("out.partial")
     points = sorted({*range(begun - 3, ended, 11), *(n + 1 for n in job.records() if begun < n < ended)})
@@ -297,7 +189,7 @@ def test_a_damaged_refit_is_made_again(tmp_path: Path) -> None:
     assert job.trouble_in(place) is None
 
 
-def test_another_target_refits_anew_and_another_dtype_is_refused(tmp_path: Path) -> None:
+def test_another_refit_begins_anew_and_another_dtype_is_refused(tmp_path: Path) -> None:
     save(tiny_model(tiny_config()), tmp_path / "model")
     calibration = (save_tokens(tmp_path / "t.npy", random_tokens(8, 16)),)
     flap_stream.collect(
@@ -305,13 +197,13 @@ def test_another_target_refits_anew_and_another_dtype_is_refused(tmp_path: Path)
     )
     flap_stream.plan(tmp_path / "run", PlanConfig(ratio=0.4))
 
-    def rewrite(name: str, **options: Any) -> dict[str, bytes]:
-        flap_stream.rewrite(tmp_path / "run", tmp_path / name, RewriteConfig(restore="least-squares", **options))
+    def rewrite(name: str, restore: str = "least-squares", **options: Any) -> dict[str, bytes]:
+        flap_stream.rewrite(tmp_path / "run", tmp_path / name, RewriteConfig(restore=restore, **options))
         return contents(tmp_path / name)
 
-    own = rewrite("own")
-    assert rewrite("dense", refit_target="dense") != own
-    assert rewrite("own-again") == own
+    first = rewrite("first")
+    assert rewrite("other", "reconstruct") != first
+    assert rewrite("again") == first
     with pytest.raises(RunMismatch, match="collected in float32"):
         rewrite("bfloat16", dtype="bfloat16")
 
@@ -347,23 +239,3 @@ def test_hidden_states_on_disk_give_the_same_refit(tmp_path: Path) -> None:
         placed(patch, hidden_place="disk")
         flap_stream.prune(tmp_path / "model", tmp_path / "disk", options)
     assert contents(tmp_path / "disk") == contents(tmp_path / "host")
-
-
-def test_it_restores_more_than_the_bias_on_a_trained_model(tmp_path: Path) -> None:
-    """On held-out text, by what share of the bias method's rise of the log perplexity is left."""
-    text = (str(DEMO / "calibration.txt"),)
-    measure = EvaluateConfig(text=(str(DEMO / "evaluation.txt"),), samples=200)
-    dense = flap_stream.evaluate(DEMO / "model", measure).perplexity
-    run = tmp_path / "run"
-    flap_stream.collect(DEMO / "model", run, CollectConfig(calibration=text, samples=64, dtype="float32"))
-    flap_stream.plan(run, PlanConfig(ratio=0.2))
-    rise = {}
-    for restore, target in (("bias", "own"), *(("least-squares", target) for target in REFIT_TARGETS)):
-        out = tmp_path / f"{restore}-{target}"
-        flap_stream.rewrite(run, out, RewriteConfig(restore=restore, refit_target=target))
-        tensors = [entry for file in out.glob("*.safetensors") for entry in read_header(file)[0]]
-        assert {entry.dtype for entry in tensors} == {"BF16"}  # though it ran in float32
-        rise[restore, target] = np.log(flap_stream.evaluate(out, measure).perplexity / dense)
-    assert rise["least-squares", "own"] < 0.6 * rise["bias", "own"]
-    assert rise["least-squares", "joint"] < 0.9 * rise["least-squares", "aligned"]
-    assert rise["least-squares", "aligned"] < rise["least-squares", "dense"] < rise["least-squares", "own"]

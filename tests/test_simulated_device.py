@@ -23,7 +23,15 @@ from simulated_device import POLICIES, Event, simulated
 
 import flap_stream
 from flap_stream.arithmetic.moments import Moments
-from flap_stream.config import CollectConfig, EngineConfig, EvaluateConfig, PlanConfig, RewriteConfig, SweepConfig
+from flap_stream.config import (
+    REFITS,
+    CollectConfig,
+    EngineConfig,
+    EvaluateConfig,
+    PlanConfig,
+    RewriteConfig,
+    SweepConfig,
+)
 from flap_stream.engine import hidden_states, placement, weight_stream
 from flap_stream.engine.device import HostCopy
 from flap_stream.engine.hidden_states import PLACES, make_hidden_states
@@ -131,40 +139,34 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
 
 
-def rewritten(collected: Collected, name: str, device: str, target: str) -> Path:
+def rewritten(collected: Collected, name: str, device: str, restore: str) -> Path:
     out = collected.place / name
-    how: dict[str, Any] = (
-        {"restore": target} if target == "reconstruct" else {"restore": "least-squares", "refit_target": target}
-    )
-    options = RewriteConfig(device=device, batch_size=BATCH, **how)
+    options = RewriteConfig(device=device, batch_size=BATCH, restore=restore)
     flap_stream.rewrite(collected.folder(name), out, options)
     return out
 
 
 @pytest.fixture(scope="module")
 def refitted(collected: Collected) -> Callable[[str], dict[str, torch.Tensor]]:
-    """What a refit on the CPU gives, by target."""
+    """What a refit on the CPU gives, by restoration."""
     known: dict[str, dict[str, torch.Tensor]] = {}
 
-    def of(target: str) -> dict[str, torch.Tensor]:
-        if target not in known:
-            known[target] = tensors(rewritten(collected, f"cpu-{target}", "cpu", target))
-        return known[target]
+    def of(restore: str) -> dict[str, torch.Tensor]:
+        if restore not in known:
+            known[restore] = tensors(rewritten(collected, f"cpu-{restore}", "cpu", restore))
+        return known[restore]
 
     return of
 
 
-SLOW_TARGETS = [pytest.param(target, marks=pytest.mark.slow) for target in ("own", "dense", "aligned")]
-
-
 @pytest.mark.parametrize(("policy", "seed"), [("lazy", 0), ("random", 1)])
-@pytest.mark.parametrize("target", [*SLOW_TARGETS, "joint", "reconstruct"])  # joint does what the first do, and more
+@pytest.mark.parametrize("restore", REFITS)
 def test_refits_are_the_cpus_whatever_runs_when(
-    collected: Collected, refitted: Callable[[str], dict[str, torch.Tensor]], target: str, policy: str, seed: int
+    collected: Collected, refitted: Callable[[str], dict[str, torch.Tensor]], restore: str, policy: str, seed: int
 ) -> None:
     with simulated(policy, seed):
-        found = tensors(rewritten(collected, f"{policy}-{target}", "cuda", target))
-    for name, tensor in refitted(target).items():
+        found = tensors(rewritten(collected, f"{policy}-{restore}", "cuda", restore))
+    for name, tensor in refitted(restore).items():
         wanted = tensor.float()
         assert (found[name].float() - wanted).norm() <= 1e-3 * max(float(wanted.norm()), 1.0), name
 

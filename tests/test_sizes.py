@@ -113,12 +113,12 @@ def test_what_is_written_by_default_has_widths_of_multiples_of_8(
         assert abs(record["realised_ratio"]["decoder"] - 0.3) < 0.03
 
 
-@pytest.mark.parametrize("target", ["own", "joint"])
-def test_a_refit_is_counted_as_a_bias_is(target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("restore", ["least-squares", "reconstruct"])
+def test_a_refit_is_counted_as_a_bias_is(restore: str, tmp_path: Path) -> None:
     for name, biases in (("plain", False), ("biases", True)):
         config = tiny_config(attention_bias=biases, mlp_bias=biases, layers=2)
         model = save(tiny_model(config), tmp_path / name)
         calibration, out = (save_tokens(tmp_path / "text.npy", random_tokens(64, 24)),), tmp_path / f"{name}-pruned"
-        options = PruneConfig(ratio=0.3, calibration=calibration, restore="least-squares", refit_target=target)
+        options = PruneConfig(ratio=0.3, calibration=calibration, restore=restore)
         parameters = flap_stream.prune(model, out, options).record["parameters"]
         assert parameters["after"] == elements(out) and parameters["added_biases"] == (0 if biases else 2 * 2 * 64)

@@ -180,9 +180,6 @@ METHODS = [
     Method("published refit (moments about zero, FLAP's bias)", published, {"damping": 1e-3}),
     Method("least-squares", rewritten, {"restore": "least-squares"}),
     Method("least-squares, by the loss", rewritten, {"restore": "least-squares", "metric": "fisher"}),
-    Method("least-squares, target dense", rewritten, {"restore": "least-squares", "refit_target": "dense"}),
-    Method("least-squares, target aligned", rewritten, {"restore": "least-squares", "refit_target": "aligned"}),
-    Method("least-squares, target joint", rewritten, {"restore": "least-squares", "refit_target": "joint"}),
     Method("reconstruct", rewritten, {"restore": "reconstruct"}),
     Method("reconstruct, by the loss", rewritten, {"restore": "reconstruct", "metric": "fisher"}),
 ]

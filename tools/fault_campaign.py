@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import campaign
 from faults import Job, make_job
 
-from flap_stream.config import METRICS, REFIT_TARGETS, RESTORATIONS
+from flap_stream.config import METRICS, RESTORATIONS
 
 CAMPAIGNS: dict[str, Callable[[Job, Job], list[str]]] = {
     "killed at every file operation": campaign.kills_at_operations,
@@ -36,10 +36,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=CAMPAIGNS)
     parser.add_argument("--restore", choices=RESTORATIONS, default="bias")
-    parser.add_argument("--refit-target", choices=REFIT_TARGETS, default="own")
     parser.add_argument("--metric", choices=METRICS, default="wifv", help="fisher has the sweep by the loss")
     options = parser.parse_args()
-    only, how = options.only, {name: getattr(options, name) for name in ("restore", "refit_target", "metric")}
+    only, how = options.only, {name: getattr(options, name) for name in ("restore", "metric")}
     if options.metric == "fisher":
         how["loss_windows"] = 5
     with tempfile.TemporaryDirectory() as directory:

@@ -35,7 +35,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 import flap_stream
 from flap_stream.arithmetic.layer_shape import Sublayer
-from flap_stream.config import REFIT_TARGETS, CollectConfig, EvaluateConfig, PlanConfig, PruneConfig
+from flap_stream.config import REFITS, CollectConfig, EvaluateConfig, PlanConfig, PruneConfig
 from flap_stream.engine.device import begin, card, choose_device, peak_bytes, release, synchronize
 from flap_stream.storage.run_directory import RunDirectory
 
@@ -82,7 +82,8 @@ TINY = Geometry(64, 176, 4, 500, 3, 8, 16)
 class Check:
     """The stages that have run, and what they found.
 
-    only: names of the stages to run; None runs all. targets: of refits. samples: windows for the bundled model.
+    only: names of the stages to run; None runs all. restorations: those that refit. samples: windows for the bundled
+    model.
     """
 
     out: Path
@@ -90,7 +91,7 @@ class Check:
     geometry: Geometry
     seconds: float
     only: tuple[str, ...] | None = None
-    targets: tuple[str, ...] = REFIT_TARGETS
+    restorations: tuple[str, ...] = REFITS
     samples: int = 128
     started: float = field(default_factory=time.monotonic)
     found: dict[str, Any] = field(default_factory=dict)
@@ -290,7 +291,7 @@ def small_jobs(check: Check) -> dict[str, Any]:
     """The jobs that hold more than a collection, on two layers of the width: peaks, predictions and seconds."""
     jobs: dict[str, tuple[object, ...]] = {
         "by_the_loss": ("--metric", "fisher", "--loss-windows", min(128, check.geometry.windows)),
-        **{f"refit_{t}": ("--restore", "least-squares", "--refit-target", t) for t in check.targets if t != "aligned"},
+        **{restore: ("--restore", restore) for restore in check.restorations},
     }
     found = {}
     for name, options in jobs.items():
@@ -344,16 +345,16 @@ def kill_and_resume(check: Check) -> dict[str, Any]:
 
 
 def refits(check: Check) -> dict[str, Any]:
-    """Refit the bundled model to every target, and evaluate it."""
+    """Refit the bundled model in every way, and evaluate it."""
     found: dict[str, Any] = {}
-    for target in check.targets:
-        out = check.work / f"refit-{target}"
+    for restore in check.restorations:
+        out = check.work / f"refit-{restore}"
         how: dict[str, Any] = {"device": check.device, "samples": check.samples}
-        wanted = PruneConfig(calibration=(CALIBRATION,), restore="least-squares", refit_target=target, ratio=0.3, **how)
+        wanted = PruneConfig(calibration=(CALIBRATION,), restore=restore, ratio=0.3, **how)
         pruned = flap_stream.prune(DEMO / "model", out, wanted)
         options = EvaluateConfig(text=(EVALUATION,), device=check.device, samples=check.samples)
         evaluation = flap_stream.evaluate(out, options)
-        found[target] = {"seconds": pruned.measured.seconds, "perplexity": evaluation.perplexity}
+        found[restore] = {"seconds": pruned.measured.seconds, "perplexity": evaluation.perplexity}
     return found
 
 

@@ -2,15 +2,10 @@
 
 FLAP's bias restores the mean contribution of removed inputs. This also recovers whatever the kept inputs can predict of
 the remainder. With G the second moments about the mean, P the kept inputs, R the removed ones, and
-D = damping * mean(diag(G[P, P])) * I:
+D = damping * mean(diag(G[P, P])) * I, the projection's dense output is approached best by
 
-    target `own`, the projection's dense output:    W_new = W[:, P] + W[:, R] G[R, P] (G[P, P] + D)^-1
-                                                    b_new = b + W mean - W_new mean[P]
-    target T, any other wanted output:              W_new = (G[T, P] + W[:, P] D) (G[P, P] + D)^-1
-                                                    b_new = mean(T) - W_new mean[P]
-
-Projections that read hidden states have no bias in most models. They are aligned with moments about zero: a square
-matrix W_new, with the identity for W, maps the pruned hidden states to the dense ones (the target).
+    W_new = W[:, P] + W[:, R] G[R, P] (G[P, P] + D)^-1
+    b_new = b + W mean - W_new mean[P]
 
 The damping pulls towards the dense columns, not towards zero: a channel that calibration leaves silent keeps its
 weights.
@@ -41,7 +36,7 @@ _ROUNDED_ROWS = (32, 256)  # on a CPU, on an accelerator
 
 @dataclass(frozen=True)
 class KeptMoments:
-    """Second moments, about the mean or zero, of a linear's kept inputs, and between them and the other channels.
+    """Second moments about the mean of a linear's kept inputs, and between them and the other channels.
 
     mean: float64 `[kept + other]`. kept: float32 `[kept, kept]`, only its upper triangle is set.
     cross: float32 `[kept, other]`.
@@ -60,7 +55,7 @@ def product_windows(batch_size: int, tokens: int) -> int:
 class MomentSums:
     """Sums over tokens from which `KeptMoments` are computed.
 
-    kept: how many channels are kept; the others, removed inputs or the target, follow them.
+    kept: how many channels are kept; the others, removed inputs, follow them.
     squares: float64 `[kept + other]`, rough sums of squares over all `tokens`. They are known before any token, are the
     same on every rank, and decide only how finely sums are rounded.
     block_tokens: after this many, a new product begins. Blocks can be summed separately, on any number of ranks and in
@@ -120,7 +115,7 @@ class MomentSums:
             self._multiply()
         return [self._total, *self._rows]
 
-    def finish(self, about_mean: bool = True) -> KeptMoments:
+    def finish(self) -> KeptMoments:
         """The moments; the sums are used up."""
         self.parts()
         del self._pending
@@ -131,8 +126,7 @@ class MomentSums:
         for i in range(len(self._rows)):
             row, self._rows[i] = self._rows[i], mean.new_zeros(0)
             at, rows = i * BLOCK_CHANNELS, slice(i * BLOCK_CHANNELS, i * BLOCK_CHANNELS + len(row))
-            if about_mean:
-                row.addr_(mean[rows], mean[at:], alpha=-float(count))
+            row.addr_(mean[rows], mean[at:], alpha=-float(count))
             kept[rows, at:] = row[:, : self.kept - at]
             cross[rows] = row[:, self.kept - at :]
         return KeptMoments(mean, kept, cross)
@@ -193,16 +187,6 @@ def solve_for_dense_output(weight: torch.Tensor, moments: KeptMoments, damping: 
     return dense + torch.cholesky_solve(shift, factor, upper=True).T
 
 
-def solve_for_target(kept_weight: torch.Tensor, moments: KeptMoments, damping: float = DAMPING) -> torch.Tensor:
-    """The kept columns whose output is closest to a target; float32 `[out, kept]`.
-
-    kept_weight: `[out, kept]`, any floating dtype. moments: their other channels are the target `[out]`; used up.
-    """
-    factor, added = cholesky_factor(moments.kept, damping)
-    wanted = moments.cross.add_(kept_weight.T.float(), alpha=added)
-    return torch.cholesky_solve(wanted, factor, upper=True).T.contiguous()
-
-
 def cholesky_factor(kept: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
     """Upper Cholesky factor of a matrix whose upper triangle is given, and how much was added to its diagonal.
 
@@ -233,14 +217,12 @@ def row_blocks(weight: torch.Tensor, elements: int = 1 << 24) -> Iterator[slice]
         yield slice(start, start + rows)
 
 
-def workspace_bytes(
-    out: int, channels: int, kept: int, item_bytes: int, has_target: bool, on_cpu: bool
-) -> tuple[int, int]:
+def workspace_bytes(out: int, channels: int, kept: int, item_bytes: int, on_cpu: bool) -> tuple[int, int]:
     """Upper bound on the bytes that fitting one projection `[out, channel]` takes, besides its weight and kept inputs.
 
     Returns two figures: while moments are summed, and while the fit is solved. Both are largest if all are kept.
     """
-    other = out if has_target else channels - kept
+    other = channels - kept
     width = kept + other
     blocks = range(0, kept, BLOCK_CHANNELS)
     sums = 8 * sum(min(BLOCK_CHANNELS, kept - at) * (width - at) for at in blocks)

@@ -12,6 +12,7 @@ from typing import Any
 
 from flap_stream import config
 from flap_stream.commands import interruption
+from flap_stream.config.rules import REMOVED
 from flap_stream.config.values import dtype_name
 from flap_stream.errors import InvalidOption
 from flap_stream.progress import Progress, format_bytes, printable
@@ -84,7 +85,8 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         default=[*config.CollectConfig.calibration],
         metavar="TEXT",
         help="wikitext2, c4 or ptb; or .txt, .jsonl, .json, .parquet files (also .gz, .bz2, .xz, .zst) or directories "
-        "of them; or one .npy of integer tokens [sample, token], used in order (default: wikitext2)",
+        "of them; or one .npy of integer tokens [sample, token], used in order; with shares of the windows, they are "
+        "mixed: prose.txt:0.7 code.txt:0.3 (default: wikitext2)",
     )
     group.add_argument(
         "--samples",
@@ -264,18 +266,19 @@ def add_rewrite(parser: argparse.ArgumentParser) -> None:
         help="how to compensate for what was removed: by a bias, by refitting output projections, or by fitting whole "
         "layers to the dense model's hidden states (default: bias for flap, none for the others)",
     )
-    group.add_argument(
-        "--refit-target",
-        default=config.RewriteConfig.refit_target,
-        choices=config.REFIT_TARGETS,
-        help="what least-squares fits; each takes longer than the one before (default: %(default)s)",
-    )
+    group.add_argument("--refit-target", type=_removed_target, help=argparse.SUPPRESS)
     group.add_argument(
         "--max-shard-size",
         default=config.RewriteConfig.max_shard_bytes,
         metavar="SIZE",
         help="size of a shard file (default: 5GB)",
     )
+
+
+def _removed_target(target: str) -> None:
+    """Accept the only target that is left."""
+    if target != "own":
+        raise argparse.ArgumentTypeError(f"{target!r} {REMOVED['refit_target']}")
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from flap_stream.config.measuring import (
     SweepConfig,
 )
 from flap_stream.config.options import (
-    ALIGNING_TARGETS,
     BOS,
     CHAT_TEMPLATE,
     DTYPES,
@@ -21,7 +20,7 @@ from flap_stream.config.options import (
     LOSS_WINDOWS,
     METHODS,
     METRICS,
-    REFIT_TARGETS,
+    REFITS,
     RESTORATIONS,
     STATISTICS,
     STRUCTURES,
@@ -36,7 +35,6 @@ from flap_stream.config.targets import TARGET_FIELDS, TARGETS, TargetConfig
 from flap_stream.config.values import parse_ratios, parse_size
 
 __all__ = [
-    "ALIGNING_TARGETS",
     "BOS",
     "CHAT_TEMPLATE",
     "DTYPES",
@@ -46,7 +44,7 @@ __all__ = [
     "LOSS_WINDOWS",
     "METHODS",
     "METRICS",
-    "REFIT_TARGETS",
+    "REFITS",
     "RESTORATIONS",
     "STATISTICS",
     "STRUCTURES",

@@ -13,8 +13,7 @@ METHODS = ("flap", "wanda-sp", "magnitude-sp")
 HEAD_SCORES = ("mean-z", "l2")
 STATISTICS = ("exact", "released")
 RESTORATIONS = ("bias", "none", "least-squares", "reconstruct")
-REFIT_TARGETS = ("own", "dense", "aligned", "joint")
-ALIGNING_TARGETS = ("aligned", "joint")  # for which what reads hidden states is refitted, too
+REFITS = ("least-squares", "reconstruct")  # those for which layers are run again
 SWEPT_RESTORATIONS = ("bias", "none")  # those that masked_layers.py can put into a dense layer
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 BOS = CHAT_TEMPLATE = ("auto", "always", "never")

@@ -8,7 +8,7 @@ from flap_stream.config.options import (
     LOSS_WINDOWS,
     METHODS,
     METRICS,
-    REFIT_TARGETS,
+    REFITS,
     RESTORATIONS,
     STATISTICS,
     STRUCTURES,
@@ -123,7 +123,7 @@ class CollectConfig(TextConfig, EngineConfig):
     """The collection: what the statistics are computed from.
 
     calibration: `wikitext2`, `c4` or `ptb`, or files (.txt, .jsonl, .json, .parquet, packed or not, a directory of
-    them, or one .npy).
+    them, or one .npy). With shares of the windows, as in `prose.txt:0.7`, they are mixed.
     sequence_length: tokens in a calibration window.
     loss_windows: windows of which the loss's gradient is swept back through the layers, for `metric="fisher"`.
     ratio and the fields after it, up to tensor_parallel: only for `wanda-sp`, whose pruned layers feed the next.
@@ -168,33 +168,22 @@ class RewriteConfig(EngineConfig):
     restore: `bias` adds W[:, removed]·mean[removed]; `least-squares` refits what o_proj and down_proj keep, running
     the layers again (the engine's options are for that); `reconstruct` fits all that a layer keeps to the dense
     model's hidden states, by gradients; None is the method's own (`bias` for flap, else `none`).
-    refit_target: what `least-squares` refits to: `own`, the projection's dense output for the inputs that it gets in
-    the pruned model; `dense`, the dense model's hidden states, which takes about twice as long; `aligned`, which
-    also refits what reads hidden states (q, k, v, gate, up, and the head unless it is the embedding) to what it
-    reads in the dense model; or `joint`, which also lets gate and up compensate for removed neurons.
     max_shard_bytes: no shard is larger, except one that holds a single larger tensor.
     """
 
     restore: str | None = None
-    refit_target: str = "own"
     max_shard_bytes: Size = 5 * 10**9
 
     @property
-    def refits(self) -> bool:
-        """Whether weights are refitted, for which the layers are run again."""
-        return self.restore in ("least-squares", "reconstruct")
-
-    @property
-    def refit(self) -> str:
-        """What is refitted: one of REFIT_TARGETS, or `reconstruct`."""
-        return "reconstruct" if self.restore == "reconstruct" else self.refit_target
+    def refit(self) -> str | None:
+        """The restoration, if layers are run again for it: one of REFITS."""
+        return self.restore if self.restore in REFITS else None
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         super().__post_init__()
         if self.restore is not None:
             require_choice("restore", self.restore, RESTORATIONS)
-        require_choice("refit-target", self.refit_target, REFIT_TARGETS)
         require_at_least("max-shard-size", self.max_shard_bytes, 1)
 
 

@@ -28,6 +28,12 @@ FED_ON = (  # what decides the pruned layers whose outputs wanda-sp feeds to the
 )
 
 
+REMOVED = {  # options of earlier versions, and what to do instead
+    "refit_target": "was removed: least-squares has the target own, and --restore reconstruct does more than the "
+    "others did, in less time",
+}
+
+
 @dataclass(frozen=True)
 class Rule:
     """Options of some configs that have an effect only together with something else.
@@ -50,7 +56,6 @@ def _has_ready_tokens(options: Any) -> bool:
 
 
 RULES = (
-    Rule((RewriteConfig,), ("refit_target",), "--restore least-squares", lambda o: o.restore == "least-squares"),
     Rule((PlanConfig,), ("metric", "head_score", "statistics"), "--method flap", lambda o: o.method == "flap"),
     Rule((SweepConfig,), ("ratio", *TARGET_FIELDS), "plan and prune; a sweep has --ratios", lambda o: False),
     Rule((SweepConfig,), ("sequence_length", "samples"), "--evaluate TEXT", lambda o: bool(o.evaluate)),
@@ -86,7 +91,7 @@ RULES = (
         (RewriteConfig,),
         _ENGINE,
         "--restore least-squares or reconstruct; nothing else runs layers here",
-        lambda o: o.refits or isinstance(o, PruneConfig),
+        lambda o: o.refit is not None or isinstance(o, PruneConfig),
         is_refused=False,
     ),
 )
@@ -108,6 +113,8 @@ def options_of(kind: type[_Config], stage: str, options: Any, keywords: Mapping[
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     for name in keywords:
         if name not in names:
+            if name in REMOVED:
+                raise InvalidOption(f"--{option_name(name)} {REMOVED[name]}")
             close = get_close_matches(name, names, n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; {kind.__name__} lists them"
             raise TypeError(f"{stage}() has no option {name!r}{hint}")

@@ -137,7 +137,7 @@ class StreamedModel:
             device=self.device.type,
             samples=max(samples, 1),
             tokens=max(tokens, 1),
-            head=self.head_entry if head or (refit is not None and refit.has_head) else None,
+            head=self.head_entry if head or (refit is not None and refit.fitted) else None,
             refit=refit,
             backward=backward,
             ranks=self.ranks.world,
@@ -146,7 +146,7 @@ class StreamedModel:
 
     def refit_after(self, job: Job, refit: Refit) -> Job:
         """The job of refitting over the same windows as another; shares the workspaces already predicted."""
-        return replace(job, refit=refit, head=self.head_entry if refit.has_head else None)
+        return replace(job, refit=refit, head=self.head_entry if refit.fitted else None)
 
     def embed(self, tokens: np.ndarray, batch_size: int, hidden: HiddenStates, copies: int = 1) -> None:
         """Fill the hidden states with the inputs of the first decoder layer.

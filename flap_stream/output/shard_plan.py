@@ -90,12 +90,10 @@ class ShardPlan:
 
 def plan_shards(pruned: PrunedModel, max_shard_bytes: int) -> ShardPlan:
     """Decide every tensor of the pruned checkpoint, its size and its file."""
-    source, family, refitted = pruned.source, pruned.family, pruned.restoration.refitted
+    source = pruned.source
     changed: dict[str, list[OutputTensor]] = {}
     for index in range(len(pruned.shapes)):
         changed |= _plan_layer(pruned, index)
-    if family.head in refitted:
-        changed[family.head] = [_whole(refitted[family.head])]
     outputs: list[OutputTensor] = []
     for entry in source.tensors.values():
         outputs.extend(changed.get(entry.name, [_whole(entry)]))

@@ -11,7 +11,6 @@ from flap_stream.arithmetic.least_squares import (
     MomentSums,
     product_with_mean,
     solve_for_dense_output,
-    solve_for_target,
 )
 from flap_stream.arithmetic.surgery import removed_indices
 from flap_stream.engine.hidden_states import Feed, HiddenStates
@@ -66,15 +65,11 @@ class OutputProjection:
     def capture(self, cache: HiddenStates | None, sums: MomentSums | None = None) -> None:
         """Run the layer for the inputs: the kept ones are written to the cache, and all are added to the sums."""
         refit, captures = self.sublayer.refit, Captures(self.sublayer.refit.model.hidden_size)
-        targets = None if refit.dense is None else refit.targets()
-        for start, output in self.sublayer.forward(refit.hidden, {self.name: captures}, keep_output=False):
+        for start, _ in self.sublayer.forward(refit.hidden, {self.name: captures}, keep_output=False):
             inputs = captures.inputs
             if cache is not None:
                 cache.put(start, inputs[..., : self.kept])
             if sums is not None:
-                if targets is not None:
-                    residual = self.sublayer.residual(targets, start, output)
-                    inputs = torch.cat([inputs[..., : self.kept], residual], dim=-1)
                 sums.add(inputs.flatten(0, 1))
 
     def hand_on(self, refitted: Mapping[str, torch.Tensor], cache: HiddenStates) -> None:
@@ -87,15 +82,11 @@ class OutputProjection:
         self.sublayer.run_all(refit.hidden, {part.kind.module: supplies, **refit.without_norm(part)})
 
     def _sums(self) -> MomentSums:
-        """Empty sums for inputs in this order, and for the target; the statistics say how large they are when dense."""
+        """Empty sums for inputs in this order; the statistics say how large they are when dense."""
         refit = self.sublayer.refit
         statistics = refit.run.statistics.read(self.sublayer.index).of(self.sublayer.part.kind.name)
         squares = torch.from_numpy(statistics.m2 + statistics.count * np.square(statistics.mean))
-        ordered = squares[self.order.cpu()]
-        if refit.dense is not None:
-            target = squares @ torch.from_numpy(statistics.weight_squared_norm)
-            ordered = torch.cat([ordered[: self.kept], target.expand(refit.model.hidden_size)])
-        return refit.sums(self.kept, ordered)
+        return refit.sums(self.kept, squares[self.order.cpu()])
 
     def _solve(self, moments: KeptMoments) -> dict[str, torch.Tensor]:
         """Weight and bias, in the dtypes of the checkpoint; only the bias if no input is kept."""
@@ -107,12 +98,8 @@ class OutputProjection:
             )
         old, dtype = self.sublayer.weights.get(f"{name}.bias"), self.sublayer.stored_dtype(f"{name}.weight")
         ordered = self.weight[:, self.order]
-        if refit.dense is not None:
-            refitted = solve_for_target(ordered[:, :kept], moments).to(dtype)
-            bias = moments.mean[kept:]
-        else:
-            refitted = solve_for_dense_output(ordered, moments).to(dtype)
-            bias = product_with_mean(ordered, moments.mean) + (0 if old is None else old.double())
+        refitted = solve_for_dense_output(ordered, moments).to(dtype)
+        bias = product_with_mean(ordered, moments.mean) + (0 if old is None else old.double())
         bias = bias - product_with_mean(refitted, moments.mean[:kept])
         tensors = {f"{name}.weight": refitted.cpu(), f"{name}.bias": bias.to(dtype).cpu()}
         if not kept:

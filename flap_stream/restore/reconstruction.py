@@ -1,18 +1,22 @@
 """Reconstruction: all that a pruned layer keeps is fitted, so that its output comes nearest to the dense model's.
 
 Layer by layer, from what the pruned and reconstructed layers before it output towards the hidden states of the dense
-model, by Adam through transformers' own layer. The model's loss is not used, and no gradient passes through more than
-one layer. Windows that the fit does not see decide when it stops and whether it is kept.
+model, by Adam through transformers' own layer; the last layer towards the dense model's distribution of the next token,
+through the final norm and the head. No gradient passes through more than one layer. Windows that the fit does not see
+decide when it stops and whether it is kept.
 """
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.layer_shape import Sublayer
 from flap_stream.engine.device import is_out_of_memory
+from flap_stream.engine.head_gradient import HeadGradient
 from flap_stream.engine.wide_attention import wide_attention
 from flap_stream.errors import InsufficientMemory
 from flap_stream.restore.cut_layer import CutLayer
@@ -44,12 +48,53 @@ def reconstruct_layer(
     return found
 
 
+class _Objective(Protocol):
+    """How far a layer's outputs are from the targets, both `[window, token, hidden]`; summed over tokens."""
+
+    def error(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The sum, a scalar."""
+
+    def gradient(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The gradient of the sum, float32 `[window, token, hidden]`."""
+
+
+class _Squares:
+    """The squared error of each token's hidden state, as a share of the target's square."""
+
+    def error(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """See `_Objective`."""
+        squares, wanted = (values.float().square().mean(dim=-1) for values in (output.float() - target, target))
+        return (squares / wanted.clamp_min(_TINY)).sum()
+
+    def gradient(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """See `_Objective`."""
+        wanted = target.float().square().sum(dim=-1, keepdim=True)
+        return (output.float() - target).mul_(2 / wanted.clamp_min(_TINY))
+
+
+class _Divergence:
+    """The Kullback-Leibler divergence of each token's logits."""
+
+    def __init__(self, head: HeadGradient) -> None:
+        self._head = head
+
+    def error(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """See `_Objective`."""
+        return self._head.divergence(output.flatten(0, 1), target.flatten(0, 1))
+
+    def gradient(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """See `_Objective`."""
+        return self._head.of_divergence(output.flatten(0, 1), target.flatten(0, 1)).view_as(output)
+
+
 class _Fit:
     """The fit of one layer, whose input is `refit.hidden` and whose target is `refit.dense`."""
 
     def __init__(self, refit: RefitPass, layer: CutLayer) -> None:
         self._refit, self._layer, self._model = refit, layer, refit.model
         self._masks = layer.masks()
+        self._is_last = layer.index + 1 == len(self._model.layers)
+        self._objective: _Objective = _Divergence(HeadGradient(self._model)) if self._is_last else _Squares()
         samples, tokens, _ = refit.hidden.shape
         held_out = max(1, samples // HELD_OUT)
         self._fitted, self._held_out = range(samples - held_out), range(samples - held_out, samples)
@@ -61,15 +106,17 @@ class _Fit:
         statistics = self._refit.run.statistics.read(self._layer.index)
         start = self._layer.with_bias({kind: statistics.of(kind).mean for kind in Sublayer})
         kept = self._layer.cut(start)
-        before = best = self._error(kept)
-        if before > 0 and self._fitted:
-            parameters = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
-            del start  # its memory is wanted
-            for _ in self._epochs(parameters, before):
-                found = self._layer.cut({name: tensor.detach() for name, tensor in parameters.items()})
-                if (error := self._error(found)) < best:
-                    best, kept = error, found
-        logger.info("layer %d: held-out error %.4g of the target, %.4g before the fit", self._layer.index, best, before)
+        with self._named_failures():
+            before = best = self._error(kept)
+            if before > 0 and self._fitted:
+                parameters = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
+                del start  # its memory is wanted
+                for _ in self._epochs(parameters, before):
+                    found = self._layer.cut({name: tensor.detach() for name, tensor in parameters.items()})
+                    if (error := self._error(found)) < best:
+                        best, kept = error, found
+        what = "divergence of the logits" if self._is_last else "error of the hidden states"
+        logger.info("layer %d: held-out %s %.4g, %.4g before the fit", self._layer.index, what, best, before)
         return kept
 
     def _epochs(self, parameters: Mapping[str, torch.Tensor], scale: float) -> Iterator[None]:
@@ -86,8 +133,9 @@ class _Fit:
         schedule = torch.optim.lr_scheduler.LambdaLR(adam, rate)
         for _ in range(EPOCHS):
             waiting = 0
-            for start, error in self._errors(parameters, self._fitted, fits=True):
-                error.backward(torch.full_like(error, 1 / scale))
+            for start, output, target in self._run(parameters, self._fitted, fits=True):
+                gradient = self._objective.gradient(output.detach(), target)
+                output.backward(gradient.div_(scale).to(output.dtype))
                 waiting += self._at_once
                 if waiting >= self._step or start + self._at_once >= self._fitted.stop:
                     adam.step()
@@ -98,30 +146,34 @@ class _Fit:
 
     def _error(self, stored: Mapping[str, torch.Tensor]) -> float:
         """The mean error of the held-out windows."""
-        whole = self._layer.whole(stored)
-        total = sum(float(error) for _, error in self._errors(whole, self._held_out, fits=False))
+        outputs = self._run(self._layer.whole(stored), self._held_out, fits=False)
+        total = sum(float(self._objective.error(output, target)) for _, output, target in outputs)
         return total / (len(self._held_out) * self._refit.hidden.shape[1])
 
-    def _errors(
+    def _run(
         self, tensors: Mapping[str, torch.Tensor], windows: range, fits: bool
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """First window of each batch, and its error summed over tokens: squared, as a share of the target's square."""
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """First window of each batch, the layer's output, with its graph if it fits, and the target."""
         model, targets = self._model, self._refit.targets(windows, self._at_once)
         for start, inputs in self._refit.hidden.stream(self._at_once, windows):
-            wanted = targets.take(start, len(inputs)).float()
-            try:
-                with torch.set_grad_enabled(fits), wide_attention(model.dtype, model.device.type):
-                    output = model.run_batch(self._layer.index, self._weights(tensors) if fits else tensors, inputs, {})
-                    squares = (output.float() - wanted).square().mean(dim=-1)
-                    error = (squares / wanted.square().mean(dim=-1).clamp_min(_TINY)).sum()
-            except RuntimeError as failure:
-                if not is_out_of_memory(failure):
-                    raise
-                raise InsufficientMemory(
-                    f"layer {self._layer.index} cannot be fitted on {len(inputs)} windows of {inputs.shape[1]} tokens: "
-                    "the device is out of memory; free some, or give a smaller --batch-size"
-                ) from failure
-            yield start, error
+            with torch.set_grad_enabled(fits), wide_attention(model.dtype, model.device.type):
+                weights = self._weights(tensors) if fits else tensors
+                output = model.run_batch(self._layer.index, weights, inputs, {})
+            yield start, output, targets.take(start, len(inputs))
+
+    @contextmanager
+    def _named_failures(self) -> Iterator[None]:
+        """Raise InsufficientMemory if the device runs out of it in this block."""
+        try:
+            yield
+        except RuntimeError as failure:
+            if not is_out_of_memory(failure):
+                raise
+            raise InsufficientMemory(
+                f"layer {self._layer.index} cannot be fitted on {self._at_once} windows of "
+                f"{self._refit.hidden.shape[1]} tokens: the device is out of memory; free some, or give a smaller "
+                "--batch-size"
+            ) from failure
 
     def _weights(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """All tensors of the layer as it runs, those that are fitted from their float32 parameters."""

@@ -25,8 +25,8 @@ from flap_stream.output.shard_plan import OutputTensor
 from flap_stream.progress import Progress, Stage
 from flap_stream.restore.reconstruction import reconstruct_layer
 from flap_stream.restore.refit_pass import RefitPass
-from flap_stream.restore.requirements import refit_record, refits_head
-from flap_stream.restore.sublayer import refit_head, refit_layer
+from flap_stream.restore.requirements import refit_record
+from flap_stream.restore.sublayer import refit_layer
 from flap_stream.storage.run_directory import RunDirectory
 
 
@@ -34,18 +34,18 @@ from flap_stream.storage.run_directory import RunDirectory
 class RefitJob:
     """What to refit and how to run the layers for it.
 
-    keeps: of every layer. target: `RewriteConfig.refit`. snapshot_interval: layers between two snapshots of the
+    keeps: of every layer. restore: one of config.REFITS. snapshot_interval: layers between two snapshots of the
     hidden states; None chooses it by their cost.
     """
 
     keeps: Sequence[LayerKeep]
-    target: str
+    restore: str
     placement: Placement
     snapshot_interval: int | None = None
 
 
 def refit_layers(model: StreamedModel, run: RunDirectory, job: RefitJob, progress: Progress) -> None:
-    """Write the refitted projections of all layers to the run directory, resuming where an earlier call stopped.
+    """Write the refitted tensors of all layers to the run directory, resuming where an earlier call stopped.
 
     All ranks of the model call this together; `run` is open for writing on the first.
     Raises NonFinite, naming the layer, if inputs hold NaN or infinity.
@@ -53,11 +53,11 @@ def refit_layers(model: StreamedModel, run: RunDirectory, job: RefitJob, progres
     ranks, count = model.ranks, len(model.layers)
     if ranks.is_first:
         conditions = {"dtype": str(model.dtype), "batch_size": job.placement.batch_size, **device_record(model.device)}
-        run.refits.begin({**conditions, **refit_record(job.target)})
+        run.refits.begin({**conditions, **refit_record(job.restore)})
     complete = ranks.from_first(run.refits.complete_layers)
     with progress.stage("refit", count, device=model.device) as stage:
-        if complete < count + refits_head(model, job.target):
-            without_graph = torch.no_grad() if job.target == "reconstruct" else torch.inference_mode()
+        if complete < count:
+            without_graph = torch.no_grad() if job.restore == "reconstruct" else torch.inference_mode()
             with without_graph, ExitStack() as stack:
                 _refit_rest(_refit_pass(model, run, job, stack), job, stage, complete)
         else:
@@ -72,7 +72,7 @@ def _refit_pass(model: StreamedModel, run: RunDirectory, job: RefitJob, stack: E
     tokens, placement = run.tokens.read(), job.placement
     samples, length = tokens.shape
     own = model.ranks.share(samples, product_windows(placement.batch_size, length))
-    stores = [run.refits.pruned_snapshots] + ([run.refits.dense_snapshots] if job.target != "own" else [])
+    stores = [run.refits.pruned_snapshots] + ([run.refits.dense_snapshots] if job.restore == "reconstruct" else [])
     hidden = [
         stack.enter_context(model.hidden_states(placement.hidden_place, len(own), length, run.path)) for _ in stores
     ]
@@ -85,37 +85,34 @@ def _refit_pass(model: StreamedModel, run: RunDirectory, job: RefitJob, stack: E
         reductions=run.batch_reductions("restore"),
         windows=own,
     )
-    return RefitPass(batches, run, samples, job.target)
+    return RefitPass(batches, run, samples)
 
 
 def _refit_rest(refit: RefitPass, job: RefitJob, stage: Stage, complete: int) -> None:
-    """Refit every layer from `complete` on, and the head; layers before it only hand their hidden states on."""
+    """Refit every layer from `complete` on; layers before it only hand their hidden states on."""
     model, run, count = refit.model, refit.run, len(refit.model.layers)
-    refitted_layer = reconstruct_layer if job.target == "reconstruct" else refit_layer
-    has_head = refits_head(model, job.target)
+    refitted_layer = reconstruct_layer if job.restore == "reconstruct" else refit_layer
     for i, weights in refit.batches.layers(stage, complete, job.snapshot_interval):
         prefix = f"{model.family.layers}.{i}."
         if i < complete:
             stored = {name.removeprefix(prefix): tensor for name, tensor in load_file(run.refits.path(i)).items()}
             refitted_layer(refit, i, weights, job.keeps[i], stored)
         else:
-            refitted = refitted_layer(refit, i, weights, job.keeps[i], is_read=i + 1 < count or has_head)
+            refitted = refitted_layer(refit, i, weights, job.keeps[i], is_read=i + 1 < count)
             _store(refit, i, prefix, refitted)
-    if has_head:
-        _store(refit, count, "", {model.family.head: refit_head(refit)})
 
 
-def _store(refit: RefitPass, number: int, prefix: str, tensors: Mapping[str, torch.Tensor]) -> None:
+def _store(refit: RefitPass, layer: int, prefix: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a file of refitted tensors, unless the checkpoint has changed since they were read."""
     refit.model.checkpoint.require_unchanged()
     if refit.model.ranks.is_first:
-        refit.run.refits.write(number, _file_chunks(prefix, tensors))
+        refit.run.refits.write(layer, _file_chunks(prefix, tensors))
 
 
 def refitted_tensors(run: RunDirectory, count: int) -> dict[str, TensorEntry]:
     """Where the refitted tensors are, by their names in the pruned checkpoint.
 
-    count: number of files: one per layer, and one for the head if it is refitted.
+    count: number of layers.
     Raises CorruptRun if any is missing or altered.
     """
     complete = run.refits.complete_layers()

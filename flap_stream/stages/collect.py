@@ -132,7 +132,7 @@ def _require_possible(model: StreamedModel, options: PruneConfig) -> None:
     """Raise what planning and refitting would raise for this model whatever the scores."""
     require_minimum(model.shapes, options)
     rehearse(model, options)
-    if options.refits:
+    if options.refit is not None:
         require_refittable(model, options.refit)
 
 
@@ -153,21 +153,21 @@ def _calibration_windows(model: StreamedModel, options: CollectConfig) -> Window
     return found
 
 
-def _refit_target(options: CollectConfig) -> str | None:
-    """What a refit after this collection aims at; None if this call does not refit."""
-    return options.refit if isinstance(options, PruneConfig) and options.refits else None
+def _refit(options: CollectConfig) -> str | None:
+    """The refit after this collection; None if this call does not refit."""
+    return options.refit if isinstance(options, PruneConfig) else None
 
 
 def _require_space(
     model: StreamedModel, options: CollectConfig, tokens: int, run: Path, out: Path, sweep: Job | None
 ) -> None:
     """Raise InsufficientSpace unless OUT and the run directory fit; what an interrupted call has written counts."""
-    target = _refit_target(options)
+    refit = _refit(options)
     ratio = expected_ratio(model, options) if isinstance(options, PruneConfig) else options.ratio
     written = estimated_bytes(model.checkpoint, model.shapes, ratio)
     written -= files.tree_bytes(files.partial_path(out))
     kept = stored_bytes(model.shapes, tokens) - files.tree_bytes(run)
-    kept += 0 if target is None else refit_stored_bytes(model, target)
+    kept += 0 if refit is None else refit_stored_bytes(model, refit)
     if sweep is not None and not LossStore.is_swept(run, sweep.samples, len(model.shapes)):
         kept += kept_input_bytes(sweep)
     require_space(out, max(0, written), run, max(0, kept))
@@ -175,8 +175,8 @@ def _require_space(
 
 def _place(model: StreamedModel, options: CollectConfig, windows: Windows, run: Path, sweep: Job | None) -> Placement:
     """How to run the layers, such that what follows fits into memory as well: a sweep, a refit whatever the plan."""
-    target, job = _refit_target(options), model.job(*windows.tokens.shape)
-    then = [] if target is None else [model.refit_after(job, refit_sizes(model, target))]
+    refit, job = _refit(options), model.job(*windows.tokens.shape)
+    then = [] if refit is None else [model.refit_after(job, refit_sizes(model, refit))]
     then += [] if sweep is None else [sweep]
     return model.place(options, job, then=then, recorded=RunDirectory.recorded_batch_size(run))
 

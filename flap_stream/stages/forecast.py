@@ -156,7 +156,7 @@ def _forecast(
 
 def _refit(model: StreamedModel, options: PruneConfig) -> Refit | None:
     """What there is to refit; None if nothing."""
-    if not options.refits:
+    if options.refit is None:
         return None
     require_refittable(model, options.refit)
     return refit_sizes(model, options.refit)
@@ -194,7 +194,7 @@ def _disk_bytes(model: StreamedModel, options: PruneConfig, work: Work, job: Job
     """The space needed for OUT and the run directory, and the most that the run directory takes."""
     has_windows = options.method != "magnitude-sp"
     stored = stored_bytes(model.shapes, options.samples * options.sequence_length if has_windows else 0)
-    stored += 0 if work.refit is None else refit_stored_bytes(model, options.refit)
+    stored += 0 if options.refit is None else refit_stored_bytes(model, options.refit)
     stored += 0 if work.loss is None else work.loss.input_bytes
     on_disk = 2 * job.hidden_bytes if work.hidden_traffic else 0
     snapshots = 3 * job.hidden_bytes if has_windows else 0  # a new one is written before the older of two is deleted
@@ -229,7 +229,7 @@ def work_of(
     operations, refit_work = _operations(model, samples, options.sequence_length), None
     if refit is not None:
         moments, solving = refit.operations(ratio, samples * options.sequence_length)
-        forwards = operations * (2 if refit.has_dense else 1)
+        forwards = operations * (2 if refit.fitted else 1)
         refit_work = RefitWork(moments + forwards, solving, refit.sum_bytes(ratio))
     return Work(
         layers=len(model.layers),

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from flap_stream.engine.finite import all_finite
+from flap_stream.engine.head_gradient import HeadGradient
 from flap_stream.engine.hidden_states import Feed, HiddenStates
 from flap_stream.engine.layer_pass import LayerPass, StandIns
-from flap_stream.engine.placement.job import LOSS_LOGIT_BYTES
 from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.engine.wide_attention import wide_attention
@@ -55,11 +55,11 @@ class BackwardPass(LayerPass):
     def begin(self) -> None:
         """Compute the gradient of the loss with respect to the last layer's output."""
         self._load_inputs(len(self.model.layers))
-        gradient_of = loss_gradient(self.model)
+        head = HeadGradient(self.model)
         for start, hidden in self.inputs.stream(self.placement.batch_size):
             tokens = torch.from_numpy(self.tokens[start : start + len(hidden)]).to(self.model.device)
             # one by one, so that the result does not depend on the batch size
-            gradients = [gradient_of(*pair) for pair in zip(hidden, tokens, strict=True)]
+            gradients = [head.of_likelihood(*pair) for pair in zip(hidden, tokens, strict=True)]
             found = torch.stack(gradients)
             if not all_finite([found])[0]:
                 raise NonFinite(
@@ -206,45 +206,6 @@ def _baselines(model: StreamedModel, run: RunDirectory, index: int) -> dict[str,
     statistics, shape = run.statistics.read(index), model.shapes[index]
     parts = model.family.parts(shape)
     return {part.kind.output.name: statistics.of(part.kind.name).mean[part.channels(shape)] for part in parts}
-
-
-def loss_gradient(model: StreamedModel) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Load the head; return a function that computes the gradient of a window's loss at the last layer's output.
-
-    It takes the output `[token, hidden]` and the window's tokens, int64 `[token]`, and returns float32
-    `[token, hidden]`. The loss is the sum of the negative log-likelihoods of all tokens but the first.
-    """
-    norm, head_weight = model.final_norm(), model.head_weight()
-    chunk = max(1, LOSS_LOGIT_BYTES // (4 * model.vocab_size))
-
-    def of_logits(normed: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
-        part = normed.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = model.skeleton.logits(head_weight, part)
-        slopes = torch.softmax(logits.detach().float(), dim=-1)
-        slopes[torch.arange(len(following), device=slopes.device), following] -= 1
-        return _propagated(slopes, logits, part)
-
-    def gradient_of(hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            normed = norm(leaf)
-        parts = [of_logits(*pair) for pair in zip(normed[:-1].split(chunk), tokens[1:].split(chunk), strict=True)]
-        return _propagated(torch.cat([*parts, torch.zeros_like(normed[:1], dtype=torch.float32)]), normed, leaf)
-
-    return gradient_of
-
-
-def _propagated(gradient: torch.Tensor, output: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
-    """The gradient with respect to a leaf, from that with respect to an output; both float32.
-
-    gradient: is overwritten. In between it is scaled by a power of two, so that half precision neither overflows nor
-    vanishes.
-    """
-    ends = torch.stack(gradient.aminmax()).abs().amax()
-    shift = torch.frexp(ends).exponent
-    (found,) = torch.autograd.grad(output, leaf, gradient.ldexp_(-shift).to(output.dtype))
-    return torch.ldexp(found.float(), shift)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def _run_stages(session: Session, out: Path, options: PruneConfig, run: Path, re
 def _require_same_job(source: Checkpoint, out: Path, record: dict[str, Any], options: PruneConfig) -> None:
     """Raise OutputConflict unless the output's record is what this command would write."""
     wanted = {
-        **({"refit": refit_record(options.refit)} if options.refits else {}),
+        **({} if options.refit is None else {"refit": refit_record(options.refit)}),
         "options": options_record(part_of(options, PlanConfig)),
         "restore": require_restoration(options.method, options.restore),
         "calibration": _known_to(record.get("calibration"), calibration_record(options)),

@@ -35,7 +35,7 @@ from flap_stream.text.tokenization import code_files
 
 # About how long refitting and rewriting take relative to collection, for the bar of a whole job; measured on CPUs, see
 # the README.
-_REFIT_WEIGHTS = {"own": 1.5, "dense": 2.5, "aligned": 3.5, "joint": 10.0, "reconstruct": 10.0}
+_REFIT_WEIGHTS = {"least-squares": 1.5, "reconstruct": 10.0}
 _REWRITE_WEIGHT = 0.1
 
 
@@ -88,7 +88,7 @@ def rewrite(
 def progress_weights(options: RewriteConfig) -> list[tuple[str, float]]:
     """The stages after the plan, and about how long each takes relative to collection."""
     return [
-        *([("refit", _REFIT_WEIGHTS[options.refit])] if options.refits else []),
+        *([] if options.refit is None else [("refit", _REFIT_WEIGHTS[options.refit])]),
         ("rewrite", _REWRITE_WEIGHT),
     ]
 
@@ -104,9 +104,9 @@ def rewrite_from(
     restoration = Restoration()
     if restore == "bias":
         restoration = Restoration([_means(run, i, plan_options.statistics) for i in range(len(keeps))])
-    elif options.refits:
+    elif options.refit is not None:
         with measured.stage("refit"):
-            restoration = _refitted(session, run, keeps, options, snapshot_interval)
+            restoration = _refitted(session, run, keeps, options, options.refit, snapshot_interval)
     code = [name for name in code_files(source.directory) if (source.directory / name).is_file()]
     code = code if options.trust_remote_code else []
     with measured.stage("rewrite"):
@@ -134,15 +134,16 @@ def _refitted(
     run: RunDirectory,
     keeps: list[LayerKeep],
     options: RewriteConfig,
+    restore: str,
     snapshot_interval: int | None,
 ) -> Restoration:
     """Refit with the dtype, batch size and number of threads that the statistics were collected with."""
     source, measured = session.source, session.measured
     model = StreamedModel(source, replace(options, dtype=_collected_dtype(run, options)), session.ranks)
     measured.device = str(model.device)
-    require_refittable(model, options.refit)
+    require_refittable(model, restore)
     samples, length = run.manifest["tokens"]["shape"]
-    refit = refit_sizes(model, options.refit, keeps)
+    refit = refit_sizes(model, restore, keeps)
     collected = measured.placement  # of a collection in this process: the slack in it covers what it left in memory
     whole = replace(
         model.job(samples, length, refit=refit), base_bytes=None if collected is None else collected.base_bytes
@@ -152,11 +153,11 @@ def _refitted(
         session.progress.header(engine_rows(model, placement, samples, length))
     measured.placement = placement if collected is None else collected.together(placement)
     with in_use(model.device), cpu_threads(run.manifest["threads"]):
-        job = RefitJob(keeps, options.refit, placement, snapshot_interval)
+        job = RefitJob(keeps, restore, placement, snapshot_interval)
         refit_layers(model, run, job, session.progress)
-    how, files_count = refit_record(options.refit), len(model.layers) + refit.has_head
+    how, count = refit_record(restore), len(model.layers)
     return session.ranks.from_first(
-        lambda: Restoration(refitted=refitted_tensors(run, files_count), digests=run.refits.digests(), how=how)
+        lambda: Restoration(refitted=refitted_tensors(run, count), digests=run.refits.digests(), how=how)
     )
 
 

@@ -72,8 +72,14 @@ def output_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str
         if names[0] != names[1]:
             return f"from the model {names[0]}, not {names[1]}"
         return f"from another model named {names[0]}: its config.json or its tensors differed"
+    is_same = before["restore"] == now["restore"]
     flat = [
-        {**_asked(part["options"]), "restore": part["restore"], **part.get("refit", {}), **part.get("calibration", {})}
+        {
+            **_asked(part["options"]),
+            "restore": part["restore"],
+            **(part.get("refit", {}) if is_same else {}),
+            **part.get("calibration", {}),
+        }
         for part in (before, now)
     ]
     options = option_differences(*flat)

@@ -52,10 +52,7 @@ class RefitStore:
         return SnapshotStore(self.run_files, "hidden-dense", self._job())
 
     def complete_layers(self) -> int:
-        """How many layers, counted from the first, are refitted with their files intact.
-
-        A refitted head counts as one more layer.
-        """
+        """How many layers, counted from the first, are refitted with their files intact."""
         count, entries = 0, self._entries()
         while (entry := entries.get(layer_name(count))) and self.run_files.damage_of(self._committed(entry)) is None:
             count += 1

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flap_stream.arithmetic.gauss_newton import DIRECTIONS, step_workspace_bytes
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.least_squares import product_windows, workspace_bytes
 from flap_stream.engine.memory import give_back_heap
@@ -15,7 +14,7 @@ from flap_stream.model.safetensors_format import TensorEntry
 from flap_stream.model.skeleton import Skeleton
 
 LOSS_LOGIT_BYTES = 1 << 25  # of a chunk of float32 logits that are differentiated; not measured
-_HEAD_WORKSPACE = 224 << 20  # a chunk of logits in float32, held twice, or a block of rows of a refitted head
+_HEAD_WORKSPACE = 224 << 20  # a chunk of logits in float32, held twice
 
 BATCHES_BEHIND = 2  # whose moments wait on the host to be merged, beside an accelerator
 
@@ -27,22 +26,13 @@ _STATISTIC_BYTES = 19 * 8
 class Refit:
     """Sizes of what restoration refits.
 
-    projections: `(out, channels, kept)` of the output projections of all layers. Without a plan any of them may keep
-    almost all channels.
-    has_dense: whether the hidden states of the dense model are carried along as the target.
-    readers: parameters that read hidden states: all of one module, as they are aligned, and the refitted ones. The
-    squares that the alignment matrices come from are among the projections.
-    has_head: whether the head is refitted.
-    steps: `(rows that move, neurons kept, hidden size)` of each layer in which a Gauss-Newton step is taken.
+    projections: `(out, channels, kept)` of the output projections of all layers, by least squares. Without a plan any
+    of them may keep almost all channels.
     fitted: parameters of each layer that are fitted with gradients, in `epochs` passes over the windows and steps of
-    `step_tokens`.
+    `step_tokens`. The hidden states of the dense model are carried along as the target.
     """
 
-    projections: tuple[tuple[int, int, int], ...]
-    has_dense: bool
-    readers: int = 0
-    has_head: bool = False
-    steps: tuple[tuple[int, int, int], ...] = ()
+    projections: tuple[tuple[int, int, int], ...] = ()
     fitted: tuple[int, ...] = ()
     epochs: int = 0
     step_tokens: int = 0
@@ -52,11 +42,6 @@ class Refit:
         """Most input channels that a projection keeps."""
         return max((kept for _, _, kept in self.projections), default=0)
 
-    def host_bytes(self, item_bytes: int) -> int:
-        """Bytes of what is refitted, on the host: what reads hidden states, a step in float32 and what it leads to."""
-        steps = ((8 + item_bytes) * rows * hidden for rows, _, hidden in self.steps)
-        return self.readers * item_bytes + max(steps, default=0)
-
     def operations(self, ratio: float, tokens: int) -> tuple[int, int]:
         """Multiplications and additions to accumulate the moments, and to solve for the weights.
 
@@ -65,27 +50,18 @@ class Refit:
         moments = solving = 0.0
         for out, channels, _ in self.projections:
             stays = (1 - ratio) * channels
-            beside = out if self.has_dense else channels - stays
-            moments += tokens * stays * (stays + 2 * beside)
-            solving += stays**3 / 3 + 2 * stays**2 * min(beside, out)
-        for rows, neurons, hidden in self.steps:
-            moments += tokens * (1 - ratio) ** 2 * neurons * (neurons + 2 * hidden)  # before the step
-            pulls = hidden * (2 * rows + neurons + hidden / 2)  # reading and summing included
-            pushes = hidden * (rows + neurons)
-            moments += 2 * tokens * (1 - ratio) * ((1 + DIRECTIONS) * (pulls + pushes) + pushes)
-            solving += hidden**3 / 3 + (1 - ratio) * (2 * DIRECTIONS + 2) * rows * hidden**2
+            goes = channels - stays
+            moments += tokens * stays * (stays + 2 * goes)
+            solving += stays**3 / 3 + 2 * stays**2 * min(goes, out)
         moments += (3 * self.epochs + 1) * tokens * sum(self.fitted)
         return int(moments), int(solving)
 
     def sum_bytes(self, ratio: float) -> int:
         """Bytes of the sums of all projections that one rank accumulates."""
         total = 0.0
-        for out, channels, _ in self.projections:
+        for _, channels, _ in self.projections:
             stays = (1 - ratio) * channels
-            total += 8 * stays * (stays / 2 + (out if self.has_dense else channels - stays))
-        for rows, neurons, hidden in self.steps:
-            total += 8 * (1 - ratio) * neurons * ((1 - ratio) * neurons / 2 + hidden)
-            total += 8 * (1 + DIRECTIONS) * hidden * (hidden / 2 + (1 - ratio) * rows)
+            total += 8 * stays * (stays / 2 + channels - stays)
         return int(total)
 
 
@@ -153,7 +129,7 @@ class Job:
         """Bytes of the hidden states of that many windows; in a refit, of the dense ones and the kept inputs too."""
         width = self.hidden_size
         if self.refit is not None:
-            width += self.refit.has_dense * self.hidden_size + self.refit.cached
+            width += self.hidden_size if self.refit.fitted else self.refit.cached
         gradient = windows * self.tokens * self.hidden_size * 4 if self.backward else 0  # float32, next to the inputs
         return windows * self.tokens * width * self.dtype.itemsize + gradient
 
@@ -161,22 +137,26 @@ class Job:
         """Most bytes that refitting takes while a layer runs, and while none does."""
         if self.refit is None or self.refit.fitted:
             return 0, 0
-        tokens, item, on_cpu = batch_size * self.tokens, self.dtype.itemsize, self.device == "cpu"
-        of = [workspace_bytes(*sizes, item, self.refit.has_dense, on_cpu) for sizes in self.refit.projections]
-        of += [step_workspace_bytes(*sizes, tokens, item, on_cpu) for sizes in self.refit.steps]
+        item, on_cpu = self.dtype.itemsize, self.device == "cpu"
+        of = [workspace_bytes(*sizes, item, on_cpu) for sizes in self.refit.projections]
         return max(adding for adding, _ in of), max(solving for _, solving in of)
 
     def head_bytes(self, batch_size: int) -> int:
         """Most bytes that the head and what it computes take at once, while no layer is in memory."""
-        if self.head is None:
+        if self.head is None or (self.refit is not None and self.refit.fitted):
             return 0
         if not self.backward:
             return self.head.nbytes + _HEAD_WORKSPACE
-        vocabulary = self.head.shape[0]
-        logits = min(self.tokens, max(1, LOSS_LOGIT_BYTES // (4 * vocabulary))) * vocabulary
-        # Logits and their gradient in both dtypes, log-probabilities and theirs; a CPU copies the head for a product.
-        chunk = (16 + 2 * self.dtype.itemsize) * logits + (self.head.nbytes if self.device == "cpu" else 0)
+        # Logits and their gradient in both dtypes, log-probabilities and theirs.
+        chunk = self._chunk_bytes(self.tokens, 16 + 2 * self.dtype.itemsize)
         return self.head.nbytes + chunk + 2 * self.batch_bytes(batch_size) + 8 * self.batch_bytes(1)
+
+    def _chunk_bytes(self, tokens: int, each: int) -> int:
+        """Bytes of a chunk of logits of so many tokens at most, `each` per logit."""
+        assert self.head is not None
+        vocabulary = self.head.shape[0]
+        logits = min(tokens, max(1, LOSS_LOGIT_BYTES // (4 * vocabulary))) * vocabulary
+        return each * logits + (self.head.nbytes if self.device == "cpu" else 0)  # a CPU copies the head for a product
 
     def workspace(self, batch_size: int) -> tuple[int, int]:
         """Peak bytes alive while one batch runs through any layer: of all tensors, and of small ones only.
@@ -186,13 +166,19 @@ class Job:
         return self._workspace(batch_size, False)
 
     def fit(self, batch_size: int) -> tuple[int, int, int]:
-        """Most bytes that fitting a layer takes: those of parameters, of all other tensors, and of small ones only."""
+        """Most bytes that fitting a layer takes: those of parameters, of all other tensors, and of small ones only.
+
+        The head, which the last layer is fitted through, counts as parameters.
+        """
         if self.refit is None or not self.refit.fitted:
             return 0, 0, 0
         # In float32 the parameters, their gradients, Adam's two moments, and products with masks; as they run, with
         # gradients; the best so far, and what it is compared with. The rest is what a heap of a CPU kept beyond that.
         parameters = (30 + 4 * self.dtype.itemsize) * max(self.refit.fitted)
         windows = min(batch_size, max(1, self.refit.step_tokens // self.tokens))
+        if self.head is not None:  # logits of both models, probabilities, gradients; hidden states and theirs
+            chunk = self._chunk_bytes(windows * self.tokens, 20 + 4 * self.dtype.itemsize)
+            parameters += self.head.nbytes + chunk + 8 * self.batch_bytes(windows)
         return parameters, *self._workspace(windows, True)
 
     def _workspace(self, batch_size: int, fits: bool) -> tuple[int, int]:

@@ -1,0 +1,79 @@
+"""Gradients of what the logits decide, at the last layer's output; the logits are computed in chunks."""
+
+from collections.abc import Callable
+
+import torch
+
+from flap_stream.engine.placement.job import LOSS_LOGIT_BYTES
+from flap_stream.engine.streamed_model import StreamedModel
+
+_Slopes = Callable[[slice, torch.Tensor], torch.Tensor]
+
+
+class HeadGradient:
+    """The final norm and the head, loaded once, for hidden states `[token, hidden]` in the dtype of the forward.
+
+    Gradients are float32 `[token, hidden]`.
+    """
+
+    def __init__(self, model: StreamedModel) -> None:
+        self._skeleton, self._norm, self._weight = model.skeleton, model.final_norm(), model.head_weight()
+        self._chunk = max(1, LOSS_LOGIT_BYTES // (4 * model.vocab_size))
+
+    def of_likelihood(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The gradient of the summed negative log-likelihoods of all tokens but the first. tokens: int64 `[token]`."""
+
+        def slopes(rows: slice, logits: torch.Tensor) -> torch.Tensor:
+            following = tokens[1:][rows]
+            found = torch.softmax(logits, dim=-1)
+            found[torch.arange(len(following), device=found.device), following] -= 1
+            return found
+
+        return self._propagated(hidden, len(hidden) - 1, slopes)
+
+    def of_divergence(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The gradient of `divergence`."""
+
+        def slopes(rows: slice, logits: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(logits, dim=-1).sub_(torch.softmax(self._logits(target[rows]), dim=-1))
+
+        return self._propagated(hidden, len(hidden), slopes)
+
+    def divergence(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The summed Kullback-Leibler divergence of the next token's distribution from the target's, float64."""
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for part, wanted in zip(hidden.split(self._chunk), target.split(self._chunk), strict=True):
+            found, expected = (torch.log_softmax(self._logits(values), dim=-1) for values in (part, wanted))
+            total += (expected.exp() * expected.sub(found)).sum(dim=-1).sum(dtype=torch.float64)
+        return total
+
+    @torch.no_grad()
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._skeleton.logits(self._weight, self._norm(hidden)).float()
+
+    def _propagated(self, hidden: torch.Tensor, count: int, slopes: _Slopes) -> torch.Tensor:
+        """The gradient at the hidden states. slopes: that at the logits of some of the first `count` tokens."""
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            normed = self._norm(leaf)
+        gradient = torch.zeros_like(normed, dtype=torch.float32)
+        for start in range(0, count, self._chunk):
+            rows = slice(start, min(start + self._chunk, count))
+            part = normed[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                logits = self._skeleton.logits(self._weight, part)
+            gradient[rows] = _propagated(slopes(rows, logits.detach().float()), logits, part)
+        return _propagated(gradient, normed, leaf)
+
+
+def _propagated(gradient: torch.Tensor, output: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    """The gradient with respect to a leaf, from that with respect to an output; both float32.
+
+    gradient: is overwritten. In between it is scaled by a power of two, so that half precision neither overflows nor
+    vanishes.
+    """
+    ends = torch.stack(gradient.aminmax()).abs().amax()
+    shift = torch.frexp(ends).exponent
+    down, up = (torch.ldexp(torch.ones_like(ends), by) for by in (-shift, shift))  # ldexp of all would be slow
+    (found,) = torch.autograd.grad(output, leaf, gradient.mul_(down).to(output.dtype))
+    return found.float().mul_(up)
