@@ -82,8 +82,7 @@ TINY = Geometry(64, 176, 4, 500, 3, 8, 16)
 class Check:
     """The stages that have run, and what they found.
 
-    only: names of the stages to run; None runs all. restorations: those that refit. samples: windows for the bundled
-    model.
+    only: names of the stages to run; None runs all. restorations: those that refit. samples: of the bundled text.
     """
 
     out: Path

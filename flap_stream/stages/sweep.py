@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 _POINT = {"ratio": finite, "decoder_ratio": finite, "model_ratio": finite, "parameters": natural, "perplexity": float}
 _CURVE = {
     **{"options": dict, "restore": str, "text": {"sources": [str], "sha256": str, "shape": (natural, natural)}},
-    **{"dtype": str, "device": str, "loss_windows?": natural, "dense_perplexity": float, "points": [_POINT]},
+    **{"dtype": str, "device": str, "loss?": str, "dense_perplexity": float, "points": [_POINT]},
+    "loss_windows?": natural,  # of earlier versions
 }
 _SAME_RATIO = 1e-9  # above the float error of a difference of ratios, below their sixth digit
 
@@ -237,7 +238,7 @@ class _Curve:
             "device": model.device.type,
         }
         if is_by_loss(plan_options):
-            job["loss_windows"] = LossStore.of(run).windows
+            job["loss"] = LossStore.of(run).job
         self._name = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
         job["text"]["sources"] = [Path(source).name for source in options.evaluate]
         fresh: dict[str, Any] = {**job, "dense_perplexity": None, "points": []}

@@ -62,7 +62,7 @@ class TextWanted:
     def parts(self) -> "list[TextWanted] | None":
         """A text for each source, if they have shares of the windows. Raises InvalidText as `mixture.parts_of` does."""
         found = None if self.evaluation or self.samples is None else parts_of(self.sources, self.samples)
-        return found and [replace(self, sources=(name,), samples=count) for name, count in found]
+        return None if found is None else [replace(self, sources=(n,), samples=count) for n, count in found]
 
 
 @dataclass(frozen=True)
