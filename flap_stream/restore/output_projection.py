@@ -14,6 +14,7 @@ from flap_stream.arithmetic.least_squares import (
 )
 from flap_stream.arithmetic.surgery import removed_indices
 from flap_stream.engine.hidden_states import Feed, HiddenStates
+from flap_stream.engine.memory import give_back_heap
 from flap_stream.errors import NonFinite
 from flap_stream.restore.pruned_sublayer import PrunedSublayer
 from flap_stream.restore.stand_ins import Captures, Supplies
@@ -60,7 +61,8 @@ class OutputProjection:
         refit, sums = self.sublayer.refit, self._sums()
         self.capture(cache, sums)
         summed = refit.collected(sums)
-        return refit.model.ranks.from_first(lambda: self._solve(summed.finish()))
+        del sums
+        return refit.model.ranks.from_first(lambda: self._solve(summed))
 
     def capture(self, cache: HiddenStates | None, sums: MomentSums | None = None) -> None:
         """Run the layer for the inputs: the kept ones are written to the cache, and all are added to the sums."""
@@ -88,8 +90,17 @@ class OutputProjection:
         squares = torch.from_numpy(statistics.m2 + statistics.count * np.square(statistics.mean))
         return refit.sums(self.kept, squares[self.order.cpu()])
 
-    def _solve(self, moments: KeptMoments) -> dict[str, torch.Tensor]:
-        """Weight and bias, in the dtypes of the checkpoint; only the bias if no input is kept."""
+    def _solve(self, sums: MomentSums) -> dict[str, torch.Tensor]:
+        """Weight and bias, in the dtypes of the checkpoint; only the bias if no input is kept. sums: used up."""
+        moments = sums.finish()
+        give_back_heap()  # the sums, else they would stay there beside what follows
+        tensors = self._solution(moments)
+        del moments
+        give_back_heap()
+        return tensors
+
+    def _solution(self, moments: KeptMoments) -> dict[str, torch.Tensor]:
+        """The same, from the moments, which are used up."""
         refit, name, kept = self.sublayer.refit, self.name, self.kept
         if not torch.isfinite(moments.mean).all() or not torch.isfinite(moments.kept.diagonal()).all():
             raise NonFinite(

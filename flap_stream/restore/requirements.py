@@ -38,13 +38,14 @@ def refit_sizes(model: StreamedModel, restore: str, keeps: Sequence[LayerKeep] |
     if restore == "reconstruct":
         fitted = tuple(_fitted(model, i) for i in range(len(model.shapes)))
         return Refit(fitted=fitted, epochs=EPOCHS, step_tokens=STEP_TOKENS)
-    projections = list[tuple[int, int, int]]()
+    projections, arranged = list[tuple[int, int, int]](), 0
     for i, shape in enumerate(model.shapes):
         for part in model.family.parts(shape):
             output = part.kind.output
+            arranged = max(arranged, model.hidden_size * sum(p.size(part.units, shape) for p in part.kind.readers))
             kept = part.units if keeps is None else len(part.own(keeps[i].of(part.kind.name)))
             projections.append((model.hidden_size, output.size(part.units, shape), output.size(kept, shape)))
-    return Refit(tuple(projections))
+    return Refit(tuple(projections), arranged)
 
 
 def _fitted(model: StreamedModel, index: int) -> int:

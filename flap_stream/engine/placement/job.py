@@ -28,11 +28,13 @@ class Refit:
 
     projections: `(out, channels, kept)` of the output projections of all layers, by least squares. Without a plan any
     of them may keep almost all channels.
+    arranged: most parameters that read hidden states in one part of a layer, which are copied, kept rows first.
     fitted: parameters of each layer that are fitted with gradients, in `epochs` passes over the windows and steps of
     `step_tokens`. The hidden states of the dense model are carried along as the target.
     """
 
     projections: tuple[tuple[int, int, int], ...] = ()
+    arranged: int = 0
     fitted: tuple[int, ...] = ()
     epochs: int = 0
     step_tokens: int = 0
@@ -41,6 +43,11 @@ class Refit:
     def cached(self) -> int:
         """Most input channels that a projection keeps."""
         return max((kept for _, _, kept in self.projections), default=0)
+
+    def host_bytes(self, item_bytes: int) -> int:
+        """Bytes on the host, beside an accelerator: of an output projection, or of a fitted layer, best and last."""
+        largest = max((out * kept for out, _, kept in self.projections), default=0)
+        return item_bytes * (largest + 2 * max(self.fitted, default=0))
 
     def operations(self, ratio: float, tokens: int) -> tuple[int, int]:
         """Multiplications and additions to accumulate the moments, and to solve for the weights.

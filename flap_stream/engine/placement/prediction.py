@@ -52,6 +52,10 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
     adding, solving = job.refit_bytes(batch_size)
     workspace = max(activations + adding, solving)
     parameters, fitting, small_fitting = job.fit(batch_size)
+    refitted = 0
+    if job.refit is not None:
+        weights += job.refit.arranged * job.dtype.itemsize
+        refitted = job.refit.host_bytes(job.dtype.itemsize)
     slack = _HOST_SLACK[job.device != "cpu"]
     base = resident_bytes() if job.base_bytes is None else job.base_bytes
     host_always = base + slack + job.waiting_bytes(batch_size) + job.statistics_bytes
@@ -73,5 +77,5 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
     )
     device = on_device + max(weights + workspace, head) + _DEVICE_SLACK
     ring = ring_blocks(job.local_ranks) * RING_BLOCK_BYTES
-    host = host_always + hidden + ring + max(batch, 0 if job.head is None else job.head.nbytes)
+    host = host_always + hidden + ring + refitted + max(batch, 0 if job.head is None else job.head.nbytes)
     return Placement(batch_size, hidden_place, prefetch, host, device, base)
