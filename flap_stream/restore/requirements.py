@@ -71,5 +71,6 @@ def refit_stored_bytes(model: StreamedModel, restore: str) -> int:
 def refit_record(restore: str) -> dict[str, Any]:
     """What determines a refit besides the plan and how layers are run, as journal and pruning.json hold it."""
     if restore == "reconstruct":
-        return {"epochs": EPOCHS, "step_tokens": STEP_TOKENS, "learning_rate": LEARNING_RATE, "held_out": HELD_OUT}
+        fit = {"epochs": EPOCHS, "step_tokens": STEP_TOKENS, "learning_rate": LEARNING_RATE, "held_out": HELD_OUT}
+        return {**fit, "last_layer": "logits"}
     return {"target": "own", "damping": DAMPING}
