@@ -179,7 +179,7 @@ def solve_for_dense_output(weight: torch.Tensor, moments: KeptMoments, damping: 
     """
     kept = moments.kept.shape[0]
     dense, removed = weight[:, :kept].float(), weight[:, kept:].float()
-    factor, _ = cholesky_factor(moments.kept, damping)
+    factor = _cholesky_factor(moments.kept, damping)
     if removed.shape[1] <= len(weight):
         predicts = torch.cholesky_solve(moments.cross, factor, upper=True)  # [kept, removed]
         return torch.addmm(dense, removed, predicts.T)
@@ -187,8 +187,8 @@ def solve_for_dense_output(weight: torch.Tensor, moments: KeptMoments, damping: 
     return dense + torch.cholesky_solve(shift, factor, upper=True).T
 
 
-def cholesky_factor(kept: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
-    """Upper Cholesky factor of a matrix whose upper triangle is given, and how much was added to its diagonal.
+def _cholesky_factor(kept: torch.Tensor, damping: float) -> torch.Tensor:
+    """Upper Cholesky factor of a matrix whose upper triangle is given, once its diagonal is damped.
 
     A damping that does not suffice is raised, with a warning.
     """
@@ -199,7 +199,7 @@ def cholesky_factor(kept: torch.Tensor, damping: float) -> tuple[torch.Tensor, f
         diagonal.copy_(before + damping * scale)
         factor, info = torch.linalg.cholesky_ex(kept, upper=True)
         if int(info) == 0:
-            return factor, damping * scale
+            return factor
         logger.warning("second moments are not positive definite with damping %.0e; raising it", damping)
         damping *= _HARDER
 
@@ -222,15 +222,13 @@ def workspace_bytes(out: int, channels: int, kept: int, item_bytes: int, on_cpu:
 
     Returns two figures: while moments are summed, and while the fit is solved. Both are largest if all are kept.
     """
-    other = channels - kept
-    width = kept + other
     blocks = range(0, kept, BLOCK_CHANNELS)
-    sums = 8 * sum(min(BLOCK_CHANNELS, kept - at) * (width - at) for at in blocks)
-    adding = sums + PRODUCT_TOKENS * width * (4 if on_cpu else item_bytes)
-    adding += (4 * BLOCK_CHANNELS + 24 * _ROUNDED_ROWS[not on_cpu]) * width
-    matrices = 4 * kept * width
+    sums = 8 * sum(min(BLOCK_CHANNELS, kept - at) * (channels - at) for at in blocks)
+    adding = sums + PRODUCT_TOKENS * channels * (4 if on_cpu else item_bytes)
+    adding += (4 * BLOCK_CHANNELS + 24 * _ROUNDED_ROWS[not on_cpu]) * channels
+    matrices = 4 * kept * channels
     weights = out * channels * (item_bytes + 4)
     # LAPACK factors into a separate copy, and cuSOLVER takes up to as much again.
     copies = 2 if on_cpu else 3
-    solving = weights + matrices + copies * 4 * kept * kept + 4 * kept * (2 * min(other, out) + out)
+    solving = weights + matrices + copies * 4 * kept * kept + 4 * kept * (2 * min(channels - kept, out) + out)
     return adding, max(sums + matrices, solving)

@@ -85,12 +85,6 @@ class Ranks:
             dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]  # type: ignore[return-value]
 
-    def tensor_from_first(self, action: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
-        """The same for a tensor on each rank's device; only between ranks it goes through host memory."""
-        if self.world == 1:
-            return action()
-        return self.from_first(lambda: action().cpu()).to(device)
-
     def gathered(self, value: _Value) -> list[_Value]:
         """The value of every rank, in order of ranks."""
         if self.world == 1:

@@ -66,8 +66,8 @@ class OutputProjection:
 
     def capture(self, cache: HiddenStates | None, sums: MomentSums | None = None) -> None:
         """Run the layer for the inputs: the kept ones are written to the cache, and all are added to the sums."""
-        refit, captures = self.sublayer.refit, Captures(self.sublayer.refit.model.hidden_size)
-        for start, _ in self.sublayer.forward(refit.hidden, {self.name: captures}, keep_output=False):
+        captures = Captures(self.sublayer.refit.model.hidden_size)
+        for start, _ in self.sublayer.forward({self.name: captures}, keep_output=False):
             inputs = captures.inputs
             if cache is not None:
                 cache.put(start, inputs[..., : self.kept])
@@ -81,7 +81,7 @@ class OutputProjection:
         tensors = {key.rpartition(".")[2]: tensor.to(model.device, model.dtype) for key, tensor in refitted.items()}
         inputs = Feed(cache, refit.sizes.first)
         supplies = Supplies(part.kind.name, tensors.get("weight"), tensors["bias"], inputs.take)
-        self.sublayer.run_all(refit.hidden, {part.kind.module: supplies, **refit.without_norm(part)})
+        self.sublayer.run_all({part.kind.module: supplies, **refit.without_norm(part)})
 
     def _sums(self) -> MomentSums:
         """Empty sums for inputs in this order; the statistics say how large they are when dense."""

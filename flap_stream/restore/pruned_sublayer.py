@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from flap_stream.arithmetic.surgery import removed_indices
-from flap_stream.engine.hidden_states import HiddenStates
 from flap_stream.engine.layer_pass import Batch
 from flap_stream.model.dtypes import stored_dtype
 from flap_stream.model.units import Part
@@ -65,19 +64,12 @@ class PrunedSublayer:
             tensors.setdefault(f"{name}.bias", torch.zeros_like(tensors[f"{name}.weight"][:, 0]))
         return tensors
 
-    def forward(
-        self,
-        hidden: HiddenStates,
-        stand_ins: Mapping[str, nn.Module],
-        *,
-        keep_output: bool = True,
-    ) -> Iterator[Batch]:
-        """Run the layer, the other sublayer silent, batch by batch."""
-        weights = {**self.weights, **self.arranged}
-        modules = {**self.silent, **stand_ins}
-        return self.refit.batches.run(self.index, weights, hidden, keep_output=keep_output, stand_ins=modules)
+    def forward(self, stand_ins: Mapping[str, nn.Module], *, keep_output: bool = True) -> Iterator[Batch]:
+        """Run the layer on the pruned model's hidden states, the other sublayer silent, batch by batch."""
+        weights, modules = {**self.weights, **self.arranged}, {**self.silent, **stand_ins}
+        return self.refit.batches.run(self.index, weights, keep_output=keep_output, stand_ins=modules)
 
-    def run_all(self, hidden: HiddenStates, stand_ins: Mapping[str, nn.Module] | None = None) -> None:
+    def run_all(self, stand_ins: Mapping[str, nn.Module]) -> None:
         """`forward`, only for the hidden states."""
-        for _start, output in self.forward(hidden, stand_ins or {}):
+        for _start, output in self.forward(stand_ins):
             del output

@@ -38,10 +38,10 @@ class RefitPass:
         path = self.model.family.norm_before(part.kind)
         return {} if path is None else {path: nn.Identity()}
 
-    def targets(self, windows: range | None = None, batch_size: int | None = None) -> Feed:
-        """The dense hidden states, read alongside the pruned ones. batch_size: None is the largest of this pass."""
+    def targets(self, windows: range, batch_size: int) -> Feed:
+        """The dense hidden states of some windows, read alongside the pruned ones."""
         assert self.dense is not None
-        return Feed(self.dense, batch_size or self.sizes.first, windows)
+        return Feed(self.dense, batch_size, windows)
 
     def sums(self, kept: int, squares: torch.Tensor) -> MomentSums:
         """Empty sums for all windows. squares: float64 `[channel]`, the expected sum of squares of each."""

@@ -47,7 +47,7 @@ def _refit_output(
     """Refit the output projection, and hand the pruned model's hidden states on."""
     refit, output = sublayer.refit, OutputProjection.of(sublayer)
     if output is None or output.is_whole:
-        sublayer.run_all(refit.hidden)
+        sublayer.run_all({})
         return sublayer.unchanged_output()
     if stored is None and not is_read:
         return output.fit()
