@@ -1,59 +1,112 @@
 """The dense model with masks and biases instead of cuts: what a pruned checkpoint must compute."""
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from models import load
 from torch import nn
 
+from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
+from flap_stream.config import EngineConfig
+from flap_stream.engine.streamed_model import StreamedModel
+from flap_stream.model.architecture import Family
+from flap_stream.model.opening import open_checkpoint
+from flap_stream.modeling.modeling_flap_stream import separate_experts
 
-def masked_model(
-    model: Any,
-    kept_groups: Sequence[Sequence[int]],
-    kept_neurons: Sequence[Sequence[int]],
-    biases: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
-) -> Any:
-    """A copy whose removed channels contribute nothing and whose output projections have the given biases.
+Inputs = dict[str, torch.Tensor]  # of a layer's output projections, by their names, float64 [token, channel]
 
-    biases: a layer's bias of o_proj and of down_proj, the dense model's own included; None leaves it.
+
+def masked_model(path: Path, record: dict[str, Any], tokens: torch.Tensor | None = None) -> Any:
+    """The model at `path` in float32, in which what a record says is gone contributes nothing.
+
+    tokens: whose mean inputs of output projections the biases hold; None adds no biases.
     """
-    masked = copy.deepcopy(model)
-    head_dim = masked.model.layers[0].self_attn.head_dim
-    repeats = masked.config.num_attention_heads // masked.config.num_key_value_heads
+    model = load(path)
+    separate(model, model.base_model)
+    with open_checkpoint(path) as checkpoint:
+        opened = StreamedModel(checkpoint, EngineConfig(device="cpu"))
+    layers = model.get_submodule(opened.family.layers)
+    inputs = None if tokens is None else projection_inputs(model, opened.family, opened.shapes, tokens)
+    mask(layers, opened.family, opened.shapes, record, inputs)
+    return model
+
+
+def separate(model: Any, decoder: Any) -> None:
+    """Make fused experts, if there are any, modules of their own; logits stay. decoder: what has the layers."""
+    layers = decoder.layers
+    fused: list[Any] = [getattr(getattr(layer, "mlp", None), "experts", None) for layer in layers]
+    if not any(hasattr(experts, "gate_up_proj") for experts in fused):
+        return
+    ids = torch.arange(3, 15)[None]
     with torch.no_grad():
-        for layer, groups, neurons, (o_bias, down_bias) in zip(
-            masked.model.layers, kept_groups, kept_neurons, biases, strict=True
-        ):
-            channels = torch.zeros(masked.config.num_key_value_heads)
-            channels[list(groups)] = 1
-            layer.self_attn.o_proj.weight.mul_(channels.repeat_interleave(repeats * head_dim))
-            units = torch.zeros(masked.config.intermediate_size)
-            units[list(neurons)] = 1
-            layer.mlp.down_proj.weight.mul_(units)
-            if o_bias is not None:
-                layer.self_attn.o_proj.bias = nn.Parameter(o_bias)
-            if down_bias is not None:
-                layer.mlp.down_proj.bias = nn.Parameter(down_bias)
-    return masked
+        before = model(ids, use_cache=False).logits
+        separate_experts(decoder)
+        for layer, dense in zip(layers, fused, strict=True):
+            for number, expert in enumerate([] if dense is None else layer.mlp.experts.each):
+                expert.down.weight.copy_(dense.down_proj[number])
+                for linear, weight in zip((expert.gate, expert.up), dense.gate_up_proj[number].chunk(2), strict=True):
+                    linear.weight.copy_(weight)
+        assert (model(ids, use_cache=False).logits - before).abs().max() <= 1e-5
 
 
-def layer_inputs(model: Any, tokens: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    """Inputs of o_proj (`attention`) and down_proj (`mlp`) of every layer, float64 [token, channel]."""
-    inputs: list[dict[str, torch.Tensor]] = [{} for _ in model.model.layers]
+def mask(
+    layers: Sequence[Any],
+    family: Family,
+    shapes: Sequence[LayerShape],
+    record: dict[str, Any],
+    inputs: Sequence[Inputs] | None = None,
+) -> None:
+    """Set removed columns of output projections to zero; with their inputs, add biases that make up for the mean."""
+    for i, (layer, shape, kept) in enumerate(zip(layers, shapes, record["layers"], strict=True)):
+        for part in family.parts(shape):
+            module = _output(layer, part.kind.output.name)
+            if module is None:
+                continue
+            kept_units = kept["kept_kv_groups" if part.kind.name is Sublayer.ATTENTION else "kept_neurons"]
+            removed = torch.ones(part.units, part.kind.output.size(1, shape), dtype=torch.bool)
+            removed[[unit - part.first for unit in kept_units if 0 <= unit - part.first < part.units]] = False
+            with torch.no_grad():
+                if inputs is not None and len(seen := inputs[i][part.kind.output.name]):
+                    shift = (module.weight.double() @ (seen.mean(dim=0) * removed.flatten())).float()
+                    module.bias = nn.Parameter(shift + (0 if module.bias is None else module.bias))
+                module.weight[:, removed.flatten()] = 0
 
-    def keep(i: int, kind: str) -> Any:
-        def hook(_module: Any, arguments: Any) -> Any:
-            inputs[i][kind] = arguments[0].detach().double().flatten(0, 1)
 
-        return hook
-
-    handles = []
-    for i, layer in enumerate(model.model.layers):
-        handles.append(layer.self_attn.o_proj.register_forward_pre_hook(keep(i, "attention")))
-        handles.append(layer.mlp.down_proj.register_forward_pre_hook(keep(i, "mlp")))
-    with torch.no_grad():
+def projection_inputs(model: Any, family: Family, shapes: Sequence[LayerShape], tokens: torch.Tensor) -> list[Inputs]:
+    """What every output projection reads."""
+    found: list[dict[str, list[torch.Tensor]]] = [{} for _ in shapes]
+    with _seen(model.get_submodule(family.layers), family, shapes, found), torch.no_grad():
         model(input_ids=tokens, use_cache=False)
+    return [{name: torch.cat(seen) if seen else torch.zeros(0) for name, seen in layer.items()} for layer in found]
+
+
+@contextmanager
+def _seen(
+    layers: Sequence[Any], family: Family, shapes: Sequence[LayerShape], found: list[dict[str, list[torch.Tensor]]]
+) -> Iterator[None]:
+    handles = []
+    for layer, shape, own in zip(layers, shapes, found, strict=True):
+        for part in family.parts(shape):
+            inputs = own[part.kind.output.name] = []
+            module = _output(layer, part.kind.output.name)
+            if module is not None:
+                handles.append(
+                    module.register_forward_pre_hook(
+                        lambda _module, x, inputs=inputs: inputs.append(x[0].detach().double().flatten(0, -2))
+                    )
+                )
+    yield
     for handle in handles:
         handle.remove()
-    return inputs
+
+
+def _output(layer: Any, name: str) -> Any:
+    """An output projection; None if a layer has none, or only its bias is left."""
+    try:
+        module = layer.get_submodule(name)
+    except AttributeError:
+        return None
+    return module if hasattr(module, "weight") else None

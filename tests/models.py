@@ -13,23 +13,101 @@ import flap_stream
 from flap_stream.model.architecture import FAMILIES
 
 _MIXED = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 16}
+_LINEAR = {
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4
+}  # fmt: skip
+_LATENT = {
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 40}
+_NUMBERED = {"num_experts": 4, **_EXPERTS}
+_ROUTED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, **_EXPERTS}
+_FIRST_DENSE = {"first_k_dense_replace": 1, **_ROUTED}
+_INDEXED = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 16}
+_STATE_SPACE = {
+    "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8
+}  # fmt: skip
 FAMILY_EXTRAS: dict[str, dict[str, Any]] = {
+    "afmoe": {
+        "head_dim": 16,
+        "sliding_window": 7,
+        "num_dense_layers": 1,
+        "num_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        **_NUMBERED,
+    },
+    "apertus": {},
+    "arcee": {},
+    "cohere": {},
+    "cohere2": _MIXED,
+    "cohere2_moe": {"head_dim": 16, **_NUMBERED},
+    "cwm": {"head_dim": 16},
+    "deepseek_v2": {**_LATENT, **_FIRST_DENSE, "q_lora_rank": None, "topk_method": "greedy"},
+    "deepseek_v3": {**_LATENT, **_FIRST_DENSE},
+    "deepseek_v32": {**_LATENT, **_FIRST_DENSE, **_INDEXED},
+    "diffllama": {},
+    "dots1": {"head_dim": 16, "n_shared_experts": 1, **_FIRST_DENSE},
+    "ernie4_5": {"head_dim": 16},
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 40,
+        "moe_layer_start_index": 1,
+        "moe_num_shared_experts": 1,
+    },
     "exaone4": {"head_dim": 16, **_MIXED},
+    "exaone_moe": {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "sliding_window": 7, **_NUMBERED},
+    "flex_olmo": _NUMBERED,
+    "flint": {"head_dim": 16, **_NUMBERED},
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, **_MIXED},
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, **_MIXED},
     "glm": {"head_dim": 16},
     "glm4": {"head_dim": 16},
+    "glm4_moe": {"head_dim": 16, **_FIRST_DENSE},
+    "glm4_moe_lite": {**_LATENT, **_ROUTED, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "gpt_neox": {"num_key_value_heads": 4},
     "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7},
+    "granite_swa": {},
+    "granitemoehybrid": {
+        "num_local_experts": 0,
+        "shared_intermediate_size": 96,
+        "layer_types": ["mamba", "attention", "mamba"],
+        **_STATE_SPACE,
+    },
+    "helium": {"head_dim": 16},
     "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2, "moe_intermediate_size": 40},
+    "hyperclovax": {},
+    "jais2": {},
+    "laguna": {"head_dim": 16, "shared_expert_intermediate_size": 40, **_NUMBERED},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
     "llama": {},
+    "mellum": {"head_dim": 16, **_NUMBERED},
+    "mimo_v2_flash": {"head_dim": 16, "v_head_dim": 16, **_ROUTED},
+    "minicpm3": _LATENT,
+    "minimax": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 8},
+    "minimax_m2": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
     "ministral": {"head_dim": 16, **_MIXED},
+    "ministral3": {"head_dim": 16},
     "mistral": {"sliding_window": None},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "nanochat": {},
+    "nemotron": {},
     "olmo": {"clip_qkv": 2.0},
+    "olmo2": {},
+    "olmo3": _MIXED,
+    "olmoe": _NUMBERED,
+    "persimmon": {"num_key_value_heads": 4},
     "phi3": {},
     "qwen2": {},
+    "qwen2_moe": {"shared_expert_intermediate_size": 48, "mlp_only_layers": [1], **_NUMBERED},
     "qwen3": {"head_dim": 16},
+    "qwen3_5_moe_text": {**_HYBRID, **_LINEAR, **_NUMBERED, "shared_expert_intermediate_size": 40},
+    "qwen3_5_text": {**_HYBRID, **_LINEAR},
     "qwen3_moe": {
         "head_dim": 16,
         "num_experts": 6,
@@ -38,10 +116,24 @@ FAMILY_EXTRAS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [1],
         "norm_topk_prob": True,
     },
+    "qwen3_next": {**_HYBRID, **_LINEAR, **_NUMBERED, "shared_expert_intermediate_size": 40},
     "seed_oss": {"head_dim": 16, "attention_dropout": 0.0, "residual_dropout": 0.0},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "solar_open": {"head_dim": 16, **_ROUTED},
+    "stablelm": {},
+    "starcoder2": {},
+    "vaultgemma": {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "youtu": _LATENT,
 }
 DENSE = [family for family in FAMILY_EXTRAS if FAMILIES[family].experts is None]
+# One family for each form of attention and MLP, for what depends on nothing else.
+FORMS = list(
+    {
+        (row.attention, row.mlp, row.norms_outputs, row.is_parallel): family
+        for family, row in reversed(FAMILIES.items())
+        if family in DENSE
+    }.values()
+)
 VOCABULARY = 97
 DEMO = Path(flap_stream.__file__).parent / "demo"  # a small model, trained on real text, and that text
 

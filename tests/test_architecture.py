@@ -55,9 +55,3 @@ def test_units_of_a_column_projection_are_its_inputs() -> None:
 def test_other_families_are_refused_with_the_list() -> None:
     with pytest.raises(UnsupportedModel, match=f"'gpt2'.*{', '.join(FAMILIES)}"):
         family_of({"model_type": "gpt2"}, "somewhere")
-
-
-@pytest.mark.parametrize("model_type", ["olmo2", "olmo3"])
-def test_norms_over_all_heads_are_refused_with_the_reason(model_type: str) -> None:
-    with pytest.raises(UnsupportedModel, match=f"{model_type}.*span all heads"):
-        family_of({"model_type": model_type}, "somewhere")

@@ -9,9 +9,8 @@ from test_bad_input import test_hidden_states_that_overflow_stop_with_their_laye
 from test_bad_input import test_weights_that_are_not_finite_stop_with_their_name as not_finite
 from test_campaign import test_a_kill_at_any_file_operation_changes_nothing as killed
 from test_campaign import test_a_power_cut_at_any_fsync_changes_nothing as power_cut
-from test_experts import FAMILIES as WITH_EXPERTS
 from test_export_gguf import WRITTEN
-from test_export_stock import WITH_BIASES
+from test_export_stock import ALL_HEADS, WITH_BIASES
 from test_families import CASES
 from test_faults import CORRUPTIONS, FAULTS
 from test_faults import test_a_clock_set_back_and_short_reads_and_writes_change_nothing as clock_and_short_io
@@ -25,11 +24,13 @@ from test_placement import test_a_device_too_small_for_a_single_window_is_refuse
 from test_placement import test_out_of_device_memory_halves_the_batch_and_a_resumed_run_repeats_it as out_of_memory
 from test_store import test_a_second_writer_is_refused_until_the_first_is_dead as second_writer
 
+from flap_stream.arithmetic.layer_shape import Sublayer
 from flap_stream.export.gguf_architecture import CONVERTIBLE_FROM_STOCK, WITH_QK_NORMS
 from flap_stream.model.architecture import FAMILIES
 
 ROOT = Path(__file__).parent.parent
-README, STORAGE = ROOT / "README.md", ROOT / "flap_stream" / "storage" / "README.md"
+README = ROOT / "README.md"
+MODELS, STORAGE = (ROOT / "flap_stream" / room / "README.md" for room in ("model", "storage"))
 
 
 def gguf_cell(family: str) -> str:
@@ -75,13 +76,32 @@ def corruptions_table() -> str:
     return "\n".join(rows)
 
 
+def stock_cell(family: str) -> str:
+    if family not in DENSE:
+        return "no"
+    cell = "yes" if family in WITH_BIASES else "no biases"
+    return f"{cell}, padded" if family in ALL_HEADS else cell
+
+
 def table() -> str:
-    rows = ["| family | prunes | loads | generates | GGUF | stock |", "|---|---|---|---|---|---|"]
-    shown = {family for family, *_ in CASES.values()} | set(WITH_EXPERTS)  # pruned, loaded and run by those tests
-    for family in sorted(FAMILIES):
-        pruned = "yes" if family in shown else "no"
-        stock = "yes" if family in WITH_BIASES else "no biases" if family in DENSE else "no"
-        rows.append(f"| {family} | {pruned} | {pruned} | {pruned} | {gguf_cell(family)} | {stock} |")
+    rows = ["| family | units | GGUF | stock |", "|---|---|---|---|"]
+    for family, row in sorted(FAMILIES.items()):
+        units = [*(["KV groups"] if row.prunes(Sublayer.ATTENTION) else []), "neurons"]
+        each = " of each expert" if row.experts is not None else ""
+        rows.append(f"| {family} | {', '.join(units)}{each} | {gguf_cell(family)} | {stock_cell(family)} |")
+    return "\n".join(rows)
+
+
+def short_table() -> str:
+    rows = ["| units | families (`model_type` of config.json) |", "|---|---|"]
+    for prunes, attention in ((True, "KV groups, "), (False, "")):
+        for has_experts, of_what in ((False, ""), (True, " of each expert")):
+            names = [
+                family
+                for family, row in sorted(FAMILIES.items())
+                if row.prunes(Sublayer.ATTENTION) is prunes and (row.experts is not None) is has_experts
+            ]
+            rows.append(f"| {attention}neurons{of_what} | {', '.join(names)} |")
     return "\n".join(rows)
 
 
@@ -90,5 +110,6 @@ def test_the_pages_show_what_was_seen_of_faults(made: Callable[[], str]) -> None
     assert made() in STORAGE.read_text()
 
 
-def test_the_readme_shows_the_table_of_families() -> None:
-    assert table() in README.read_text()
+def test_the_readme_and_the_page_of_models_show_the_families() -> None:
+    assert set(FAMILIES) <= set(CASES)  # each was pruned, loaded and run
+    assert short_table() in README.read_text() and table() in MODELS.read_text()

@@ -63,5 +63,9 @@ class LayerShape:
         return self.group_cost if sublayer == Sublayer.ATTENTION else self.neuron_cost
 
     def block_size(self, block: str) -> int:
-        """Rows or columns of one unit in a block of a projection: `query`, `key_value` or `neuron`."""
-        return {"query": self.heads_per_group * self.head_dim, "key_value": self.head_dim, "neuron": 1}[block]
+        """Rows or columns of one unit in a block of a projection.
+
+        block: `query`, `key_value` or `neuron`; `query_head` and `key_value_head` where a row is a whole head.
+        """
+        query, heads = self.heads_per_group * self.head_dim, {"query_head": self.heads_per_group, "key_value_head": 1}
+        return {"query": query, "key_value": self.head_dim, "neuron": 1, **heads}[block]

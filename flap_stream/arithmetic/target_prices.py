@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
 from flap_stream.arithmetic.targets import LayerPrices, Target
 from flap_stream.config import RewriteConfig, TargetConfig
+from flap_stream.errors import InvalidOption
 
 _SHARD_BYTES = 48  # at most: of the header of one more shard, without its tensors
 
@@ -34,6 +35,7 @@ def target_of(
     """The target of some options for a model; None if they have none.
 
     restore: the restoration whose biases are counted. max_shard_bytes: of the files whose headers are counted.
+    Raises InvalidOption for a memory target if no layer has KV groups.
     """
     name = options.target
     if name is None:
@@ -50,6 +52,11 @@ def target_of(
         ]
         dense, added = sizes.parameters, sum(shape.added_biases for shape in shapes)
     else:
+        if name == "target_memory" and not any(shape.kv_groups for shape in shapes):
+            raise InvalidOption(
+                "--target-memory counts the KV cache by the KV groups that stay, but of this model attention is left "
+                "whole; use --target-size"
+            )
         tokens = 0 if name == "target_size" else (options.context or 0) * (options.batch or 1)
         layers = list(zip(shapes, sizes.unit_bytes, strict=True))
         prices = [_byte_prices(shape, own, tokens) for shape, own in layers]

@@ -105,6 +105,7 @@ def _inspect_output(place: Path, as_json: bool, verifies: bool) -> None:
     for i, layer in enumerate(record["layers"]):
         groups, neurons = len(layer["kept_kv_groups"]), len(layer["kept_neurons"])
         print(f"{i:5d}   {groups:4d} of {layer['kv_groups']:<6d}  {neurons:6d} of {layer['neurons']}")
+    shared.print_left_whole(record)
     if verifies:
         print("verified: every file is unchanged since it was written")
 

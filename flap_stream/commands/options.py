@@ -344,6 +344,12 @@ def print_target(record: dict[str, Any]) -> None:
         print(f"target       {target_sentence(record['target'])}")
 
 
+def print_left_whole(record: dict[str, Any]) -> None:
+    """Print what loses nothing, if a pruning.json names anything."""
+    if record.get("left_whole"):
+        print(f"left whole   {', '.join(record['left_whole'])}")
+
+
 def totals(result: Any) -> dict[str, Any]:
     """Totals of a PruneResult, as printed by `--json`."""
     record, measured = result.record, result.measured

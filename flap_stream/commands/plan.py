@@ -25,6 +25,8 @@ def run(options: argparse.Namespace) -> None:
 
     result = plan(options.run_directory, config)
     sizes = {**result.sizes.record(), **({} if result.target is None else {"target": result.target})}
+    if not any(result.kv_groups):
+        sizes["left_whole"] = ["attention"]
     if options.json:
         shared.print_json(
             {
@@ -43,6 +45,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"{i:5d}   {len(keep.kv_groups):4d} of {groups:<6d}  {len(keep.neurons):6d} of {neurons}")
     shared.print_sizes(sizes)
     shared.print_target(sizes)
+    shared.print_left_whole(sizes)
     if result.predicted is not None:
         print(f"loss         predicted to rise by {result.predicted}")
     print(f"widths       {width_note(result.sizes.width_multiple)}")

@@ -18,6 +18,8 @@ def llama_cpp_architecture(model: StreamedModel) -> str:
     Raises UnsupportedModel, naming the reason and what to do instead, if llama.cpp cannot represent the model.
     """
     where, model_type, shapes = model.checkpoint.source, model.checkpoint.config["model_type"], model.shapes
+    if model_type not in (*WRITTEN_AS_LLAMA, *WITH_QK_NORMS):
+        raise _unwritten_family(where, model_type)
     empty = next((i for i, shape in enumerate(shapes) if not shape.kv_groups or not shape.neurons), None)
     if empty is not None:
         kind, option = ("MLP", "--min-neurons 1") if shapes[empty].kv_groups else ("attention", "--min-heads 1")
@@ -28,8 +30,6 @@ def llama_cpp_architecture(model: StreamedModel) -> str:
     if model_type in WRITTEN_AS_LLAMA:
         _require_plain_layers(model)
         return "llama" if has_one_size else "deci"
-    if model_type not in WITH_QK_NORMS:
-        raise _unwritten_family(where, model_type)
     biases = [f"{k.output.name}.bias" for k in model.family.kinds if f"{k.output.name}.bias" in model.layer_entries[0]]
     if biases or not has_one_size:
         found = f"has {biases[0]}" if biases else "has layers of different sizes"
@@ -49,7 +49,7 @@ def _unwritten_family(where: str, model_type: str) -> UnsupportedModel:
             "convert_hf_to_gguf.py takes"
         )
     else:
-        instead = "llama.cpp has no form of this one with another number of heads"
+        instead = "what llama.cpp's own converter makes of others was not tried"
     return UnsupportedModel(f"{where} has model_type {model_type!r}; export-gguf writes {written}; {instead}")
 
 

@@ -15,13 +15,14 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
 from flap_stream.config import EngineConfig, ExportStockConfig
 from flap_stream.config.rules import options_of
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidInput, InvalidModel, OutputConflict, UnsupportedModel
 from flap_stream.model.architecture import FAMILIES, Family
 from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.model_code import decoded
 from flap_stream.model.model_files import INDEX_NAME
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.model.safetensors_format import TensorEntry
@@ -48,7 +49,13 @@ _SHARED_KEYS = (
     "initializer_range", "max_position_embeddings", "num_hidden_layers", "pad_token_id", "rms_norm_eps",
     "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "use_cache", "vocab_size",
 )  # fmt: skip
-_PRUNED_KEYS = ("per_layer_config", "auto_map", "allow_global_per_layer_attribute_access", "pruned_output_bias")
+_PRUNED_KEYS = (
+    "per_layer_config",
+    "auto_map",
+    "allow_global_per_layer_attribute_access",
+    "pruned_output_bias",
+    "attention_is_whole",
+)
 _MARK = ".flap-stream-export"  # in a directory whose export has not finished
 
 
@@ -96,7 +103,7 @@ def export_stock(
         shapes, source = model.shapes, _without_ignored(source, model.skeleton)
         if any(shape.experts for shape in shapes):
             raise UnsupportedModel(f"{out} has experts, which transformers' own classes store in another form")
-        widest = _common_shape(shapes, options.pad, str(out))
+        widest = _common_shape(shapes, options.pad, str(out), model.family.prunes(Sublayer.ATTENTION))
         skeleton, widest = _choose_class(source, widest, options.pad)
         plan = group_shards(_padded(source, skeleton, shapes, widest), options.max_shard_bytes)
         card = model_card(record["base"]["name"], source.directory, record, stock_class=skeleton.family.causal_class)
@@ -128,8 +135,11 @@ def _without_ignored(source: Checkpoint, skeleton: Skeleton) -> Checkpoint:
     return replace(source, tensors={name: entry for name, entry in source.tensors.items() if name in held})
 
 
-def _common_shape(shapes: Sequence[LayerShape], pad: bool, where: str) -> LayerShape:
-    """The shape that all layers have, or will have when padded. Raises UnsupportedModel if there is none."""
+def _common_shape(shapes: Sequence[LayerShape], pad: bool, where: str, has_groups: bool) -> LayerShape:
+    """The shape that all layers have, or will have when padded. Raises UnsupportedModel if there is none.
+
+    has_groups: whether KV groups are counted; attention is left whole otherwise.
+    """
     groups, neurons = max(shape.kv_groups for shape in shapes), max(shape.neurons for shape in shapes)
     widest = replace(shapes[0], kv_groups=groups, neurons=neurons)
     sizes = [(shape.kv_groups, shape.neurons) for shape in shapes]
@@ -140,7 +150,7 @@ def _common_shape(shapes: Sequence[LayerShape], pad: bool, where: str) -> LayerS
             f"and {neurons}, but no class of transformers has layers of different sizes; add --pad to pad with "
             "zeros, or prune with --structure ul-um, which gives all layers one size"
         )
-    if not groups or not neurons:
+    if (has_groups and not groups) or not neurons:
         raise UnsupportedModel(f"no layer of {where} has any {'neurons' if groups else 'attention heads'} left")
     return widest
 
@@ -160,6 +170,9 @@ def _choose_class(source: Checkpoint, widest: LayerShape, pad: bool) -> tuple[Sk
                 skeleton = Skeleton(config, source.source)
             except InvalidModel:
                 continue  # its class does not accept these sizes
+            own = skeleton.layer_shape(0)
+            if (own.kv_groups, own.neurons) != (shape.kv_groups, shape.neurons):
+                continue  # some of its sizes follow from others
             held = skeleton.tensors()
             misfits = [name for name in source.tensors if name not in held]
             absent = [name for name in held if name not in source.tensors]
@@ -172,6 +185,8 @@ def _choose_class(source: Checkpoint, widest: LayerShape, pad: bool) -> tuple[Sk
             f"no class of transformers for {family} has tensor {misfits[0]} of {source.source}; prune with --restore "
             "none, which adds no biases"
         )
+    if not FAMILIES[family].prunes(Sublayer.ATTENTION):
+        raise UnsupportedModel(f"no class of transformers for {family} accepts {widest.neurons} neurons in every layer")
     raise UnsupportedModel(
         f"no class of transformers for {family} accepts {widest.kv_groups * widest.heads_per_group} heads with hidden "
         f"size {source.config['hidden_size']}; add --pad, which adds heads until the class accepts their number"
@@ -192,16 +207,14 @@ def _emptied_modules(source: Checkpoint, family: Family) -> tuple[str, ...]:
 def _candidates(config: Mapping[str, Any], widest: LayerShape) -> Iterator[dict[str, Any]]:
     """Stock configs in order of preference: the family's own, with all its biases, Llama's, SeedOss's."""
     heads = widest.kv_groups * widest.heads_per_group
-    sizes = {
-        "num_attention_heads": heads,
-        "num_key_value_heads": widest.kv_groups,
-        "intermediate_size": widest.neurons,
-        "head_dim": widest.head_dim,
-    }
+    family = FAMILIES[config["model_type"]]
+    sizes = {family.width: widest.neurons}
+    if family.prunes(Sublayer.ATTENTION):
+        sizes |= {"num_attention_heads": heads, "num_key_value_heads": widest.kv_groups, "head_dim": widest.head_dim}
     uniform = {key: value for key, value in config.items() if key not in _PRUNED_KEYS}
     own = uniform | sizes
     yield _named(own)
-    known = CONFIG_MAPPING[config["model_type"]].from_dict(dict(uniform))  # its validation may refuse the new sizes
+    known = CONFIG_MAPPING[config["model_type"]].from_dict(decoded(uniform))  # its validation may refuse the new sizes
     flags = {flag: True for flag in _BIAS_FLAGS if hasattr(known, flag)}
     if flags:
         yield _named(own | flags)

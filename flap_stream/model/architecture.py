@@ -4,8 +4,8 @@ A family is a row of `FAMILIES`; its forward is transformers' own.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -29,6 +29,14 @@ _ATTENTION = UnitKind(
     ),
     norm="input_layernorm",
 )
+_NORMED_ATTENTION = replace(  # whose queries and keys have norms with weights of each head's own
+    _ATTENTION,
+    projections=(
+        Projection("self_attn.q_norm", ROWS, ("query_head",)),
+        Projection("self_attn.k_norm", ROWS, ("key_value_head",)),
+        *_ATTENTION.projections,
+    ),
+)
 _FUSED_ATTENTION = UnitKind(
     Sublayer.ATTENTION,
     (
@@ -37,23 +45,20 @@ _FUSED_ATTENTION = UnitKind(
     ),
     norm="input_layernorm",
 )
-_MLP = UnitKind(
-    Sublayer.MLP,
-    (
-        Projection("mlp.gate_proj", ROWS, ("neuron",)),
-        Projection("mlp.up_proj", ROWS, ("neuron",)),
-        Projection("mlp.down_proj", COLUMNS, ("neuron",)),
-    ),
-    norm="post_attention_layernorm",
-)
-_FUSED_MLP = UnitKind(
-    Sublayer.MLP,
-    (
-        Projection("mlp.gate_up_proj", ROWS, ("neuron", "neuron")),
-        Projection("mlp.down_proj", COLUMNS, ("neuron",)),
-    ),
-    norm="post_attention_layernorm",
-)
+
+
+def _mlp(
+    rows: str, output: str, module: str = "mlp", fused: int = 1, norm: str = "post_attention_layernorm"
+) -> UnitKind:
+    """The neurons of an MLP. rows: the linears that have rows for them, `fused` in each."""
+    readers = tuple(Projection(f"{module}.{name}", ROWS, ("neuron",) * fused) for name in rows.split())
+    return UnitKind(Sublayer.MLP, (*readers, Projection(f"{module}.{output}", COLUMNS, ("neuron",))), norm=norm)
+
+
+_MLP = _mlp("gate_proj up_proj", "down_proj")
+_FUSED_MLP = _mlp("gate_up_proj", "down_proj", fused=2)
+_UNGATED_MLP = _mlp("up_proj", "down_proj")
+_FEED_FORWARD = _mlp("gate_proj up_proj", "down_proj", "feed_forward")
 _EXPERT = UnitKind(
     Sublayer.MLP,
     (
@@ -61,6 +66,14 @@ _EXPERT = UnitKind(
         Projection("mlp.experts.each.{}.up", ROWS, ("neuron",)),
         Projection("mlp.experts.each.{}.down", COLUMNS, ("neuron",)),
     ),
+)
+# Names of experts in checkpoints, which the pruned classes have under names of their own.
+_SEPARATE = ((r"\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.", r".mlp.experts.each.\1.\2."),)
+_BLOCK_SPARSE = (
+    (r"\.block_sparse_moe\.experts\.(\d+)\.w1\.", r".mlp.experts.each.\1.gate."),
+    (r"\.block_sparse_moe\.experts\.(\d+)\.w3\.", r".mlp.experts.each.\1.up."),
+    (r"\.block_sparse_moe\.experts\.(\d+)\.w2\.", r".mlp.experts.each.\1.down."),
+    (r"\.block_sparse_moe\.", ".mlp."),
 )
 
 
@@ -71,9 +84,14 @@ class Family:
     causal_class: the causal language model in transformers; base_class: the model without a head, by default of the
     same prefix. Their pruned forms in `modeling/` are named `Pruned<class>`.
     layers: module path of the decoder layers in the causal language model.
+    attention: its KV groups; None where it stays whole, as everything must that no group can be cut out of: norms over
+    all heads, latent attention, linear attention, state spaces.
+    mlp: the neurons of its MLP, where a layer has one without experts.
     experts: the kind of an expert's neurons, with a placeholder for its number in the names; None without experts.
     renames: pattern and replacement for tensor names that differ between dense checkpoints and the pruned class.
     norms_outputs: whether attention and MLP outputs are normalised before the residual addition.
+    width: the key of config.json for the neurons of its MLP.
+    is_parallel: whether the MLP reads what attention reads, and not its output.
     """
 
     causal_class: str
@@ -82,10 +100,27 @@ class Family:
     embedding: str = "model.embed_tokens.weight"
     norm: str = "model.norm"
     head: str = "lm_head.weight"
-    kinds: tuple[UnitKind, ...] = (_ATTENTION, _MLP)
+    attention: UnitKind | None = _ATTENTION
+    mlp: UnitKind = _MLP
     experts: UnitKind | None = None
     renames: tuple[tuple[str, str], ...] = ()
     norms_outputs: bool = False
+    is_parallel: bool = False
+    width: str = "intermediate_size"
+
+    @property
+    def kinds(self) -> tuple[UnitKind, ...]:
+        """The kinds of its units, in the order in which layers run them."""
+        return (self.mlp,) if self.attention is None else (self.attention, self.mlp)
+
+    def prunes(self, sublayer: Sublayer) -> bool:
+        """Whether it has units in this half of a layer."""
+        return sublayer is Sublayer.MLP or self.attention is not None
+
+    def left_whole(self, names: Iterable[str]) -> list[str]:
+        """What of its layers loses nothing, in the words of messages. names: of a model's tensors."""
+        whole = [] if self.attention is not None else ["attention"]
+        return [*whole, "shared experts"] if any(".shared_expert" in name for name in names) else whole
 
     def parts(self, shape: LayerShape) -> list[Part]:
         """The modules of a layer that units belong to."""
@@ -101,7 +136,7 @@ class Family:
 
     def norm_before(self, kind: UnitKind) -> str | None:
         """Path of the norm that only this kind of units reads from, if it is known."""
-        return None if self.norms_outputs else kind.norm
+        return None if self.norms_outputs or self.is_parallel else kind.norm
 
     def with_prefix(self, name: str) -> str:
         """The name in the causal model of a tensor that was saved from the base model."""
@@ -126,42 +161,138 @@ class Family:
 # differently from Llama's, the projections of its units. What the layers compute is left to transformers. A row in
 # FAMILY_EXTRAS of tests/models.py then runs the whole suite on it.
 FAMILIES: dict[str, Family] = {
+    "afmoe": Family("AfmoeForCausalLM", attention=None, experts=_EXPERT, renames=_SEPARATE, norms_outputs=True),
+    "apertus": Family(
+        "ApertusForCausalLM",
+        attention=replace(_ATTENTION, norm="attention_layernorm"),
+        mlp=replace(_UNGATED_MLP, norm="feedforward_layernorm"),
+    ),
+    "arcee": Family("ArceeForCausalLM", mlp=_UNGATED_MLP),
+    "cohere": Family("CohereForCausalLM", attention=_NORMED_ATTENTION, is_parallel=True),
+    "cohere2": Family("Cohere2ForCausalLM", is_parallel=True),
+    "cohere2_moe": Family("Cohere2MoeForCausalLM", experts=_EXPERT, renames=_SEPARATE, is_parallel=True),
+    "cwm": Family("CwmForCausalLM"),
+    "deepseek_v2": Family("DeepseekV2ForCausalLM", attention=None, experts=_EXPERT, renames=_SEPARATE),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", attention=None, experts=_EXPERT, renames=_SEPARATE),
+    "deepseek_v32": Family("DeepseekV32ForCausalLM", attention=None, experts=_EXPERT, renames=_SEPARATE),
+    "diffllama": Family("DiffLlamaForCausalLM", attention=None),
+    "dots1": Family("Dots1ForCausalLM", experts=_EXPERT, renames=_SEPARATE),
+    "ernie4_5": Family("Ernie4_5ForCausalLM"),
+    "ernie4_5_moe": Family(
+        "Ernie4_5_MoeForCausalLM",
+        experts=_EXPERT,
+        renames=(*_SEPARATE, (r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics.")),
+    ),
     "exaone4": Family("Exaone4ForCausalLM", norms_outputs=True),
+    "exaone_moe": Family(
+        "ExaoneMoeForCausalLM",
+        experts=_EXPERT,
+        renames=(*_SEPARATE, (r"\.mlp\.e_score_correction_bias", ".mlp.gate.e_score_correction_bias")),
+    ),
+    "flex_olmo": Family("FlexOlmoForCausalLM", attention=None, experts=_EXPERT, renames=_SEPARATE, norms_outputs=True),
+    "flint": Family(
+        "FlintForCausalLM",
+        attention=None,
+        experts=_EXPERT,
+        renames=(
+            *_SEPARATE,
+            (r"\.self_attn\.softmax_offset", ".self_attn.sinks"),
+        ),
+    ),
     "gemma": Family("GemmaForCausalLM"),
     "gemma2": Family("Gemma2ForCausalLM", norms_outputs=True),
     "gemma3_text": Family("Gemma3ForCausalLM", base_class="Gemma3TextModel", norms_outputs=True),
-    "glm": Family("GlmForCausalLM", kinds=(_ATTENTION, _FUSED_MLP)),
-    "glm4": Family("Glm4ForCausalLM", kinds=(_ATTENTION, _FUSED_MLP), norms_outputs=True),
+    "glm": Family("GlmForCausalLM", mlp=_FUSED_MLP),
+    "glm4": Family("Glm4ForCausalLM", mlp=_FUSED_MLP, norms_outputs=True),
+    "glm4_moe": Family("Glm4MoeForCausalLM", experts=_EXPERT, renames=_SEPARATE),
+    "glm4_moe_lite": Family("Glm4MoeLiteForCausalLM", attention=None, experts=_EXPERT, renames=_SEPARATE),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM",
+        attention=None,
+        mlp=_mlp("dense_h_to_4h", "dense_4h_to_h"),
+        layers="gpt_neox.layers",
+        embedding="gpt_neox.embed_in.weight",
+        norm="gpt_neox.final_layer_norm",
+        renames=((r"^embed_out\.", "lm_head."),),
+    ),
     "granite": Family("GraniteForCausalLM"),
+    "granite_swa": Family("GraniteSWAForCausalLM", attention=None),
+    "granitemoehybrid": Family(
+        "GraniteMoeHybridForCausalLM",
+        attention=None,
+        mlp=_mlp("input_linear", "output_linear", "shared_mlp", fused=2),
+        width="shared_intermediate_size",
+    ),
+    "helium": Family("HeliumForCausalLM"),
     "hunyuan_v1_dense": Family("HunYuanDenseV1ForCausalLM"),
+    "hunyuan_v1_moe": Family("HunYuanMoEV1ForCausalLM", experts=_EXPERT, renames=_SEPARATE),
+    "hyperclovax": Family("HyperCLOVAXForCausalLM"),
+    "jais2": Family("Jais2ForCausalLM", mlp=_UNGATED_MLP),
+    "laguna": Family(
+        "LagunaForCausalLM",
+        attention=None,
+        experts=_EXPERT,
+        renames=(
+            *_SEPARATE,
+            (r"\.mlp\.experts\.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),
+            (r"\.mlp\.shared_expert\.", ".mlp.shared_experts."),
+        ),
+    ),
+    "lfm2": Family(
+        "Lfm2ForCausalLM",
+        attention=None,
+        mlp=_mlp("w1 w3", "w2", "feed_forward", norm="ffn_norm"),
+        norm="model.embedding_norm",
+    ),
     "llama": Family("LlamaForCausalLM"),
+    "mellum": Family("MellumForCausalLM", experts=_EXPERT, renames=_SEPARATE),
+    "mimo_v2_flash": Family(
+        "MiMoV2FlashForCausalLM",
+        attention=None,
+        experts=_EXPERT,
+        renames=(*_SEPARATE, (r"\.self_attn\.attention_sink_bias", ".self_attn.sinks")),
+    ),
+    "minicpm3": Family("MiniCPM3ForCausalLM", attention=None),
+    "minimax": Family("MiniMaxForCausalLM", attention=None, experts=_EXPERT, renames=_BLOCK_SPARSE),
+    "minimax_m2": Family("MiniMaxM2ForCausalLM", attention=None, experts=_EXPERT, renames=_BLOCK_SPARSE),
     "ministral": Family("MinistralForCausalLM"),
+    "ministral3": Family("Ministral3ForCausalLM"),
     "mistral": Family("MistralForCausalLM"),
     "mixtral": Family(
         "MixtralForCausalLM",
         experts=_EXPERT,
-        renames=(
-            (r"\.block_sparse_moe\.experts\.(\d+)\.w1\.", r".mlp.experts.each.\1.gate."),
-            (r"\.block_sparse_moe\.experts\.(\d+)\.w3\.", r".mlp.experts.each.\1.up."),
-            (r"\.block_sparse_moe\.experts\.(\d+)\.w2\.", r".mlp.experts.each.\1.down."),
-            (r"\.block_sparse_moe\.gate\.", ".mlp.gate."),
-        ),
+        renames=_BLOCK_SPARSE,
     ),
+    "nanochat": Family("NanoChatForCausalLM", mlp=replace(_mlp("fc1", "fc2"), norm=None)),
+    "nemotron": Family("NemotronForCausalLM", mlp=_UNGATED_MLP),
     "olmo": Family("OlmoForCausalLM"),
-    "phi3": Family("Phi3ForCausalLM", kinds=(_FUSED_ATTENTION, _FUSED_MLP)),
-    "qwen2": Family("Qwen2ForCausalLM"),
-    "qwen3": Family("Qwen3ForCausalLM"),
-    "qwen3_moe": Family(
-        "Qwen3MoeForCausalLM",
-        experts=_EXPERT,
-        renames=((r"\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.", r".mlp.experts.each.\1.\2."),),
+    "olmo2": Family("Olmo2ForCausalLM", attention=None, norms_outputs=True),
+    "olmo3": Family("Olmo3ForCausalLM", attention=None, norms_outputs=True),
+    "olmoe": Family("OlmoeForCausalLM", attention=None, experts=_EXPERT, renames=_SEPARATE),
+    "persimmon": Family(
+        "PersimmonForCausalLM",
+        attention=None,
+        mlp=_mlp("dense_h_to_4h", "dense_4h_to_h"),
+        norm="model.final_layernorm",
     ),
+    "phi3": Family("Phi3ForCausalLM", attention=_FUSED_ATTENTION, mlp=_FUSED_MLP),
+    "qwen2": Family("Qwen2ForCausalLM"),
+    "qwen2_moe": Family("Qwen2MoeForCausalLM", experts=_EXPERT, renames=_SEPARATE),
+    "qwen3": Family("Qwen3ForCausalLM"),
+    "qwen3_5_moe_text": Family(
+        "Qwen3_5MoeForCausalLM", base_class="Qwen3_5MoeTextModel", attention=None, experts=_EXPERT, renames=_SEPARATE
+    ),
+    "qwen3_5_text": Family("Qwen3_5ForCausalLM", base_class="Qwen3_5TextModel", attention=None),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", experts=_EXPERT, renames=_SEPARATE),
+    "qwen3_next": Family("Qwen3NextForCausalLM", attention=None, experts=_EXPERT, renames=_SEPARATE),
     "seed_oss": Family("SeedOssForCausalLM"),
     "smollm3": Family("SmolLM3ForCausalLM"),
+    "solar_open": Family("SolarOpenForCausalLM", experts=_EXPERT, renames=_SEPARATE),
+    "stablelm": Family("StableLmForCausalLM", attention=None),
+    "starcoder2": Family("Starcoder2ForCausalLM", mlp=_mlp("c_fc", "c_proj")),
+    "vaultgemma": Family("VaultGemmaForCausalLM", mlp=replace(_MLP, norm="pre_feedforward_layernorm")),
+    "youtu": Family("YoutuForCausalLM", attention=None),
 }
-
-_NORM_OVER_HEADS = "its query and key norms span all heads, so that removing one changes the others"
-REFUSED = {"olmo2": _NORM_OVER_HEADS, "olmo3": _NORM_OVER_HEADS}
 
 
 def require_causal(config: Mapping[str, Any], where: str) -> None:
@@ -187,8 +318,6 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
         raise UnsupportedModel(
             f"{where} is quantised ({method}); pruning needs the bf16, fp16 or fp32 checkpoint it was made from"
         )
-    if isinstance(model_type, str) and model_type in REFUSED:
-        raise UnsupportedModel(f"{where} has model_type {model_type!r}, which cannot be pruned: {REFUSED[model_type]}")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedModel(
             f"{where} has model_type {model_type!r}; supported families are {', '.join(sorted(FAMILIES))}"
@@ -225,42 +354,43 @@ def layer_shape(family: Family, config: Mapping[str, Any], tensors: Mapping[str,
     heads = config["num_attention_heads"]
     heads_per_group = heads // (config.get("num_key_value_heads") or heads)
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    sizes = {"query": heads_per_group * head_dim, "key_value": head_dim, "neuron": 1}
+    block_size = LayerShape(0, heads_per_group, head_dim, 0, 0, 0).block_size
 
     def units_of(kind: UnitKind) -> int:
         weight = tensors.get(f"{kind.output.name}.weight")
-        return 0 if weight is None else weight[COLUMNS] // sum(sizes[block] for block in kind.output.blocks)
+        return 0 if weight is None else weight[COLUMNS] // sum(map(block_size, kind.output.blocks))
 
     def cost_of(kind: UnitKind) -> int:
         weights = [(p, tensors.get(f"{p.name}.weight")) for p in kind.projections]
-        return sum(sum(sizes[block] for block in p.blocks) * w[1 - p.axis] for p, w in weights if w is not None)
+        return sum(sum(map(block_size, p.blocks)) * w[1 - p.axis] for p, w in weights if w is not None)
 
     def biases_of(kind: UnitKind) -> int:
-        return sum(sizes[block] for p in kind.readers if f"{p.name}.bias" in tensors for block in p.blocks)
+        return sum(block_size(block) for p in kind.readers if f"{p.name}.bias" in tensors for block in p.blocks)
 
-    attention, mlp = family.kinds
-    rest = [_rest(kind, tensors) for kind in family.kinds]
+    attention, mlp = family.attention, family.mlp
+    attention_rest, mlp_rest = 0 if attention is None else _rest(attention, tensors), _rest(mlp, tensors)
     experts: tuple[int, ...] = ()
     if family.experts is not None and any(name.startswith("mlp.experts.") for name in tensors):
         mlp, count = family.experts.numbered(0), 0
         while any(name.startswith(f"{family.experts.numbered(count).output.name}.") for name in tensors):
             experts += (units_of(family.experts.numbered(count)),)
             count += 1
-        rest[1] = 0  # each expert keeps at least one neuron
-    outputs = [attention.output.name, *([f.output.name for f in _experts_of(family, experts)] or [mlp.output.name])]
+        mlp_rest = 0  # each expert keeps at least one neuron
+    outputs = [] if attention is None else [attention.output.name]
+    outputs += [kind.output.name for kind in _experts_of(family, experts)] or [mlp.output.name]
     unbiased = [tensors[f"{n}.weight"] for n in outputs if f"{n}.weight" in tensors and f"{n}.bias" not in tensors]
     return LayerShape(
-        kv_groups=units_of(attention),
+        kv_groups=0 if attention is None else units_of(attention),
         heads_per_group=heads_per_group,
         head_dim=head_dim,
         neurons=sum(experts) if experts else units_of(mlp),
-        group_cost=cost_of(attention),
+        group_cost=0 if attention is None else cost_of(attention),
         neuron_cost=cost_of(mlp),
         experts=experts,
-        group_biases=biases_of(attention),
+        group_biases=0 if attention is None else biases_of(attention),
         neuron_biases=biases_of(mlp),
-        attention_rest=rest[0],
-        mlp_rest=rest[1],
+        attention_rest=attention_rest,
+        mlp_rest=mlp_rest,
         added_biases=sum(weight[ROWS] for weight in unbiased),
     )
 

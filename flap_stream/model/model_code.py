@@ -40,11 +40,18 @@ def model_class(config: Mapping[str, Any]) -> tuple[Any, Any]:
 
     from flap_stream.modeling import modeling_flap_stream
 
-    known = {key: value for key, value in config.items() if key not in _NOT_THE_ARCHITECTURE}
+    known = decoded({key: value for key, value in config.items() if key not in _NOT_THE_ARCHITECTURE})
     if "per_layer_config" not in config:
         return AutoModelForCausalLM, CONFIG_MAPPING[config["model_type"]].from_dict(known)
     pruned = getattr(modeling_flap_stream, FAMILIES[config["model_type"]].pruned_classes["AutoModelForCausalLM"])
     return pruned, pruned.config_class.from_dict(known)
+
+
+def decoded(value: Any) -> Any:
+    """A value of a config.json, its infinities as numbers; transformers writes `{"__float__": "Infinity"}`."""
+    if isinstance(value, Mapping):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else {k: decoded(v) for k, v in value.items()}
+    return [decoded(item) for item in value] if isinstance(value, list) else value
 
 
 def load_model(directory: Path, dtype: Any, trust_remote_code: bool) -> Any:

@@ -46,8 +46,7 @@ class _Recorder(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        if hasattr(layer, "attention_type"):
-            self.attention_type = layer.attention_type
+        self.__dict__.update(_settings(layer))  # such as the type of attention, by which a model chooses the arguments
         self.hidden_states: torch.Tensor | None = None
         self.call: LayerCall = ((), {})
 
@@ -56,11 +55,17 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes that are text or numbers."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, str | int | float)}
+
+
 class _Returns(nn.Module):
     """Stands in for the base model where only the head is run."""
 
-    def __init__(self, last_hidden_state: torch.Tensor) -> None:
+    def __init__(self, base: nn.Module, last_hidden_state: torch.Tensor) -> None:
         super().__init__()
+        self.__dict__.update(_settings(base))  # such as a factor of the logits
         self._output = MoeModelOutputWithPast(last_hidden_state=last_hidden_state)  # other models need fewer fields
 
     def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
@@ -137,10 +142,10 @@ class Skeleton:
         recorders = [_Recorder(layer) for layer in self.layers]
         layers_name = self.family.layers.rpartition(".")[2]
         norm_name = self.family.norm.rpartition(".")[2]
-        with (
-            _replaced(self._base, layers_name, nn.ModuleList(recorders)),
-            _replaced(self._base, norm_name, nn.Identity()),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(_replaced(self._base, layers_name, nn.ModuleList(recorders)))
+            if self.norm_tensors():  # a norm without weights may also be put before the first layer
+                stack.enter_context(_replaced(self._base, norm_name, nn.Identity()))
             self._base(inputs_embeds=embeds, use_cache=False)
         first = recorders[0].hidden_states
         assert first is not None, "the model's forward did not call its first layer"
@@ -152,7 +157,7 @@ class Skeleton:
         All tokens are routed to the largest expert of a layer only; frequencies are the same for windows of any length.
         """
         for layer in self.layers:
-            experts = getattr(layer.mlp, "experts", None)
+            experts = getattr(getattr(layer, "mlp", None), "experts", None)
             if experts is not None:
                 largest = max(experts.each, key=lambda expert: expert.down.in_features)
                 experts.forward = partial(_all_to_one, largest)
@@ -189,7 +194,7 @@ class Skeleton:
 
     def logits(self, head_weight: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
         """Logits `[token, vocabulary]` for outputs of the final norm, `[token, hidden]`."""
-        with _replaced(self._model, self._base_name, _Returns(normed[None])):
+        with _replaced(self._model, self._base_name, _Returns(self._base, normed[None])):
             output = functional_call(self._model, {self.family.head: head_weight}, kwargs={"use_cache": False})
         return output.logits[0]
 

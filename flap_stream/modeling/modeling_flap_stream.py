@@ -5,7 +5,8 @@ This file travels with the checkpoint (`auto_map` in config.json) and needs torc
 - `per_layer_config`: for every layer its `num_attention_heads`, `num_key_value_heads` and `intermediate_size`; the
   global sizes are those of the dense model. Releases of transformers without per-layer configs keep the raw dict.
 - `pruned_output_bias`: whether the output projections (o_proj, down_proj) have the bias that pruning adds.
-- `pruned_expert_sizes`, of a mixture of experts: for every layer the neurons of each expert, none for a dense MLP.
+- `pruned_expert_sizes`, of a mixture of experts: for every layer the neurons of each expert, none for a dense MLP;
+- `attention_is_whole`, if what mixes tokens (attention of any kind, a state space) is as in the dense model.
 
 A layer may have lost its attention or its MLP altogether; the bias of the output projection is then all that is left.
 No class here is named after attention: transformers looks for such names when it switches implementations.
@@ -20,6 +21,14 @@ from torch import nn
 
 OWN_TYPE = "flap_stream_"  # what model_type begins with in config.json
 _LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+# What modules are called: that of the MLP in a layer; the linears whose rows are neurons, with how many each has of
+# them; the linear that reads the neurons.
+_MLPS = ("mlp", "feed_forward", "shared_mlp")
+_NEURON_ROWS = {
+    **{"gate_proj": 1, "up_proj": 1, "gate_up_proj": 2, "fc1": 1, "c_fc": 1, "w1": 1, "w3": 1, "dense_h_to_4h": 1},
+    "input_linear": 2,
+}
+_MLP_OUTPUTS = ("down_proj", "fc2", "c_proj", "w2", "dense_4h_to_h", "output_linear")
 
 
 class PrunedConfig:
@@ -148,7 +157,7 @@ class SeparateExperts(nn.Module):
 def separate_experts(model, sizes=None, bias=False):
     """Give a model's mixtures of experts separate ones. sizes: a layer's widths; None keeps the dense ones."""
     for layer_idx, layer in enumerate(model.layers):
-        dense = getattr(layer.mlp, "experts", None)
+        dense = getattr(getattr(layer, "mlp", None), "experts", None)
         if dense is not None:
             widths = [dense.intermediate_dim] * dense.num_experts if sizes is None else sizes[layer_idx]
             layer.mlp.experts = SeparateExperts(dense.act_fn, model.config.hidden_size, widths, bias)
@@ -163,9 +172,11 @@ class PrunedMixin:
         config, decoder = getattr(config, "text_config", config), self.base_model
         decoder = getattr(decoder, "language_model", decoder)
         for layer_idx, layer in enumerate(decoder.layers):
-            self._resize_heads(config, layer, layer_idx)
-            if not hasattr(layer.mlp, "experts"):
-                self._resize_mlp(config, layer, layer_idx)
+            if not getattr(config, "attention_is_whole", False):
+                self._resize_heads(config, layer, layer_idx)
+            mlp = _first(layer, _MLPS)
+            if not hasattr(getattr(layer, mlp), "experts"):
+                self._resize_mlp(config, layer, layer_idx, mlp)
         separate_experts(decoder, getattr(config, "pruned_expert_sizes", None), config.pruned_output_bias)
         self.post_init()
 
@@ -182,20 +193,28 @@ class PrunedMixin:
         sizes = {"q_proj": query_size, "k_proj": key_value_size, "v_proj": key_value_size}
         sizes["qkv_proj"] = query_size + 2 * key_value_size
         _resize(dense, sizes, ("o_proj", query_size, has_bias), config.hidden_size)
+        for name, count in (("q_norm", heads), ("k_norm", groups)):
+            weight = getattr(getattr(dense, name, None), "weight", None)
+            if weight is not None and weight.ndim == 2:  # a row for each head
+                getattr(dense, name).weight = nn.Parameter(torch.ones(count, dense.head_dim))
         if hasattr(dense, "qkv_proj"):  # it is cut apart by these
             dense.num_key_value_heads = groups
             dense.config = LayerConfig(config, num_attention_heads=heads, num_key_value_heads=groups)
 
     @staticmethod
-    def _resize_mlp(config, layer, layer_idx):
-        dense = layer.mlp
-        width = layer_size(config, layer_idx, "intermediate_size")
-        has_bias = config.pruned_output_bias or dense.down_proj.bias is not None
+    def _resize_mlp(config, layer, layer_idx, name):
+        dense = getattr(layer, name)
+        width, output = layer_size(config, layer_idx, "intermediate_size"), _first(dense, _MLP_OUTPUTS)
+        has_bias = config.pruned_output_bias or getattr(dense, output).bias is not None
         if not width:
-            layer.mlp = OutputBias("down_proj", config.hidden_size, has_bias)
+            setattr(layer, name, OutputBias(output, config.hidden_size, has_bias))
             return
-        sizes = {"gate_proj": width, "up_proj": width, "gate_up_proj": 2 * width}
-        _resize(dense, sizes, ("down_proj", width, has_bias), config.hidden_size)
+        sizes = {rows: count * width for rows, count in _NEURON_ROWS.items()}
+        _resize(dense, sizes, (output, width, has_bias), config.hidden_size)
+
+
+def _first(module, names):
+    return next(name for name in names if hasattr(module, name))
 
 
 def _resize(module, sizes, output, hidden_size):

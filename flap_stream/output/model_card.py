@@ -106,7 +106,8 @@ def _layers_table(record: dict[str, Any]) -> str:
         f"{len(layer['kept_neurons'])} of {layer['neurons']} |"
         for i, layer in enumerate(record["layers"])
     )
-    return "\n".join(("| layer | KV groups | neurons |", "|---|---|---|", *rows))
+    whole = f"\n\nNothing was removed of the {' and '.join(record['left_whole'])}." if "left_whole" in record else ""
+    return "\n".join(("| layer | KV groups | neurons |", "|---|---|---|", *rows)) + whole
 
 
 def base_name(base: str) -> str:

@@ -51,22 +51,27 @@ def _classes(config: dict[str, Any], classes: dict[str, str]) -> dict[str, Any]:
 def _with_layer_sizes(config: dict[str, Any], pruned: PrunedModel) -> dict[str, Any]:
     """A language model's config with each layer's own sizes."""
     experts = [_expert_sizes(pruned.family, shape, keep) for shape, keep in pruned.layers]
+    attention = {"head_dim": pruned.shapes[0].head_dim}
+    if not pruned.family.prunes(Sublayer.ATTENTION):
+        attention = {"attention_is_whole": True}
     return {
         **config,
-        "head_dim": pruned.shapes[0].head_dim,
-        "per_layer_config": {str(i): _layer_sizes(shape, keep) for i, (shape, keep) in enumerate(pruned.layers)},
+        **attention,
+        "per_layer_config": {
+            str(i): _layer_sizes(pruned.family, shape, keep) for i, (shape, keep) in enumerate(pruned.layers)
+        },
         **({"pruned_expert_sizes": experts} if pruned.family.experts else {}),
         "allow_global_per_layer_attribute_access": True,
         "pruned_output_bias": pruned.restore != "none" or config.get("pruned_output_bias", False),
     }
 
 
-def _layer_sizes(shape: LayerShape, keep: LayerKeep) -> dict[str, int]:
-    return {
-        "num_attention_heads": len(keep.kv_groups) * shape.heads_per_group,
-        "num_key_value_heads": len(keep.kv_groups),
-        **({} if shape.experts else {"intermediate_size": len(keep.neurons)}),
-    }
+def _layer_sizes(family: Family, shape: LayerShape, keep: LayerKeep) -> dict[str, int]:
+    sizes = {}
+    if family.prunes(Sublayer.ATTENTION):
+        sizes["num_attention_heads"] = len(keep.kv_groups) * shape.heads_per_group
+        sizes["num_key_value_heads"] = len(keep.kv_groups)
+    return sizes if shape.experts else {**sizes, "intermediate_size": len(keep.neurons)}
 
 
 def _expert_sizes(family: Family, shape: LayerShape, keep: LayerKeep) -> list[int]:

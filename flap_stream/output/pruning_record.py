@@ -26,6 +26,7 @@ _RECORD = {
     "parameters": {"before": natural, "after": natural},
     "layers": [{"kv_groups": natural, "neurons": natural, "kept_kv_groups": [natural], "kept_neurons": [natural]}],
     "calibration?": dict,
+    "left_whole?": [str],
     "target?": {"name": one_of(*TARGETS), "limit": natural, "reached": natural},
 }
 
@@ -61,6 +62,7 @@ def pruning_record(pruned: PrunedModel) -> dict[str, Any]:
     refit = pruned.restoration.how
     sizes = pruned_sizes(pruned.shapes, pruned.keeps, pruned.source.parameters, pruned.restore)
     fingerprint = fingerprint_digest(pruned.source.fingerprint)
+    whole = pruned.family.left_whole(pruned.source.tensors)
     came_of_it = {} if pruned.options.target is None else {"ratio": sizes.decoder_ratio}
     return {
         "format": RECORD_FORMAT,
@@ -72,6 +74,7 @@ def pruning_record(pruned: PrunedModel) -> dict[str, Any]:
         **({} if refit is None else {"refit": refit}),
         "calibration": pruned.calibration,
         **sizes.record(),
+        **({"left_whole": whole} if whole else {}),
         "layers": [
             {
                 "kv_groups": shape.kv_groups,

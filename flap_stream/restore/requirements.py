@@ -23,6 +23,11 @@ def require_refittable(model: StreamedModel, restore: str) -> None:
             raise InvalidOption(
                 f"--restore reconstruct runs in one process, not in {model.ranks.world}; rewrite without torchrun"
             )
+    elif model.family.is_parallel:
+        raise UnsupportedModel(
+            f"{model.checkpoint.source} runs attention and MLP side by side, where least squares, which refits one "
+            "after the other, is not defined; use --restore reconstruct or bias"
+        )
     elif any(shape.experts for shape in model.shapes):
         raise UnsupportedModel(
             f"{model.checkpoint.source} has experts, whose projections are not refitted by least squares; use "
@@ -65,7 +70,7 @@ def refit_stored_bytes(model: StreamedModel, restore: str) -> int:
             for projection in part.kind.projections
             if projection.axis != ROWS and (name := f"{projection.name}.weight") in entries
         ]
-    return sum(entry.nbytes + entry.shape[0] * entry.item_bytes for entry in stored)
+    return sum(entry.nbytes + (entry.shape or (1,))[0] * entry.item_bytes for entry in stored)
 
 
 def refit_record(restore: str) -> dict[str, Any]:

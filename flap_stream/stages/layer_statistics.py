@@ -187,11 +187,18 @@ def _layer_statistics(
     """Moments and norms of the weights combined, experts one after another; without moments, counts are 0."""
     found: dict[str, list[ChannelStatistics]] = {"attention": [], "mlp": []}
     for part in model.family.parts(model.shapes[index]):
-        weight = weights.get(f"{part.kind.output.name}.weight")
-        channels = 0 if weight is None else weight.shape[1]
-        squared, absolute = (np.zeros(0), np.zeros(0)) if weight is None else column_norms(weight)
-        own = vars(moments.get(part.kind.output.name, Moments.empty(channels)))
-        norms: dict[str, Any] = {"weight_squared_norm": squared, "weight_abs_mean": absolute}
-        count = np.full(channels, own["count"], dtype=np.int64)
-        found[part.kind.name].append(ChannelStatistics(**{**own, **norms, "count": count}))
-    return LayerStatistics(**{kind: concatenated(parts) for kind, parts in found.items()})
+        name = part.kind.output.name
+        found[part.kind.name].append(_channel_statistics(weights.get(f"{name}.weight"), moments.get(name)))
+    return LayerStatistics(
+        **{kind: concatenated(parts or [_channel_statistics(None, None)]) for kind, parts in found.items()}
+    )
+
+
+def _channel_statistics(weight: torch.Tensor | None, moments: Moments | None) -> ChannelStatistics:
+    """Of one output projection. weight: None if the layer does not have it."""
+    channels = 0 if weight is None else weight.shape[1]
+    squared, absolute = (np.zeros(0), np.zeros(0)) if weight is None else column_norms(weight)
+    own = vars(Moments.empty(channels) if moments is None else moments)
+    norms: dict[str, Any] = {"weight_squared_norm": squared, "weight_abs_mean": absolute}
+    count = np.full(channels, own["count"], dtype=np.int64)
+    return ChannelStatistics(**{**own, **norms, "count": count})

@@ -288,4 +288,4 @@ def _rows(routed: torch.Tensor, experts: int, windows: int) -> list[list[int]]:
 
 def _zeros(model: StreamedModel, index: int, windows: int) -> Scores:
     shape = model.shapes[index]
-    return {kind.name: torch.zeros(windows, shape.units(kind.name), dtype=torch.float64) for kind in model.family.kinds}
+    return {kind: torch.zeros(windows, shape.units(kind), dtype=torch.float64) for kind in KINDS}

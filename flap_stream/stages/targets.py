@@ -3,6 +3,7 @@
 import numpy as np
 
 from flap_stream.arithmetic.allocation import LayerKeep, allocate
+from flap_stream.arithmetic.layer_shape import Sublayer
 from flap_stream.arithmetic.scoring import LayerScores
 from flap_stream.arithmetic.sizes import pruned_sizes
 from flap_stream.arithmetic.target_prices import ModelSizes, target_of
@@ -25,7 +26,7 @@ def sizes_of(model: StreamedModel) -> ModelSizes:
 def _unit_bytes(model: StreamedModel, index: int) -> tuple[int, int]:
     """Bytes of one KV group and of one neuron of a layer."""
     shape, entries = model.shapes[index], model.layer_entries[index]
-    total = {kind.name: 0 for kind in model.family.kinds}
+    total = dict.fromkeys(Sublayer, 0)
     for part in model.family.parts(shape):
         for projection in part.kind.projections:
             for name in ("weight", "bias") if projection.axis == ROWS else ("weight",):
