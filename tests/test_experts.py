@@ -1,6 +1,7 @@
 """Mixtures of experts: KV groups, and each expert's neurons by the tokens that were routed to it."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from models import load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
@@ -191,3 +193,20 @@ def test_magnitude_needs_no_tokens(tmp_path: Path) -> None:
     record = flap_stream.prune(path, tmp_path / "out", PruneConfig(ratio=0.4, method="magnitude-sp")).record
     assert load(tmp_path / "out")(torch.from_numpy(TOKENS)).logits.isfinite().all()
     assert PlanConfig(**record["options"]).method == "magnitude-sp"
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_moe_text", "qwen3_moe"])
+def test_experts_in_one_tensor_are_pruned_as_those_in_many(family: str, tmp_path: Path) -> None:
+    model = tiny_model(tiny_config(family), seed=3)
+    many, one = save(model, tmp_path / "many"), tmp_path / "one"
+    one.mkdir()
+    shutil.copy(many / "config.json", one)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, one / "model.safetensors")
+    options = PruneConfig(ratio=0.4, calibration=(save_tokens(tmp_path / "tokens.npy", TOKENS),))
+    outputs = []
+    for path in (many, one):
+        flap_stream.prune(path, tmp_path / f"out-{path.name}", options)
+        files = (tmp_path / f"out-{path.name}").glob("*.safetensors")
+        outputs.append({name: tensor for file in files for name, tensor in load_file(file).items()})
+    assert outputs[0].keys() == outputs[1].keys()
+    assert all(torch.equal(tensor, outputs[1][name]) for name, tensor in outputs[0].items())

@@ -15,6 +15,7 @@ from flap_stream.errors import InvalidModel
 from flap_stream.model import hub
 from flap_stream.model.architecture import FAMILIES, dense_type, require_causal
 from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.fused_experts import separated
 from flap_stream.model.model_files import CONFIG_NAME, WeightFiles, has_weights, require_model, require_no_pointer
 from flap_stream.model.model_files import weight_files as weight_files_of
 from flap_stream.model.multimodal import Wrapper, text_config, wrapper_of
@@ -75,6 +76,9 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     rename = _renaming(config, wrapper)
     named = {rename(name): entry for name, entry in tensors.items()}
     tensors = {name: replace(entry, name=name) for name, entry in named.items() if not _IGNORED.match(name)}
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is not None and family.experts is not None:
+        tensors = separated(tensors)
     misplaced = {rename(name): file for name, file in weights.weight_map.items() if rename(name) not in named}
     stamps = {file: stamp(directory / file) for file in shard_bytes}
     files = ShardFiles(directory)
