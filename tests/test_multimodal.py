@@ -8,17 +8,26 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from masked import masked_model
+from masked import mask, separate
 from models import load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from safetensors import safe_open
-from torch import nn
-from transformers import AutoModelForImageTextToText, Gemma3Config, LlavaConfig, Mistral3Config
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    LlavaConfig,
+    Mistral3Config,
+    Qwen3_5Config,
+    Qwen3_5MoeConfig,
+)
 
 import flap_stream
-from flap_stream.config import EvaluateConfig, ExportGgufConfig, ExportStockConfig, PruneConfig
+from flap_stream.config import EngineConfig, EvaluateConfig, ExportGgufConfig, ExportStockConfig, PruneConfig
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import UnsupportedModel
 from flap_stream.export.gguf import export_gguf
 from flap_stream.export.stock import export_stock
+from flap_stream.model.architecture import FAMILIES
+from flap_stream.model.opening import open_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +53,24 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         text_config=tiny_config("mistral", head_dim=16).to_dict(), image_token_index=IMAGE, spatial_merge_size=1,
         vision_config={"model_type": "pixtral", "head_dim": 16, **VISION},
     ),
+    "mistral3-ministral3": lambda: Mistral3Config(
+        text_config=tiny_config("ministral3").to_dict(), image_token_index=IMAGE, spatial_merge_size=1,
+        vision_config={"model_type": "pixtral", "head_dim": 16, **VISION},
+    ),
+    "qwen3_5": lambda: qwen3_5(Qwen3_5Config, "qwen3_5_text"),
+    "qwen3_5_moe": lambda: qwen3_5(Qwen3_5MoeConfig, "qwen3_5_moe_text"),
 }  # fmt: skip
+
+
+def qwen3_5(kind: Any, family: str) -> Any:
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "out_hidden_size": 64, "patch_size": 8,
+        "temporal_patch_size": 1, "spatial_merge_size": 1, "num_position_embeddings": 4,
+    }  # fmt: skip
+    text = tiny_config(family).to_dict()
+    return kind(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, vision_start_token_id=95, vision_end_token_id=94
+    )
 
 
 def load_multimodal(path: Path) -> Any:
@@ -69,24 +95,21 @@ def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return place, model, record
 
 
-def masked(model: Any, record: dict[str, Any]) -> Any:
+def masked(path: Path, record: dict[str, Any]) -> Any:
     """The dense model, its decoder masked as the record says."""
-    groups = [layer["kept_kv_groups"] for layer in record["layers"]]
-    neurons = [layer["kept_neurons"] for layer in record["layers"]]
-
-    class Text(nn.Module):  # the decoder in the form of a language model by itself
-        def __init__(self) -> None:
-            super().__init__()
-            self.model, self.config = model.model.language_model, model.config.text_config
-
-    decoder = masked_model(Text(), groups, neurons, [(None, None)] * len(groups)).model
-    model.model.language_model = decoder
+    model = load_multimodal(path)
+    with open_checkpoint(path) as checkpoint:
+        opened = StreamedModel(checkpoint, EngineConfig(device="cpu"))
+    separate(model, model.model.language_model)
+    mask(model.model.language_model.layers, opened.family, opened.shapes, record)
     return model
 
 
 def test_everything_but_the_decoder_is_the_same(pruned: Any) -> None:
-    place, _, record = pruned
+    place, dense, record = pruned
     before, after = tensors(place / "model"), tensors(place / "out")
+    canonical = FAMILIES[dense.config.text_config.model_type].canonical
+    before = {canonical(name): tensor for name, tensor in before.items()}
     if "language_model.lm_head.weight" in before:  # the pruned class has it where transformers has it in memory
         before["lm_head.weight"] = before.pop("language_model.lm_head.weight")
     assert set(before) == set(after) and record["realised_ratio"]["decoder"] > 0.35
@@ -95,13 +118,13 @@ def test_everything_but_the_decoder_is_the_same(pruned: Any) -> None:
     changed = {name for name in before if before[name].shape != after[name].shape}
     assert changed and all("language_model" in name and ".layers." in name for name in changed)
     others = [name for name in before if ".layers." not in name or "language_model" not in name]
-    assert any("vision" in name for name in others)
+    assert any("visi" in name or "visual" in name for name in others)
     assert all(torch.equal(before[name], after[name]) for name in others)
 
 
 def test_text_and_images_give_the_masked_models_logits(pruned: Any) -> None:
     place, dense, record = pruned
-    ours, expected = load_multimodal(place / "out"), masked(load_multimodal(place / "model"), record)
+    ours, expected = load_multimodal(place / "out"), masked(place / "model", record)
     ids = torch.from_numpy(random_tokens(2, 20, seed=5) % 90)
     with torch.no_grad():
         assert (ours(input_ids=ids).logits - expected(input_ids=ids).logits).abs().max() <= 1e-5
@@ -109,6 +132,10 @@ def test_text_and_images_give_the_masked_models_logits(pruned: Any) -> None:
     assert torch.equal(ours.generate(ids, **settings), expected.generate(ids, **settings))
     ids[:, 3:7] = IMAGE
     inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)}
+    if dense.config.model_type.startswith("qwen3_5"):  # rows of pixels, a patch each
+        grid = torch.tensor([[1, 2, 2], [1, 2, 2]])
+        inputs |= {"pixel_values": torch.randn(8, 3 * 8 * 8), "image_grid_thw": grid}
+        inputs["mm_token_type_ids"] = (ids == IMAGE).long()
     if dense.config.model_type == "mistral3":
         inputs["image_sizes"] = torch.tensor([[16, 16], [16, 16]])
     if dense.config.model_type == "gemma3":
@@ -126,7 +153,7 @@ def test_it_saves_evaluates_and_is_pruned_again(pruned: Any, tmp_path: Path) -> 
         logits = model(input_ids=ids).logits
         assert (load_multimodal(tmp_path / "saved")(input_ids=ids).logits - logits).abs().max() <= 1e-6
     text = (save_tokens(tmp_path / "text.npy", tokens),)
-    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
     streamed = flap_stream.evaluate(place / "out", EvaluateConfig(text=text, dtype="float32"))
     assert np.log(streamed.perplexity) == pytest.approx(loss, rel=1e-5)
     options = PruneConfig(ratio=0.2, calibration=text)

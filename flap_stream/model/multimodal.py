@@ -25,7 +25,12 @@ class Wrapper:
 
     def outer(self, name: str) -> str:
         """The name, in files that transformers loads, of a tensor that `inner` calls `name`."""
-        others = ("model.vision", "model.multi_modal", "model.embed_vision")  # of newer files, not the decoder's
+        others = (
+            "model.vision",
+            "model.visual",
+            "model.multi_modal",
+            "model.embed_vision",
+        )  # of newer files, not the decoder's
         is_decoder = name.startswith("model.") and not name.startswith(others)
         return self.prefix + name.removeprefix("model.") if is_decoder else name
 
