@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from flap_stream.engine.memory import Limits
-from flap_stream.engine.placement.candidates import fastest_fitting, smallest
+from flap_stream.engine.placement.candidates import fastest_fitting, last_resort, smallest
 from flap_stream.engine.placement.job import Job
 from flap_stream.progress import format_bytes
 
@@ -62,7 +62,7 @@ def _shorter_windows(jobs: Sequence[Job], limits: Limits, batch_size: int | None
     tokens = jobs[0].tokens // 2
     while tokens >= _FEWEST_TOKENS:
         shorter = [replace(job, tokens=tokens, _workspaces={}) for job in jobs]
-        if fastest_fitting(shorter, _roomier(limits), batch_size, prefetch) is not None:
+        if all(placement.fits(_roomier(limits)) for placement in last_resort(shorter, batch_size, prefetch)):
             return f"windows of {tokens} tokens (--sequence-length {tokens})"
         tokens //= 2
     return None

@@ -40,18 +40,31 @@ def smallest(jobs: Sequence[Job], limits: Limits, batch_size: int | None, prefet
     return min(found, key=excess)
 
 
+def last_resort(jobs: Sequence[Job], batch_size: int | None, prefetch: int | None) -> Iterator[Placement]:
+    """Each job in the smallest batches, with everything on disk that can be: if these fit, a placement can be found."""
+    sizes, places, prefetches = _settings(jobs[0], batch_size, prefetch)
+    for job in jobs:
+        yield predict(job, sizes[-1], places[-1], prefetches[-1])
+
+
 def candidates(job: Job, batch_size: int | None, prefetch: int | None) -> Iterator[Placement]:
     """Placements from the fastest to the smallest. batch_size, prefetch: requested; None leaves them open."""
-    places = ("host", "disk") if job.device == "cpu" else ("device", "host", "disk")
-    prefetches = (1, 0) if prefetch is None else (prefetch,)
-    if batch_size is not None and job.keeps_batch_size:
-        sizes = [min(batch_size, job.samples)]
-    else:
-        wanted = min(job.samples, batch_size or max(1, _BATCH_TOKENS[job.device != "cpu"] // job.tokens))
-        sizes = [max(1, wanted >> shift) for shift in range(wanted.bit_length())]
+    sizes, places, prefetches = _settings(job, batch_size, prefetch)
     efficient = [size for size in sizes if size * job.tokens >= _EFFICIENT_TOKENS[job.device != "cpu"]] or sizes[:1]
     for group in (efficient, sizes[len(efficient) :]):
         for ahead in prefetches:
             for hidden_place in places:
                 for size in group:
                     yield predict(job, size, hidden_place, ahead)
+
+
+def _settings(
+    job: Job, batch_size: int | None, prefetch: int | None
+) -> tuple[Sequence[int], Sequence[str], Sequence[int]]:
+    """Batch sizes, places of the hidden states and layers to read ahead, each from the fastest to the smallest."""
+    places = ("host", "disk") if job.device == "cpu" else ("device", "host", "disk")
+    prefetches = (1, 0) if prefetch is None else (prefetch,)
+    if batch_size is not None and job.keeps_batch_size:
+        return [min(batch_size, job.samples)], places, prefetches
+    wanted = min(job.samples, batch_size or max(1, _BATCH_TOKENS[job.device != "cpu"] // job.tokens))
+    return [max(1, wanted >> shift) for shift in range(wanted.bit_length())], places, prefetches
