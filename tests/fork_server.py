@@ -1,10 +1,8 @@
 """Where test children are forked from: a server that has imported everything, so that hundreds are affordable."""
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Sequence
-from multiprocessing import forkserver
 from typing import Any
 
 KILLED = -signal.SIGKILL
@@ -20,9 +18,5 @@ _SERVER.set_forkserver_preload(
 
 
 def forked(target: Callable[..., None], arguments: Sequence[Any]) -> "multiprocessing.context.ForkServerProcess":
-    """A process that has not started yet. Its coverage is not measured, which would double its time."""
-    measured = os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
-    forkserver.ensure_running()
-    if measured is not None:
-        os.environ["COVERAGE_PROCESS_CONFIG"] = measured
+    """A process that has not started yet."""
     return _SERVER.Process(target=target, args=tuple(arguments))

@@ -18,5 +18,7 @@ from models import tiny_config
 
 torch.set_num_threads(1)
 skeleton = Skeleton(tiny_config(layers=1).to_dict(), "a tiny model")
-# torch's fake tensors, which find out how much memory a layer takes, are slow the first time alone.
-Job(skeleton, layers=[{}], dtype=torch.float32, device="cpu", samples=8, tokens=16).workspace(8)
+# torch's fake tensors, which find out how much memory a layer takes, are slow the first time alone: of a process, and
+# of every shape.
+for batch_size in (1, 2, 3, 4, 8):
+    Job(skeleton, layers=[{}], dtype=torch.float32, device="cpu", samples=8, tokens=16).workspace(batch_size)
