@@ -1,5 +1,7 @@
 """Multimodal models: the text decoder is pruned, the rest stays byte for byte."""
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,16 @@ from huggingface_hub import ModelCard
 from masked import mask, separate
 from models import load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
     LlavaConfig,
     Mistral3Config,
+    Qwen2_5_VLConfig,
     Qwen3_5Config,
     Qwen3_5MoeConfig,
+    Qwen3VLConfig,
 )
 
 import flap_stream
@@ -57,20 +62,27 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         text_config=tiny_config("ministral3").to_dict(), image_token_index=IMAGE, spatial_merge_size=1,
         vision_config={"model_type": "pixtral", "head_dim": 16, **VISION},
     ),
-    "qwen3_5": lambda: qwen3_5(Qwen3_5Config, "qwen3_5_text"),
-    "qwen3_5_moe": lambda: qwen3_5(Qwen3_5MoeConfig, "qwen3_5_moe_text"),
+    "qwen2_5_vl": lambda: qwen_vl(Qwen2_5_VLConfig, "qwen2"),
+    "qwen3_vl": lambda: qwen_vl(Qwen3VLConfig, "qwen3"),
+    "qwen3_5": lambda: qwen(Qwen3_5Config, tiny_config("qwen3_5_text").to_dict()),
+    "qwen3_5_moe": lambda: qwen(Qwen3_5MoeConfig, tiny_config("qwen3_5_moe_text").to_dict()),
 }  # fmt: skip
 
 
-def qwen3_5(kind: Any, family: str) -> Any:
+def qwen(kind: Any, text: dict[str, Any]) -> Any:
     vision = {
         "hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "out_hidden_size": 64, "patch_size": 8,
-        "temporal_patch_size": 1, "spatial_merge_size": 1, "num_position_embeddings": 4,
+        "temporal_patch_size": 1, "spatial_merge_size": 1, "num_position_embeddings": 4, "fullatt_block_indexes": [1],
+        "deepstack_visual_indexes": [0],
     }  # fmt: skip
-    text = tiny_config(family).to_dict()
-    return kind(
-        text_config=text, vision_config=vision, image_token_id=IMAGE, vision_start_token_id=95, vision_end_token_id=94
-    )
+    ids = {"image_token_id": IMAGE, "vision_start_token_id": 95, "vision_end_token_id": 94}
+    return kind(text_config=text, vision_config=vision, **ids)
+
+
+def qwen_vl(kind: Any, family: str) -> Any:
+    text = {key: value for key, value in tiny_config(family).to_dict().items() if key != "model_type"}
+    text["rope_parameters"] |= {"mrope_section": [4, 2, 2]}
+    return qwen(kind, text)
 
 
 def load_multimodal(path: Path) -> Any:
@@ -108,8 +120,11 @@ def masked(path: Path, record: dict[str, Any]) -> Any:
 def test_everything_but_the_decoder_is_the_same(pruned: Any) -> None:
     place, dense, record = pruned
     before, after = tensors(place / "model"), tensors(place / "out")
-    canonical = FAMILIES[dense.config.text_config.model_type].canonical
-    before = {canonical(name): tensor for name, tensor in before.items()}
+    family = FAMILIES.get(dense.config.text_config.model_type)
+    before = {name if family is None else family.canonical(name): tensor for name, tensor in before.items()}
+    if dense.config.model_type == "qwen2_5_vl":  # whose files have the names of a text model
+        before = {re.sub(r"^model\.", "model.language_model.", name): tensor for name, tensor in before.items()}
+        before = {re.sub(r"^visual\.", "model.visual.", name): tensor for name, tensor in before.items()}
     if "language_model.lm_head.weight" in before:  # the pruned class has it where transformers has it in memory
         before["lm_head.weight"] = before.pop("language_model.lm_head.weight")
     assert set(before) == set(after) and record["realised_ratio"]["decoder"] > 0.35
@@ -132,7 +147,7 @@ def test_text_and_images_give_the_masked_models_logits(pruned: Any) -> None:
     assert torch.equal(ours.generate(ids, **settings), expected.generate(ids, **settings))
     ids[:, 3:7] = IMAGE
     inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)}
-    if dense.config.model_type.startswith("qwen3_5"):  # rows of pixels, a patch each
+    if dense.config.model_type.startswith("qwen"):  # rows of pixels, a patch each
         grid = torch.tensor([[1, 2, 2], [1, 2, 2]])
         inputs |= {"pixel_values": torch.randn(8, 3 * 8 * 8), "image_grid_thw": grid}
         inputs["mm_token_type_ids"] = (ids == IMAGE).long()
@@ -175,3 +190,24 @@ def test_exports_are_refused(pruned: Any, tmp_path: Path) -> None:
         export_stock(place / "out", tmp_path / "stock", ExportStockConfig(pad=True))
     with pytest.raises(UnsupportedModel, match="multimodal"):
         export_gguf(place / "out", tmp_path / "model.gguf", ExportGgufConfig())
+
+
+def test_a_config_without_one_for_the_text_gives_the_same_model(tmp_path: Path) -> None:
+    """As Qwen2.5-VL is on the Hub."""
+    model = tiny_model(CONFIGS["qwen2_5_vl"](), seed=3, kind=AutoModelForImageTextToText)
+    new, old = save(model, tmp_path / "new"), tmp_path / "old"
+    old.mkdir()
+    config = json.loads((new / "config.json").read_text())
+    text = config.pop("text_config")
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": text.pop("rope_parameters")["mrope_section"]}
+    (old / "config.json").write_text(json.dumps({**text, "rope_theta": 10_000.0, **config}))
+    save_file(tensors(new), old / "model.safetensors")
+    options = PruneConfig(ratio=0.4, calibration=(save_tokens(tmp_path / "t.npy", random_tokens(8, 24) % 90),))
+    for path in (new, old):
+        flap_stream.prune(path, tmp_path / f"out-{path.name}", options)
+    ours, theirs = (tensors(tmp_path / f"out-{name}") for name in ("old", "new"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in ours.items())
+    ids = torch.from_numpy(random_tokens(2, 20, seed=5) % 90)
+    with torch.no_grad():
+        logits = [load_multimodal(tmp_path / f"out-{name}")(input_ids=ids).logits for name in ("old", "new")]
+    assert torch.equal(*logits)

@@ -18,7 +18,7 @@ from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.fused_experts import separated
 from flap_stream.model.model_files import CONFIG_NAME, WeightFiles, has_weights, require_model, require_no_pointer
 from flap_stream.model.model_files import weight_files as weight_files_of
-from flap_stream.model.multimodal import Wrapper, text_config, wrapper_of
+from flap_stream.model.multimodal import Wrapper, nested, text_config, wrapper_of
 from flap_stream.model.safetensors_format import TensorEntry, read_header
 from flap_stream.model.shard_files import ShardFiles, stamp
 from flap_stream.model.tying import settle_head
@@ -40,7 +40,7 @@ def read_config(model: str) -> tuple[Path, dict[str, Any]]:
         path = _resolve(model, weights=False) / CONFIG_NAME
         names = [file.name for file in path.parent.iterdir()]
         require_model(model, names, lambda: _read_json(path.parent / "adapter_config.json", "download it again"))
-    config = dense_type(_read_json(path, "a dry run needs it"))
+    config = nested(dense_type(_read_json(path, "a dry run needs it")))
     _warn_of_own_code(model, config)
     return path.parent, config
 
@@ -101,7 +101,7 @@ def _config_and_weights(where: str, directory: Path, names: Sequence[str]) -> tu
     """Contents of config.json and the files that hold the weights. names: of all files, fetched or not."""
     require_model(where, names, lambda: _read_json(directory / "adapter_config.json", "download it again"))
     need = "a model directory needs config.json next to its safetensors shards"
-    config = dense_type(_read_json(directory / CONFIG_NAME, need))
+    config = nested(dense_type(_read_json(directory / CONFIG_NAME, need)))
     return config, weight_files_of(where, names, config, lambda name: _read_json(directory / name, "download it again"))
 
 
