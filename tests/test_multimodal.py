@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from flap_stream.export.gguf import export_gguf
 from flap_stream.export.stock import export_stock
 from flap_stream.model.architecture import FAMILIES
 from flap_stream.model.opening import open_checkpoint
+from flap_stream.stages.forecast import forecast
 
 pytestmark = pytest.mark.slow
 
@@ -211,3 +213,13 @@ def test_a_config_without_one_for_the_text_gives_the_same_model(tmp_path: Path) 
     with torch.no_grad():
         logits = [load_multimodal(tmp_path / f"out-{name}")(input_ids=ids).logits for name in ("old", "new")]
     assert torch.equal(*logits)
+
+
+def test_a_dry_run_on_a_bare_config_is_of_the_decoder(tmp_path: Path) -> None:
+    model = tiny_model(CONFIGS["qwen2_5_vl"](), kind=AutoModelForImageTextToText)
+    save(model, tmp_path / "model")
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tmp_path / "model" / "config.json", tmp_path / "bare")
+    whole, bare = (forecast(tmp_path / name, tmp_path / "out", PruneConfig(device="cpu")) for name in ("model", "bare"))
+    vision = sum(tensor.numel() for name, tensor in tensors(tmp_path / "model").items() if "visual" in name)
+    assert whole.parameters - bare.parameters == vision and not bare.has_headers

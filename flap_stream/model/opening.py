@@ -33,6 +33,7 @@ _IGNORED = re.compile(r"^model\..*rotary_emb\.inv_freq$")
 def read_config(model: str) -> tuple[Path, dict[str, Any]]:
     """Directory and contents of the config.json of a directory, a file or a Hub id; no weights are downloaded.
 
+    Of a multimodal model, the contents are those of its text decoder.
     Raises InvalidModel if there is none.
     """
     path = Path(model)
@@ -42,7 +43,7 @@ def read_config(model: str) -> tuple[Path, dict[str, Any]]:
         require_model(model, names, lambda: _read_json(path.parent / "adapter_config.json", "download it again"))
     config = nested(dense_type(_read_json(path, "a dry run needs it")))
     _warn_of_own_code(model, config)
-    return path.parent, config
+    return path.parent, config if wrapper_of(config, ()) is None else text_config(config)
 
 
 def has_shards(directory: Path) -> bool:
