@@ -13,11 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import linear
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import flap_stream
-from flap_stream.config import EvaluateConfig, PlanConfig, PruneConfig
+from flap_stream.config import EngineConfig, EvaluateConfig, PlanConfig, PruneConfig
+from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidOption
+from flap_stream.model.opening import open_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -210,3 +212,30 @@ def test_experts_in_one_tensor_are_pruned_as_those_in_many(family: str, tmp_path
         outputs.append({name: tensor for file in files for name, tensor in load_file(file).items()})
     assert outputs[0].keys() == outputs[1].keys()
     assert all(torch.equal(tensor, outputs[1][name]) for name, tensor in outputs[0].items())
+
+
+@pytest.mark.parametrize("family", ["ernie4_5_moe", "flint", "glm4_moe", "qwen3_next"])
+def test_tensors_run_in_the_dtypes_that_transformers_gives_them(family: str, tmp_path: Path) -> None:
+    """Routers choose by differences that bf16 does not have, so that many models keep a part of them in float32."""
+    model = tiny_model(tiny_config(family), seed=3)
+    path = save(model, tmp_path / "model", dtype=torch.bfloat16)
+    loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    expected = {name: tensor.dtype for name, tensor in loaded.state_dict().items() if ".experts." not in name}
+    with open_checkpoint(path) as checkpoint:
+        opened = StreamedModel(checkpoint, EngineConfig(device="cpu", dtype="bfloat16"))
+        for i, weights in opened.stream():
+            found = {f"model.layers.{i}.{name}": w.dtype for name, w in weights.items() if ".experts." not in name}
+            assert found == {name: expected[name] for name in found}
+    assert (torch.float32 in set(expected.values())) is (family != "qwen3_next")
+    text = save_tokens(tmp_path / "text.npy", random_tokens(7, 20, seed=10))
+    ids = torch.from_numpy(np.load(text))
+    with torch.no_grad():
+        in_memory = loaded(ids, labels=ids).loss.exp().item()
+    streamed = flap_stream.evaluate(path, EvaluateConfig(text=(text,), dtype="bfloat16", batch_size=7)).perplexity
+    assert streamed == pytest.approx(in_memory, rel=2e-2)
+    options = PruneConfig(ratio=0.3, calibration=(text,), dtype="bfloat16")
+    flap_stream.prune(path, tmp_path / "out", options)
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, trust_remote_code=True)
+    assert all(expected[name] == tensor.dtype for name, tensor in pruned.state_dict().items() if name in expected)
+    with torch.no_grad():
+        assert pruned(ids).logits.isfinite().all()

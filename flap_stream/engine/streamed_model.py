@@ -177,7 +177,9 @@ class StreamedModel:
         """
         order = range(len(self.layers)) if order is None else order
         entries = [self.layer_entries[i] for i in order]
-        layers = stream_layers(self.checkpoint, entries, self.device, self.dtype, prefetch, self.ranks)
+        layers = stream_layers(
+            self.checkpoint, entries, self.device, self.dtype, prefetch, self.ranks, self.skeleton.dtypes(self.dtype)
+        )
         for i, weights in zip(order, layers, strict=True):
             prefix = f"{self.family.layers}.{i}."
             require_finite({prefix + name: w for name, w in weights.items()}, self.checkpoint.source, self.ranks)

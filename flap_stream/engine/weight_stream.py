@@ -5,7 +5,7 @@ into a ring of page-locked host buffers and copied from there on a separate stre
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import count
@@ -35,6 +35,9 @@ def ring_blocks(readers: int) -> int:
     return 2 * (_READS_IN_FLIGHT if readers == 1 else readers)
 
 
+Dtypes = Callable[[str], torch.dtype]  # from a tensor's relative name to the dtype that it runs in
+
+
 def slab_bytes(sizes: Sequence[int]) -> int:
     """Bytes of a buffer that holds tensors of these sizes, each aligned."""
     return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
@@ -62,8 +65,9 @@ def stream_layers(
     dtype: torch.dtype,
     prefetch: int,
     ranks: Ranks = ALONE,
+    dtypes: Dtypes | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the tensors of each layer, by relative name, in the forward's dtype on the device.
+    """Yield the tensors of each layer, by relative name, in the forward's dtype, or those of `dtypes`, on the device.
 
     They are views of reused buffers, valid until the next layer. Each is read once per node, by all its ranks together;
     on a CPU the ranks share the buffers too, so changes made by one are seen by all.
@@ -78,7 +82,7 @@ def stream_layers(
         if device.type == "cpu"
         else _DeviceLoader(checkpoint, device, size, slots, ranks)
     )
-    cast = _Cast(layers, device, dtype)
+    cast = _Cast(layers, device, dtypes or (lambda _name: dtype))
     with closing(loader), ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
         ahead = [reader.submit(loader.fill, i, layers[i]) for i in range(min(prefetch, len(layers)))]
         for i, entries in enumerate(layers):
@@ -90,29 +94,30 @@ def stream_layers(
 
 
 class _Cast:
-    """Converts a layer's tensors to the forward's dtype, in a separate buffer for those that have another."""
+    """Converts a layer's tensors to the dtypes they run in, in a separate buffer for those that have another."""
 
-    def __init__(self, layers: Sequence[Mapping[str, TensorEntry]], device: torch.device, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        sizes = [cast_bytes(entries.values(), dtype) for entries in layers]
+    def __init__(self, layers: Sequence[Mapping[str, TensorEntry]], device: torch.device, dtypes: Dtypes) -> None:
+        self._dtypes = dtypes
+        sizes = [cast_bytes(entries, dtypes) for entries in layers]
         self._slab = torch.empty(max(sizes), dtype=torch.uint8, device=device)
 
     def __call__(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         result, at = {}, 0
         for name, tensor in tensors.items():
-            if tensor.dtype == self._dtype:
+            dtype = self._dtypes(name)
+            if tensor.dtype == dtype:
                 result[name] = tensor
                 continue
-            nbytes = tensor.numel() * self._dtype.itemsize
-            result[name] = self._slab[at : at + nbytes].view(self._dtype).view(tensor.shape).copy_(tensor)
+            nbytes = tensor.numel() * dtype.itemsize
+            result[name] = self._slab[at : at + nbytes].view(dtype).view(tensor.shape).copy_(tensor)
             at += slab_bytes([nbytes])
         return result
 
 
-def cast_bytes(entries: Iterable[TensorEntry], dtype: torch.dtype) -> int:
-    """Bytes of a buffer for those tensors, converted to the forward's dtype, that are stored in another."""
-    others = [entry for entry in entries if stored_dtype(entry) != dtype]
-    return slab_bytes([entry.nbytes // entry.item_bytes * dtype.itemsize for entry in others])
+def cast_bytes(entries: Mapping[str, TensorEntry], dtypes: Dtypes) -> int:
+    """Bytes of a buffer for those tensors, converted to the dtypes they run in, that are stored in another."""
+    others = [(entry, dtypes(name)) for name, entry in entries.items() if stored_dtype(entry) != dtypes(name)]
+    return slab_bytes([entry.nbytes // entry.item_bytes * dtype.itemsize for entry, dtype in others])
 
 
 class _HostLoader:

@@ -4,7 +4,7 @@ The arguments of decoder layers (masks, rotary embeddings) are recorded by runni
 layers replaced by recorders, so no family's forward is reimplemented here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -116,6 +116,13 @@ class Skeleton:
     def head_shape(self) -> tuple[int, ...]:
         """Shape of the head, `[vocabulary, hidden]`."""
         return tuple(self._model.get_parameter(self.family.head).shape)
+
+    def dtypes(self, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+        """The dtype of a layer's tensor, by its relative name, where the model runs in `dtype`: as in transformers."""
+        kept = set(self._model._keep_in_fp32_modules_strict or ()) if dtype != torch.float32 else set()
+        if dtype == torch.float16:
+            kept |= set(self._model._keep_in_fp32_modules or ())
+        return lambda name: torch.float32 if ".each." not in name and any(part in name for part in kept) else dtype
 
     def layer_shape(self, index: int) -> LayerShape:
         """Sizes of one decoder layer."""

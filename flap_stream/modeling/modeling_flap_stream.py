@@ -163,6 +163,14 @@ def separate_experts(model, sizes=None, bias=False):
             layer.mlp.experts = SeparateExperts(dense.act_fn, model.config.hidden_size, widths, bias)
 
 
+def _keep_routers_alone_in_float32(model):
+    """Have transformers keep the routers that it names `gate` in float32, and not what experts have of that name."""
+    for module in model.modules():
+        kept = getattr(module, "_keep_in_fp32_modules_strict", None)
+        if kept:
+            module._keep_in_fp32_modules_strict = {"mlp.gate.weight" if n == "gate.weight" else n for n in kept}
+
+
 class PrunedMixin:
     """Gives every decoder layer of the dense architecture its own sizes."""
 
@@ -178,6 +186,7 @@ class PrunedMixin:
             if not hasattr(getattr(layer, mlp), "experts"):
                 self._resize_mlp(config, layer, layer_idx, mlp)
         separate_experts(decoder, getattr(config, "pruned_expert_sizes", None), config.pruned_output_bias)
+        _keep_routers_alone_in_float32(self)
         self.post_init()
 
     @staticmethod

@@ -34,7 +34,8 @@ class CutLayer:
         means: by kind of unit, mean inputs of output projections, float64 `[channel]`.
         """
         model, shape = self.model, self.model.shapes[self.index]
-        found = {name: w.float() for name, w in self.weights.items() if w.ndim == 1}
+        dtypes = model.skeleton.dtypes(torch.bfloat16)  # what is kept in float32 decides where tokens go
+        found = {n: w.float() for n, w in self.weights.items() if w.ndim == 1 and dtypes(n) != torch.float32}
         for part, units in self._parts():
             for projection in part.kind.projections:
                 if (name := f"{projection.name}.weight") in self.weights:

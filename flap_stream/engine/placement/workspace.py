@@ -48,7 +48,7 @@ def layer_workspace(
             _, calls = skeleton.record(hidden)
         for index in {widest, largest}:
             sizes = skeleton.layer_tensors(index)
-            weights = {name: torch.empty(size, dtype=dtype) for name, size in sizes.items()}
+            weights = {name: torch.empty(size, dtype=skeleton.dtypes(dtype)(name)) for name, size in sizes.items()}
             handles = [] if differentiates else _take_moments(skeleton, index, device)
             with live:
                 if differentiates:
