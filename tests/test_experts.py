@@ -239,3 +239,21 @@ def test_tensors_run_in_the_dtypes_that_transformers_gives_them(family: str, tmp
     assert all(expected[name] == tensor.dtype for name, tensor in pruned.state_dict().items() if name in expected)
     with torch.no_grad():
         assert pruned(ids).logits.isfinite().all()
+
+
+def test_layers_that_predict_further_tokens_are_carried_as_they_are(tmp_path: Path) -> None:
+    """As GLM-4.5 and DeepSeek-V3 have one after the last; transformers leaves it out."""
+    model = tiny_model(tiny_config("glm4_moe", num_nextn_predict_layers=1), seed=3)
+    path = save(model, tmp_path / "model", shard_size="10MB")
+    stored = load_file(path / "model.safetensors")
+    further = {name.replace(".layers.2.", ".layers.3."): t + 1 for name, t in stored.items() if ".layers.2." in name}
+    save_file({**stored, **further, "model.layers.3.eh_proj.weight": torch.ones(64, 128)}, path / "model.safetensors")
+    options = PruneConfig(ratio=0.4, calibration=(save_tokens(tmp_path / "tokens.npy", TOKENS),))
+    record = flap_stream.prune(path, tmp_path / "out", options).record
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert len(record["layers"]) == 3 and "model.layers.3.eh_proj.weight" in written
+    assert all(torch.equal(written[name], tensor) for name, tensor in further.items())
+    with torch.no_grad():
+        assert load(tmp_path / "out")(torch.from_numpy(TOKENS)).logits.isfinite().all()
+    again = PruneConfig(ratio=0.2, calibration=options.calibration)
+    assert len(flap_stream.prune(tmp_path / "out", tmp_path / "again", again).record["layers"]) == 3

@@ -144,6 +144,11 @@ class Family:
         own = (layers, *(path.removeprefix(f"{base}.").partition(".")[0] for path in (self.embedding, self.norm)))
         return f"{base}.{name}" if name.partition(".")[0] in own else name
 
+    def layer_of(self, name: str) -> int | None:
+        """The number of the decoder layer that a tensor belongs to; None for any other tensor."""
+        found = re.match(rf"{re.escape(self.layers)}\.(\d+)\.", name)
+        return None if found is None else int(found[1])
+
     def canonical(self, name: str) -> str:
         """The name that the pruned class has for a tensor of a checkpoint."""
         for pattern, replacement in self.renames:
@@ -332,6 +337,13 @@ def dense_type(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(model_type, str) or not model_type.startswith(PRUNED_TYPE):
         return config
     return {**config, "model_type": model_type.removeprefix(PRUNED_TYPE)}
+
+
+def further_layers(config: Mapping[str, Any]) -> range:
+    """Numbers of the layers after the last that predict tokens further ahead; nothing else reads them."""
+    sizes = (config.get(name) for name in ("num_hidden_layers", "num_nextn_predict_layers"))
+    count, further = (size if isinstance(size, int) else 0 for size in sizes)
+    return range(count, count + further)
 
 
 def require_sizes(config: Mapping[str, Any], where: str) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from flap_stream.errors import CorruptCheckpoint, UnsupportedModel
-from flap_stream.model.architecture import family_of, require_sizes
+from flap_stream.model.architecture import family_of, further_layers, require_sizes
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.safetensors_format import FORWARD_DTYPES, TensorEntry
 from flap_stream.model.skeleton import Skeleton
@@ -40,8 +40,7 @@ class CheckedTensors:
         config, where = self.checkpoint.config, self.checkpoint.source
         require_sizes(config, where)
         layers = config["num_hidden_layers"]
-        prefix = f"{self.family.layers}."
-        found = {name.removeprefix(prefix).split(".")[0] for name in self.checkpoint.tensors if name.startswith(prefix)}
+        found = {self.family.layer_of(name) for name in self.checkpoint.tensors} - {None, *further_layers(config)}
         if len(found) != layers:
             raise CorruptCheckpoint(
                 f"{where}/config.json has num_hidden_layers {layers}, but there are tensors of {len(found)} layers; "

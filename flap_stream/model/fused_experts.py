@@ -5,7 +5,7 @@ gate, up and down projections are runs of bytes, so that nothing is read twice a
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 
@@ -14,12 +14,12 @@ from flap_stream.model.safetensors_format import TensorEntry
 _FUSED = re.compile(r"^(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 
 
-def separated(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The tensors of a checkpoint by name, fused experts replaced by parts with the pruned class's names."""
+def separated(tensors: Mapping[str, TensorEntry], is_wanted: Callable[[str], bool]) -> dict[str, TensorEntry]:
+    """The tensors of a checkpoint by name, wanted fused experts replaced by parts with the pruned class's names."""
     found: dict[str, TensorEntry] = {}
     for name, entry in tensors.items():
         fused = _FUSED.match(name)
-        if fused is None or len(entry.shape) != 3:
+        if fused is None or len(entry.shape) != 3 or not is_wanted(name):
             found[name] = entry
         else:
             projections = ("gate", "up") if fused[2] == "gate_up_proj" else ("down",)

@@ -13,7 +13,7 @@ from typing import Any
 
 from flap_stream.errors import InvalidModel
 from flap_stream.model import hub
-from flap_stream.model.architecture import FAMILIES, dense_type, require_causal
+from flap_stream.model.architecture import FAMILIES, dense_type, further_layers, require_causal
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.fused_experts import separated
 from flap_stream.model.model_files import CONFIG_NAME, WeightFiles, has_weights, require_model, require_no_pointer
@@ -79,7 +79,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     tensors = {name: replace(entry, name=name) for name, entry in named.items() if not _IGNORED.match(name)}
     family = FAMILIES.get(str(config.get("model_type")))
     if family is not None and family.experts is not None:
-        tensors = separated(tensors)
+        layers = range(further_layers(config).start)
+        tensors = separated(tensors, lambda name: family.layer_of(name) in layers)
     misplaced = {rename(name): file for name, file in weights.weight_map.items() if rename(name) not in named}
     stamps = {file: stamp(directory / file) for file in shard_bytes}
     files = ShardFiles(directory)
@@ -94,8 +95,13 @@ def _renaming(config: Mapping[str, Any], wrapper: Wrapper | None) -> Callable[[s
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         return str
-    inner = wrapper.inner if wrapper is not None else family.with_prefix
-    return lambda name: family.canonical(inner(name))
+    inner, further = wrapper.inner if wrapper is not None else family.with_prefix, further_layers(config)
+
+    def rename(name: str) -> str:
+        name = inner(name)
+        return name if family.layer_of(name) in further else family.canonical(name)
+
+    return rename
 
 
 def _config_and_weights(where: str, directory: Path, names: Sequence[str]) -> tuple[dict[str, Any], WeightFiles]:
