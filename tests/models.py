@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import flap_stream
-from flap_stream.model.architecture import FAMILIES
+from flap_stream.model.families import FAMILIES
 
 _MIXED = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 16}

@@ -3,7 +3,8 @@ import pytest
 
 from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
 from flap_stream.errors import UnsupportedModel
-from flap_stream.model.architecture import FAMILIES, family_of, layer_shape
+from flap_stream.model.architecture import layer_shape
+from flap_stream.model.families import FAMILIES, family_of
 from flap_stream.model.units import COLUMNS, ROWS, Part, Projection, UnitKind
 
 SHAPE = LayerShape(kv_groups=3, heads_per_group=2, head_dim=4, neurons=5, group_cost=0, neuron_cost=0)

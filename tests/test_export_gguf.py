@@ -20,7 +20,7 @@ from flap_stream.export.gguf import export_gguf
 from flap_stream.export.gguf_architecture import CONVERTIBLE_FROM_STOCK
 from flap_stream.export.gguf_vocabulary import _PRE_TOKENIZERS, _TEKKEN
 from flap_stream.export.stock import export_stock
-from flap_stream.model.architecture import FAMILIES
+from flap_stream.model.families import FAMILIES
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from flap_stream.cli import main
 from flap_stream.config import ExportStockConfig, PruneConfig
 from flap_stream.errors import OutputConflict, UnsupportedModel
 from flap_stream.export.stock import export_stock
-from flap_stream.model.architecture import FAMILIES
+from flap_stream.model.families import FAMILIES
 
 pytestmark = pytest.mark.slow
 

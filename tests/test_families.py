@@ -19,7 +19,7 @@ from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.cli import main
 from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
 from flap_stream.errors import InvalidOption, UnsupportedModel
-from flap_stream.model.architecture import FAMILIES
+from flap_stream.model.families import FAMILIES
 from flap_stream.output.digests import DIGESTS_NAME
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.statistics import StatisticsStore

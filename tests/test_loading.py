@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import flap_stream
 from flap_stream.config import EvaluateConfig, PruneConfig
-from flap_stream.model.architecture import FAMILIES, PRUNED_TYPE
+from flap_stream.model.architecture import PRUNED_TYPE
+from flap_stream.model.families import FAMILIES
 from flap_stream.modeling import modeling_flap_stream
 
 LOAD = """

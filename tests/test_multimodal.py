@@ -32,7 +32,7 @@ from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import UnsupportedModel
 from flap_stream.export.gguf import export_gguf
 from flap_stream.export.stock import export_stock
-from flap_stream.model.architecture import FAMILIES
+from flap_stream.model.families import FAMILIES
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.stages.forecast import forecast
 

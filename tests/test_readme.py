@@ -26,7 +26,7 @@ from test_store import test_a_second_writer_is_refused_until_the_first_is_dead a
 
 from flap_stream.arithmetic.layer_shape import Sublayer
 from flap_stream.export.gguf_architecture import CONVERTIBLE_FROM_STOCK, WITH_QK_NORMS
-from flap_stream.model.architecture import FAMILIES
+from flap_stream.model.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

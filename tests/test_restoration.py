@@ -23,7 +23,7 @@ from flap_stream.arithmetic.least_squares import DAMPING
 from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidOption, RunMismatch, UnsupportedModel
-from flap_stream.model.architecture import FAMILIES
+from flap_stream.model.families import FAMILIES
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.progress import Stage
 from flap_stream.restore.stand_ins import Supplies

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from flap_stream.model.architecture import FAMILIES
+from flap_stream.model.families import FAMILIES
 
 UNCOVERED = Path(__file__).with_name("uncovered_families.txt")
 

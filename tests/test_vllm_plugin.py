@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from flap_stream.model.architecture import FAMILIES
+from flap_stream.model.families import FAMILIES
 
 
 def test_vllm_finds_the_plugin(pruned_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

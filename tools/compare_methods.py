@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 import flap_stream
 from flap_stream import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig, SweepConfig
 from flap_stream.config import TextConfig, parse_ratios
-from flap_stream.model.architecture import FAMILIES
+from flap_stream.model.families import FAMILIES
 from flap_stream.progress import Progress
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.text.tokenization import load_tokenizer

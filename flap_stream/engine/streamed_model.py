@@ -20,10 +20,10 @@ from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.ranks import ALONE, Ranks
 from flap_stream.engine.weight_stream import load, stream_layers
 from flap_stream.errors import InvalidOption, NonFinite
-from flap_stream.model.architecture import family_of
 from flap_stream.model.checked_tensors import CheckedTensors
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.dtypes import stored_dtype
+from flap_stream.model.families import family_of
 from flap_stream.model.safetensors_format import TensorEntry, row_ranges
 from flap_stream.model.skeleton import LayerCall, Skeleton
 from flap_stream.progress import format_bytes

@@ -20,8 +20,9 @@ from flap_stream.config import EngineConfig, ExportStockConfig
 from flap_stream.config.rules import options_of
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidInput, InvalidModel, OutputConflict, UnsupportedModel
-from flap_stream.model.architecture import FAMILIES, Family
+from flap_stream.model.architecture import Family
 from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.families import FAMILIES
 from flap_stream.model.model_code import decoded
 from flap_stream.model.model_files import INDEX_NAME
 from flap_stream.model.opening import open_checkpoint

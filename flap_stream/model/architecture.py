@@ -1,80 +1,20 @@
-"""Model families as data: which tensors share a unit, on which axis, in which blocks.
-
-A family is a row of `FAMILIES`; its forward is transformers' own.
-"""
+"""What a model family is: where its decoder layers are, and what their units are made of. `families.py` has all."""
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
-from flap_stream.errors import InvalidModel, UnsupportedModel
-from flap_stream.model.units import COLUMNS, ROWS, Part, Projection, UnitKind
+from flap_stream.errors import InvalidModel
+from flap_stream.model.unit_kinds import ATTENTION, MLP
+from flap_stream.model.units import COLUMNS, ROWS, Part, UnitKind
 
-_LANGUAGE_HEADS = ("CausalLM", "ConditionalGeneration", "ImageTextToText", "VisionText2Text")
 PRUNED_TYPE = "flap_stream_"  # before the dense model's model_type in the config.json of a pruned checkpoint
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-
-_ATTENTION = UnitKind(
-    Sublayer.ATTENTION,
-    (
-        Projection("self_attn.q_proj", ROWS, ("query",)),
-        Projection("self_attn.k_proj", ROWS, ("key_value",)),
-        Projection("self_attn.v_proj", ROWS, ("key_value",)),
-        Projection("self_attn.o_proj", COLUMNS, ("query",)),
-    ),
-    norm="input_layernorm",
-)
-_NORMED_ATTENTION = replace(  # whose queries and keys have norms with weights of each head's own
-    _ATTENTION,
-    projections=(
-        Projection("self_attn.q_norm", ROWS, ("query_head",)),
-        Projection("self_attn.k_norm", ROWS, ("key_value_head",)),
-        *_ATTENTION.projections,
-    ),
-)
-_FUSED_ATTENTION = UnitKind(
-    Sublayer.ATTENTION,
-    (
-        Projection("self_attn.qkv_proj", ROWS, ("query", "key_value", "key_value")),
-        Projection("self_attn.o_proj", COLUMNS, ("query",)),
-    ),
-    norm="input_layernorm",
-)
-
-
-def _mlp(
-    rows: str, output: str, module: str = "mlp", fused: int = 1, norm: str = "post_attention_layernorm"
-) -> UnitKind:
-    """The neurons of an MLP. rows: the linears that have rows for them, `fused` in each."""
-    readers = tuple(Projection(f"{module}.{name}", ROWS, ("neuron",) * fused) for name in rows.split())
-    return UnitKind(Sublayer.MLP, (*readers, Projection(f"{module}.{output}", COLUMNS, ("neuron",))), norm=norm)
-
-
-_MLP = _mlp("gate_proj up_proj", "down_proj")
-_FUSED_MLP = _mlp("gate_up_proj", "down_proj", fused=2)
-_UNGATED_MLP = _mlp("up_proj", "down_proj")
-_FEED_FORWARD = _mlp("gate_proj up_proj", "down_proj", "feed_forward")
-_EXPERT = UnitKind(
-    Sublayer.MLP,
-    (
-        Projection("mlp.experts.each.{}.gate", ROWS, ("neuron",)),
-        Projection("mlp.experts.each.{}.up", ROWS, ("neuron",)),
-        Projection("mlp.experts.each.{}.down", COLUMNS, ("neuron",)),
-    ),
-)
-# Names of experts in checkpoints, which the pruned classes have under names of their own.
-_SEPARATE = ((r"\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.", r".mlp.experts.each.\1.\2."),)
-_BLOCK_SPARSE = (
-    (r"\.block_sparse_moe\.experts\.(\d+)\.w1\.", r".mlp.experts.each.\1.gate."),
-    (r"\.block_sparse_moe\.experts\.(\d+)\.w3\.", r".mlp.experts.each.\1.up."),
-    (r"\.block_sparse_moe\.experts\.(\d+)\.w2\.", r".mlp.experts.each.\1.down."),
-    (r"\.block_sparse_moe\.", ".mlp."),
-)
 
 
 @dataclass(frozen=True)
@@ -100,8 +40,8 @@ class Family:
     embedding: str = "model.embed_tokens.weight"
     norm: str = "model.norm"
     head: str = "lm_head.weight"
-    attention: UnitKind | None = _ATTENTION
-    mlp: UnitKind = _MLP
+    attention: UnitKind | None = ATTENTION
+    mlp: UnitKind = MLP
     experts: UnitKind | None = None
     renames: tuple[tuple[str, str], ...] = ()
     norms_outputs: bool = False
@@ -160,175 +100,6 @@ class Family:
         """Auto class to the class in `modeling/`, as `auto_map` has them."""
         base = self.base_class or self.causal_class.removesuffix("ForCausalLM") + "Model"
         return {"AutoModel": f"Pruned{base}", "AutoModelForCausalLM": f"Pruned{self.causal_class}"}
-
-
-# To add a family: a row here under its model_type, naming its class in transformers and, if its layers are built
-# differently from Llama's, the projections of its units. What the layers compute is left to transformers. A row in
-# FAMILY_EXTRAS of tests/models.py then runs the whole suite on it.
-FAMILIES: dict[str, Family] = {
-    "afmoe": Family("AfmoeForCausalLM", attention=None, experts=_EXPERT, renames=_SEPARATE, norms_outputs=True),
-    "apertus": Family(
-        "ApertusForCausalLM",
-        attention=replace(_ATTENTION, norm="attention_layernorm"),
-        mlp=replace(_UNGATED_MLP, norm="feedforward_layernorm"),
-    ),
-    "arcee": Family("ArceeForCausalLM", mlp=_UNGATED_MLP),
-    "cohere": Family("CohereForCausalLM", attention=_NORMED_ATTENTION, is_parallel=True),
-    "cohere2": Family("Cohere2ForCausalLM", is_parallel=True),
-    "cohere2_moe": Family("Cohere2MoeForCausalLM", experts=_EXPERT, renames=_SEPARATE, is_parallel=True),
-    "cwm": Family("CwmForCausalLM"),
-    "deepseek_v2": Family("DeepseekV2ForCausalLM", attention=None, experts=_EXPERT, renames=_SEPARATE),
-    "deepseek_v3": Family("DeepseekV3ForCausalLM", attention=None, experts=_EXPERT, renames=_SEPARATE),
-    "deepseek_v32": Family("DeepseekV32ForCausalLM", attention=None, experts=_EXPERT, renames=_SEPARATE),
-    "diffllama": Family("DiffLlamaForCausalLM", attention=None),
-    "dots1": Family("Dots1ForCausalLM", experts=_EXPERT, renames=_SEPARATE),
-    "ernie4_5": Family("Ernie4_5ForCausalLM"),
-    "ernie4_5_moe": Family(
-        "Ernie4_5_MoeForCausalLM",
-        experts=_EXPERT,
-        renames=(*_SEPARATE, (r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics.")),
-    ),
-    "exaone4": Family("Exaone4ForCausalLM", norms_outputs=True),
-    "exaone_moe": Family(
-        "ExaoneMoeForCausalLM",
-        experts=_EXPERT,
-        renames=(*_SEPARATE, (r"\.mlp\.e_score_correction_bias", ".mlp.gate.e_score_correction_bias")),
-    ),
-    "flex_olmo": Family("FlexOlmoForCausalLM", attention=None, experts=_EXPERT, renames=_SEPARATE, norms_outputs=True),
-    "flint": Family(
-        "FlintForCausalLM",
-        attention=None,
-        experts=_EXPERT,
-        renames=(
-            *_SEPARATE,
-            (r"\.self_attn\.softmax_offset", ".self_attn.sinks"),
-        ),
-    ),
-    "gemma": Family("GemmaForCausalLM"),
-    "gemma2": Family("Gemma2ForCausalLM", norms_outputs=True),
-    "gemma3_text": Family("Gemma3ForCausalLM", base_class="Gemma3TextModel", norms_outputs=True),
-    "glm": Family("GlmForCausalLM", mlp=_FUSED_MLP),
-    "glm4": Family("Glm4ForCausalLM", mlp=_FUSED_MLP, norms_outputs=True),
-    "glm4_moe": Family("Glm4MoeForCausalLM", experts=_EXPERT, renames=_SEPARATE),
-    "glm4_moe_lite": Family("Glm4MoeLiteForCausalLM", attention=None, experts=_EXPERT, renames=_SEPARATE),
-    "gpt_neox": Family(
-        "GPTNeoXForCausalLM",
-        attention=None,
-        mlp=_mlp("dense_h_to_4h", "dense_4h_to_h"),
-        layers="gpt_neox.layers",
-        embedding="gpt_neox.embed_in.weight",
-        norm="gpt_neox.final_layer_norm",
-        renames=((r"^embed_out\.", "lm_head."),),
-    ),
-    "granite": Family("GraniteForCausalLM"),
-    "granite_swa": Family("GraniteSWAForCausalLM", attention=None),
-    "granitemoehybrid": Family(
-        "GraniteMoeHybridForCausalLM",
-        attention=None,
-        mlp=_mlp("input_linear", "output_linear", "shared_mlp", fused=2),
-        width="shared_intermediate_size",
-    ),
-    "helium": Family("HeliumForCausalLM"),
-    "hunyuan_v1_dense": Family("HunYuanDenseV1ForCausalLM"),
-    "hunyuan_v1_moe": Family("HunYuanMoEV1ForCausalLM", experts=_EXPERT, renames=_SEPARATE),
-    "hyperclovax": Family("HyperCLOVAXForCausalLM"),
-    "jais2": Family("Jais2ForCausalLM", mlp=_UNGATED_MLP),
-    "laguna": Family(
-        "LagunaForCausalLM",
-        attention=None,
-        experts=_EXPERT,
-        renames=(
-            *_SEPARATE,
-            (r"\.mlp\.experts\.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),
-            (r"\.mlp\.shared_expert\.", ".mlp.shared_experts."),
-        ),
-    ),
-    "lfm2": Family(
-        "Lfm2ForCausalLM",
-        attention=None,
-        mlp=_mlp("w1 w3", "w2", "feed_forward", norm="ffn_norm"),
-        norm="model.embedding_norm",
-    ),
-    "llama": Family("LlamaForCausalLM"),
-    "mellum": Family("MellumForCausalLM", experts=_EXPERT, renames=_SEPARATE),
-    "mimo_v2_flash": Family(
-        "MiMoV2FlashForCausalLM",
-        attention=None,
-        experts=_EXPERT,
-        renames=(*_SEPARATE, (r"\.self_attn\.attention_sink_bias", ".self_attn.sinks")),
-    ),
-    "minicpm3": Family("MiniCPM3ForCausalLM", attention=None),
-    "minimax": Family("MiniMaxForCausalLM", attention=None, experts=_EXPERT, renames=_BLOCK_SPARSE),
-    "minimax_m2": Family("MiniMaxM2ForCausalLM", attention=None, experts=_EXPERT, renames=_BLOCK_SPARSE),
-    "ministral": Family("MinistralForCausalLM"),
-    "ministral3": Family("Ministral3ForCausalLM"),
-    "mistral": Family("MistralForCausalLM"),
-    "mixtral": Family(
-        "MixtralForCausalLM",
-        experts=_EXPERT,
-        renames=_BLOCK_SPARSE,
-    ),
-    "nanochat": Family("NanoChatForCausalLM", mlp=replace(_mlp("fc1", "fc2"), norm=None)),
-    "nemotron": Family("NemotronForCausalLM", mlp=_UNGATED_MLP),
-    "olmo": Family("OlmoForCausalLM"),
-    "olmo2": Family("Olmo2ForCausalLM", attention=None, norms_outputs=True),
-    "olmo3": Family("Olmo3ForCausalLM", attention=None, norms_outputs=True),
-    "olmoe": Family("OlmoeForCausalLM", attention=None, experts=_EXPERT, renames=_SEPARATE),
-    "persimmon": Family(
-        "PersimmonForCausalLM",
-        attention=None,
-        mlp=_mlp("dense_h_to_4h", "dense_4h_to_h"),
-        norm="model.final_layernorm",
-    ),
-    "phi3": Family("Phi3ForCausalLM", attention=_FUSED_ATTENTION, mlp=_FUSED_MLP),
-    "qwen2": Family("Qwen2ForCausalLM"),
-    "qwen2_moe": Family("Qwen2MoeForCausalLM", experts=_EXPERT, renames=_SEPARATE),
-    "qwen3": Family("Qwen3ForCausalLM"),
-    "qwen3_5_moe_text": Family(
-        "Qwen3_5MoeForCausalLM", base_class="Qwen3_5MoeTextModel", attention=None, experts=_EXPERT, renames=_SEPARATE
-    ),
-    "qwen3_5_text": Family("Qwen3_5ForCausalLM", base_class="Qwen3_5TextModel", attention=None),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", experts=_EXPERT, renames=_SEPARATE),
-    "qwen3_next": Family("Qwen3NextForCausalLM", attention=None, experts=_EXPERT, renames=_SEPARATE),
-    "seed_oss": Family("SeedOssForCausalLM"),
-    "smollm3": Family("SmolLM3ForCausalLM"),
-    "solar_open": Family("SolarOpenForCausalLM", experts=_EXPERT, renames=_SEPARATE),
-    "stablelm": Family("StableLmForCausalLM", attention=None),
-    "starcoder2": Family("Starcoder2ForCausalLM", mlp=_mlp("c_fc", "c_proj")),
-    "vaultgemma": Family("VaultGemmaForCausalLM", mlp=replace(_MLP, norm="pre_feedforward_layernorm")),
-    "youtu": Family("YoutuForCausalLM", attention=None),
-}
-
-
-def require_causal(config: Mapping[str, Any], where: str) -> None:
-    """Raise UnsupportedModel if config.json names a class whose head is not a language model's."""
-    named = config.get("architectures")
-    for name in named if isinstance(named, list) else []:
-        head = str(name).partition("For")[2]
-        if head and head not in _LANGUAGE_HEADS:
-            raise UnsupportedModel(
-                f"{where} is a {name}; only causal language models are pruned, and the head of this one would be lost, "
-                "so name the language model that it was made from"
-            )
-
-
-def family_of(config: Mapping[str, Any], where: str) -> Family:
-    """The table row for a config.json.
-
-    Raises UnsupportedModel, naming the reason or the supported families, for any other and for quantised checkpoints.
-    """
-    model_type, quantization = config.get("model_type"), config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise UnsupportedModel(
-            f"{where} is quantised ({method}); pruning needs the bf16, fp16 or fp32 checkpoint it was made from"
-        )
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UnsupportedModel(
-            f"{where} has model_type {model_type!r}; supported families are {', '.join(sorted(FAMILIES))}"
-        )
-    require_causal(config, where)
-    return FAMILIES[model_type]
 
 
 def dense_type(config: dict[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 from flap_stream.errors import CorruptCheckpoint, UnsupportedModel
-from flap_stream.model.architecture import family_of, further_layers, require_sizes
+from flap_stream.model.architecture import further_layers, require_sizes
 from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.families import family_of
 from flap_stream.model.safetensors_format import FORWARD_DTYPES, TensorEntry
 from flap_stream.model.skeleton import Skeleton
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flap_stream.errors import InvalidInput
-from flap_stream.model.architecture import FAMILIES
+from flap_stream.model.families import FAMILIES
 from flap_stream.model.opening import open_checkpoint
 
 

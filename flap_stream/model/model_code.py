@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from flap_stream.errors import InvalidModel, UnsupportedModel
-from flap_stream.model.architecture import FAMILIES, dense_type
+from flap_stream.model.architecture import dense_type
+from flap_stream.model.families import FAMILIES
 from flap_stream.storage.files import file_digest
 
 MODELING_NAME = "modeling_flap_stream.py"

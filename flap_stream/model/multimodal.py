@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from flap_stream.model.architecture import FAMILIES
+from flap_stream.model.families import FAMILIES
 
 # Text decoders without a causal class of their own, and the family that computes the same for text: with one position
 # for each token, their rotary embeddings of three axes are the plain ones.

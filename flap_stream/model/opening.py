@@ -13,8 +13,9 @@ from typing import Any
 
 from flap_stream.errors import InvalidModel
 from flap_stream.model import hub
-from flap_stream.model.architecture import FAMILIES, dense_type, further_layers, require_causal
+from flap_stream.model.architecture import dense_type, further_layers
 from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.families import FAMILIES, require_causal
 from flap_stream.model.fused_experts import separated
 from flap_stream.model.model_files import CONFIG_NAME, WeightFiles, has_weights, require_model, require_no_pointer
 from flap_stream.model.model_files import weight_files as weight_files_of

@@ -20,7 +20,8 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.errors import InvalidModel
-from flap_stream.model.architecture import Family, family_of, layer_shape, require_sizes
+from flap_stream.model.architecture import Family, layer_shape, require_sizes
+from flap_stream.model.families import family_of
 from flap_stream.model.model_code import model_class
 from flap_stream.modeling import modeling_flap_stream
 

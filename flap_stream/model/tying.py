@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from flap_stream.model.architecture import FAMILIES
 from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.families import FAMILIES
 from flap_stream.model.safetensors_format import TensorEntry
 
 logger = logging.getLogger(__name__)

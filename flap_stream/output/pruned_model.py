@@ -10,8 +10,9 @@ import numpy as np
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.config import PlanConfig
-from flap_stream.model.architecture import Family, family_of
+from flap_stream.model.architecture import Family
 from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.families import family_of
 from flap_stream.model.safetensors_format import TensorEntry
 
 

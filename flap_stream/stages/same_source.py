@@ -7,8 +7,8 @@ import numpy as np
 
 from flap_stream.engine.ranks import ALONE, Ranks
 from flap_stream.errors import CorruptRun, RunMismatch
-from flap_stream.model.architecture import family_of
 from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.families import family_of
 from flap_stream.model.safetensors_format import row_ranges
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.storage.differences import model_differences

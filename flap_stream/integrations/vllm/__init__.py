@@ -11,7 +11,8 @@ def register() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from vllm import ModelRegistry
 
-    from flap_stream.model.architecture import FAMILIES, PRUNED_TYPE
+    from flap_stream.model.architecture import PRUNED_TYPE
+    from flap_stream.model.families import FAMILIES
     from flap_stream.modeling import modeling_flap_stream
 
     for name in _TYPES:
