@@ -20,3 +20,12 @@ _SERVER.set_forkserver_preload(
 def forked(target: Callable[..., None], arguments: Sequence[Any]) -> "multiprocessing.context.ForkServerProcess":
     """A process that has not started yet."""
     return _SERVER.Process(target=target, args=tuple(arguments))
+
+
+def forked_to_its_end(target: Callable[..., None], arguments: Sequence[Any]) -> int:
+    """Run a process; its exit code, negative for the signal that ended it."""
+    process = forked(target, arguments)
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode

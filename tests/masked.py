@@ -26,12 +26,17 @@ def masked_model(path: Path, record: dict[str, Any], tokens: torch.Tensor | None
     """
     model = load(path)
     separate(model, model.base_model)
-    with open_checkpoint(path) as checkpoint:
-        opened = StreamedModel(checkpoint, EngineConfig(device="cpu"))
+    opened = streamed(path)
     layers = model.get_submodule(opened.family.layers)
     inputs = None if tokens is None else projection_inputs(model, opened.family, opened.shapes, tokens)
     mask(layers, opened.family, opened.shapes, record, inputs)
     return model
+
+
+def streamed(path: Path) -> StreamedModel:
+    """What the package makes of the model at `path`, for its family and shapes."""
+    with open_checkpoint(path) as checkpoint:
+        return StreamedModel(checkpoint, EngineConfig(device="cpu"))
 
 
 def separate(model: Any, decoder: Any) -> None:

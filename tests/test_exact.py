@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from masked import projection_inputs
+from masked import projection_inputs, streamed
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 from safetensors.torch import load_file
 
 import flap_stream
-from flap_stream.config import CollectConfig, EngineConfig, PlanConfig, RewriteConfig
-from flap_stream.engine.streamed_model import StreamedModel
-from flap_stream.model.opening import open_checkpoint
+from flap_stream.config import CollectConfig, PlanConfig, RewriteConfig
 
 pytestmark = pytest.mark.slow
 
@@ -65,8 +63,7 @@ def test_exact_equals_the_float64_whole_array_for_every_batch_size(tmp_path: Pat
     model = tiny_model(tiny_config(kv_heads=kv_heads), seed=kv_heads)
     tokens = random_tokens(9, 24)
     path, text = save(model, tmp_path / "model"), save_tokens(tmp_path / "tokens.npy", tokens)
-    with open_checkpoint(path) as checkpoint:
-        opened = StreamedModel(checkpoint, EngineConfig(device="cpu"))
+    opened = streamed(path)
     read = projection_inputs(model, opened.family, opened.shapes, torch.from_numpy(tokens))
     inputs = [{"attention": layer["self_attn.o_proj"], "mlp": layer["mlp.down_proj"]} for layer in read]
     decisions = {head_score: whole_array_decision(model, inputs, head_score) for head_score in ("mean-z", "l2")}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fork_server import KILLED, forked
+from fork_server import KILLED, forked_to_its_end
 from masked import masked_model
 from models import FAMILY_EXTRAS, FORMS, load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from transformers import AutoModel
@@ -163,10 +163,8 @@ def _prune_until_killed(model: Path, out: Path, options: PruneConfig) -> None:
 
 def test_a_killed_job_goes_on_to_the_same_bytes(pruned: Pruned, tmp_path: Path) -> None:
     model, options = pruned.place / "model", options_of(pruned.place)
-    child = forked(_prune_until_killed, (model, tmp_path / "out", options))
-    child.start()
-    child.join()
-    assert child.exitcode == KILLED and (tmp_path / "out.run").exists()
+    code = forked_to_its_end(_prune_until_killed, (model, tmp_path / "out", options))
+    assert code == KILLED and (tmp_path / "out.run").exists()
     flap_stream.prune(model, tmp_path / "out", options)
     assert (tmp_path / "out" / DIGESTS_NAME).read_bytes() == (pruned.place / "out" / DIGESTS_NAME).read_bytes()
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from masked import mask, separate
+from masked import mask, separate, streamed
 from models import load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -27,13 +27,11 @@ from transformers import (
 )
 
 import flap_stream
-from flap_stream.config import EngineConfig, EvaluateConfig, ExportGgufConfig, ExportStockConfig, PruneConfig
-from flap_stream.engine.streamed_model import StreamedModel
+from flap_stream.config import EvaluateConfig, ExportGgufConfig, ExportStockConfig, PruneConfig
 from flap_stream.errors import UnsupportedModel
 from flap_stream.export.gguf import export_gguf
 from flap_stream.export.stock import export_stock
 from flap_stream.model.families import FAMILIES
-from flap_stream.model.opening import open_checkpoint
 from flap_stream.stages.forecast import forecast
 
 pytestmark = pytest.mark.slow
@@ -112,8 +110,7 @@ def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def masked(path: Path, record: dict[str, Any]) -> Any:
     """The dense model, its decoder masked as the record says."""
     model = load_multimodal(path)
-    with open_checkpoint(path) as checkpoint:
-        opened = StreamedModel(checkpoint, EngineConfig(device="cpu"))
+    opened = streamed(path)
     separate(model, model.model.language_model)
     mask(model.model.language_model.layers, opened.family, opened.shapes, record)
     return model

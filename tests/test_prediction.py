@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fork_server import forked
+from fork_server import forked_to_its_end
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
 import flap_stream
@@ -126,11 +126,8 @@ def _run(arguments: Sequence[str], stdout: Path, stderr: Path) -> None:
 def prune_in_fork(model: Path, out: Path, *extra: str) -> subprocess.CompletedProcess[str]:
     """The same in a process that has imported everything, which takes most of the time of a small job."""
     stdout, stderr = (out.with_suffix(name) for name in (".stdout", ".stderr"))
-    child = forked(_run, (["prune", str(model), str(out), "--quiet", *extra], stdout, stderr))
-    child.start()
-    child.join()
-    assert child.exitcode is not None
-    return subprocess.CompletedProcess([], child.exitcode, stdout.read_text(), stderr.read_text())
+    code = forked_to_its_end(_run, (["prune", str(model), str(out), "--quiet", *extra], stdout, stderr))
+    return subprocess.CompletedProcess([], code, stdout.read_text(), stderr.read_text())
 
 
 @pytest.mark.slow

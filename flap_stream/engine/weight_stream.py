@@ -116,7 +116,8 @@ class _Cast:
 
 def cast_bytes(entries: Mapping[str, TensorEntry], dtypes: Dtypes) -> int:
     """Bytes of a buffer for those tensors, converted to the dtypes they run in, that are stored in another."""
-    others = [(entry, dtypes(name)) for name, entry in entries.items() if stored_dtype(entry) != dtypes(name)]
+    wanted = [(entry, dtypes(name)) for name, entry in entries.items()]
+    others = [(entry, dtype) for entry, dtype in wanted if stored_dtype(entry) != dtype]
     return slab_bytes([entry.nbytes // entry.item_bytes * dtype.itemsize for entry, dtype in others])
 
 

@@ -28,8 +28,8 @@ _BLOCK_SPARSE = (
 )
 
 # To add a family: a row here under its model_type, naming its class in transformers and, if its layers are built
-# differently from Llama's, the projections of its units. What the layers compute is left to transformers. A row in
-# FAMILY_EXTRAS of tests/models.py then runs the whole suite on it.
+# differently from Llama's, the projections of its units. A row in FAMILY_EXTRAS of tests/models.py then runs the whole
+# suite on it.
 FAMILIES: dict[str, Family] = {
     "afmoe": Family("AfmoeForCausalLM", attention=None, experts=EXPERT, renames=_SEPARATE, norms_outputs=True),
     "apertus": Family(
@@ -64,10 +64,7 @@ FAMILIES: dict[str, Family] = {
         "FlintForCausalLM",
         attention=None,
         experts=EXPERT,
-        renames=(
-            *_SEPARATE,
-            (r"\.self_attn\.softmax_offset", ".self_attn.sinks"),
-        ),
+        renames=(*_SEPARATE, (r"\.self_attn\.softmax_offset", ".self_attn.sinks")),
     ),
     "gemma": Family("GemmaForCausalLM"),
     "gemma2": Family("Gemma2ForCausalLM", norms_outputs=True),
@@ -128,11 +125,7 @@ FAMILIES: dict[str, Family] = {
     "ministral": Family("MinistralForCausalLM"),
     "ministral3": Family("Ministral3ForCausalLM"),
     "mistral": Family("MistralForCausalLM"),
-    "mixtral": Family(
-        "MixtralForCausalLM",
-        experts=EXPERT,
-        renames=_BLOCK_SPARSE,
-    ),
+    "mixtral": Family("MixtralForCausalLM", experts=EXPERT, renames=_BLOCK_SPARSE),
     "nanochat": Family("NanoChatForCausalLM", mlp=replace(mlp_kind("fc1", "fc2"), norm=None)),
     "nemotron": Family("NemotronForCausalLM", mlp=UNGATED_MLP),
     "olmo": Family("OlmoForCausalLM"),

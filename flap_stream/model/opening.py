@@ -13,7 +13,7 @@ from typing import Any
 
 from flap_stream.errors import InvalidModel
 from flap_stream.model import hub
-from flap_stream.model.architecture import dense_type, further_layers
+from flap_stream.model.architecture import Family, dense_type, further_layers
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.families import FAMILIES, require_causal
 from flap_stream.model.fused_experts import separated
@@ -75,10 +75,10 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     wrapper = wrapper_of(config, tensors)
     require_causal(config, str(model))
     config = config if wrapper is None else text_config(config)
-    rename = _renaming(config, wrapper)
+    family = FAMILIES.get(str(config.get("model_type")))
+    rename = _renaming(family, config, wrapper)
     named = {rename(name): entry for name, entry in tensors.items()}
     tensors = {name: replace(entry, name=name) for name, entry in named.items() if not _IGNORED.match(name)}
-    family = FAMILIES.get(str(config.get("model_type")))
     if family is not None and family.experts is not None:
         layers = range(further_layers(config).start)
         tensors = separated(tensors, lambda name: family.layer_of(name) in layers)
@@ -91,9 +91,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     return settle_head(found)
 
 
-def _renaming(config: Mapping[str, Any], wrapper: Wrapper | None) -> Callable[[str], str]:
+def _renaming(family: Family | None, config: Mapping[str, Any], wrapper: Wrapper | None) -> Callable[[str], str]:
     """Maps a tensor's name in the files to its name in the pruned class of the family, if that is known."""
-    family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         return str
     inner, further = wrapper.inner if wrapper is not None else family.with_prefix, further_layers(config)

@@ -25,8 +25,8 @@ _LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size
 # them; the linear that reads the neurons.
 _MLPS = ("mlp", "feed_forward", "shared_mlp")
 _NEURON_ROWS = {
-    **{"gate_proj": 1, "up_proj": 1, "gate_up_proj": 2, "fc1": 1, "c_fc": 1, "w1": 1, "w3": 1, "dense_h_to_4h": 1},
-    "input_linear": 2,
+    **dict.fromkeys(("gate_proj", "up_proj", "fc1", "c_fc", "w1", "w3", "dense_h_to_4h"), 1),
+    **dict.fromkeys(("gate_up_proj", "input_linear"), 2),
 }
 _MLP_OUTPUTS = ("down_proj", "fc2", "c_proj", "w2", "dense_4h_to_h", "output_linear")
 

@@ -46,9 +46,8 @@ class Placement:
 def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Placement:
     """The placement of a job at these settings, with its memory."""
     slab = max(slab_bytes([entry.nbytes for entry in layer.values()]) for layer in job.layers)
-    weights = min(prefetch + 1, len(job.layers)) * slab + max(
-        cast_bytes(layer, job.skeleton.dtypes(job.dtype)) for layer in job.layers
-    )
+    dtypes = job.skeleton.dtypes(job.dtype)
+    weights = min(prefetch + 1, len(job.layers)) * slab + max(cast_bytes(layer, dtypes) for layer in job.layers)
     batch, (activations, small) = job.batch_bytes(batch_size), job.workspace(batch_size)
     head = job.head_bytes(batch_size)
     adding, solving = job.refit_bytes(batch_size)

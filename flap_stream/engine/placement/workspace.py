@@ -37,7 +37,7 @@ def layer_workspace(
     """
     widest = max(range(len(layers)), key=lambda i: skeleton.layer_shape(i).neurons)
     largest = max(range(len(layers)), key=lambda i: sum(entry.nbytes for entry in layers[i].values()))
-    peak, small_peak = 0, 0
+    peak, small_peak, dtypes = 0, 0, skeleton.dtypes(dtype)
     skeleton.ignore_values()  # fake tensors have none
     # The same mode on every call: what a module caches in one call must be usable in the next.
     differentiates = backward or fits
@@ -48,7 +48,7 @@ def layer_workspace(
             _, calls = skeleton.record(hidden)
         for index in {widest, largest}:
             sizes = skeleton.layer_tensors(index)
-            weights = {name: torch.empty(size, dtype=skeleton.dtypes(dtype)(name)) for name, size in sizes.items()}
+            weights = {name: torch.empty(size, dtype=dtypes(name)) for name, size in sizes.items()}
             handles = [] if differentiates else _take_moments(skeleton, index, device)
             with live:
                 if differentiates:
