@@ -73,7 +73,7 @@ class StreamedModel:
 
     def layer_bytes(self, index: int) -> int:
         """Bytes of one decoder layer in the checkpoint."""
-        return sum(entry.nbytes for entry in self.layer_entries[index].values())
+        return sum(entry.stored_bytes for entry in self.layer_entries[index].values())
 
     def hidden_states(
         self,
@@ -114,7 +114,7 @@ class StreamedModel:
         chosen = self.ranks.from_first(
             lambda: placement.place(job, limits, options.batch_size, options.prefetch, then, recorded)
         )
-        if self.checkpoint.nbytes > limits.host - chosen.host_bytes:
+        if self.checkpoint.stored_bytes > limits.host - chosen.host_bytes:
             self.checkpoint.drop_from_page_cache()
         return chosen
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import count
+from math import prod
 
 import torch
 
@@ -16,7 +17,8 @@ from flap_stream.engine.device import current_stream, lock_pages, new_event, new
 from flap_stream.engine.ranks import ALONE, Ranks
 from flap_stream.engine.shared_memory import node_buffer
 from flap_stream.model.checkpoint import Checkpoint
-from flap_stream.model.dtypes import stored_dtype
+from flap_stream.model.decoding import WORKSPACE_BYTES, decode
+from flap_stream.model.dtypes import raw_view, stored_dtype
 from flap_stream.model.safetensors_format import TensorEntry
 from flap_stream.model.shard_files import Block, coalesce
 
@@ -43,6 +45,11 @@ def slab_bytes(sizes: Sequence[int]) -> int:
     return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
 
 
+def stored_slab_bytes(entries: Mapping[str, TensorEntry]) -> int:
+    """Bytes of a buffer that holds tensors as they are stored."""
+    return slab_bytes([part.nbytes for entry in entries.values() for part in entry.stored])
+
+
 def load(
     checkpoint: Checkpoint,
     entries: Mapping[str, TensorEntry],
@@ -51,11 +58,21 @@ def load(
     ranks: Ranks = ALONE,
 ) -> dict[str, torch.Tensor]:
     """Load tensors to the device, by the names given; each is read once per node."""
-    slab = node_buffer(ranks, slab_bytes([entry.nbytes for entry in entries.values()]))
+    slab = node_buffer(ranks, stored_slab_bytes(entries))
     requests = _read(checkpoint, entries, slab, ranks)
     if ranks.leads_node:
         checkpoint.note_checksums(requests)
-    return {name: tensor.to(device, dtype) for name, tensor in _views(entries, slab).items()}
+    return {name: _loaded(entries[name], stored, device, dtype) for name, stored in _views(entries, slab).items()}
+
+
+def _loaded(
+    entry: TensorEntry, stored: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    if entry.encoding is None:
+        return stored[0].to(device, dtype)
+    result = torch.empty(entry.shape, dtype=dtype, device=device)
+    decode(entry.encoding, [part.to(device) for part in stored], result)
+    return result
 
 
 def stream_layers(
@@ -75,7 +92,7 @@ def stream_layers(
     """
     if not layers:
         return
-    size = max(slab_bytes([entry.nbytes for entry in entries.values()]) for entries in layers)
+    size = max(map(stored_slab_bytes, layers))
     slots = min(prefetch + 1, len(layers))
     loader = (
         _HostLoader(checkpoint, size, slots, ranks)
@@ -89,36 +106,50 @@ def stream_layers(
             if i + prefetch < len(layers):
                 ahead.append(reader.submit(loader.fill, i + prefetch, layers[i + prefetch]))
             ahead.pop(0).result()
-            yield cast(_views(entries, loader.take(i)))
+            yield cast(entries, _views(entries, loader.take(i)))
             loader.give_back(i)
 
 
 class _Cast:
-    """Converts a layer's tensors to the dtypes they run in, in a separate buffer for those that have another."""
+    """Makes a layer's tensors in the dtypes they run in, in a buffer of its own for those that are stored otherwise."""
 
     def __init__(self, layers: Sequence[Mapping[str, TensorEntry]], device: torch.device, dtypes: Dtypes) -> None:
         self._dtypes = dtypes
         sizes = [cast_bytes(entries, dtypes) for entries in layers]
         self._slab = torch.empty(max(sizes), dtype=torch.uint8, device=device)
 
-    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, entries: Mapping[str, TensorEntry], tensors: Mapping[str, Sequence[torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
         result, at = {}, 0
-        for name, tensor in tensors.items():
-            dtype = self._dtypes(name)
-            if tensor.dtype == dtype:
-                result[name] = tensor
+        for name, stored in tensors.items():
+            entry, dtype = entries[name], self._dtypes(name)
+            if not _is_converted(entry, dtype):
+                result[name] = stored[0]
                 continue
-            nbytes = tensor.numel() * dtype.itemsize
-            result[name] = self._slab[at : at + nbytes].view(dtype).view(tensor.shape).copy_(tensor)
+            nbytes = prod(entry.shape) * dtype.itemsize
+            result[name] = self._slab[at : at + nbytes].view(dtype).view(entry.shape)
+            if entry.encoding is None:
+                result[name].copy_(stored[0])
+            else:
+                decode(entry.encoding, stored, result[name])
             at += slab_bytes([nbytes])
         return result
 
 
+def _is_converted(entry: TensorEntry, dtype: torch.dtype) -> bool:
+    return entry.encoding is not None or stored_dtype(entry) != dtype
+
+
 def cast_bytes(entries: Mapping[str, TensorEntry], dtypes: Dtypes) -> int:
-    """Bytes of a buffer for those tensors, converted to the dtypes they run in, that are stored in another."""
+    """Bytes of a buffer for those tensors, converted to the dtypes they run in, that are stored otherwise."""
     wanted = [(entry, dtypes(name)) for name, entry in entries.items()]
-    others = [(entry, dtype) for entry, dtype in wanted if stored_dtype(entry) != dtype]
-    return slab_bytes([entry.nbytes // entry.item_bytes * dtype.itemsize for entry, dtype in others])
+    return slab_bytes([prod(entry.shape) * dtype.itemsize for entry, dtype in wanted if _is_converted(entry, dtype)])
+
+
+def decoding_bytes(entries: Mapping[str, TensorEntry]) -> int:
+    """Most bytes that decoding these tensors takes beside them."""
+    return WORKSPACE_BYTES if any(entry.encoding is not None for entry in entries.values()) else 0
 
 
 class _HostLoader:
@@ -181,7 +212,7 @@ class _DeviceLoader:
         """Read a layer and copy it to its buffer, once the layer that used the buffer before has finished."""
         slot = index % len(self._slabs)
         self._copies.wait_event(self._free[slot])
-        blocks = coalesce(list(entries.values()), RING_BLOCK_BYTES)
+        blocks = coalesce([part for entry in entries.values() for part in entry.stored], RING_BLOCK_BYTES)
         if self._ranks.local[1] == 1:
             self._fill_alone(blocks, self._slabs[slot], _offsets(entries))
         else:
@@ -270,31 +301,34 @@ class _DeviceLoader:
 
 
 def _offsets(entries: Mapping[str, TensorEntry]) -> dict[str, int]:
-    """Byte offset of each tensor in a buffer, by full name."""
+    """Byte offset of each stored tensor in a buffer, by full name."""
     offsets, at = {}, 0
     for entry in entries.values():
-        offsets[entry.name] = at
-        at += slab_bytes([entry.nbytes])
+        for part in entry.stored:
+            offsets[part.name] = at
+            at += slab_bytes([part.nbytes])
     return offsets
 
 
-def _views(entries: Mapping[str, TensorEntry], slab: torch.Tensor) -> dict[str, torch.Tensor]:
+def _views(entries: Mapping[str, TensorEntry], slab: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+    """What each tensor is made of, by relative name."""
     offsets, tensors = _offsets(entries), {}
     for name, entry in entries.items():
-        at = offsets[entry.name]
-        tensors[name] = slab[at : at + entry.nbytes].view(stored_dtype(entry)).view(entry.shape)
+        places = [(part, offsets[part.name]) for part in entry.stored]
+        tensors[name] = [raw_view(slab[at : at + part.nbytes], part) for part, at in places]
     return tensors
 
 
 def _read(
     checkpoint: Checkpoint, entries: Mapping[str, TensorEntry], slab: torch.Tensor, ranks: Ranks
 ) -> list[tuple[TensorEntry, memoryview]]:
-    """Read tensors into a host buffer that the ranks of a node share; each reads a part.
+    """Read tensors as they are stored into a host buffer that the ranks of a node share; each reads a part.
 
-    Returns them with their places in the buffer.
+    Returns the stored ones with their places in the buffer.
     """
     raw, offsets = memoryview(slab.numpy()), _offsets(entries)
-    requests = [(entry, raw[offsets[entry.name] : offsets[entry.name] + entry.nbytes]) for entry in entries.values()]
+    stored = [part for entry in entries.values() for part in entry.stored]
+    requests = [(part, raw[offsets[part.name] : offsets[part.name] + part.nbytes]) for part in stored]
     ranks.node_barrier()  # no rank uses the buffer's previous contents any more
     checkpoint.read_all(requests, ranks.local)
     ranks.node_barrier()

@@ -48,6 +48,8 @@ class CheckedTensors:
                 "the checkpoint is incomplete or its config.json is another model's"
             )
         self.embedding_entry = self._entry(self.family.embedding, (config["vocab_size"], config["hidden_size"]))
+        if self.embedding_entry.encoding is not None:
+            raise UnsupportedModel(f"{where} has a quantised embedding, of which single rows cannot be read")
 
     def _entries_of(self, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorEntry]:
         return {name: self._entry(prefix + name, shape) for name, shape in shapes.items()}

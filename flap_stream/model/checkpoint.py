@@ -13,8 +13,11 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import torch
 
 from flap_stream.errors import CorruptCheckpoint, UnsupportedModel
+from flap_stream.model.decoding import decode
+from flap_stream.model.dtypes import raw_view, stored_dtype
 from flap_stream.model.model_files import SINGLE_NAME
 from flap_stream.model.multimodal import Wrapper
 from flap_stream.model.safetensors_format import DTYPE_BYTES, FORWARD_DTYPES, TensorEntry
@@ -67,15 +70,20 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors, decoded."""
         return sum(entry.nbytes for entry in self.tensors.values())
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors in files."""
+        return sum(entry.stored_bytes for entry in self.tensors.values())
+
     def read_into(self, entry: TensorEntry, buffer: memoryview, start: int = 0) -> None:
-        """Fill `buffer` with the tensor's bytes from byte `start` on."""
-        self._files.read(entry.file, entry.offset + start, [buffer])
+        """Fill `buffer` with the tensor's bytes, decoded, from byte `start` on."""
+        self.read_ranges(entry, [(start, start + len(buffer))], buffer)
 
     def read_all(self, requests: Sequence[tuple[TensorEntry, memoryview]], share: tuple[int, int] = (0, 1)) -> None:
-        """Fill every buffer with its whole tensor; adjacent tensors of a file are read together, by several threads.
+        """Fill every buffer with its whole stored tensor; adjacent ones are read together, by several threads.
 
         share: (i, n) reads every n-th block of bytes, starting with the i-th: about one n-th of all.
         """
@@ -91,7 +99,7 @@ class Checkpoint:
             list(threads.map(read, blocks[own::readers]))
 
     def note_checksums(self, requests: Sequence[tuple[TensorEntry, memoryview]]) -> None:
-        """Compute the crc32c of whole tensors that are in these buffers."""
+        """Compute the crc32c of whole stored tensors that are in these buffers."""
         for entry, buffer in requests:
             self.note_checksum(entry, 0, buffer)
 
@@ -105,14 +113,16 @@ class Checkpoint:
         self._files.checksums[entry.name] = google_crc32c.extend(before, np.frombuffer(data, np.uint8))
 
     def checksum(self, entries: Sequence[TensorEntry]) -> str:
-        """One checksum of tensors that have been read completely."""
-        lines = sorted(f"{entry.name} {self._files.checksums[entry.name]:08x}" for entry in entries if entry.nbytes)
+        """One checksum of tensors, as they are stored, that have been read completely."""
+        stored = [part for entry in entries for part in entry.stored]
+        lines = sorted(f"{part.name} {self._files.checksums[part.name]:08x}" for part in stored if part.nbytes)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     def read_checksum(self, entries: Sequence[TensorEntry]) -> str:
         """Read tensors only to compute their checksum."""
-        buffer = memoryview(bytearray(min(_READ_BYTES, max((entry.nbytes for entry in entries), default=0))))
-        for block in coalesce(entries, len(buffer)) if len(buffer) else ():
+        stored = [part for entry in entries for part in entry.stored]
+        buffer = memoryview(bytearray(min(_READ_BYTES, max((part.nbytes for part in stored), default=0))))
+        for block in coalesce(stored, len(buffer)) if len(buffer) else ():
             self.read_block(block, [buffer[: block.nbytes]])
             at = 0
             for entry, start, stop in block.parts:
@@ -134,10 +144,13 @@ class Checkpoint:
         self._files.drops = True
 
     def read_ranges(self, entry: TensorEntry, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> None:
-        """Fill `buffer` with byte ranges `(start, stop)` of the tensor, in ascending order, one after another.
+        """Fill `buffer` with byte ranges `(start, stop)` of the tensor, decoded, in ascending order, one after another.
 
         Ranges with little between them are read together with it: another read would take longer.
         """
+        if entry.encoding is not None:
+            self._decode_ranges(entry, ranges, buffer)
+            return
         between = memoryview(bytearray(_GAP_BYTES))
         first = at = end = 0
         buffers = list[memoryview]()
@@ -153,6 +166,25 @@ class Checkpoint:
             at, end = at + stop - start, stop
         if buffers:
             self._files.read(entry.file, entry.offset + first, buffers)
+
+    def _decode_ranges(self, entry: TensorEntry, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> None:
+        """Fill `buffer` as `read_ranges` does; all rows from the first to the last are decoded."""
+        row_bytes = entry.shape[1] * entry.item_bytes
+        first, last = ranges[0][0] // row_bytes, -(-ranges[-1][1] // row_bytes)
+        assert entry.encoding is not None
+        stored = []
+        for part in entry.encoding.parts:
+            is_codes = part is entry.encoding.parts[0] and not entry.encoding.is_transposed
+            begin, end = (n * part.nbytes // entry.shape[0] if is_codes else n for n in (first, last))
+            raw = torch.empty(end - begin if is_codes else part.nbytes, dtype=torch.uint8)
+            self._files.read(part.file, part.offset + (begin if is_codes else 0), [memoryview(raw.numpy())])
+            stored.append(raw_view(raw, part))
+        rows = torch.empty((last - first, entry.shape[1]), dtype=stored_dtype(entry))
+        decode(entry.encoding, stored, rows, first)
+        made, at = memoryview(rows.view(torch.uint8).numpy()).cast("B"), 0
+        for start, stop in ranges:
+            buffer[at : at + stop - start] = made[start - first * row_bytes : stop - first * row_bytes]
+            at += stop - start
 
     @property
     def bytes_read(self) -> int:

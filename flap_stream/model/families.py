@@ -6,6 +6,7 @@ from typing import Any
 
 from flap_stream.errors import UnsupportedModel
 from flap_stream.model.architecture import Family
+from flap_stream.model.quantised import require_readable
 from flap_stream.model.unit_kinds import (
     ATTENTION,
     EXPERT,
@@ -173,14 +174,11 @@ def require_causal(config: Mapping[str, Any], where: str) -> None:
 def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The table row for a config.json.
 
-    Raises UnsupportedModel, naming the reason or the supported families, for any other and for quantised checkpoints.
+    Raises UnsupportedModel, naming the reason or the supported families, for any other, and for a checkpoint whose
+    quantisation cannot be decoded.
     """
-    model_type, quantization = config.get("model_type"), config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise UnsupportedModel(
-            f"{where} is quantised ({method}); pruning needs the bf16, fp16 or fp32 checkpoint it was made from"
-        )
+    require_readable(config, where)
+    model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedModel(
             f"{where} has model_type {model_type!r}; supported families are {', '.join(sorted(FAMILIES))}"

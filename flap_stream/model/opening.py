@@ -20,6 +20,7 @@ from flap_stream.model.fused_experts import separated
 from flap_stream.model.model_files import CONFIG_NAME, WeightFiles, has_weights, require_model, require_no_pointer
 from flap_stream.model.model_files import weight_files as weight_files_of
 from flap_stream.model.multimodal import Wrapper, nested, text_config, wrapper_of
+from flap_stream.model.quantised import is_decodable, with_values, without_quantization
 from flap_stream.model.safetensors_format import TensorEntry, read_header
 from flap_stream.model.shard_files import ShardFiles, stamp
 from flap_stream.model.tying import settle_head
@@ -44,6 +45,7 @@ def read_config(model: str) -> tuple[Path, dict[str, Any]]:
         require_model(model, names, lambda: _read_json(path.parent / "adapter_config.json", "download it again"))
     config = nested(dense_type(_read_json(path, "a dry run needs it")))
     _warn_of_own_code(model, config)
+    config = without_quantization(config) if is_decodable(config) else config
     return path.parent, config if wrapper_of(config, ()) is None else text_config(config)
 
 
@@ -55,6 +57,7 @@ def has_shards(directory: Path) -> bool:
 def open_checkpoint(model: str | Path) -> Checkpoint:
     """Read and check config.json, the index and all shard headers of a directory or a Hub id.
 
+    Quantised matrices are seen decoded (see quantised.py), and the config as that of such a model.
     Where a family's dense checkpoints and its pruned class name tensors differently, the latter's names are used. A
     head that exists despite `tie_word_embeddings` is handled as in transformers (see tying.py).
     Raises InvalidModel if there is no such model or no safetensors in it, CorruptCheckpoint for a shard that is
@@ -72,6 +75,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     for file in weights.files:
         entries, header_digests[file], shard_bytes[file] = read_header(directory / file)
         tensors |= {entry.name: entry for entry in entries}
+    if is_decodable(config):
+        tensors, config = with_values(tensors, config, str(model)), without_quantization(config)
     wrapper = wrapper_of(config, tensors)
     require_causal(config, str(model))
     config = config if wrapper is None else text_config(config)

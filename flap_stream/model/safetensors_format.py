@@ -15,7 +15,7 @@ from flap_stream.model.model_files import require_no_pointer
 
 DTYPE_BYTES = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
-    **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1},
+    **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
 }
 FORWARD_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -27,6 +27,8 @@ class TensorEntry:
     """Where a tensor's bytes are: `nbytes` bytes at `offset` of `file`, row-major.
 
     file: name in the checkpoint's directory, or an absolute path.
+    encoding: how it is made of other tensors, if it is; dtype, shape and nbytes are then those of what is made, and
+    file and offset mean nothing.
     """
 
     name: str
@@ -35,11 +37,38 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    encoding: "Encoding | None" = None
+
+    @property
+    def stored(self) -> "tuple[TensorEntry, ...]":
+        """The tensors in files that it is made of."""
+        return (self,) if self.encoding is None else self.encoding.parts
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that are read for the whole of it."""
+        return sum(part.nbytes for part in self.stored)
 
     @property
     def item_bytes(self) -> int:
         """Bytes of one element."""
         return DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a matrix is made of stored tensors; `decoding.py` makes it.
+
+    codes: the kind of the first of them, one of `decoding.KINDS`.
+    parts: the codes; if they are scaled, the scales; of NVFP4 also the divisor of all scales.
+    block: rows and columns of the matrix that share a scale.
+    is_transposed: whether the codes are those of the transposed matrix.
+    """
+
+    codes: str
+    parts: tuple[TensorEntry, ...]
+    block: tuple[int, int] = (1, 1)
+    is_transposed: bool = False
 
 
 class TensorLayout(Protocol):

@@ -218,7 +218,7 @@ def work_of(
     # Not read when shards are written: removed rows, and columns that a refit has already left out.
     ratio = expected_ratio(model, options)
     not_read = ratio * sum(
-        entry.nbytes
+        entry.stored_bytes
         for layer, shape in zip(model.layer_entries, model.shapes, strict=True)
         for part in model.family.parts(shape)
         for projection in part.kind.projections
@@ -239,7 +239,7 @@ def work_of(
         layer_bytes=sum(model.layer_bytes(i) for i in range(len(model.layers))),
         moment_bytes=sum(placements.moment_bytes(shape, samples, batch_size) for shape in model.shapes),
         hidden_traffic=hidden_traffic,
-        read_again=source.nbytes - int(not_read),
+        read_again=source.stored_bytes - int(not_read),
         written=written,
         shards=max(1, round(written / options.max_shard_bytes)),
         refit=refit_work,

@@ -5,7 +5,13 @@ from math import prod
 
 from flap_stream.engine.memory import OWN_BLOCK_BYTES, Limits, resident_bytes
 from flap_stream.engine.placement.job import Job
-from flap_stream.engine.weight_stream import RING_BLOCK_BYTES, cast_bytes, ring_blocks, slab_bytes
+from flap_stream.engine.weight_stream import (
+    RING_BLOCK_BYTES,
+    cast_bytes,
+    decoding_bytes,
+    ring_blocks,
+    stored_slab_bytes,
+)
 
 # What lazy imports, thread stacks, kernels compiled on first use and freed but unreturned memory add to the buffers.
 # Predictions are checked with tools/memory_grid.py.
@@ -45,9 +51,10 @@ class Placement:
 
 def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Placement:
     """The placement of a job at these settings, with its memory."""
-    slab = max(slab_bytes([entry.nbytes for entry in layer.values()]) for layer in job.layers)
+    slab = max(map(stored_slab_bytes, job.layers))
     dtypes = job.skeleton.dtypes(job.dtype)
     weights = min(prefetch + 1, len(job.layers)) * slab + max(cast_bytes(layer, dtypes) for layer in job.layers)
+    weights += max(map(decoding_bytes, job.layers))
     batch, (activations, small) = job.batch_bytes(batch_size), job.workspace(batch_size)
     head = job.head_bytes(batch_size)
     adding, solving = job.refit_bytes(batch_size)

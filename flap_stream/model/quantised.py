@@ -1,0 +1,158 @@
+"""Quantised checkpoints, seen as if every matrix had its values: they are decoded where they are read.
+
+The formats are those of transformers' `fp8` and `mxfp4` and of compressed-tensors: FP8 and INT8 with a scale for each
+tensor, row or block; MXFP4 and NVFP4; integers packed into words. Which one it is, a tensor's companions tell.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from flap_stream.errors import CorruptCheckpoint, UnsupportedModel
+from flap_stream.model.decoding import KINDS
+from flap_stream.model.safetensors_format import DTYPE_BYTES, FORWARD_DTYPES, Encoding, TensorEntry
+
+KEYS = ("quantization_config", "compression_config")  # of config.json
+METHODS = ("fp8", "mxfp4", "compressed-tensors")
+
+_BY_ROWS, _VALUES = ("F8_E4M3", "F8_E5M2", "I8"), "values"
+_SCALES = ("weight_scale_inv", "weight_scale")
+# What belongs to a matrix in one of the formats, and is not read again once the matrix has values.
+_COMPANIONS = (
+    *_SCALES, "weight_global_scale", "weight_shape", "activation_scale", "input_scale", "input_global_scale",
+    "input_zero_point", "k_scale", "v_scale", "q_scale",
+)  # fmt: skip
+_BY_TRANSFORMERS = "load it with transformers, call its dequantize() and save_pretrained(), and prune what that writes"
+_CONVERT = dict.fromkeys(("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"), _BY_TRANSFORMERS)
+_ORIGINAL = "prune the bf16, fp16 or fp32 checkpoint it was made from; its model card names that as base_model"
+
+
+def quantization_of(config: Mapping[str, Any]) -> Any:
+    """What a config.json says of quantisation; None if nothing."""
+    text = config.get("text_config")
+    places = [config, text] if isinstance(text, Mapping) else [config]
+    return next((place[key] for place in places for key in KEYS if place.get(key) is not None), None)
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json as the model has it whose matrices are decoded."""
+    found = {key: value for key, value in config.items() if key not in KEYS}
+    if isinstance(found.get("text_config"), dict):
+        found["text_config"] = {key: value for key, value in found["text_config"].items() if key not in KEYS}
+    return found
+
+
+def is_decodable(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that weights are quantised, in a format that can be decoded."""
+    quantization = quantization_of(config)
+    if not isinstance(quantization, Mapping) or quantization.get("quant_method") not in METHODS:
+        return False
+    sparsity = quantization.get("sparsity_config")
+    return not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") == "dense"
+
+
+def require_readable(config: Mapping[str, Any], where: str) -> None:
+    """Raise UnsupportedModel for a quantised checkpoint in a format that cannot be decoded."""
+    quantization = quantization_of(config)
+    if quantization is None or is_decodable(config):
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    kind = f"{method}, sparse" if method in METHODS else method
+    raise UnsupportedModel(
+        f"{where} is quantised ({kind}); {', '.join(METHODS)} can be read, so {_CONVERT.get(str(method), _ORIGINAL)}"
+    )
+
+
+def with_values(tensors: Mapping[str, TensorEntry], config: Mapping[str, Any], where: str) -> dict[str, TensorEntry]:
+    """The tensors of a quantised checkpoint by name: matrices instead of codes, nothing of what scales them."""
+    formats = _Formats(tensors, config, where)
+    return {entry.name: entry for entry in map(formats.of, tensors.values()) if entry is not None}
+
+
+class _Formats:
+    """The tensors of one quantised checkpoint, and what its config.json says of all of them."""
+
+    def __init__(self, tensors: Mapping[str, TensorEntry], config: Mapping[str, Any], where: str) -> None:
+        self._tensors, self._where = tensors, where
+        dtypes = {name: code for code, name in FORWARD_DTYPES.items()}
+        self._dtype = dtypes.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
+        quantization = quantization_of(config)
+        groups = (quantization.get("config_groups") or {}).values() if isinstance(quantization, Mapping) else ()
+        self._weights = [group.get("weights") or {} for group in groups]
+        self._block = quantization.get("weight_block_size") if isinstance(quantization, Mapping) else None
+
+    def of(self, entry: TensorEntry) -> TensorEntry | None:
+        """A tensor as it is without quantisation; None for what only belongs to another."""
+        stem, _, last = entry.name.rpartition(".")
+        if last in _COMPANIONS or entry.name.endswith(("_proj_scales", ".k_proj.output_scale", ".v_proj.output_scale")):
+            return None
+        if entry.name.endswith("_blocks") and entry.dtype == "U8":
+            return self._microscaled(entry)
+        if last == "weight_packed":
+            return self._packed(entry, stem)
+        scales = [self._tensors[name] for name in (f"{stem}.{each}" for each in _SCALES) if name in self._tensors]
+        if last in ("weight_zero_point", "weight_g_idx"):
+            raise UnsupportedModel(f"{self._where} has {entry.name}; scales with offsets or an order are not readable")
+        if entry.dtype in _BY_ROWS and last == "weight" and scales:
+            return self._made(entry, stem, entry.shape, _VALUES, scales[:1])
+        return entry
+
+    def _microscaled(self, entry: TensorEntry) -> TensorEntry:
+        """Matrices `[..., row, column]` in MXFP4 as gpt-oss has them, `[..., row, block, byte]`."""
+        stem = entry.name.removesuffix("_blocks")
+        scales = self._companion(f"{stem}_scales", entry)
+        shape = (*entry.shape[:-2], 2 * prod(entry.shape[-2:]))
+        return self._made(entry, stem, shape, "nibbles", [scales], name=stem)
+
+    def _packed(self, entry: TensorEntry, stem: str) -> TensorEntry:
+        """A matrix in bytes of two E2M1 values each, or in words of integers."""
+        scales = [self._companion(f"{stem}.weight_scale", entry)]
+        if entry.dtype == "U8":
+            if f"{stem}.weight_global_scale" in self._tensors:
+                scales.append(self._tensors[f"{stem}.weight_global_scale"])
+            return self._made(entry, stem, (*entry.shape[:-1], 2 * entry.shape[-1]), "nibbles", scales)
+        bits = [*{weights.get("num_bits") for weights in self._weights}]
+        kind = f"words of {bits[0]} bits" if len(bits) == 1 else "words"
+        if kind not in KINDS or not all(weights.get("symmetric", True) for weights in self._weights):
+            raise UnsupportedModel(
+                f"{self._where} packs weights of {', '.join(map(str, bits))} bits; readable are symmetric ones of 2, 4 "
+                f"or 8 bits, the same for all, so {_ORIGINAL}"
+            )
+        return self._made(entry, stem, (*entry.shape[:-1], entry.shape[-1] * 32 // int(bits[0] or 32)), kind, scales)
+
+    def _companion(self, name: str, entry: TensorEntry) -> TensorEntry:
+        if name not in self._tensors:
+            raise CorruptCheckpoint(
+                f"tensor {name} is missing from {self._where}, which scales {entry.name}; download it again"
+            )
+        return self._tensors[name]
+
+    def _made(
+        self,
+        codes: TensorEntry,
+        stem: str,
+        shape: tuple[int, ...],
+        kind: str,
+        scales: list[TensorEntry],
+        name: str | None = None,
+    ) -> TensorEntry:
+        """The matrix, or several of them, of these codes and scales."""
+        whole = scales[0].shape
+        grid = (1, 1) if prod(whole) == 1 else whole[-2:] if len(whole) >= 2 else (*whole, 1)
+        block = shape[-2] // max(grid[0], 1), shape[-1] // max(grid[1], 1)
+        if self._block is not None and grid != (1, 1):
+            block = (self._block[0], self._block[1])  # the last ones may not fill the matrix
+        if tuple(-(-size // max(each, 1)) for size, each in zip(shape[-2:], block, strict=True)) != grid:
+            raise CorruptCheckpoint(
+                f"tensor {codes.name} of {self._where} has shape {list(codes.shape)}, but scales of shape "
+                f"{list(scales[0].shape)}; download it again"
+            )
+        return replace(
+            codes,
+            name=name or f"{stem}.weight",
+            dtype=self._dtype,
+            shape=shape,
+            nbytes=prod(shape) * DTYPE_BYTES[self._dtype],
+            encoding=Encoding(kind, (codes, *scales), block),
+        )
