@@ -29,6 +29,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.no_cover)  # tracing doubles their time, and adds three hundredths
     if torch.cuda.is_available():
         return
     for item in items:
