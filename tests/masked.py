@@ -25,7 +25,7 @@ def masked_model(path: Path, record: dict[str, Any], tokens: torch.Tensor | None
     tokens: whose mean inputs of output projections the biases hold; None adds no biases.
     """
     model = load(path)
-    separate(model, model.base_model)
+    separate(model, decoder_of(model))
     opened = streamed(path)
     layers = model.get_submodule(opened.family.layers)
     inputs = None if tokens is None else projection_inputs(model, opened.family, opened.shapes, tokens)
@@ -39,22 +39,39 @@ def streamed(path: Path) -> StreamedModel:
         return StreamedModel(checkpoint, EngineConfig(device="cpu"))
 
 
+def decoder_of(model: Any) -> Any:
+    """The module of a causal language model that has the layers: not always its `base_model`."""
+    return next(module for module in model.modules() if hasattr(module, "layers"))
+
+
 def separate(model: Any, decoder: Any) -> None:
     """Make fused experts, if there are any, modules of their own; logits stay. decoder: what has the layers."""
-    layers = decoder.layers
-    fused: list[Any] = [getattr(getattr(layer, "mlp", None), "experts", None) for layer in layers]
+    mlps = [getattr(layer, "mlp", None) or getattr(layer, "feed_forward", None) for layer in decoder.layers]
+    fused: list[Any] = [getattr(mlp, "experts", None) for mlp in mlps]
     if not any(hasattr(experts, "gate_up_proj") for experts in fused):
         return
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
         before = model(ids, use_cache=False).logits
         separate_experts(decoder)
-        for layer, dense in zip(layers, fused, strict=True):
-            for number, expert in enumerate([] if dense is None else layer.mlp.experts.each):
-                expert.down.weight.copy_(dense.down_proj[number])
-                for linear, weight in zip((expert.gate, expert.up), dense.gate_up_proj[number].chunk(2), strict=True):
-                    linear.weight.copy_(weight)
+        for mlp, dense in zip(mlps, fused, strict=True):
+            for number, expert in enumerate([] if dense is None else mlp.experts.each):
+                _copy_expert(expert, dense, number)
         assert (model(ids, use_cache=False).logits - before).abs().max() <= 1e-5
+
+
+def _copy_expert(expert: Any, dense: Any, number: int) -> None:
+    gate_up, down = dense.gate_up_proj[number], dense.down_proj[number]
+    if hasattr(expert, "gate_up"):  # which families have with input rows first
+        expert.gate_up.weight.copy_(gate_up.T)
+        expert.down.weight.copy_(down.T)
+        if expert.gate_up.bias is not None:
+            expert.gate_up.bias.copy_(dense.gate_up_proj_bias[number])
+            expert.down.bias.copy_(dense.down_proj_bias[number])
+        return
+    expert.down.weight.copy_(down)
+    for linear, weight in zip((expert.gate, expert.up), gate_up.chunk(2), strict=True):
+        linear.weight.copy_(weight)
 
 
 def mask(

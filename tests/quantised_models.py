@@ -13,6 +13,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from safetensors.torch import load_file, save_file
 from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 # Formats of compressed-tensors, with what its quantisation is told.
 COMPRESSED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,11 +41,35 @@ def write_quantised(kind: str, dense: Path, path: Path, place: Path) -> None:
         written, read = quantise(name, tensor) if "_proj." in name else ({name: tensor}, tensor)
         stored |= written
         values[name] = read
-    for where, found, extra in ((path, stored, {"quantization_config": config}), (place, values, {})):
-        where.mkdir()
-        save_file({name: tensor.contiguous() for name, tensor in found.items()}, where / "model.safetensors")
-        whole = json.loads((dense / "config.json").read_text())
-        (where / "config.json").write_text(json.dumps({**whole, **extra}))
+    _write(dense, path, stored, {"quantization_config": config})
+    _write(dense, place, values, {})
+
+
+def write_microscaled(dense: Path, path: Path, place: Path) -> None:
+    """As `write_quantised`, of gpt-oss, whose experts are in MXFP4."""
+    arguments = QuantizationArgs(**COMPRESSED["MXFP4"][1])
+    compressor = BaseCompressor.get_value_from_registry("mxfp4-pack-quantized")
+    scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
+    stored, values = Tensors(), Tensors()
+    for name, tensor in load_file(dense / "model.safetensors").items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            stored[name] = values[name] = tensor
+            continue
+        matrices = [expert.T.contiguous() for expert in tensor]  # [row, column]
+        written = [compressor.compress({"weight": w, **_scales(w, arguments)}, scheme) for w in matrices]
+        blocks = torch.stack([each["weight_packed"] for each in written]).unflatten(-1, (-1, 16))
+        scales = torch.stack([each["weight_scale"] for each in written])
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        values[name] = convert_moe_packed_tensors(blocks, scales)
+    _write(dense, path, stored, {"quantization_config": {"quant_method": "mxfp4"}})
+    _write(dense, place, values, {})
+
+
+def _write(dense: Path, place: Path, tensors: Tensors, extra: dict[str, Any]) -> None:
+    place.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, place / "model.safetensors")
+    whole = json.loads((dense / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**whole, **extra}))
 
 
 def _fp8(options: dict[str, Any]) -> tuple[Callable[[str, torch.Tensor], tuple[Tensors, torch.Tensor]], dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fork_server import KILLED, forked_to_its_end
-from masked import masked_model
+from masked import decoder_of, masked_model
 from models import FAMILY_EXTRAS, FORMS, load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from transformers import AutoModel
 
@@ -111,7 +111,7 @@ def test_base_model_loads_alone(pruned: Pruned) -> None:
     tokens = torch.from_numpy(random_tokens(2, 9, seed=7))
     with torch.no_grad():
         ours = load(pruned.place / "out", AutoModel)(tokens).last_hidden_state
-        assert (ours - pruned.expected.base_model(tokens).last_hidden_state).abs().max() <= 1e-5
+        assert (ours - decoder_of(pruned.expected)(tokens).last_hidden_state).abs().max() <= 1e-5
 
 
 def test_saving_and_loading_again_changes_nothing(pruned: Pruned, tmp_path: Path) -> None:

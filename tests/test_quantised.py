@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import load, random_tokens, save_tokens, tiny_config, tiny_model
-from quantised_models import COMPRESSED, FP8, write_quantised
+from quantised_models import COMPRESSED, FP8, write_microscaled, write_quantised
 from safetensors.torch import load_file, save_file
 from simulated_device import simulated
 from simulated_jobs import differ, measured, use_small_blocks
@@ -74,6 +74,15 @@ def test_experts_are_decoded_too(tmp_path: Path) -> None:
     options = options_of(tmp_path)
     ours, _ = pruned(tmp_path / "quantised", tmp_path / "out", options)
     expected, _ = pruned(tmp_path / "decoded", tmp_path / "expected", options)
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+def test_gpt_oss_in_mxfp4_is_pruned_as_what_transformers_makes_of_it(tmp_path: Path) -> None:
+    write_microscaled(dense_model(tmp_path / "dense", "gpt_oss"), tmp_path / "quantised", tmp_path / "decoded")
+    options = options_of(tmp_path)
+    ours, layers = pruned(tmp_path / "quantised", tmp_path / "out", options)
+    expected, expected_layers = pruned(tmp_path / "decoded", tmp_path / "expected", options)
+    assert layers == expected_layers
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
 
 

@@ -65,7 +65,8 @@ class LayerShape:
     def block_size(self, block: str) -> int:
         """Rows or columns of one unit in a block of a projection.
 
-        block: `query`, `key_value` or `neuron`; `query_head` and `key_value_head` where a row is a whole head.
+        block: `query`, `key_value`, `neuron` or `neuron_pair`; `query_head` and `key_value_head` where a row is a whole
+        head.
         """
         query, heads = self.heads_per_group * self.head_dim, {"query_head": self.heads_per_group, "key_value_head": 1}
-        return {"query": query, "key_value": self.head_dim, "neuron": 1, **heads}[block]
+        return {"query": query, "key_value": self.head_dim, "neuron": 1, "neuron_pair": 2, **heads}[block]

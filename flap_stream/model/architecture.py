@@ -28,6 +28,7 @@ class Family:
     all heads, latent attention, linear attention, state spaces.
     mlp: the neurons of its MLP, where a layer has one without experts.
     experts: the kind of an expert's neurons, with a placeholder for its number in the names; None without experts.
+    transposed_experts: whether dense checkpoints hold them with input rows first, all of a layer in one tensor.
     renames: pattern and replacement for tensor names that differ between dense checkpoints and the pruned class.
     norms_outputs: whether attention and MLP outputs are normalised before the residual addition.
     width: the key of config.json for the neurons of its MLP.
@@ -43,6 +44,7 @@ class Family:
     attention: UnitKind | None = ATTENTION
     mlp: UnitKind = MLP
     experts: UnitKind | None = None
+    transposed_experts: bool = False
     renames: tuple[tuple[str, str], ...] = ()
     norms_outputs: bool = False
     is_parallel: bool = False
@@ -52,6 +54,12 @@ class Family:
     def kinds(self) -> tuple[UnitKind, ...]:
         """The kinds of its units, in the order in which layers run them."""
         return (self.mlp,) if self.attention is None else (self.attention, self.mlp)
+
+    @property
+    def experts_path(self) -> str:
+        """Path, inside the decoder layer, of the module that has its experts."""
+        assert self.experts is not None
+        return self.experts.output.name.partition(".each.")[0]
 
     def prunes(self, sublayer: Sublayer) -> bool:
         """Whether it has units in this half of a layer."""
@@ -153,7 +161,7 @@ def layer_shape(family: Family, config: Mapping[str, Any], tensors: Mapping[str,
     attention, mlp = family.attention, family.mlp
     attention_rest, mlp_rest = 0 if attention is None else _rest(attention, tensors), _rest(mlp, tensors)
     experts: tuple[int, ...] = ()
-    if family.experts is not None and any(name.startswith("mlp.experts.") for name in tensors):
+    if family.experts is not None and any(name.startswith(f"{family.experts_path}.") for name in tensors):
         mlp, count = family.experts.numbered(0), 0
         while any(name.startswith(f"{family.experts.numbered(count).output.name}.") for name in tensors):
             experts += (units_of(family.experts.numbered(count)),)

@@ -14,6 +14,7 @@ from flap_stream.model.unit_kinds import (
     FUSED_MLP,
     MLP,
     NORMED_ATTENTION,
+    PAIRED_EXPERT,
     UNGATED_MLP,
     mlp_kind,
 )
@@ -83,6 +84,7 @@ FAMILIES: dict[str, Family] = {
         norm="gpt_neox.final_layer_norm",
         renames=((r"^embed_out\.", "lm_head."),),
     ),
+    "gpt_oss": Family("GptOssForCausalLM", attention=None, experts=PAIRED_EXPERT, transposed_experts=True),
     "granite": Family("GraniteForCausalLM"),
     "granite_swa": Family("GraniteSWAForCausalLM", attention=None),
     "granitemoehybrid": Family(
@@ -112,7 +114,27 @@ FAMILIES: dict[str, Family] = {
         mlp=mlp_kind("w1 w3", "w2", "feed_forward", norm="ffn_norm"),
         norm="model.embedding_norm",
     ),
+    "lfm2_moe": Family(
+        "Lfm2MoeForCausalLM",
+        attention=None,
+        mlp=mlp_kind("w1 w3", "w2", "feed_forward", norm="ffn_norm"),
+        experts=mlp_kind("gate up", "down", "feed_forward.experts.each.{}", norm=None),
+        renames=(
+            (r"\.feed_forward\.experts\.(\d+)\.w1\.", r".feed_forward.experts.each.\1.gate."),
+            (r"\.feed_forward\.experts\.(\d+)\.w3\.", r".feed_forward.experts.each.\1.up."),
+            (r"\.feed_forward\.experts\.(\d+)\.w2\.", r".feed_forward.experts.each.\1.down."),
+        ),
+        norm="model.embedding_norm",
+    ),
     "llama": Family("LlamaForCausalLM"),
+    "llama4_text": Family(
+        "Llama4ForCausalLM",
+        base_class="Llama4TextModel",
+        mlp=mlp_kind("gate_proj up_proj", "down_proj", "feed_forward"),
+        experts=mlp_kind("gate_up", "down", "feed_forward.experts.each.{}", fused=2, norm=None),
+        transposed_experts=True,
+        width="intermediate_size_mlp",
+    ),
     "mellum": Family("MellumForCausalLM", experts=EXPERT, renames=_SEPARATE),
     "mimo_v2_flash": Family(
         "MiMoV2FlashForCausalLM",

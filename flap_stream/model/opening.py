@@ -86,7 +86,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     tensors = {name: replace(entry, name=name) for name, entry in named.items() if not _IGNORED.match(name)}
     if family is not None and family.experts is not None:
         layers = range(further_layers(config).start)
-        tensors = separated(tensors, lambda name: family.layer_of(name) in layers)
+        tensors = separated(tensors, family, lambda name: family.layer_of(name) in layers)
     misplaced = {rename(name): file for name, file in weights.weight_map.items() if rename(name) not in named}
     stamps = {file: stamp(directory / file) for file in shard_bytes}
     files = ShardFiles(directory)

@@ -164,11 +164,9 @@ class Skeleton:
 
         All tokens are routed to the largest expert of a layer only; frequencies are the same for windows of any length.
         """
-        for layer in self.layers:
-            experts = getattr(getattr(layer, "mlp", None), "experts", None)
-            if experts is not None:
-                largest = max(experts.each, key=lambda expert: expert.down.in_features)
-                experts.forward = partial(_all_to_one, largest)
+        for experts in (module for layer in self.layers for module in layer.modules() if hasattr(module, "each")):
+            largest = max(experts.each, key=lambda expert: expert.down.in_features)
+            experts.forward = partial(_all_to_one, largest, len(experts.each))
         for module in self._model.modules():
             kind = getattr(module, "rope_type", None)  # one for all layers, or one for each type of layer
             if kind is not None:
@@ -220,7 +218,7 @@ def _build(config: Mapping[str, Any], family: Family, where: str) -> PreTrainedM
             else:
                 skeleton = kind.from_config(hf_config)
                 if family.experts is not None:
-                    modeling_flap_stream.separate_experts(skeleton.base_model)
+                    modeling_flap_stream.separate_experts(skeleton.get_submodule(family.layers.rpartition(".")[0]))
     except Exception as error:  # a wrong value makes transformers raise anything, ZeroDivisionError included
         reason = " ".join(str(error).split())
         raise InvalidModel(f"transformers cannot build a model from {where}/config.json: {reason}") from error
@@ -228,10 +226,18 @@ def _build(config: Mapping[str, Any], family: Family, where: str) -> PreTrainedM
     return skeleton.eval().requires_grad_(False)
 
 
-def _all_to_one(expert: nn.Module, hidden: torch.Tensor, _index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def _all_to_one(
+    expert: nn.Module,
+    count: int,
+    hidden: torch.Tensor,
+    _index: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The part of `SeparateExperts` that runs one expert, as if it were every token's first choice."""
-    token = torch.arange(len(hidden))
-    output = expert(hidden[token]) * weights[token, torch.zeros_like(token), None]
+    token = torch.arange(len(hidden) if weights is not None else len(hidden) // count)
+    output = expert(hidden[token])
+    if weights is not None:
+        output = output * weights[token, torch.zeros_like(token), None]
     return torch.zeros_like(hidden).index_add_(0, token, output.to(hidden.dtype))
 
 

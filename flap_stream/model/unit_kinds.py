@@ -34,7 +34,7 @@ FUSED_ATTENTION = UnitKind(
 
 
 def mlp_kind(
-    rows: str, output: str, module: str = "mlp", fused: int = 1, norm: str = "post_attention_layernorm"
+    rows: str, output: str, module: str = "mlp", fused: int = 1, norm: str | None = "post_attention_layernorm"
 ) -> UnitKind:
     """The neurons of an MLP. rows: the linears that have rows for them, `fused` in each."""
     readers = tuple(Projection(f"{module}.{name}", ROWS, ("neuron",) * fused) for name in rows.split())
@@ -44,11 +44,11 @@ def mlp_kind(
 MLP = mlp_kind("gate_proj up_proj", "down_proj")
 FUSED_MLP = mlp_kind("gate_up_proj", "down_proj", fused=2)
 UNGATED_MLP = mlp_kind("up_proj", "down_proj")
-EXPERT = UnitKind(
+EXPERT = mlp_kind("gate up", "down", "mlp.experts.each.{}", norm=None)
+PAIRED_EXPERT = UnitKind(  # a neuron's gate and up projection are rows next to each other
     Sublayer.MLP,
     (
-        Projection("mlp.experts.each.{}.gate", ROWS, ("neuron",)),
-        Projection("mlp.experts.each.{}.up", ROWS, ("neuron",)),
+        Projection("mlp.experts.each.{}.gate_up", ROWS, ("neuron_pair",)),
         Projection("mlp.experts.each.{}.down", COLUMNS, ("neuron",)),
     ),
 )

@@ -28,6 +28,7 @@ _NEURON_ROWS = {
     **dict.fromkeys(("gate_proj", "up_proj", "fc1", "c_fc", "w1", "w3", "dense_h_to_4h"), 1),
     **dict.fromkeys(("gate_up_proj", "input_linear"), 2),
 }
+_EXPERT_WIDTHS = ("intermediate_dim", "expert_dim", "intermediate_size")
 _MLP_OUTPUTS = ("down_proj", "fc2", "c_proj", "w2", "dense_4h_to_h", "output_linear")
 
 
@@ -119,18 +120,55 @@ class LayerConfig:
 
 
 class Expert(nn.Module):
-    """One gated MLP of its own width."""
+    """One gated MLP of its own width. dense: transformers' experts that it is one of."""
 
-    def __init__(self, act_fn, hidden_size, width, bias):
+    def __init__(self, dense, hidden_size, width, bias):
         super().__init__()
         self.gate = nn.Linear(hidden_size, width, bias=False)
         self.up = nn.Linear(hidden_size, width, bias=False)
         self.down = nn.Linear(width, hidden_size, bias=bias)
-        self.act_fn = act_fn
+        self.act_fn = dense.act_fn
 
     def forward(self, hidden_states):
         """`[token, hidden]`."""
         return self.down(self.act_fn(self.gate(hidden_states)) * self.up(hidden_states))
+
+
+class FusedExpert(nn.Module):
+    """`Expert` whose gate and up projections are the halves of one linear."""
+
+    def __init__(self, dense, hidden_size, width, bias):
+        super().__init__()
+        self.gate_up = nn.Linear(hidden_size, 2 * width, bias=False)
+        self.down = nn.Linear(width, hidden_size, bias=bias)
+        self.act_fn = dense.act_fn
+
+    def forward(self, hidden_states):
+        """`[token, hidden]`."""
+        gate, up = self.gate_up(hidden_states).chunk(2, dim=-1)
+        return self.down(up * self.act_fn(gate))
+
+
+class PairedExpert(nn.Module):
+    """`Expert` whose gate and up projections are one linear with biases, a row of each in turn: gpt-oss'."""
+
+    def __init__(self, dense, hidden_size, width, bias):
+        super().__init__()
+        self.gate_up = nn.Linear(hidden_size, 2 * width)
+        self.down = nn.Linear(width, hidden_size)
+        self.alpha, self.limit = dense.alpha, dense.limit
+        self.gated = type(dense)._apply_gate  # of alpha, limit and pairs
+
+    def forward(self, hidden_states):
+        """`[token, hidden]`."""
+        return self.down(self.gated(self, self.gate_up(hidden_states)))
+
+
+def _expert_class(dense):
+    """The class of one of transformers' experts."""
+    if hasattr(dense, "gate_up_proj_bias"):
+        return PairedExpert
+    return FusedExpert if hasattr(dense, "expert_dim") else Expert
 
 
 class SeparateExperts(nn.Module):
@@ -139,13 +177,26 @@ class SeparateExperts(nn.Module):
     The names of its weights are none that transformers gathers into that tensor.
     """
 
-    def __init__(self, act_fn, hidden_size, widths, bias):
+    def __init__(self, dense, hidden_size, widths, bias):
         super().__init__()
-        self.each = nn.ModuleList(Expert(act_fn, hidden_size, width, bias) for width in widths)
+        kind = _expert_class(dense)
+        self.each = nn.ModuleList(kind(dense, hidden_size, width, bias) for width in widths)
 
-    def forward(self, hidden_states, top_k_index, top_k_weights):
-        """`[token, hidden]`: every token's experts, weighted. top_k_index, top_k_weights: `[token, choice]`."""
+    def forward(self, hidden_states, top_k_index=None, top_k_weights=None):
+        """`[token, hidden]`: every token's experts, weighted. top_k_index, top_k_weights: `[token, choice]`.
+
+        Without those, `[expert * token, hidden]`: what each expert gives for its own rows, of which those of zeros are
+        tokens that are not routed to it.
+        """
         result = torch.zeros_like(hidden_states)
+        if top_k_index is None:
+            tokens = len(hidden_states) // len(self.each)
+            for number, expert in enumerate(self.each):
+                own = slice(number * tokens, (number + 1) * tokens)
+                token = hidden_states[own].ne(0).any(dim=-1).nonzero()[:, 0]
+                if len(token):
+                    result[own][token] = expert(hidden_states[own][token]).to(result.dtype)
+            return result
         for number, expert in enumerate(self.each):
             token, choice = torch.where(top_k_index == number)
             if len(token):
@@ -157,10 +208,12 @@ class SeparateExperts(nn.Module):
 def separate_experts(model, sizes=None, bias=False):
     """Give a model's mixtures of experts separate ones. sizes: a layer's widths; None keeps the dense ones."""
     for layer_idx, layer in enumerate(model.layers):
-        dense = getattr(getattr(layer, "mlp", None), "experts", None)
+        mlp = getattr(layer, _first(layer, _MLPS) or "", None)
+        dense = getattr(mlp, "experts", None)
         if dense is not None:
-            widths = [dense.intermediate_dim] * dense.num_experts if sizes is None else sizes[layer_idx]
-            layer.mlp.experts = SeparateExperts(dense.act_fn, model.config.hidden_size, widths, bias)
+            width = next(getattr(dense, name) for name in _EXPERT_WIDTHS if hasattr(dense, name))
+            widths = [width] * dense.num_experts if sizes is None else sizes[layer_idx]
+            mlp.experts = SeparateExperts(dense, model.config.hidden_size, widths, bias)
 
 
 def _keep_routers_alone_in_float32(model):
@@ -179,11 +232,12 @@ class PrunedMixin:
         # Of a multimodal model the text decoder is pruned.
         config, decoder = getattr(config, "text_config", config), self.base_model
         decoder = getattr(decoder, "language_model", decoder)
+        decoder = decoder if hasattr(decoder, "layers") else decoder.model  # a causal model may be its own base_model
         for layer_idx, layer in enumerate(decoder.layers):
             if not getattr(config, "attention_is_whole", False):
                 self._resize_heads(config, layer, layer_idx)
             mlp = _first(layer, _MLPS)
-            if not hasattr(getattr(layer, mlp), "experts"):
+            if mlp is not None and not hasattr(getattr(layer, mlp), "experts"):
                 self._resize_mlp(config, layer, layer_idx, mlp)
         separate_experts(decoder, getattr(config, "pruned_expert_sizes", None), config.pruned_output_bias)
         _keep_routers_alone_in_float32(self)
@@ -223,7 +277,7 @@ class PrunedMixin:
 
 
 def _first(module, names):
-    return next(name for name in names if hasattr(module, name))
+    return next((name for name in names if hasattr(module, name)), None)
 
 
 def _resize(module, sizes, output, hidden_size):

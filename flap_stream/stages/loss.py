@@ -261,13 +261,11 @@ def _captured(model: StreamedModel, index: int) -> Iterator[list[_Read]]:
             handles.append(layer.get_submodule(name).register_forward_pre_hook(see(part, number)))
         number += is_expert
     if number:
-        router = layer.get_submodule("mlp.experts")
+        router = layer.get_submodule(model.family.experts_path)
         windows = [0]
         handles.append(layer.register_forward_pre_hook(lambda _module, inputs: windows.append(len(inputs[0]))))
         handles.append(
-            router.register_forward_pre_hook(
-                lambda _module, inputs: counts.append(_rows(inputs[1], number, windows[-1]))
-            )
+            router.register_forward_pre_hook(lambda _module, inputs: counts.append(_rows(inputs, number, windows[-1])))
         )
     try:
         yield reads
@@ -276,13 +274,16 @@ def _captured(model: StreamedModel, index: int) -> Iterator[list[_Read]]:
             handle.remove()
 
 
-def _rows(routed: torch.Tensor, experts: int, windows: int) -> list[list[int]]:
+def _rows(inputs: tuple[torch.Tensor, ...], experts: int, windows: int) -> list[list[int]]:
     """How many tokens of each window are routed to each expert, `[expert][window]`.
 
-    routed: int64 `[token, choice]`.
+    inputs: of all experts, see `SeparateExperts`.
     """
-    ids = torch.arange(experts, device=routed.device)
-    chosen = (routed[..., None] == ids).sum(dim=1)  # [token, expert]
+    if len(inputs) == 1:
+        chosen = inputs[0].unflatten(0, (experts, -1)).ne(0).any(dim=-1).T
+    else:
+        ids = torch.arange(experts, device=inputs[1].device)
+        chosen = (inputs[1][..., None] == ids).sum(dim=1)  # [token, expert]
     return chosen.unflatten(0, (windows, -1)).sum(dim=1).T.tolist()
 
 
