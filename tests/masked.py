@@ -46,9 +46,12 @@ def decoder_of(model: Any) -> Any:
 
 def separate(model: Any, decoder: Any) -> None:
     """Make fused experts, if there are any, modules of their own; logits stay. decoder: what has the layers."""
-    mlps = [getattr(layer, "mlp", None) or getattr(layer, "feed_forward", None) for layer in decoder.layers]
+    mlps = [
+        getattr(layer, "mlp", None) or getattr(layer, "feed_forward", None) or getattr(layer, "mixer", None)
+        for layer in decoder.layers
+    ]
     fused: list[Any] = [getattr(mlp, "experts", None) for mlp in mlps]
-    if not any(hasattr(experts, "gate_up_proj") for experts in fused):
+    if not any(hasattr(experts, "down_proj") for experts in fused):
         return
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
@@ -61,7 +64,12 @@ def separate(model: Any, decoder: Any) -> None:
 
 
 def _copy_expert(expert: Any, dense: Any, number: int) -> None:
-    gate_up, down = dense.gate_up_proj[number], dense.down_proj[number]
+    down = dense.down_proj[number]
+    if not hasattr(dense, "gate_up_proj"):
+        expert.up.weight.copy_(dense.up_proj[number])
+        expert.down.weight.copy_(down)
+        return
+    gate_up = dense.gate_up_proj[number]
     if hasattr(expert, "gate_up"):  # which families have with input rows first
         expert.gate_up.weight.copy_(gate_up.T)
         expert.down.weight.copy_(down.T)

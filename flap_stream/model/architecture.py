@@ -118,6 +118,14 @@ def dense_type(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "model_type": model_type.removeprefix(PRUNED_TYPE)}
 
 
+def with_layer_count(config: dict[str, Any]) -> dict[str, Any]:
+    """The contents of a config.json with its number of layers, where it only lists what each one is."""
+    kinds = config.get("layers_block_type")
+    if isinstance(kinds, list) and config.get("num_hidden_layers") is None:
+        return {**config, "num_hidden_layers": len(kinds)}
+    return config
+
+
 def further_layers(config: Mapping[str, Any]) -> range:
     """Numbers of the layers after the last that predict tokens further ahead; nothing else reads them."""
     sizes = (config.get(name) for name in ("num_hidden_layers", "num_nextn_predict_layers"))
@@ -191,6 +199,11 @@ def _experts_of(family: Family, sizes: tuple[int, ...]) -> list[UnitKind]:
 
 
 def _rest(kind: UnitKind, tensors: Mapping[str, tuple[int, ...]]) -> int:
-    """Elements of a module's tensors that belong to no unit, except the output's bias, which is kept."""
+    """Elements of a module's tensors that belong to no unit, except the output's bias, which is kept.
+
+    None where the module is another layer's kind of attention or state space.
+    """
+    if f"{kind.output.name}.weight" not in tensors:
+        return 0
     cut = {f"{p.name}.weight" for p in kind.projections} | {f"{p.name}.bias" for p in kind.projections}
     return sum(prod(shape) for name, shape in tensors.items() if name.startswith(f"{kind.module}.") and name not in cut)

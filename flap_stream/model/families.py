@@ -151,6 +151,18 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family("MixtralForCausalLM", experts=EXPERT, renames=_BLOCK_SPARSE),
     "nanochat": Family("NanoChatForCausalLM", mlp=replace(mlp_kind("fc1", "fc2"), norm=None)),
     "nemotron": Family("NemotronForCausalLM", mlp=UNGATED_MLP),
+    "nemotron_h": Family(
+        "NemotronHForCausalLM",
+        attention=None,
+        mlp=mlp_kind("up_proj", "down_proj", "mixer", norm="norm"),
+        experts=mlp_kind("up", "down", "mixer.experts.each.{}", norm=None),
+        renames=(
+            (r"^backbone\.", "model."),
+            (r"\.mixer\.experts\.(\d+)\.(up|down)_proj\.", r".mixer.experts.each.\1.\2."),
+        ),
+        embedding="model.embeddings.weight",
+        norm="model.norm_f",
+    ),
     "olmo": Family("OlmoForCausalLM"),
     "olmo2": Family("Olmo2ForCausalLM", attention=None, norms_outputs=True),
     "olmo3": Family("Olmo3ForCausalLM", attention=None, norms_outputs=True),

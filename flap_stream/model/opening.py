@@ -13,7 +13,7 @@ from typing import Any
 
 from flap_stream.errors import InvalidModel
 from flap_stream.model import hub
-from flap_stream.model.architecture import Family, dense_type, further_layers
+from flap_stream.model.architecture import Family, dense_type, further_layers, with_layer_count
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.families import FAMILIES, require_causal
 from flap_stream.model.fused_experts import separated
@@ -43,7 +43,7 @@ def read_config(model: str) -> tuple[Path, dict[str, Any]]:
         path = _resolve(model, weights=False) / CONFIG_NAME
         names = [file.name for file in path.parent.iterdir()]
         require_model(model, names, lambda: _read_json(path.parent / "adapter_config.json", "download it again"))
-    config = nested(dense_type(_read_json(path, "a dry run needs it")))
+    config = nested(with_layer_count(dense_type(_read_json(path, "a dry run needs it"))))
     _warn_of_own_code(model, config)
     config = without_quantization(config) if is_decodable(config) else config
     return path.parent, config if wrapper_of(config, ()) is None else text_config(config)
@@ -113,7 +113,7 @@ def _config_and_weights(where: str, directory: Path, names: Sequence[str]) -> tu
     """Contents of config.json and the files that hold the weights. names: of all files, fetched or not."""
     require_model(where, names, lambda: _read_json(directory / "adapter_config.json", "download it again"))
     need = "a model directory needs config.json next to its safetensors shards"
-    config = nested(dense_type(_read_json(directory / CONFIG_NAME, need)))
+    config = nested(with_layer_count(dense_type(_read_json(directory / CONFIG_NAME, need))))
     return config, weight_files_of(where, names, config, lambda name: _read_json(directory / name, "download it again"))
 
 

@@ -23,7 +23,7 @@ OWN_TYPE = "flap_stream_"  # what model_type begins with in config.json
 _LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 # What modules are called: that of the MLP in a layer; the linears whose rows are neurons, with how many each has of
 # them; the linear that reads the neurons.
-_MLPS = ("mlp", "feed_forward", "shared_mlp")
+_MLPS = ("mlp", "feed_forward", "shared_mlp", "mixer")  # a mixer may also be attention or a state space
 _NEURON_ROWS = {
     **dict.fromkeys(("gate_proj", "up_proj", "fc1", "c_fc", "w1", "w3", "dense_h_to_4h"), 1),
     **dict.fromkeys(("gate_up_proj", "input_linear"), 2),
@@ -134,6 +134,21 @@ class Expert(nn.Module):
         return self.down(self.act_fn(self.gate(hidden_states)) * self.up(hidden_states))
 
 
+class UngatedExpert(nn.Module):
+    """One MLP of two linears of its own width; between them is what the dense experts have."""
+
+    def __init__(self, dense, hidden_size, width, bias):
+        super().__init__()
+        hidden_size = dense.up_proj.shape[-1]  # which may be narrower than the model
+        self.up = nn.Linear(hidden_size, width, bias=False)
+        self.down = nn.Linear(width, hidden_size, bias=bias)
+        self.act_fn = dense.act_fn
+
+    def forward(self, hidden_states):
+        """`[token, hidden]`."""
+        return self.down(self.act_fn(self.up(hidden_states)))
+
+
 class FusedExpert(nn.Module):
     """`Expert` whose gate and up projections are the halves of one linear."""
 
@@ -168,6 +183,8 @@ def _expert_class(dense):
     """The class of one of transformers' experts."""
     if hasattr(dense, "gate_up_proj_bias"):
         return PairedExpert
+    if not hasattr(dense, "gate_up_proj"):
+        return UngatedExpert
     return FusedExpert if hasattr(dense, "expert_dim") else Expert
 
 
@@ -268,6 +285,8 @@ class PrunedMixin:
     def _resize_mlp(config, layer, layer_idx, name):
         dense = getattr(layer, name)
         width, output = layer_size(config, layer_idx, "intermediate_size"), _first(dense, _MLP_OUTPUTS)
+        if output is None:
+            return
         has_bias = config.pruned_output_bias or getattr(dense, output).bias is not None
         if not width:
             setattr(layer, name, OutputBias(output, config.hidden_size, has_bias))
