@@ -58,7 +58,7 @@ def separate(model: Any, decoder: Any) -> None:
         before = model(ids, use_cache=False).logits
         separate_experts(decoder)
         for mlp, dense in zip(mlps, fused, strict=True):
-            for number, expert in enumerate([] if dense is None else mlp.experts.each):
+            for number, expert in enumerate([] if mlp is None or dense is None else mlp.experts.each):
                 _copy_expert(expert, dense, number)
         assert (model(ids, use_cache=False).logits - before).abs().max() <= 1e-5
 

@@ -128,6 +128,7 @@ FAMILY_EXTRAS: dict[str, dict[str, Any]] = {
     "olmo3": _MIXED,
     "olmoe": _NUMBERED,
     "persimmon": {"num_key_value_heads": 4},
+    "phi": {},
     "phi3": {},
     "qwen2": {},
     "qwen2_moe": {"shared_expert_intermediate_size": 48, "mlp_only_layers": [1], **_NUMBERED},

@@ -30,6 +30,7 @@ WITH_BIASES = {
     "mistral": "LlamaForCausalLM",
     "nemotron": "NemotronForCausalLM",
     "persimmon": "PersimmonForCausalLM",
+    "phi": "PhiForCausalLM",
     "qwen2": "LlamaForCausalLM",
     "seed_oss": "SeedOssForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",

@@ -17,7 +17,7 @@ class HeadGradient:
     """
 
     def __init__(self, model: StreamedModel) -> None:
-        self._skeleton, self._norm, self._weight = model.skeleton, model.final_norm(), model.head_weight()
+        self._skeleton, self._norm, self._head = model.skeleton, model.final_norm(), model.head_weights()
         self._chunk = max(1, LOSS_LOGIT_BYTES // (4 * model.vocab_size))
 
     def of_likelihood(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ class HeadGradient:
 
     @torch.no_grad()
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._skeleton.logits(self._weight, self._norm(hidden)).float()
+        return self._skeleton.logits(self._head, self._norm(hidden)).float()
 
     def _propagated(self, hidden: torch.Tensor, count: int, slopes: _Slopes) -> torch.Tensor:
         """The gradient at the hidden states. slopes: that at the logits of some of the first `count` tokens."""
@@ -61,7 +61,7 @@ class HeadGradient:
             rows = slice(start, min(start + self._chunk, count))
             part = normed[rows].detach().requires_grad_()
             with torch.enable_grad():
-                logits = self._skeleton.logits(self._weight, part)
+                logits = self._skeleton.logits(self._head, part)
             gradient[rows] = _propagated(slopes(rows, logits.detach().float()), logits, part)
         return _propagated(gradient, normed, leaf)
 

@@ -38,7 +38,7 @@ _LOGIT_BYTES = 1 << 26  # of a chunk of logits; not measured
 class StreamedModel:
     """A causal language model that has weights for one decoder layer at a time.
 
-    shapes, layer_entries, norm_entries, embedding_entry, head_entry: see `CheckedTensors`; layers: the modules.
+    shapes, layer_entries, norm_entries, embedding_entry, head_entries: see `CheckedTensors`; layers: the modules.
     ranks: the processes of the job, each of which runs a part of the windows.
     Creating one changes the process: see `device.begin`, which `device.release` undoes, `memory.keep_malloc_steady` and
     `memory.keep_few_kernels`.
@@ -57,7 +57,7 @@ class StreamedModel:
         self.skeleton, self.shapes, self.layers = tensors.skeleton, tensors.shapes, tensors.skeleton.layers
         self.skeleton.move_buffers(self.device)
         self.layer_entries, self.norm_entries = tensors.layer_entries, tensors.norm_entries
-        self.embedding_entry, self.head_entry = tensors.embedding_entry, tensors.head_entry
+        self.embedding_entry, self.head_entries = tensors.embedding_entry, tensors.head_entries
         self.vocab_size, self.hidden_size = tensors.vocab_size, tensors.hidden_size
         stored = stored_dtype(next(iter(self.layer_entries[0].values())))
         self.dtype: torch.dtype = stored if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -137,7 +137,7 @@ class StreamedModel:
             device=self.device.type,
             samples=max(samples, 1),
             tokens=max(tokens, 1),
-            head=self.head_entry if head or (refit is not None and refit.fitted) else None,
+            head=self.head_entries["weight"] if head or (refit is not None and refit.fitted) else None,
             refit=refit,
             backward=backward,
             ranks=self.ranks.world,
@@ -146,7 +146,7 @@ class StreamedModel:
 
     def refit_after(self, job: Job, refit: Refit) -> Job:
         """The job of refitting over the same windows as another; shares the workspaces already predicted."""
-        return replace(job, refit=refit, head=self.head_entry if refit.fitted else None)
+        return replace(job, refit=refit, head=self.head_entries["weight"] if refit.fitted else None)
 
     def embed(self, tokens: np.ndarray, batch_size: int, hidden: HiddenStates, copies: int = 1) -> None:
         """Fill the hidden states with the inputs of the first decoder layer.
@@ -218,7 +218,7 @@ class StreamedModel:
         It takes `[token, hidden]` on the device and yields (first token, float32 logits `[token, vocabulary]`) in
         chunks of at most 64 MiB, whatever the size of the vocabulary.
         """
-        return _chunked_logits(self.skeleton, self.final_norm(), self.head_weight())
+        return _chunked_logits(self.skeleton, self.final_norm(), self.head_weights())
 
     def forget_calls(self) -> None:
         """Forget the recorded arguments of the layers: those from inference mode cannot be differentiated."""
@@ -229,9 +229,9 @@ class StreamedModel:
         norm_weights = self._load(self.norm_entries)
         return lambda hidden: self.skeleton.norm(norm_weights, hidden)
 
-    def head_weight(self) -> torch.Tensor:
-        """Load the head, `[vocabulary, hidden]`."""
-        return self._load({"weight": self.head_entry})["weight"]
+    def head_weights(self) -> dict[str, torch.Tensor]:
+        """Load the head's tensors, by relative name: the weight `[vocabulary, hidden]`, of some families a bias."""
+        return self._load(self.head_entries)
 
     def _load(self, entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
         weights = load(self.checkpoint, entries, self.device, self.dtype, self.ranks)
@@ -253,14 +253,14 @@ def _embedding_rows(model: StreamedModel, ids: np.ndarray, buffer: torch.Tensor)
 
 
 def _chunked_logits(
-    skeleton: Skeleton, norm: Callable[[torch.Tensor], torch.Tensor], head_weight: torch.Tensor
+    skeleton: Skeleton, norm: Callable[[torch.Tensor], torch.Tensor], head_weights: Mapping[str, torch.Tensor]
 ) -> Logits:
-    """See `StreamedModel.head`. head_weight: `[vocabulary, hidden]`."""
-    chunk = max(1, _LOGIT_BYTES // (4 * len(head_weight)))
+    """See `StreamedModel.head`. head_weights: by relative name."""
+    chunk = max(1, _LOGIT_BYTES // (4 * len(head_weights["weight"])))
 
     def logits_of(hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         for start in range(0, len(hidden), chunk):
-            yield start, skeleton.logits(head_weight, norm(hidden[start : start + chunk])).float()
+            yield start, skeleton.logits(head_weights, norm(hidden[start : start + chunk])).float()
 
     return logits_of
 

@@ -15,7 +15,7 @@ class CheckedTensors:
 
     skeleton: the model without weights. shapes: sizes of every decoder layer, from its tensors.
     layer_entries, norm_entries: the tensors of each decoder layer and of the final norm, by relative name.
-    embedding_entry, head_entry: the same one if they are tied.
+    embedding_entry: the embedding; head_entries: the head's, by relative name, its weight the embedding if it is tied.
     Raises UnsupportedModel, InvalidModel or CorruptCheckpoint if any tensor that a forward needs is missing or has
     another shape or dtype than the architecture asks for.
     """
@@ -30,9 +30,9 @@ class CheckedTensors:
             self._entries_of(f"{self.family.layers}.{i}.", self.skeleton.layer_tensors(i)) for i in range(count)
         ]
         self.norm_entries = self._entries_of(f"{self.family.norm}.", self.skeleton.norm_tensors())
-        self.head_entry = (
-            self.embedding_entry if self.skeleton.tied else self._entry(self.family.head, self.skeleton.head_shape())
-        )
+        head = f"{self.family.head.rpartition('.')[0]}."
+        own = {} if self.skeleton.tied else self._entries_of(head, self.skeleton.head_tensors())
+        self.head_entries = own or {"weight": self.embedding_entry}
         self.shapes = [self.skeleton.layer_shape(i) for i in range(count)]
         self.vocab_size, self.hidden_size = self.embedding_entry.shape
 

@@ -18,6 +18,7 @@ from flap_stream.model.unit_kinds import (
     UNGATED_MLP,
     mlp_kind,
 )
+from flap_stream.model.units import COLUMNS, Projection
 
 _LANGUAGE_HEADS = ("CausalLM", "ConditionalGeneration", "ImageTextToText", "VisionText2Text")
 # Names of experts in checkpoints, which the pruned classes have under names of their own.
@@ -172,6 +173,15 @@ FAMILIES: dict[str, Family] = {
         attention=None,
         mlp=mlp_kind("dense_h_to_4h", "dense_4h_to_h"),
         norm="model.final_layernorm",
+    ),
+    "phi": Family(
+        "PhiForCausalLM",
+        attention=replace(
+            ATTENTION, projections=(*ATTENTION.readers, Projection("self_attn.dense", COLUMNS, ("query",)))
+        ),
+        mlp=mlp_kind("fc1", "fc2"),
+        norm="model.final_layernorm",
+        is_parallel=True,
     ),
     "phi3": Family("Phi3ForCausalLM", attention=FUSED_ATTENTION, mlp=FUSED_MLP),
     "qwen2": Family("Qwen2ForCausalLM"),

@@ -114,9 +114,10 @@ class Skeleton:
         norm = self._model.get_submodule(self.family.norm)
         return {name: tuple(tensor.shape) for name, tensor in norm.state_dict().items()}
 
-    def head_shape(self) -> tuple[int, ...]:
-        """Shape of the head, `[vocabulary, hidden]`."""
-        return tuple(self._model.get_parameter(self.family.head).shape)
+    def head_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Relative name to shape of the head's tensors: the weight `[vocabulary, hidden]`, of some families a bias."""
+        head = self._model.get_submodule(self.family.head.rpartition(".")[0])
+        return {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
 
     def dtypes(self, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
         """The dtype of a layer's tensor, by its relative name, where the model runs in `dtype`: as in transformers."""
@@ -164,7 +165,8 @@ class Skeleton:
 
         All tokens are routed to the largest expert of a layer only; frequencies are the same for windows of any length.
         """
-        for experts in (module for layer in self.layers for module in layer.modules() if hasattr(module, "each")):
+        mixtures: list[Any] = [module for module in self._model.modules() if hasattr(module, "each")]
+        for experts in mixtures:
             largest = max(experts.each, key=lambda expert: expert.down.in_features)
             experts.forward = partial(_all_to_one, largest, len(experts.each))
         for module in self._model.modules():
@@ -198,10 +200,15 @@ class Skeleton:
         """The final norm's output, which the head reads, for the last layer's hidden states; the same shape."""
         return functional_call(self._model.get_submodule(self.family.norm), norm_weights, (hidden,))
 
-    def logits(self, head_weight: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-        """Logits `[token, vocabulary]` for outputs of the final norm, `[token, hidden]`."""
+    def logits(self, head_weights: Mapping[str, torch.Tensor], normed: torch.Tensor) -> torch.Tensor:
+        """Logits `[token, vocabulary]` for outputs of the final norm, `[token, hidden]`.
+
+        head_weights: by relative name.
+        """
+        head = self.family.head.rpartition(".")[0]
+        weights = {f"{head}.{name}": tensor for name, tensor in head_weights.items()}
         with _replaced(self._model, self._base_name, _Returns(self._base, normed[None])):
-            output = functional_call(self._model, {self.family.head: head_weight}, kwargs={"use_cache": False})
+            output = functional_call(self._model, weights, kwargs={"use_cache": False})
         return output.logits[0]
 
 

@@ -28,6 +28,7 @@ _NEURON_ROWS = {
     **dict.fromkeys(("gate_proj", "up_proj", "fc1", "c_fc", "w1", "w3", "dense_h_to_4h"), 1),
     **dict.fromkeys(("gate_up_proj", "input_linear"), 2),
 }
+_ATTENTION_OUTPUTS = ("o_proj", "dense")
 _EXPERT_WIDTHS = ("intermediate_dim", "expert_dim", "intermediate_size")
 _MLP_OUTPUTS = ("down_proj", "fc2", "c_proj", "w2", "dense_4h_to_h", "output_linear")
 
@@ -263,16 +264,16 @@ class PrunedMixin:
     @staticmethod
     def _resize_heads(config, layer, layer_idx):
         dense = layer.self_attn
-        groups = layer_size(config, layer_idx, "num_key_value_heads")
+        groups, output = layer_size(config, layer_idx, "num_key_value_heads"), _first(dense, _ATTENTION_OUTPUTS)
         heads = groups * dense.num_key_value_groups
-        has_bias = config.pruned_output_bias or dense.o_proj.bias is not None
+        has_bias = config.pruned_output_bias or getattr(dense, output).bias is not None
         if not groups:
-            layer.self_attn = OutputBiasWithCache("o_proj", config.hidden_size, has_bias, layer_idx)
+            layer.self_attn = OutputBiasWithCache(output, config.hidden_size, has_bias, layer_idx)
             return
         query_size, key_value_size = heads * dense.head_dim, groups * dense.head_dim
         sizes = {"q_proj": query_size, "k_proj": key_value_size, "v_proj": key_value_size}
         sizes["qkv_proj"] = query_size + 2 * key_value_size
-        _resize(dense, sizes, ("o_proj", query_size, has_bias), config.hidden_size)
+        _resize(dense, sizes, (output, query_size, has_bias), config.hidden_size)
         for name, count in (("q_norm", heads), ("k_norm", groups)):
             weight = getattr(getattr(dense, name, None), "weight", None)
             if weight is not None and weight.ndim == 2:  # a row for each head
