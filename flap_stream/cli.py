@@ -15,7 +15,8 @@ from typing import Any, TextIO, cast
 
 from flap_stream.commands import interruption
 from flap_stream.commands.parser import Parser
-from flap_stream.errors import FlapStreamError, StorageFailure
+from flap_stream.commands.recipe_files import OPTION, with_recipe
+from flap_stream.errors import FlapStreamError, InvalidOption, StorageFailure
 from flap_stream.progress import printable
 
 VERBS = {
@@ -31,6 +32,7 @@ VERBS = {
     "bench-inference": "compare speed and memory of the dense and the pruned model in transformers",
     "export-gguf": "write a GGUF file for llama.cpp",
     "export-stock": "write a pruned checkpoint that loads without remote code",
+    "recipe": "print a file of options, with comments, for --recipe of the other verbs",
 }
 TOGETHER = ("prune", "collect", "rewrite", "evaluate")  # verbs that all ranks run; the others run on rank 0 only
 NO_READER = 141  # exit code when the reader of stdout is gone, as shells report a process ended by SIGPIPE
@@ -44,9 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"flap-stream {version('flap-stream')}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, summary in VERBS.items():
-        module = _module_of(verb)
-        module.add_arguments(verbs.add_parser(verb, help=summary, description=summary, allow_abbrev=False))
+        own = verbs.add_parser(verb, help=summary, description=summary, allow_abbrev=False)
+        _module_of(verb).add_arguments(own)
+        if verb != "recipe":
+            own.add_argument(OPTION, metavar="FILE", help="read options from a TOML file; those given here win")
     with nullcontext() if _is_first_rank() else redirect_stderr(None):  # all ranks have the same arguments
+        try:
+            arguments = with_recipe(verbs.choices, sys.argv[1:] if arguments is None else arguments)
+        except InvalidOption as error:
+            parser.error(str(error))
         options = parser.parse_args(arguments)
     if options.verb not in TOGETHER:
         if not _is_first_rank():

@@ -1,0 +1,50 @@
+"""`flap-stream recipe --preset NAME`."""
+
+import argparse
+
+_COMMON = """\
+# Give it to any verb: flap-stream prune MODEL OUT --recipe job.toml
+# Options on the command line win. A table such as [evaluate] is for one verb alone.
+"""
+_CALIBRATION = """
+# What to calibrate on: text like what the model will be used for. Files, or wikitext2, c4 or ptb from the Hub.
+calibration = ["wikitext2"]
+"""
+PRESETS = {
+    "published": """\
+# FLAP as published, to compare with other methods: decided by the fluctuation of inputs, made up for by biases.
+method = "flap"
+statistics = "released"  # as the authors' code computes them, one window at a time
+ratio = 0.2
+samples = 1024
+sequence-length = 128
+restore = "bias"
+""",
+    "fast": """\
+# Much better than published at moderate cost: decided by the loss, refitted by least squares.
+ratio = 0.2  # share of the prunable weights; or target-size = "9GiB", target-parameters = "5B", ...
+metric = "fisher"
+restore = "least-squares"
+""",
+    "quality": """\
+# The best that was measured, and slow: decided by the loss, every layer fitted to what the dense one computes.
+ratio = 0.2  # share of the prunable weights; or target-size = "9GiB", target-parameters = "5B", ...
+metric = "fisher"
+restore = "reconstruct"
+""",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        default="fast",
+        help="published (FLAP as released), fast (the default) or quality (the best, slowly)",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the recipe."""
+    print(f"{_COMMON}\n{PRESETS[options.preset]}{_CALIBRATION}", end="")
