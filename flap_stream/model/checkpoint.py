@@ -13,11 +13,8 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-import torch
 
 from flap_stream.errors import CorruptCheckpoint, UnsupportedModel
-from flap_stream.model.decoding import decode
-from flap_stream.model.dtypes import raw_view, stored_dtype
 from flap_stream.model.model_files import SINGLE_NAME
 from flap_stream.model.multimodal import Wrapper
 from flap_stream.model.safetensors_format import DTYPE_BYTES, FORWARD_DTYPES, TensorEntry
@@ -149,7 +146,9 @@ class Checkpoint:
         Ranges with little between them are read together with it: another read would take longer.
         """
         if entry.encoding is not None:
-            self._decode_ranges(entry, ranges, buffer)
+            from flap_stream.model.decoding import read_decoded  # which needs torch
+
+            read_decoded(self._files, entry, ranges, buffer)
             return
         between = memoryview(bytearray(_GAP_BYTES))
         first = at = end = 0
@@ -166,25 +165,6 @@ class Checkpoint:
             at, end = at + stop - start, stop
         if buffers:
             self._files.read(entry.file, entry.offset + first, buffers)
-
-    def _decode_ranges(self, entry: TensorEntry, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> None:
-        """Fill `buffer` as `read_ranges` does; all rows from the first to the last are decoded."""
-        row_bytes = entry.shape[1] * entry.item_bytes
-        first, last = ranges[0][0] // row_bytes, -(-ranges[-1][1] // row_bytes)
-        assert entry.encoding is not None
-        stored = []
-        for part in entry.encoding.parts:
-            is_codes = part is entry.encoding.parts[0] and not entry.encoding.is_transposed
-            begin, end = (n * part.nbytes // entry.shape[0] if is_codes else n for n in (first, last))
-            raw = torch.empty(end - begin if is_codes else part.nbytes, dtype=torch.uint8)
-            self._files.read(part.file, part.offset + (begin if is_codes else 0), [memoryview(raw.numpy())])
-            stored.append(raw_view(raw, part))
-        rows = torch.empty((last - first, entry.shape[1]), dtype=stored_dtype(entry))
-        decode(entry.encoding, stored, rows, first)
-        made, at = memoryview(rows.view(torch.uint8).numpy()).cast("B"), 0
-        for start, stop in ranges:
-            buffer[at : at + stop - start] = made[start - first * row_bytes : stop - first * row_bytes]
-            at += stop - start
 
     @property
     def bytes_read(self) -> int:

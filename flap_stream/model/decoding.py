@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from flap_stream.model.safetensors_format import Encoding
+from flap_stream.model.dtypes import raw_view, stored_dtype
+from flap_stream.model.safetensors_format import WORD_BITS, Encoding, TensorEntry
+from flap_stream.model.shard_files import ShardFiles
 
 WORKSPACE_BYTES = 40 << 20  # at most, of `decode`; 32 bytes for each value of a block
 
@@ -37,7 +39,7 @@ def _words(bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
 KINDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "values": torch.Tensor.float,
     "nibbles": _nibbles,
-    **{f"words of {bits} bits": _words(bits) for bits in (2, 4, 8)},
+    **{f"words of {bits} bits": _words(bits) for bits in WORD_BITS},
 }
 
 
@@ -58,6 +60,30 @@ def decode(encoding: Encoding, stored: Sequence[torch.Tensor], out: torch.Tensor
         of_row = torch.arange(first + start, first + stop, device=out.device) // block_rows
         each = factors[of_row].repeat_interleave(block_columns, dim=1)
         out[start:stop] = values.mul_(each[:, : out.shape[1]])
+
+
+def read_decoded(files: ShardFiles, entry: TensorEntry, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> None:
+    """Fill `buffer` with byte ranges `(start, stop)` of an encoded tensor, ascending, one after another.
+
+    All rows from the first to the last are decoded.
+    """
+    encoding, row_bytes = entry.encoding, entry.shape[1] * entry.item_bytes
+    assert encoding is not None
+    first, last = ranges[0][0] // row_bytes, -(-ranges[-1][1] // row_bytes)
+    stored = []
+    for part in encoding.parts:
+        begin, end = 0, part.nbytes
+        if part is encoding.parts[0] and not encoding.is_transposed:
+            begin, end = (n * part.nbytes // entry.shape[0] for n in (first, last))
+        raw = torch.empty(end - begin, dtype=torch.uint8)
+        files.read(part.file, part.offset + begin, [memoryview(raw.numpy())])
+        stored.append(raw_view(raw, part))
+    rows = torch.empty((last - first, entry.shape[1]), dtype=stored_dtype(entry))
+    decode(encoding, stored, rows, first)
+    made, at = memoryview(rows.view(torch.uint8).numpy()).cast("B"), 0
+    for start, stop in ranges:
+        buffer[at : at + stop - start] = made[start - first * row_bytes : stop - first * row_bytes]
+        at += stop - start
 
 
 def _factors(scales: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -10,8 +10,7 @@ from math import prod
 from typing import Any
 
 from flap_stream.errors import CorruptCheckpoint, UnsupportedModel
-from flap_stream.model.decoding import KINDS
-from flap_stream.model.safetensors_format import DTYPE_BYTES, FORWARD_DTYPES, Encoding, TensorEntry
+from flap_stream.model.safetensors_format import DTYPE_BYTES, FORWARD_DTYPES, WORD_BITS, Encoding, TensorEntry
 
 KEYS = ("quantization_config", "compression_config")  # of config.json
 METHODS = ("fp8", "mxfp4", "compressed-tensors")
@@ -112,14 +111,19 @@ class _Formats:
             if f"{stem}.weight_global_scale" in self._tensors:
                 scales.append(self._tensors[f"{stem}.weight_global_scale"])
             return self._made(entry, stem, (*entry.shape[:-1], 2 * entry.shape[-1]), "nibbles", scales)
-        bits = [*{weights.get("num_bits") for weights in self._weights}]
-        kind = f"words of {bits[0]} bits" if len(bits) == 1 else "words"
-        if kind not in KINDS or not all(weights.get("symmetric", True) for weights in self._weights):
+        bits = sorted({weights.get("num_bits", 0) for weights in self._weights})
+        if (
+            len(bits) != 1
+            or bits[0] not in WORD_BITS
+            or not all(weights.get("symmetric", True) for weights in self._weights)
+        ):
             raise UnsupportedModel(
                 f"{self._where} packs weights of {', '.join(map(str, bits))} bits; readable are symmetric ones of 2, 4 "
                 f"or 8 bits, the same for all, so {_ORIGINAL}"
             )
-        return self._made(entry, stem, (*entry.shape[:-1], entry.shape[-1] * 32 // int(bits[0] or 32)), kind, scales)
+        return self._made(
+            entry, stem, (*entry.shape[:-1], entry.shape[-1] * 32 // bits[0]), f"words of {bits[0]} bits", scales
+        )
 
     def _companion(self, name: str, entry: TensorEntry) -> TensorEntry:
         if name not in self._tensors:

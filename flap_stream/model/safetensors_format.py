@@ -17,6 +17,7 @@ DTYPE_BYTES = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
     **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
 }
+WORD_BITS = (2, 4, 8)  # of integers packed into words that can be read
 FORWARD_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
