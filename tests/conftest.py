@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,10 +29,19 @@ os.fsync = lambda fd: None
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Leave slow tests out of coverage, with their fixtures: tracing doubles their time, and adds three hundredths."""
+    plugin = item.config.pluginmanager.getplugin("_cov")
+    controller = None if plugin is None or not item.get_closest_marker("slow") else plugin.cov_controller
+    if controller is not None:
+        controller.pause()
+    yield
+    if controller is not None:
+        controller.resume()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.no_cover)  # tracing doubles their time, and adds three hundredths
     if torch.cuda.is_available():
         return
     for item in items:
