@@ -13,6 +13,7 @@ import flap_stream
 from flap_stream.model.families import FAMILIES
 
 _MIXED = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_MIXED_BUT_LAST = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 16}
 _LINEAR = {
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4
@@ -65,6 +66,7 @@ FAMILY_EXTRAS: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, **_MIXED},
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, **_MIXED},
+    "gemma4_text": {"head_dim": 16, "global_head_dim": 32, "hidden_size_per_layer_input": 0, **_MIXED_BUT_LAST},
     "glm": {"head_dim": 16},
     "glm4": {"head_dim": 16},
     "glm4_moe": {"head_dim": 16, **_FIRST_DENSE},

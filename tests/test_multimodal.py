@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
+    Gemma4Config,
     LlavaConfig,
     Mistral3Config,
     Qwen2_5_VLConfig,
@@ -53,6 +54,15 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gemma3": lambda: Gemma3Config(
         text_config=tiny_config("gemma3_text", tied=True).to_dict(), image_token_index=IMAGE, boi_token_index=95,
         eoi_token_index=94, mm_tokens_per_image=4, vision_config={"model_type": "siglip_vision_model", **VISION},
+    ),
+    "gemma4": lambda: Gemma4Config(
+        text_config=tiny_config("gemma4_text", tied=True).to_dict(), image_token_id=IMAGE, boi_token_id=95,
+        eoi_token_id=94, audio_config=None,
+        vision_config={
+            "model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16, "patch_size": 8,
+            "position_embedding_size": 64, "pooling_kernel_size": 2, "default_output_length": 4,
+        },
     ),
     "mistral3": lambda: Mistral3Config(
         text_config=tiny_config("mistral", head_dim=16).to_dict(), image_token_index=IMAGE, spatial_merge_size=1,
@@ -149,6 +159,10 @@ def test_text_and_images_give_the_masked_models_logits(pruned: Any) -> None:
     if dense.config.model_type.startswith("qwen"):  # rows of pixels, a patch each
         grid = torch.tensor([[1, 2, 2], [1, 2, 2]])
         inputs |= {"pixel_values": torch.randn(8, 3 * 8 * 8), "image_grid_thw": grid}
+        inputs["mm_token_type_ids"] = (ids == IMAGE).long()
+    if dense.config.model_type == "gemma4":
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).repeat(2, 1, 1)
+        inputs |= {"pixel_values": torch.rand(2, 16, 3 * 8 * 8), "image_position_ids": places}
         inputs["mm_token_type_ids"] = (ids == IMAGE).long()
     if dense.config.model_type == "mistral3":
         inputs["image_sizes"] = torch.tensor([[16, 16], [16, 16]])

@@ -25,8 +25,8 @@ def run(options: argparse.Namespace) -> None:
 
     result = plan(options.run_directory, config)
     sizes = {**result.sizes.record(), **({} if result.target is None else {"target": result.target})}
-    if not any(result.kv_groups):
-        sizes["left_whole"] = ["attention"]
+    if result.left_whole:
+        sizes["left_whole"] = list(result.left_whole)
     if options.json:
         shared.print_json(
             {

@@ -20,7 +20,7 @@ from flap_stream.config import EngineConfig, ExportStockConfig
 from flap_stream.config.rules import options_of
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidInput, InvalidModel, OutputConflict, UnsupportedModel
-from flap_stream.model.architecture import Family
+from flap_stream.model.architecture import Family, is_pruned
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.families import FAMILIES
 from flap_stream.model.model_code import decoded
@@ -51,11 +51,11 @@ _SHARED_KEYS = (
     "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "use_cache", "vocab_size",
 )  # fmt: skip
 _PRUNED_KEYS = (
-    "per_layer_config",
     "auto_map",
     "allow_global_per_layer_attribute_access",
     "pruned_output_bias",
     "attention_is_whole",
+    "pruned_neurons",
 )
 _MARK = ".flap-stream-export"  # in a directory whose export has not finished
 
@@ -94,7 +94,7 @@ def export_stock(
     directory, progress = Path(directory), Progress.of(progress)
     _require_free(directory)
     with open_checkpoint(out) as source:
-        if "per_layer_config" not in source.config:
+        if not is_pruned(source.config):
             raise InvalidInput(f"{out} was not pruned by flap-stream; it needs no export to load without remote code")
         if source.wrapper is not None:
             raise UnsupportedModel(f"{out} is a multimodal model; only language models by themselves are exported")
@@ -213,6 +213,8 @@ def _candidates(config: Mapping[str, Any], widest: LayerShape) -> Iterator[dict[
     if family.prunes(Sublayer.ATTENTION):
         sizes |= {"num_attention_heads": heads, "num_key_value_heads": widest.kv_groups, "head_dim": widest.head_dim}
     uniform = {key: value for key, value in config.items() if key not in _PRUNED_KEYS}
+    if not family.varies_heads:  # else they are the dense model's
+        uniform.pop("per_layer_config", None)
     own = uniform | sizes
     yield _named(own)
     known = CONFIG_MAPPING[config["model_type"]].from_dict(decoded(uniform))  # its validation may refuse the new sizes

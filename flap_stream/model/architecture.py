@@ -33,6 +33,8 @@ class Family:
     norms_outputs: whether attention and MLP outputs are normalised before the residual addition.
     width: the key of config.json for the neurons of its MLP.
     is_parallel: whether the MLP reads what attention reads, and not its output.
+    varies_heads: whether the dense model's layers have heads of different sizes, which its config names layer by layer.
+    refused: keys of config.json that must not be set, and what models with them do that is not supported.
     """
 
     causal_class: str
@@ -49,6 +51,8 @@ class Family:
     norms_outputs: bool = False
     is_parallel: bool = False
     width: str = "intermediate_size"
+    varies_heads: bool = False
+    refused: tuple[tuple[str, str], ...] = ()
 
     @property
     def kinds(self) -> tuple[UnitKind, ...]:
@@ -108,6 +112,11 @@ class Family:
         """Auto class to the class in `modeling/`, as `auto_map` has them."""
         base = self.base_class or self.causal_class.removesuffix("ForCausalLM") + "Model"
         return {"AutoModel": f"Pruned{base}", "AutoModelForCausalLM": f"Pruned{self.causal_class}"}
+
+
+def is_pruned(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is a pruned checkpoint's."""
+    return "pruned_output_bias" in config
 
 
 def dense_type(config: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 from flap_stream.errors import UnsupportedModel
@@ -72,6 +73,18 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family("GemmaForCausalLM"),
     "gemma2": Family("Gemma2ForCausalLM", norms_outputs=True),
     "gemma3_text": Family("Gemma3ForCausalLM", base_class="Gemma3TextModel", norms_outputs=True),
+    "gemma4_text": Family(
+        "Gemma4ForCausalLM",
+        base_class="Gemma4TextModel",
+        attention=None,
+        norms_outputs=True,
+        varies_heads=True,
+        refused=(
+            ("hidden_size_per_layer_input", "its layers take inputs of their own from every token"),
+            ("num_kv_shared_layers", "its last layers share keys and values"),
+            ("enable_moe_block", "its layers run an MLP and experts side by side"),
+        ),
+    ),
     "glm": Family("GlmForCausalLM", mlp=FUSED_MLP),
     "glm4": Family("Glm4ForCausalLM", mlp=FUSED_MLP, norms_outputs=True),
     "glm4_moe": Family("Glm4MoeForCausalLM", experts=EXPERT, renames=_SEPARATE),
@@ -224,8 +237,10 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     require_readable(config, where)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
+        similar = ", ".join(get_close_matches(str(model_type), FAMILIES, n=5))
         raise UnsupportedModel(
-            f"{where} has model_type {model_type!r}; supported families are {', '.join(sorted(FAMILIES))}"
+            f"{where} has model_type {model_type!r}, which is none of the {len(FAMILIES)} supported families "
+            f"({f'of similar names: {similar}; ' if similar else ''}the project's README lists all)"
         )
     require_causal(config, where)
     return FAMILIES[model_type]

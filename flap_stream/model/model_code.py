@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flap_stream.errors import InvalidModel, UnsupportedModel
-from flap_stream.model.architecture import dense_type
+from flap_stream.model.architecture import dense_type, is_pruned
 from flap_stream.model.families import FAMILIES
 from flap_stream.storage.files import file_digest
 
@@ -42,7 +42,7 @@ def model_class(config: Mapping[str, Any]) -> tuple[Any, Any]:
     from flap_stream.modeling import modeling_flap_stream
 
     known = decoded({key: value for key, value in config.items() if key not in _NOT_THE_ARCHITECTURE})
-    if "per_layer_config" not in config:
+    if not is_pruned(config):
         return AutoModelForCausalLM, CONFIG_MAPPING[config["model_type"]].from_dict(known)
     pruned = getattr(modeling_flap_stream, FAMILIES[config["model_type"]].pruned_classes["AutoModelForCausalLM"])
     return pruned, pruned.config_class.from_dict(known)
@@ -98,7 +98,7 @@ def require_known_code(config: Mapping[str, Any], directory: Path, where: str) -
             f"{where} needs code that this version did not write ({', '.join(foreign)[:200]}); read it and allow it "
             "with --trust-remote-code"
         )
-    known = FAMILIES if "per_layer_config" in config else CONFIG_MAPPING
+    known = FAMILIES if is_pruned(config) else CONFIG_MAPPING
     if config.get("model_type") not in known:
         raise UnsupportedModel(f"{where} has model_type {config.get('model_type')!r}, which transformers does not know")
 

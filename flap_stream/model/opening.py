@@ -13,7 +13,7 @@ from typing import Any
 
 from flap_stream.errors import InvalidModel
 from flap_stream.model import hub
-from flap_stream.model.architecture import Family, dense_type, further_layers, with_layer_count
+from flap_stream.model.architecture import Family, dense_type, further_layers, is_pruned, with_layer_count
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.families import FAMILIES, require_causal
 from flap_stream.model.fused_experts import separated
@@ -121,7 +121,7 @@ def _warn_of_own_code(model: str, config: Mapping[str, Any]) -> None:
     """Warn that the code which comes with a supported model is not used."""
     auto_map, family = config.get("auto_map"), FAMILIES.get(str(config.get("model_type")))
     classes = [value for key, value in auto_map.items() if key != "AutoTokenizer"] if isinstance(auto_map, dict) else []
-    if family is not None and classes and "per_layer_config" not in config:
+    if family is not None and classes and not is_pruned(config):
         logger.warning(
             "%s has model code of its own (auto_map: %r), which is not run; transformers' %s is used instead",
             model,

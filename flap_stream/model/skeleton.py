@@ -19,8 +19,8 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from flap_stream.arithmetic.layer_shape import LayerShape
-from flap_stream.errors import InvalidModel
-from flap_stream.model.architecture import Family, layer_shape, require_sizes
+from flap_stream.errors import InvalidModel, UnsupportedModel
+from flap_stream.model.architecture import Family, is_pruned, layer_shape, require_sizes
 from flap_stream.model.families import family_of
 from flap_stream.model.model_code import model_class
 from flap_stream.modeling import modeling_flap_stream
@@ -61,13 +61,20 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if isinstance(value, str | int | float)}
 
 
+class _Output(MoeModelOutputWithPast):
+    """The base model's output: of what some models ask for besides, nothing."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 class _Returns(nn.Module):
     """Stands in for the base model where only the head is run."""
 
     def __init__(self, base: nn.Module, last_hidden_state: torch.Tensor) -> None:
         super().__init__()
         self.__dict__.update(_settings(base))  # such as a factor of the logits
-        self._output = MoeModelOutputWithPast(last_hidden_state=last_hidden_state)  # other models need fewer fields
+        self._output = _Output(last_hidden_state=last_hidden_state)
 
     def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
         return self._output
@@ -85,6 +92,9 @@ class Skeleton:
         self.family = family_of(config, where)
         require_sizes(config, where)
         self._model = _build(config, self.family, where)
+        for key, reason in self.family.refused:
+            if value := getattr(self._model.config, key, None):
+                raise UnsupportedModel(f"{where}/config.json has {key} {value}: {reason}, which is not supported")
         self._base_name = self.family.layers.rpartition(".")[0]
         self._base = self._model.get_submodule(self._base_name)
         self._embedding = self._model.get_submodule(self.family.embedding.rpartition(".")[0])
@@ -208,7 +218,7 @@ class Skeleton:
         head = self.family.head.rpartition(".")[0]
         weights = {f"{head}.{name}": tensor for name, tensor in head_weights.items()}
         with _replaced(self._model, self._base_name, _Returns(self._base, normed[None])):
-            output = functional_call(self._model, weights, kwargs={"use_cache": False})
+            output = functional_call(self._model, weights, kwargs={"inputs_embeds": normed[None], "use_cache": False})
         return output.logits[0]
 
 
@@ -220,7 +230,7 @@ def _build(config: Mapping[str, Any], family: Family, where: str) -> PreTrainedM
     try:
         kind, hf_config = model_class(config)
         with init_empty_weights(include_buffers=False), no_init_weights():
-            if "per_layer_config" in config:
+            if is_pruned(config):
                 skeleton = kind._from_config(hf_config)
             else:
                 skeleton = kind.from_config(hf_config)

@@ -6,6 +6,7 @@ This file travels with the checkpoint (`auto_map` in config.json) and needs torc
   global sizes are those of the dense model. Releases of transformers without per-layer configs keep the raw dict.
 - `pruned_output_bias`: whether the output projections (o_proj, down_proj) have the bias that pruning adds.
 - `pruned_expert_sizes`, of a mixture of experts: for every layer the neurons of each expert, none for a dense MLP;
+- `pruned_neurons`, where the dense model has a `per_layer_config` of its own: the neurons of every layer;
 - `attention_is_whole`, if what mixes tokens (attention of any kind, a state space) is as in the dense model.
 
 A layer may have lost its attention or its MLP altogether; the bias of the output projection is then all that is left.
@@ -69,6 +70,8 @@ class PrunedConfig:
 
 def layer_size(config, layer_idx, name):
     """A size of one layer; the global one where the layer does not say."""
+    if name == "intermediate_size" and hasattr(config, "pruned_neurons"):
+        return config.pruned_neurons[layer_idx]
     layers = config.per_layer_config
     if isinstance(layers, dict):  # no per-layer configs in this transformers
         return {int(key): value for key, value in layers.items()}.get(layer_idx, {}).get(name, getattr(config, name))

@@ -54,14 +54,19 @@ def _with_layer_sizes(config: dict[str, Any], pruned: PrunedModel) -> dict[str, 
     attention = {"head_dim": pruned.shapes[0].head_dim}
     if not pruned.family.prunes(Sublayer.ATTENTION):
         attention = {"attention_is_whole": True}
+    layers: dict[str, Any] = {
+        "per_layer_config": {
+            str(i): _layer_sizes(pruned.family, shape, keep) for i, (shape, keep) in enumerate(pruned.layers)
+        }
+    }
+    if pruned.family.varies_heads:
+        layers = {"pruned_neurons": [len(keep.neurons) for _, keep in pruned.layers]}
     return {
         **config,
         **attention,
-        "per_layer_config": {
-            str(i): _layer_sizes(pruned.family, shape, keep) for i, (shape, keep) in enumerate(pruned.layers)
-        },
+        **layers,
         **({"pruned_expert_sizes": experts} if pruned.family.experts else {}),
-        "allow_global_per_layer_attribute_access": True,
+        **({} if pruned.family.varies_heads else {"allow_global_per_layer_attribute_access": True}),
         "pruned_output_bias": pruned.restore != "none" or config.get("pruned_output_bias", False),
     }
 

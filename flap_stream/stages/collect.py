@@ -198,7 +198,7 @@ def _begun_run(
 
 def _manifest(model: StreamedModel, options: CollectConfig, windows: Windows, batch_size: int) -> dict[str, Any]:
     """What the statistics depend on (`model`, `tokens`, `options`), and what planning needs to know of the model."""
-    sizes = sizes_of(model)
+    sizes, whole = sizes_of(model), model.family.left_whole(model.checkpoint.tensors)
     decides: dict[str, Any] = {"method": options.method}
     if options.method != "magnitude-sp":
         decides |= {"dtype": str(model.dtype), **device_record(model.device), "batch_size": batch_size}
@@ -221,6 +221,7 @@ def _manifest(model: StreamedModel, options: CollectConfig, windows: Windows, ba
             "unit_bytes": [list(own) for own in sizes.unit_bytes],
             "header_bytes": list(sizes.header_bytes),
         },
+        **({"left_whole": whole} if whole else {}),
         "layers": [asdict(shape) for shape in model.shapes],
     }
 

@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 class PlanResult:
     """A plan: what is kept in every layer, and the resulting sizes.
 
-    kv_groups, neurons: of each dense layer. target: its name, its limit and what is reached; None with a ratio.
+    kv_groups, neurons: of each dense layer. left_whole: what of the layers loses nothing, in words.
+    target: its name, its limit and what is reached; None with a ratio.
     predicted: the rise of the loss, for the metric fisher.
     """
 
@@ -39,6 +40,7 @@ class PlanResult:
     kv_groups: list[int] = field(repr=False)
     neurons: list[int] = field(repr=False)
     sizes: PrunedSizes
+    left_whole: tuple[str, ...] = ()
     target: dict[str, Any] | None = None
     predicted: PredictedRise | None = None
 
@@ -107,6 +109,7 @@ def decide(
         kv_groups=[shape.kv_groups for shape in shapes],
         neurons=[shape.neurons for shape in shapes],
         sizes=pruned_sizes(shapes, keeps, run.manifest["parameters"], restore),
+        left_whole=tuple(run.manifest.get("left_whole", [])),
         target=None if target is None else target.record(counts),
     )
 

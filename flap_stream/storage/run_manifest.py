@@ -52,7 +52,8 @@ class Manifest(TypedDict):
 
     model: fingerprint. options: method and, unless only weights are read, dtype, device (of an accelerator also its
     model, as `card`) and batch size.
-    source: where the model is. calibration: as asked for. layers: the fields of each LayerShape.
+    source: where the model is. calibration: as asked for. left_whole: what of the layers has no units, in words.
+    layers: the fields of each LayerShape.
     """
 
     format: str
@@ -66,6 +67,7 @@ class Manifest(TypedDict):
     threads: int
     parameters: int
     sizes: SizesRecord
+    left_whole: NotRequired[list[str]]
     layers: list[dict[str, Any]]
     versions: dict[str, str]
     sha256: str
@@ -99,6 +101,7 @@ _MANIFEST = {
     "threads": within(1, _MAX_THREADS),
     "parameters": within(1, _MAX_PARAMETERS),
     "sizes": _SIZES,
+    "left_whole?": [str],
     "layers": [SHAPE],
     "versions": {str: str},
     "sha256": str,
