@@ -26,6 +26,7 @@ COMPRESSED: dict[str, tuple[str, dict[str, Any]]] = {
     "NVFP4": ("nvfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}),
 }
 FP8: dict[str, dict[str, Any]] = {
+    "FP8 by matrix": {"weight_block_size": None},
     "FP8 by block": {"weight_block_size": (32, 32)},
     "FP8 by block, exponents": {"weight_block_size": (32, 32), "scale_fmt": "ue8m0"},
 }
@@ -38,7 +39,8 @@ def write_quantised(kind: str, dense: Path, path: Path, place: Path) -> None:
     quantise, config = _fp8(FP8[kind]) if kind in FP8 else _compressed(*COMPRESSED[kind])
     stored, values = Tensors(), Tensors()
     for name, tensor in tensors.items():
-        written, read = quantise(name, tensor) if "_proj." in name else ({name: tensor}, tensor)
+        is_matrix = "_proj." in name or name.endswith(("gate_up_proj", "down_proj"))  # of one expert or of all
+        written, read = quantise(name, tensor) if is_matrix else ({name: tensor}, tensor)
         stored |= written
         values[name] = read
     _write(dense, path, stored, {"quantization_config": config})

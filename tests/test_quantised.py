@@ -68,9 +68,11 @@ def test_a_device_decodes_whatever_runs_when(
         assert not differ(measured(tmp_path / "model", "cuda"), expected)
 
 
-def test_experts_are_decoded_too(tmp_path: Path) -> None:
-    dense = dense_model(tmp_path / "dense", "qwen3_moe", moe_intermediate_size=64)
-    write_quantised("FP8 by block", dense, tmp_path / "quantised", tmp_path / "decoded")
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5_moe_text"])  # experts apart, and in one tensor
+@pytest.mark.parametrize("kind", ["FP8 by block", "FP8 by matrix"])
+def test_experts_are_decoded_too(family: str, kind: str, tmp_path: Path) -> None:
+    dense = dense_model(tmp_path / "dense", family, moe_intermediate_size=64, shared_expert_intermediate_size=64)
+    write_quantised(kind, dense, tmp_path / "quantised", tmp_path / "decoded")
     options = options_of(tmp_path)
     ours, _ = pruned(tmp_path / "quantised", tmp_path / "out", options)
     expected, _ = pruned(tmp_path / "decoded", tmp_path / "expected", options)

@@ -44,7 +44,12 @@ def _parts(entry: TensorEntry, prefix: str, projections: list[str], kind: str) -
 
 
 def _run(entry: TensorEntry, name: str, projections: int, index: int, count: int) -> TensorEntry:
-    """One of `count` runs of bytes, of as many rows each, that a tensor consists of, and everything it is made of."""
+    """One of `count` runs of bytes, of as many rows each, that a tensor consists of, and everything it is made of.
+
+    A scale that all projections of an expert share is the same for each.
+    """
+    if entry.shape[1] % projections:
+        index, count, projections = index // projections, count // projections, 1
     nbytes, shape = entry.nbytes // count, (entry.shape[1] // projections, *entry.shape[2:])
     encoding = entry.encoding
     if encoding is not None:

@@ -15,12 +15,12 @@ from flap_stream.model.safetensors_format import DTYPE_BYTES, FORWARD_DTYPES, WO
 KEYS = ("quantization_config", "compression_config")  # of config.json
 METHODS = ("fp8", "mxfp4", "compressed-tensors")
 
-_BY_ROWS, _VALUES = ("F8_E4M3", "F8_E5M2", "I8"), "values"
-_SCALES = ("weight_scale_inv", "weight_scale")
-# What belongs to a matrix in one of the formats, and is not read again once the matrix has values.
+_BYTES = ("F8_E4M3", "F8_E5M2", "I8")
+_SCALES = ("_scale_inv", "_scale")  # after a matrix's name
+# How names end of what belongs to matrices in these formats, and is not needed where matrices have values.
 _COMPANIONS = (
-    *_SCALES, "weight_global_scale", "weight_shape", "activation_scale", "input_scale", "input_global_scale",
-    "input_zero_point", "k_scale", "v_scale", "q_scale",
+    "_scale_inv", "_proj_scales", ".weight_scale", ".weight_global_scale", ".weight_shape", "activation_scale",
+    ".input_scale", ".input_global_scale", ".input_zero_point", ".k_scale", ".q_scale", ".v_scale",
 )  # fmt: skip
 _BY_TRANSFORMERS = "load it with transformers, call its dequantize() and save_pretrained(), and prune what that writes"
 _CONVERT = dict.fromkeys(("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"), _BY_TRANSFORMERS)
@@ -79,22 +79,23 @@ class _Formats:
         quantization = quantization_of(config)
         groups = (quantization.get("config_groups") or {}).values() if isinstance(quantization, Mapping) else ()
         self._weights = [group.get("weights") or {} for group in groups]
+        self._are_symmetric = all(weights.get("symmetric", True) for weights in self._weights)
         self._block = quantization.get("weight_block_size") if isinstance(quantization, Mapping) else None
 
     def of(self, entry: TensorEntry) -> TensorEntry | None:
         """A tensor as it is without quantisation; None for what only belongs to another."""
         stem, _, last = entry.name.rpartition(".")
-        if last in _COMPANIONS or entry.name.endswith(("_proj_scales", ".k_proj.output_scale", ".v_proj.output_scale")):
+        if entry.name.endswith(_COMPANIONS) or (last == "weight_zero_point" and self._are_symmetric):
             return None
         if entry.name.endswith("_blocks") and entry.dtype == "U8":
             return self._microscaled(entry)
         if last == "weight_packed":
             return self._packed(entry, stem)
-        scales = [self._tensors[name] for name in (f"{stem}.{each}" for each in _SCALES) if name in self._tensors]
         if last in ("weight_zero_point", "weight_g_idx"):
             raise UnsupportedModel(f"{self._where} has {entry.name}; scales with offsets or an order are not readable")
-        if entry.dtype in _BY_ROWS and last == "weight" and scales:
-            return self._made(entry, stem, entry.shape, _VALUES, scales[:1])
+        scales = [self._tensors[name] for each in _SCALES if (name := entry.name + each) in self._tensors]
+        if entry.dtype in _BYTES and len(entry.shape) >= 2 and scales:
+            return self._made(entry, entry.name, entry.shape, "values", scales[:1])
         return entry
 
     def _microscaled(self, entry: TensorEntry) -> TensorEntry:
@@ -102,28 +103,24 @@ class _Formats:
         stem = entry.name.removesuffix("_blocks")
         scales = self._companion(f"{stem}_scales", entry)
         shape = (*entry.shape[:-2], 2 * prod(entry.shape[-2:]))
-        return self._made(entry, stem, shape, "nibbles", [scales], name=stem)
+        return self._made(entry, stem, shape, "nibbles", [scales])
 
     def _packed(self, entry: TensorEntry, stem: str) -> TensorEntry:
         """A matrix in bytes of two E2M1 values each, or in words of integers."""
+        name = f"{stem}.weight"
         scales = [self._companion(f"{stem}.weight_scale", entry)]
         if entry.dtype == "U8":
             if f"{stem}.weight_global_scale" in self._tensors:
                 scales.append(self._tensors[f"{stem}.weight_global_scale"])
-            return self._made(entry, stem, (*entry.shape[:-1], 2 * entry.shape[-1]), "nibbles", scales)
+            return self._made(entry, name, (*entry.shape[:-1], 2 * entry.shape[-1]), "nibbles", scales)
         bits = sorted({weights.get("num_bits", 0) for weights in self._weights})
-        if (
-            len(bits) != 1
-            or bits[0] not in WORD_BITS
-            or not all(weights.get("symmetric", True) for weights in self._weights)
-        ):
+        if len(bits) != 1 or bits[0] not in WORD_BITS or not self._are_symmetric:
             raise UnsupportedModel(
                 f"{self._where} packs weights of {', '.join(map(str, bits))} bits; readable are symmetric ones of 2, 4 "
                 f"or 8 bits, the same for all, so {_ORIGINAL}"
             )
-        return self._made(
-            entry, stem, (*entry.shape[:-1], entry.shape[-1] * 32 // bits[0]), f"words of {bits[0]} bits", scales
-        )
+        shape = (*entry.shape[:-1], entry.shape[-1] * 32 // bits[0])
+        return self._made(entry, name, shape, f"words of {bits[0]} bits", scales)
 
     def _companion(self, name: str, entry: TensorEntry) -> TensorEntry:
         if name not in self._tensors:
@@ -133,13 +130,7 @@ class _Formats:
         return self._tensors[name]
 
     def _made(
-        self,
-        codes: TensorEntry,
-        stem: str,
-        shape: tuple[int, ...],
-        kind: str,
-        scales: list[TensorEntry],
-        name: str | None = None,
+        self, codes: TensorEntry, name: str, shape: tuple[int, ...], kind: str, scales: list[TensorEntry]
     ) -> TensorEntry:
         """The matrix, or several of them, of these codes and scales."""
         whole = scales[0].shape
@@ -154,7 +145,7 @@ class _Formats:
             )
         return replace(
             codes,
-            name=name or f"{stem}.weight",
+            name=name,
             dtype=self._dtype,
             shape=shape,
             nbytes=prod(shape) * DTYPE_BYTES[self._dtype],
