@@ -38,6 +38,7 @@ FRONT_MATTER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FRONT_MATTER)
 def test_front_matter_that_cannot_be_read_is_left_out_with_a_warning(
     kind: str, place: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -127,6 +127,7 @@ VERBS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["our file and a line more", "a path", "a tokenizer"])
 def test_no_verb_runs_what_comes_with_a_model(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for model in ("model", "out"):

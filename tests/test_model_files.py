@@ -82,6 +82,7 @@ HEADS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("says", ["config", "class"])
 @pytest.mark.parametrize("case", HEADS)
 def test_a_head_beside_tied_embeddings_is_what_transformers_makes_of_it(
@@ -185,6 +186,7 @@ CHOICES: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CHOICES)
 def test_the_files_are_those_that_transformers_takes(
     case: str, tokens: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

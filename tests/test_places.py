@@ -111,6 +111,7 @@ def begun(place: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
 CONFIG = PruneConfig(calibration=("tokens.npy",), ratio=0.4, max_shard_bytes=60_000, keep_run=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["a link", "moved", "copied", "the model through a link"])
 def test_a_job_goes_on_through_another_path(way: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "work").mkdir()

@@ -36,6 +36,7 @@ def pruned(model: Path, out: Path, options: PruneConfig) -> tuple[dict[str, torc
     return {name: tensor for file in files for name, tensor in file.items()}, record["layers"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*FP8, *COMPRESSED])
 def test_the_pruned_model_is_that_of_the_decoded_one(kind: str, tmp_path: Path) -> None:
     write_quantised(kind, dense_model(tmp_path / "dense"), tmp_path / "quantised", tmp_path / "decoded")
@@ -48,6 +49,7 @@ def test_the_pruned_model_is_that_of_the_decoded_one(kind: str, tmp_path: Path) 
     assert load(tmp_path / "out")(torch.from_numpy(random_tokens(1, 8))).logits.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restore", ["least-squares", "reconstruct"])
 def test_a_refit_is_that_of_the_decoded_model(restore: str, tmp_path: Path) -> None:
     write_quantised("FP8 by block", dense_model(tmp_path / "dense"), tmp_path / "quantised", tmp_path / "decoded")
@@ -57,6 +59,7 @@ def test_a_refit_is_that_of_the_decoded_model(restore: str, tmp_path: Path) -> N
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "policy"), [("FP8 by block", "lazy"), ("NVFP4", "random"), ("INT4", "random")])
 def test_a_device_decodes_whatever_runs_when(
     kind: str, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -68,6 +71,7 @@ def test_a_device_decodes_whatever_runs_when(
         assert not differ(measured(tmp_path / "model", "cuda"), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5_moe_text"])  # experts apart, and in one tensor
 @pytest.mark.parametrize("kind", ["FP8 by block", "FP8 by matrix"])
 def test_experts_are_decoded_too(family: str, kind: str, tmp_path: Path) -> None:
@@ -79,6 +83,7 @@ def test_experts_are_decoded_too(family: str, kind: str, tmp_path: Path) -> None
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_gpt_oss_in_mxfp4_is_pruned_as_what_transformers_makes_of_it(tmp_path: Path) -> None:
     write_microscaled(dense_model(tmp_path / "dense", "gpt_oss"), tmp_path / "quantised", tmp_path / "decoded")
     options = options_of(tmp_path)

@@ -214,6 +214,7 @@ def test_a_pruned_checkpoint_alone_shows_less_and_says_so(tmp_path: Path, capsys
     assert "Not shown" in html and "Kept in each layer" in html and "Scores and the cut" not in html
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "collect", "plan"),
     [

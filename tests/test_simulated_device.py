@@ -71,6 +71,7 @@ def test_statistics_are_the_cpus_whatever_runs_when(model: Path, expected: Stati
         assert not differ(measured(model, "cuda", place), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(24))
 def test_statistics_are_the_cpus_in_any_order_of_work(model: Path, expected: Statistics, seed: int) -> None:
     with simulated("random", seed):

@@ -163,6 +163,7 @@ def passed_through(model: Path, device: str) -> list[float]:
         return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", [a_host_buffer_is_read_into_at_once, copies_to_the_host_are_not_waited_for])
 def test_a_mistake_in_the_use_of_host_memory_is_found(
     model: Path, monkeypatch: pytest.MonkeyPatch, mistake: Callable[[pytest.MonkeyPatch], None]

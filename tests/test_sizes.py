@@ -32,6 +32,7 @@ def elements(directory: Path) -> int:
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restore", ["bias", "none"])
 @pytest.mark.parametrize("case", CASES)
 def test_parameters_and_shares_are_the_same_everywhere(

@@ -88,6 +88,7 @@ def one_step(run: Path, plan: PlanResult) -> int:
     return max(map(max, steps))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "share", "options"), TARGETS)
 @pytest.mark.parametrize("family", MODELS)
 def test_a_target_is_met_and_one_unit_more_would_exceed_it(
