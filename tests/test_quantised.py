@@ -36,15 +36,19 @@ def pruned(model: Path, out: Path, options: PruneConfig) -> tuple[dict[str, torc
     return {name: tensor for file in files for name, tensor in file.items()}, record["layers"]
 
 
+def require_the_same(place: Path, options: PruneConfig) -> None:
+    """Prune the quantised model and the decoded one, and compare every tensor."""
+    ours, layers = pruned(place / "quantised", place / "out", options)
+    expected, expected_layers = pruned(place / "decoded", place / "expected", options)
+    assert layers == expected_layers
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [*FP8, *COMPRESSED])
 def test_the_pruned_model_is_that_of_the_decoded_one(kind: str, tmp_path: Path) -> None:
     write_quantised(kind, dense_model(tmp_path / "dense"), tmp_path / "quantised", tmp_path / "decoded")
-    options = options_of(tmp_path)
-    ours, layers = pruned(tmp_path / "quantised", tmp_path / "out", options)
-    expected, expected_layers = pruned(tmp_path / "decoded", tmp_path / "expected", options)
-    assert layers == expected_layers
-    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
+    require_the_same(tmp_path, options_of(tmp_path))
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert load(tmp_path / "out")(torch.from_numpy(random_tokens(1, 8))).logits.isfinite().all()
 
@@ -53,10 +57,7 @@ def test_the_pruned_model_is_that_of_the_decoded_one(kind: str, tmp_path: Path) 
 @pytest.mark.parametrize("restore", ["least-squares", "reconstruct"])
 def test_a_refit_is_that_of_the_decoded_model(restore: str, tmp_path: Path) -> None:
     write_quantised("FP8 by block", dense_model(tmp_path / "dense"), tmp_path / "quantised", tmp_path / "decoded")
-    options = replace(options_of(tmp_path), restore=restore)
-    ours, _ = pruned(tmp_path / "quantised", tmp_path / "out", options)
-    expected, _ = pruned(tmp_path / "decoded", tmp_path / "expected", options)
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    require_the_same(tmp_path, replace(options_of(tmp_path), restore=restore))
 
 
 @pytest.mark.slow
@@ -77,20 +78,13 @@ def test_a_device_decodes_whatever_runs_when(
 def test_experts_are_decoded_too(family: str, kind: str, tmp_path: Path) -> None:
     dense = dense_model(tmp_path / "dense", family, moe_intermediate_size=64, shared_expert_intermediate_size=64)
     write_quantised(kind, dense, tmp_path / "quantised", tmp_path / "decoded")
-    options = options_of(tmp_path)
-    ours, _ = pruned(tmp_path / "quantised", tmp_path / "out", options)
-    expected, _ = pruned(tmp_path / "decoded", tmp_path / "expected", options)
-    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
+    require_the_same(tmp_path, options_of(tmp_path))
 
 
 @pytest.mark.slow
 def test_gpt_oss_in_mxfp4_is_pruned_as_what_transformers_makes_of_it(tmp_path: Path) -> None:
     write_microscaled(dense_model(tmp_path / "dense", "gpt_oss"), tmp_path / "quantised", tmp_path / "decoded")
-    options = options_of(tmp_path)
-    ours, layers = pruned(tmp_path / "quantised", tmp_path / "out", options)
-    expected, expected_layers = pruned(tmp_path / "decoded", tmp_path / "expected", options)
-    assert layers == expected_layers
-    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
+    require_the_same(tmp_path, options_of(tmp_path))
 
 
 def test_packed_bytes_are_what_is_read(tmp_path: Path) -> None:
