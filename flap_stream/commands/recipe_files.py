@@ -7,12 +7,11 @@ for that verb alone.
 import argparse
 import tomllib
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from flap_stream.config import TARGETS
-from flap_stream.config.values import option_name
+from flap_stream.config.values import did_you_mean, option_name
 from flap_stream.errors import InvalidOption
 
 OPTION = "--recipe"
@@ -64,7 +63,7 @@ def _of_verb(
     for key, value in recipe.items():
         if isinstance(value, Mapping):
             if key not in verbs:
-                raise InvalidOption(f"{file} has a table [{key}], which is no verb{_meant(key, verbs)}")
+                raise InvalidOption(f"{file} has a table [{key}], which is no verb{did_you_mean(key, verbs)}")
             for inner, setting in value.items():
                 option, words = _words(options[key], inner, setting, f"{file} in [{key}]")
                 if key == verb:
@@ -87,7 +86,7 @@ def _words(options: Mapping[str, argparse.Action], key: str, value: Any, where: 
     action = options.get(option)
     if action is None:
         names = [name.removeprefix("--") for name in options]
-        raise InvalidOption(f"{where} has {key}, which is no option{_meant(option.removeprefix('--'), names)}")
+        raise InvalidOption(f"{where} has {key}, which is no option{did_you_mean(option.removeprefix('--'), names)}")
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise InvalidOption(f"{where} has {key} = {value!r}; it is a switch, so give true or false")
@@ -99,8 +98,3 @@ def _words(options: Mapping[str, argparse.Action], key: str, value: Any, where: 
     if not all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in values):
         raise InvalidOption(f"{where} has {key} = {value!r}; give a number or text{' or a list' * takes_several}")
     return option, [option, *map(str, values)] if takes_several else [f"{option}={value}"]
-
-
-def _meant(name: str, known: Any) -> str:
-    close = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -3,14 +3,13 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from flap_stream.config.measuring import EvaluateConfig, SweepConfig
 from flap_stream.config.options import EngineConfig, changed_options
 from flap_stream.config.pruning import CollectConfig, PlanConfig, PruneConfig, RewriteConfig
 from flap_stream.config.targets import TARGET_FIELDS
-from flap_stream.config.values import option_name, shortened, written
+from flap_stream.config.values import did_you_mean, option_name, shortened, written
 from flap_stream.errors import InvalidOption
 
 logger = logging.getLogger(__name__)
@@ -115,8 +114,7 @@ def options_of(kind: type[_Config], stage: str, options: Any, keywords: Mapping[
         if name not in names:
             if name in REMOVED:
                 raise InvalidOption(f"--{option_name(name)} {REMOVED[name]}")
-            close = get_close_matches(name, names, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; {kind.__name__} lists them"
+            hint = did_you_mean(name, names) or f"; {kind.__name__} lists them"
             raise TypeError(f"{stage}() has no option {name!r}{hint}")
     chosen: Any = kind(**keywords) if options is None else options
     require_effect(chosen)

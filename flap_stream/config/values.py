@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Set
 from decimal import Decimal, InvalidOperation
+from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -33,6 +34,12 @@ _LONGEST = 80
 def option_name(field: str) -> str:
     """What the command line calls a field of a config, without the dashes in front."""
     return _OPTION_NAMES.get(field, field.replace("_", "-"))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint for the end of a message about an unknown name; empty if no known one is similar."""
+    close = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def parse_size(text: str) -> int:

@@ -60,6 +60,16 @@ class Family:
         return (self.mlp,) if self.attention is None else (self.attention, self.mlp)
 
     @property
+    def base_path(self) -> str:
+        """Path of the module that has the decoder layers."""
+        return self.layers.rpartition(".")[0]
+
+    @property
+    def head_path(self) -> str:
+        """Path of the head."""
+        return self.head.rpartition(".")[0]
+
+    @property
     def experts_path(self) -> str:
         """Path, inside the decoder layer, of the module that has its experts."""
         assert self.experts is not None

@@ -30,8 +30,8 @@ class CheckedTensors:
             self._entries_of(f"{self.family.layers}.{i}.", self.skeleton.layer_tensors(i)) for i in range(count)
         ]
         self.norm_entries = self._entries_of(f"{self.family.norm}.", self.skeleton.norm_tensors())
-        head = f"{self.family.head.rpartition('.')[0]}."
-        own = {} if self.skeleton.tied else self._entries_of(head, self.skeleton.head_tensors())
+        head_tensors = {} if self.skeleton.tied else self.skeleton.head_tensors()
+        own = self._entries_of(f"{self.family.head_path}.", head_tensors)
         self.head_entries = own or {"weight": self.embedding_entry}
         self.shapes = [self.skeleton.layer_shape(i) for i in range(count)]
         self.vocab_size, self.hidden_size = self.embedding_entry.shape

@@ -22,14 +22,20 @@ from flap_stream.model.unit_kinds import (
 from flap_stream.model.units import COLUMNS, Projection
 
 _LANGUAGE_HEADS = ("CausalLM", "ConditionalGeneration", "ImageTextToText", "VisionText2Text")
+
+
+def _numbered(path: str, own_path: str) -> tuple[tuple[str, str], ...]:
+    """Renames of experts whose projections are w1, w3 and w2. path, own_path: of the MLP in files and pruned class."""
+    names = (("w1", "gate"), ("w3", "up"), ("w2", "down"))
+    return tuple(
+        (rf"\.{path}\.experts\.(\d+)\.{name}\.", rf".{own_path}.experts.each.\1.{own}.") for name, own in names
+    )
+
+
 # Names of experts in checkpoints, which the pruned classes have under names of their own.
 _SEPARATE = ((r"\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.", r".mlp.experts.each.\1.\2."),)
-_BLOCK_SPARSE = (
-    (r"\.block_sparse_moe\.experts\.(\d+)\.w1\.", r".mlp.experts.each.\1.gate."),
-    (r"\.block_sparse_moe\.experts\.(\d+)\.w3\.", r".mlp.experts.each.\1.up."),
-    (r"\.block_sparse_moe\.experts\.(\d+)\.w2\.", r".mlp.experts.each.\1.down."),
-    (r"\.block_sparse_moe\.", ".mlp."),
-)
+_BLOCK_SPARSE = (*_numbered("block_sparse_moe", "mlp"), (r"\.block_sparse_moe\.", ".mlp."))
+_LFM2_MLP = mlp_kind("w1 w3", "w2", "feed_forward", norm="ffn_norm")
 
 # To add a family: a row here under its model_type, naming its class in transformers and, if its layers are built
 # differently from Llama's, the projections of its units. A row in FAMILY_EXTRAS of tests/models.py then runs the whole
@@ -125,19 +131,15 @@ FAMILIES: dict[str, Family] = {
     "lfm2": Family(
         "Lfm2ForCausalLM",
         attention=None,
-        mlp=mlp_kind("w1 w3", "w2", "feed_forward", norm="ffn_norm"),
+        mlp=_LFM2_MLP,
         norm="model.embedding_norm",
     ),
     "lfm2_moe": Family(
         "Lfm2MoeForCausalLM",
         attention=None,
-        mlp=mlp_kind("w1 w3", "w2", "feed_forward", norm="ffn_norm"),
+        mlp=_LFM2_MLP,
         experts=mlp_kind("gate up", "down", "feed_forward.experts.each.{}", norm=None),
-        renames=(
-            (r"\.feed_forward\.experts\.(\d+)\.w1\.", r".feed_forward.experts.each.\1.gate."),
-            (r"\.feed_forward\.experts\.(\d+)\.w3\.", r".feed_forward.experts.each.\1.up."),
-            (r"\.feed_forward\.experts\.(\d+)\.w2\.", r".feed_forward.experts.each.\1.down."),
-        ),
+        renames=_numbered("feed_forward", "feed_forward"),
         norm="model.embedding_norm",
     ),
     "llama": Family("LlamaForCausalLM"),

@@ -95,8 +95,7 @@ class Skeleton:
         for key, reason in self.family.refused:
             if value := getattr(self._model.config, key, None):
                 raise UnsupportedModel(f"{where}/config.json has {key} {value}: {reason}, which is not supported")
-        self._base_name = self.family.layers.rpartition(".")[0]
-        self._base = self._model.get_submodule(self._base_name)
+        self._base = self._model.get_submodule(self.family.base_path)
         self._embedding = self._model.get_submodule(self.family.embedding.rpartition(".")[0])
         setattr(self._embedding, "padding_idx", None)  # noqa: B010 (it may lie outside the rows that are loaded)
         self.layers = list(self._model.get_submodule(self.family.layers).children())
@@ -126,7 +125,7 @@ class Skeleton:
 
     def head_tensors(self) -> dict[str, tuple[int, ...]]:
         """Relative name to shape of the head's tensors: the weight `[vocabulary, hidden]`, of some families a bias."""
-        head = self._model.get_submodule(self.family.head.rpartition(".")[0])
+        head = self._model.get_submodule(self.family.head_path)
         return {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
 
     def dtypes(self, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
@@ -215,9 +214,8 @@ class Skeleton:
 
         head_weights: by relative name.
         """
-        head = self.family.head.rpartition(".")[0]
-        weights = {f"{head}.{name}": tensor for name, tensor in head_weights.items()}
-        with _replaced(self._model, self._base_name, _Returns(self._base, normed[None])):
+        weights = {f"{self.family.head_path}.{name}": tensor for name, tensor in head_weights.items()}
+        with _replaced(self._model, self.family.base_path, _Returns(self._base, normed[None])):
             output = functional_call(self._model, weights, kwargs={"inputs_embeds": normed[None], "use_cache": False})
         return output.logits[0]
 
@@ -235,7 +233,7 @@ def _build(config: Mapping[str, Any], family: Family, where: str) -> PreTrainedM
             else:
                 skeleton = kind.from_config(hf_config)
                 if family.experts is not None:
-                    modeling_flap_stream.separate_experts(skeleton.get_submodule(family.layers.rpartition(".")[0]))
+                    modeling_flap_stream.separate_experts(skeleton.get_submodule(family.base_path))
     except Exception as error:  # a wrong value makes transformers raise anything, ZeroDivisionError included
         reason = " ".join(str(error).split())
         raise InvalidModel(f"transformers cannot build a model from {where}/config.json: {reason}") from error
