@@ -13,6 +13,7 @@ from flap_stream.commands.recipe import PRESETS
 from flap_stream.commands.recipe_files import with_recipe
 from flap_stream.config import PruneConfig
 from flap_stream.errors import InvalidOption
+from flap_stream.output.recipe import RECIPE_NAME
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,49 @@ def test_a_recipe_does_what_its_options_do(place: Path) -> None:
     assert main(["prune", "model", "second", *options, "--quiet"]) == 0
     sums = [(place / out / "SHA256SUMS").read_bytes() for out in ("first", "second")]
     assert sums[0] == sums[1] and not (place / "first.run").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--calibration", "tokens.npy", "--ratio", "0.3"],
+        ["--calibration", "tokens.npy", "--metric", "fisher", "--loss-windows", "4", "--restore", "least-squares"],
+        ["--calibration", "tokens.npy", "--target-parameters", "45K", "--min-neurons", "2", "--dtype", "bf16"],
+        ["--calibration", "tokens.npy", "--structure", "al-mm", "--remove-heads", "2", "--head-score", "l2"],
+        [
+            "--calibration",
+            "tokens.npy:0.5",
+            "tokens.npy:0.5",
+            "--sequence-length",
+            "16",
+            "--samples",
+            "4",
+            "--method",
+            "wanda-sp",
+        ],
+        ["--calibration", "tokens.npy", "--statistics", "released", "--restore", "none"],
+        ["--method", "magnitude-sp", "--max-shard-size", "20KB"],
+    ],
+    ids=lambda options: "-".join(options[2:6:2]),
+)
+def test_the_recipe_of_a_checkpoint_gives_the_same_bytes(options: list[str], place: Path) -> None:
+    assert main(["prune", "model", "first", *options, "--quiet"]) == 0
+    recipe = place / "first" / RECIPE_NAME
+    assert main(["prune", "model", "second", "--recipe", str(recipe), "--quiet"]) == 0
+    sums = [(place / out / "SHA256SUMS").read_text() for out in ("first", "second")]
+    assert sums[0] == sums[1] and RECIPE_NAME in sums[0]
+
+
+def test_the_recipe_of_a_run_directory_prunes_as_its_plan_does(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["collect", "model", "run", "--calibration", "tokens.npy", "--quiet"]) == 0
+    assert main(["plan", "run", "--ratio", "0.4", "--quiet"]) == 0
+    assert main(["rewrite", "run", "first", "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["recipe", "--run", "run"]) == 0
+    recipe = written(place, capsys.readouterr().out)
+    assert main(["prune", "model", "second", "--recipe", recipe, "--quiet"]) == 0
+    assert (place / "first" / "SHA256SUMS").read_bytes() == (place / "second" / "SHA256SUMS").read_bytes()
+    assert main(["recipe", "--run", "run", "--preset", "fast"]) == 2
 
 
 def test_the_command_line_wins(verbs: dict[str, argparse.ArgumentParser], tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
 """`flap-stream recipe --preset NAME`."""
 
 import argparse
+from pathlib import Path
+
+from flap_stream.config import PlanConfig, RewriteConfig
+from flap_stream.errors import InvalidOption
 
 _COMMON = """\
 # Give it to any verb: flap-stream prune MODEL OUT --recipe job.toml
@@ -40,11 +44,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         choices=list(PRESETS),
-        default="fast",
         help="published (FLAP as released), fast (the default) or quality (the best, slowly)",
     )
+    parser.add_argument("--run", metavar="DIR", help="what a run directory was collected and last planned with")
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the recipe."""
-    print(f"{_COMMON}\n{PRESETS[options.preset]}{_CALIBRATION}", end="")
+    if options.run is None:
+        print(f"{_COMMON}\n{PRESETS[options.preset or 'fast']}{_CALIBRATION}", end="")
+        return
+    if options.preset is not None:
+        raise InvalidOption(
+            f"--preset {options.preset} and --run {options.run} are different recipes; give one of them"
+        )
+    from flap_stream.output.recipe import recipe
+    from flap_stream.storage.run_directory import RunDirectory
+
+    with RunDirectory(Path(options.run), is_writer=False) as run:
+        plan = run.plan.read()[0] if run.plan.exists() else PlanConfig(method=run.manifest["options"]["method"])
+        print(recipe(run, plan, RewriteConfig(), run.manifest["source"]).decode(), end="")

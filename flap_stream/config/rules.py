@@ -134,6 +134,13 @@ def require_effect(options: Any) -> None:
                 logger.warning("%s has no effect: it is only valid with %s", given, rule.needs)
 
 
+def effective(options: Any) -> dict[str, Any]:
+    """Fields of a config that have a value and an effect with the others, and their values."""
+    idle = {n for rule in RULES if isinstance(options, rule.kinds) and not rule.holds(options) for n in rule.names}
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    return {name: value for name, value in values.items() if value is not None and name not in idle}
+
+
 def warn_of_positions(config: Mapping[str, Any], length: int) -> None:
     """Warn of windows that are longer than the model was built for. config: of the language model."""
     most = config.get("max_position_embeddings")

@@ -19,6 +19,7 @@ from flap_stream.output.model_card import model_card
 from flap_stream.output.pruned_config import pruned_config
 from flap_stream.output.pruned_model import PrunedModel
 from flap_stream.output.pruning_record import RECORD_NAME, pruning_record, read_record, without_name
+from flap_stream.output.recipe import RECIPE_NAME
 from flap_stream.output.shard_plan import ShardPlan, plan_digest, plan_shards
 from flap_stream.output.shard_writer import write_shard
 from flap_stream.progress import Progress
@@ -158,6 +159,7 @@ def _small_files(job: _Job) -> list[tuple[str, bytes | Iterable[bytes]]]:
     contents += [(name, files.read_plain(source.directory / name)) for name in code]
     contents += carried_files(source.directory)
     contents.append((MODELING_NAME, modeling_file()))
+    contents.append((RECIPE_NAME, job.pruned.recipe))
     contents.append((RECORD_NAME, json.dumps(record, separators=(",", ":")).encode() + b"\n"))
     card = model_card(source.source, source.directory, record, multimodal=source.wrapper is not None)
     contents.append(("README.md", card.encode()))

@@ -39,6 +39,7 @@ class PrunedModel:
     restore: one of `config.RESTORATIONS`; restoration: the values that it needs.
     calibration: what pruning.json records of the calibration. code: names of the tokenizer's own code files, where the
     user trusts them, which are copied. target: what pruning.json records of a target; None without one.
+    recipe: the contents of recipe.toml.
     """
 
     source: Checkpoint
@@ -50,6 +51,7 @@ class PrunedModel:
     calibration: dict[str, Any]
     code: Sequence[str] = ()
     target: dict[str, Any] | None = None
+    recipe: bytes = b""
 
     @cached_property
     def family(self) -> Family:

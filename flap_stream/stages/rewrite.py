@@ -21,6 +21,7 @@ from flap_stream.output.destination import require_own_place
 from flap_stream.output.pruned_checkpoint import write_checkpoint
 from flap_stream.output.pruned_model import PrunedModel, Restoration
 from flap_stream.output.pruning_record import read_record
+from flap_stream.output.recipe import recipe
 from flap_stream.progress import Progress
 from flap_stream.restore.refit_layers import RefitJob, refit_layers, refitted_tensors
 from flap_stream.restore.requirements import refit_record, refit_sizes, require_refittable
@@ -121,6 +122,7 @@ def rewrite_from(
             run.manifest["calibration"],
             code,
             None if target is None else target.record([(len(k.kv_groups), len(k.neurons)) for k in keeps]),
+            recipe(run, plan_options, options, source.source),
         )
         record, measured.bytes_written = write_checkpoint(
             pruned, run, out, options.max_shard_bytes, session.progress, session.ranks
