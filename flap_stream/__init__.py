@@ -1,7 +1,7 @@
 """Structured pruning of large language models, streamed one decoder layer at a time from disk.
 
 The stages as functions, each on stored values: `prune` (the whole job), `collect`, `plan`, `rewrite`, `evaluate`,
-`sweep`; and on their results `write_report`, `export_gguf`, `export_stock`, `bench_inference`.
+`sweep`; `advise` before them; and on their results `write_report`, `export_gguf`, `export_stock`, `bench_inference`.
 Their options are the dataclasses of `flap_stream.config`, or keywords: `prune(model, out, ratio=0.2)`.
 What they raise is in `flap_stream.errors`.
 Importing this package loads none of its modules; what is used of it does, torch and transformers with the first stage.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flap_stream.config import (
+        AdviseConfig,
         BenchInferenceConfig,
         CollectConfig,
         EvaluateConfig,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         SweepConfig,
     )
     from flap_stream.errors import FlapStreamError
+    from flap_stream.export.advice import Advice, advise
     from flap_stream.export.gguf import ExportGgufResult, export_gguf
     from flap_stream.export.stock import ExportStockResult, export_stock
     from flap_stream.progress import Progress
@@ -40,6 +42,7 @@ _LAZY = {
     "FlapStreamError": "flap_stream.errors",
     **dict.fromkeys(
         (
+            "AdviseConfig",
             "BenchInferenceConfig",
             "CollectConfig",
             "EvaluateConfig",
@@ -53,6 +56,7 @@ _LAZY = {
         "flap_stream.config",
     ),
     **dict.fromkeys(("write_report", "ReportResult"), "flap_stream.report.page"),
+    **dict.fromkeys(("advise", "Advice"), "flap_stream.export.advice"),
     **dict.fromkeys(("export_gguf", "ExportGgufResult"), "flap_stream.export.gguf"),
     **dict.fromkeys(("export_stock", "ExportStockResult"), "flap_stream.export.stock"),
     **dict.fromkeys(("bench_inference", "BenchResult"), "flap_stream.stages.bench_inference"),
@@ -65,6 +69,8 @@ _LAZY = {
 }
 
 __all__ = [
+    "Advice",
+    "AdviseConfig",
     "BenchInferenceConfig",
     "BenchResult",
     "CollectConfig",
@@ -85,6 +91,7 @@ __all__ = [
     "RewriteConfig",
     "SweepConfig",
     "SweepResult",
+    "advise",
     "bench_inference",
     "collect",
     "evaluate",

@@ -221,7 +221,7 @@ def add_targets(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="at most SIZE of weights and KV cache, in the checkpoint's dtype (needs --context)",
     )
-    group.add_argument("--context", type=int, metavar="TOKENS", help="tokens of each text in that KV cache")
+    group.add_argument("--context", metavar="TOKENS", help="tokens of each text in that KV cache, such as 8192 or 32k")
     group.add_argument("--batch", type=int, metavar="N", help="texts in that KV cache (default: 1)")
 
 

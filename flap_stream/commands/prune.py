@@ -58,12 +58,12 @@ def run(options: argparse.Namespace) -> None:
 
 def _dry_run(options: argparse.Namespace, config: PruneConfig) -> None:
     with shared.loading(shared.progress_of(options)):
-        from flap_stream.stages.forecast import NETWORK_RATE, forecast
+        from flap_stream.stages.forecast import NETWORK_RATE, Machines, forecast
 
     network = NETWORK_RATE if options.network is None else parse_size(options.network)
     ranks, nodes = (1 if given is None else given for given in (options.ranks, options.nodes))
     model = shared.model_of(options.model, options)
-    found = forecast(model, options.out, config, ranks, nodes, network)
+    found = forecast(model, options.out, config, Machines(ranks, nodes, network))
     if options.json:
         known = {name: rate for name, rate in asdict(found.rates).items() if isfinite(rate)}
         shared.print_json({**asdict(found), "rates": known})

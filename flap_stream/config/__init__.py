@@ -4,6 +4,7 @@ Their defaults are the only ones: the command line takes its own from them.
 """
 
 from flap_stream.config.measuring import (
+    AdviseConfig,
     BenchInferenceConfig,
     EvaluateConfig,
     ExportGgufConfig,
@@ -51,6 +52,7 @@ __all__ = [
     "SWEPT_RESTORATIONS",
     "TARGETS",
     "TARGET_FIELDS",
+    "AdviseConfig",
     "BenchInferenceConfig",
     "CollectConfig",
     "EngineConfig",

@@ -13,7 +13,7 @@ from flap_stream.config.options import (
     require_ratio,
 )
 from flap_stream.config.pruning import CollectConfig, PlanConfig, RewriteConfig, require_restoration
-from flap_stream.config.values import Dtype, GgufType, Ratios, Share, Size
+from flap_stream.config.values import Dtype, GgufType, Ratios, Share, Size, Tokens
 from flap_stream.errors import InvalidOption
 
 
@@ -35,6 +35,28 @@ class EvaluateConfig(TextConfig, EngineConfig):
         require_at_least("sequence-length", self.sequence_length, 2)
         if self.samples is not None:
             require_at_least("samples", self.samples, 1)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AdviseConfig(Options):
+    """What a model is to be served on.
+
+    gpu: bytes of the card; None is this machine's, or its free memory if it has none.
+    form: dtype or type of GGUF that it is to be served in; None is the one for which least must be removed.
+    context, batch: tokens of each text in the KV cache, and how many texts.
+    """
+
+    gpu: Size | None = None
+    form: str | None = None
+    context: Tokens = 8192
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        super().__post_init__()
+        for name, value in (("gpu", self.gpu), ("context", self.context), ("batch", self.batch)):
+            if value is not None:
+                require_at_least(name, value, 1)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from flap_stream.config.options import Options, require_at_least
-from flap_stream.config.values import Parameters, Size, option_name
+from flap_stream.config.values import Parameters, Size, Tokens, option_name
 from flap_stream.errors import InvalidOption
 
 TARGETS = ("target_parameters", "target_size", "target_memory")
@@ -25,7 +25,7 @@ class TargetConfig(Options):
     target_parameters: Parameters | None = None
     target_size: Size | None = None
     target_memory: Size | None = None
-    context: int | None = None
+    context: Tokens | None = None
     batch: int | None = None
 
     @property

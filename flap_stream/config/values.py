@@ -14,6 +14,7 @@ from flap_stream.errors import InvalidOption
 
 Size = Annotated[int, "size"]  # bytes; `8GiB`, too
 Parameters = Annotated[int, "parameters"]  # `5B`, too
+Tokens = Annotated[int, "tokens"]  # `32k`, too, which is 32768
 Share = Annotated[float, "share"]  # `20%`, too
 Ratios = Annotated[tuple[float, ...], "ratios"]  # `0.1:0.6:0.1`, too
 Dtype = Annotated[str, "dtype"]  # `bf16` and torch.bfloat16, too
@@ -24,6 +25,7 @@ _SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**1
 # A single letter is a power of 1024, as it is to Docker, Slurm, systemd and the GNU tools.
 _SIZE_UNITS |= {f"{letter}{rest}": 1 << 10 * i for i, letter in enumerate("KMGT", start=1) for rest in ("", "IB")}
 _PARAMETER_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_TOKEN_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20}
 _DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16"}
 _DTYPE_NAMES |= {"fp32": "float32", "f32": "float32", "float": "float32"}
 _GGUF_NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
@@ -162,6 +164,10 @@ def _read_parameters(value: object) -> int | None:
     return _read_with_unit(value, _PARAMETER_UNITS)
 
 
+def _read_tokens(value: object) -> int | None:
+    return _read_with_unit(value, _TOKEN_UNITS)
+
+
 def _read_with_unit(value: object, units: Mapping[str, int]) -> int | None:
     if not isinstance(value, str):
         return _read_count(value)
@@ -238,6 +244,7 @@ def _read_ratios(value: object) -> tuple[float, ...] | None:
 _READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
     "size": (_read_size, "is not a size; write a number with a unit, such as 5GB or 20GiB"),
     "parameters": (_read_parameters, "is not a number of parameters; write one such as 5B or 800M"),
+    "tokens": (_read_tokens, "is not a number of tokens; write one such as 8192 or 32k"),
     "share": (_read_share, "is not a percentage; write it as 5% or 0.05"),
     "ratios": (_read_ratios, "is not a list of ratios; write 0.2,0.3,0.5 or start:stop:step, such as 0.1:0.6:0.1"),
     "dtype": (_read_dtype, "is not the name of a dtype; write one such as bfloat16"),

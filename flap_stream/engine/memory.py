@@ -25,7 +25,7 @@ OWN_BLOCK_BYTES = 8 << 20  # malloc gives larger blocks a mapping of their own a
 OWN_BLOCK_BYTES_OF_MIXTURES = 128 << 10
 
 _HOST_MARGIN = 0.1  # share of the free memory left to others by default; not measured
-_DEVICE_MARGIN = 0.05  # the same on the device; not measured
+DEVICE_MARGIN = 0.05  # the same on the device; not measured
 _KERNELS = 16  # a layer has fewer shapes of matrix products
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -47,7 +47,7 @@ def limits(device: torch.device, host_memory: int | None, device_memory: int | N
     if device_memory is not None and device.type == "cpu":
         raise InvalidOption("--device-memory is the limit of a GPU; this run is on the CPU, so give --host-memory")
     host = host_memory or resident_bytes() + int(free_host_bytes() * (1 - _HOST_MARGIN)) // sharers
-    there_is = int(free_bytes(device) * (1 - _DEVICE_MARGIN))
+    there_is = int(free_bytes(device) * (1 - DEVICE_MARGIN))
     return Limits(host, there_is if device_memory is None else min(device_memory, there_is))
 
 

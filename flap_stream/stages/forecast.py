@@ -30,6 +30,33 @@ from flap_stream.text.windows import calibration_text, check_text
 
 NETWORK_RATE = 1.25e9  # bytes per second: 10 Gbit/s, a common data-centre link; not measured
 
+_ASSUMED = Rates(product=1e14, disk_read=1.5e9, disk_write=1e9)  # of a card that is not here, and a common disk
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What a job would run on.
+
+    ranks, nodes: processes, and machines like this one. network: bytes per second in and out of each.
+    card: bytes of a GPU that each rank has; None is the device that there is here. With one, rates are assumed.
+    Raises InvalidOption if there are more machines than processes.
+    """
+
+    ranks: int = 1
+    nodes: int = 1
+    network: float = NETWORK_RATE
+    card: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse machines without a process."""
+        if not 1 <= self.nodes <= self.ranks:
+            raise InvalidOption(f"--nodes is {self.nodes}; {self.ranks} ranks can be on 1 to {self.ranks}")
+
+    @property
+    def local_ranks(self) -> int:
+        """Ranks on one node."""
+        return -(-self.ranks // self.nodes)
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -70,58 +97,43 @@ def forecast(
     model: str | Path,
     out: str | Path,
     options: PruneConfig,
-    ranks: int = 1,
-    nodes: int = 1,
-    network: float = NETWORK_RATE,
+    machines: Machines | None = None,
 ) -> Forecast:
     """What `prune` with these options would take; no tensor is loaded and nothing is left on the disk.
 
     model: a directory (config.json is enough), a config.json or a Hub id, from which only config.json is downloaded.
-    ranks, nodes: processes and machines, each like this one; they share the disk of `out` and of the model, and a
-    network of `network` bytes per second in and out of each.
+    machines: by default this one alone. Several share the disk of `out` and of the model.
     Raises InvalidInput as `prune` would, InsufficientMemory included, also for an unusable text or tokenizer.
     """
-    if not 1 <= nodes <= ranks:
-        raise InvalidOption(f"--nodes is {nodes}; {ranks} ranks can be on 1 to {ranks}")
+    machines = machines or Machines()
     if options.method != "magnitude-sp":
         check_text(calibration_text(options))
-    source, has_headers = _open(str(model))
+    source, has_headers = opened_or_described(str(model))
     require_effect(options)
     with source:
         streamed = StreamedModel(source, options)
         require_minimum(streamed.shapes, options)
         warn_of_positions(source.config, options.sequence_length)
-        return _forecast(streamed, Path(out), options, _Machines(ranks, nodes, network), has_headers)
+        return _forecast(streamed, Path(out), options, machines, has_headers)
 
 
-@dataclass(frozen=True)
-class _Machines:
-    """What a job would run on. network: bytes per second in and out of each node."""
-
-    ranks: int
-    nodes: int
-    network: float
-
-    @property
-    def local_ranks(self) -> int:
-        """Ranks on one node."""
-        return -(-self.ranks // self.nodes)
-
-
-def _forecast(
-    model: StreamedModel, out: Path, options: PruneConfig, machines: _Machines, has_headers: bool
-) -> Forecast:
+def _forecast(model: StreamedModel, out: Path, options: PruneConfig, machines: Machines, has_headers: bool) -> Forecast:
     """What a job that has been found possible would take. has_headers: whether the model's shards are there."""
     source, local = model.checkpoint, machines.local_ranks
     limits = memory.limits(model.device, options.host_memory, options.device_memory, local)
     windows = (options.samples, options.sequence_length) if options.method != "magnitude-sp" else (0, 0)
     job = replace(model.job(*windows), ranks=machines.ranks, local_ranks=local)
+    if machines.card is not None:
+        job = replace(job, device="cuda")
+        limits = replace(limits, device=int(machines.card * (1 - memory.DEVICE_MARGIN)))
     refit, sweep = _refit(model, options), _sweep(model, options, job)
     placement, swept = _place(model, options, job, limits, refit, sweep)
     if has_headers and options.method != "magnitude-sp" and not options.calibration[0].endswith(".npy"):
         load_tokenizer(source.directory, options.trust_remote_code)
     shard = source.directory / next(iter(source.shard_bytes)) if has_headers else None
-    rates = measure_rates(model, placement.batch_size * job.tokens, shard, out, local)
+    rates = _ASSUMED
+    if machines.card is None:
+        rates = measure_rates(model, placement.batch_size * job.tokens, shard, out, local)
     rates = replace(rates, network=machines.network)
     hidden_traffic = len(model.layers) * job.hidden_bytes if placement.hidden_place == "disk" else 0
     work = work_of(model, options, placement.batch_size, hidden_traffic, refit)
@@ -165,7 +177,9 @@ def _refit(model: StreamedModel, options: PruneConfig) -> Refit | None:
 def _sweep(model: StreamedModel, options: PruneConfig, job: Job) -> Job | None:
     """The sweep by the loss; None if there is none."""
     sweep = sweep_job(model, options, job.samples, job.tokens)
-    return None if sweep is None else replace(sweep, ranks=job.ranks, local_ranks=job.local_ranks)
+    if sweep is None:
+        return None
+    return replace(sweep, device=job.device, ranks=job.ranks, local_ranks=job.local_ranks)
 
 
 def _place(
@@ -246,7 +260,7 @@ def work_of(
     )
 
 
-def _open(model: str) -> tuple[Checkpoint, bool]:
+def opened_or_described(model: str) -> tuple[Checkpoint, bool]:
     """The checkpoint, or the one that a config.json without shards describes, and whether it has headers."""
     if Path(model).is_dir() and has_shards(Path(model)):
         return open_checkpoint(model), True

@@ -1,0 +1,82 @@
+"""`flap-stream advise MODEL`."""
+
+import argparse
+from dataclasses import asdict
+from math import isfinite
+from typing import Any
+
+from flap_stream.commands import options as shared
+from flap_stream.config import AdviseConfig
+from flap_stream.progress import format_bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("model", metavar="MODEL", help="dense model: a directory, a config.json or a Hub id")
+    group = parser.add_argument_group("what it is to be served on")
+    group.add_argument("--gpu", metavar="SIZE", help="memory of the card, such as 24GiB (default: this machine's)")
+    group.add_argument(
+        "--form", metavar="NAME", help="bfloat16, q8_0, ... (default: that for which least must be removed)"
+    )
+    group.add_argument(
+        "--context",
+        default=AdviseConfig.context,
+        metavar="TOKENS",
+        help="tokens of each text in the KV cache, such as 32k (default: %(default)s)",
+    )
+    group.add_argument(
+        "--batch", type=int, default=AdviseConfig.batch, metavar="N", help="texts at once (default: %(default)s)"
+    )
+    shared.add_revision(group)
+    shared.add_output(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print what fits, and how to make it fit."""
+    config = shared.values(options, AdviseConfig)
+    with shared.loading(shared.progress_of(options)):
+        from flap_stream.export.advice import USED, advise
+
+    found = advise(shared.model_of(options.model, options), config)
+    if options.json:
+        shared.print_json(_finite(asdict(found)))
+        return
+    size, limit = format_bytes(found.capacity), format_bytes(found.limit)
+    shared.show(f"model    {found.parameters:,} parameters in {found.layers} layers of {found.model_type}")
+    print(f"memory   {size}, of which {limit} ({USED:.0%}) are for weights and KV cache")
+    print(f"         KV cache of {config.batch} x {config.context:,} tokens, 16 bits a value\n")
+    print(f"{'form':10} {'weights':>10} {'KV cache':>10} {'to remove':>10}  runs in")
+    for form in found.forms:
+        needed = "too large" if form.ratio is None else f"{form.ratio:.1%}" if form.ratio else "nothing"
+        sizes = f"{format_bytes(form.weight_bytes):>10} {format_bytes(form.kv_bytes):>10}"
+        print(f"{form.name:10} {sizes} {needed:>10}  {form.programs}")
+    print()
+    if found.chosen is None:
+        print("That fits only if more than half of the prunable weights go: take a larger card, or several.")
+        return
+    if found.forecast is not None:
+        _print_job(found.forecast, config.gpu is not None)
+    elif any(form.name == found.chosen and form.ratio for form in found.forms):
+        print("pruning  does not fit that card: add --device cpu\n")
+    else:
+        print("It fits as it is.")
+    for command in found.commands:
+        shared.show(f"  {command}")
+
+
+def _print_job(job: Any, is_elsewhere: bool) -> None:
+    """What pruning takes. is_elsewhere: on a card that is not this machine's."""
+    placement = job.placement
+    device = f"{format_bytes(placement.device_bytes)} of GPU memory, " if placement.device_bytes else ""
+    print(
+        f"pruning  {device}{format_bytes(placement.host_bytes)} of host memory, {format_bytes(job.disk_bytes)} of disk"
+    )
+    assumed = " with 100 TFLOP/s and a disk of 1.5 GB/s" if is_elsewhere else " on this machine"
+    print(f"         at best {sum(job.floor_seconds.values()) / 60:,.1f} minutes{assumed}\n")
+
+
+def _finite(body: Any) -> Any:
+    """The same without infinite rates, which JSON does not have."""
+    if isinstance(body, dict):
+        return {k: _finite(v) for k, v in body.items() if not isinstance(v, float) or isfinite(v)}
+    return [_finite(item) for item in body] if isinstance(body, list | tuple) else body
