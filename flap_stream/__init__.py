@@ -1,7 +1,8 @@
 """Structured pruning of large language models, streamed one decoder layer at a time from disk.
 
 The stages as functions, each on stored values: `prune` (the whole job), `collect`, `plan`, `rewrite`, `evaluate`,
-`sweep`; `advise` before them; and on their results `write_report`, `export_gguf`, `export_stock`, `bench_inference`.
+`sweep`; `advise` before them; and on their results `write_report`, `export_gguf`, `export_stock`, `bench_inference`,
+`push`.
 Their options are the dataclasses of `flap_stream.config`, or keywords: `prune(model, out, ratio=0.2)`.
 What they raise is in `flap_stream.errors`.
 Importing this package loads none of its modules; what is used of it does, torch and transformers with the first stage.
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
         ExportStockConfig,
         PlanConfig,
         PruneConfig,
+        PushConfig,
         RewriteConfig,
         SweepConfig,
     )
     from flap_stream.errors import FlapStreamError
     from flap_stream.export.advice import Advice, advise
     from flap_stream.export.gguf import ExportGgufResult, export_gguf
+    from flap_stream.export.hub_upload import PushResult, push
     from flap_stream.export.stock import ExportStockResult, export_stock
     from flap_stream.progress import Progress
     from flap_stream.report.page import ReportResult, write_report
@@ -50,6 +53,7 @@ _LAZY = {
             "ExportStockConfig",
             "PlanConfig",
             "PruneConfig",
+            "PushConfig",
             "RewriteConfig",
             "SweepConfig",
         ),
@@ -58,6 +62,7 @@ _LAZY = {
     **dict.fromkeys(("write_report", "ReportResult"), "flap_stream.report.page"),
     **dict.fromkeys(("advise", "Advice"), "flap_stream.export.advice"),
     **dict.fromkeys(("export_gguf", "ExportGgufResult"), "flap_stream.export.gguf"),
+    **dict.fromkeys(("push", "PushResult"), "flap_stream.export.hub_upload"),
     **dict.fromkeys(("export_stock", "ExportStockResult"), "flap_stream.export.stock"),
     **dict.fromkeys(("bench_inference", "BenchResult"), "flap_stream.stages.bench_inference"),
     **dict.fromkeys(("evaluate", "EvaluateResult"), "flap_stream.stages.evaluate"),
@@ -87,6 +92,8 @@ __all__ = [
     "Progress",
     "PruneConfig",
     "PruneResult",
+    "PushConfig",
+    "PushResult",
     "ReportResult",
     "RewriteConfig",
     "SweepConfig",
@@ -99,6 +106,7 @@ __all__ = [
     "export_stock",
     "plan",
     "prune",
+    "push",
     "rewrite",
     "sweep",
     "write_report",

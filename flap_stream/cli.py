@@ -33,6 +33,7 @@ VERBS = {
     "export-gguf": "write a GGUF file for llama.cpp",
     "export-stock": "write a pruned checkpoint that loads without remote code",
     "advise": "say whether a model fits a card, and what to do so that it does",
+    "push": "upload a pruned checkpoint to the Hub, with a card that says how it was made",
     "recipe": "print a file of options, with comments, for --recipe of the other verbs",
 }
 TOGETHER = ("prune", "collect", "rewrite", "evaluate")  # verbs that all ranks run; the others run on rank 0 only

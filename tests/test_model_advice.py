@@ -35,6 +35,8 @@ def run_commands(commands: list[str]) -> None:
     more = {"prune": ["--calibration", "tokens.npy", "--loss-windows", "6"], "evaluate": ["--text", "tokens.npy"]}
     for command in commands:
         _, verb, *rest = shlex.split(command)
+        if verb == "push":
+            continue  # tests/test_push.py has a server
         assert main([verb, *rest, *more.get(verb, []), "--quiet"]) == 0
 
 
@@ -119,7 +121,7 @@ def test_a_card_that_is_too_small_is_told(tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     assert "too large" in said and "take a larger card" in said
     assert main(["advise", str(tmp_path), "--gpu", "24GiB", "--context", "1k"]) == 0
-    assert "fits as it is" in capsys.readouterr().out
+    assert "As bfloat16 it fits without pruning" in capsys.readouterr().out
     assert main(["advise", str(tmp_path), "--gpu", "15GiB", "--context", "8k", "--form", "bfloat16"]) == 0
     said = capsys.readouterr().out
     assert "minutes with 100 TFLOP/s" in said and "flap-stream prune" in said and "--target-memory" in said

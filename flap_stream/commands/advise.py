@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     elif any(form.name == found.chosen and form.ratio for form in found.forms):
         print("pruning  does not fit that card: add --device cpu\n")
     else:
-        print("It fits as it is.")
+        print(f"As {found.chosen} it fits without pruning.")
     for command in found.commands:
         shared.show(f"  {command}")
 

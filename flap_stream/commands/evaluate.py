@@ -11,6 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("model", metavar="MODEL", help="dense or pruned model: a directory or a Hub id")
     shared.add_evaluation(parser.add_argument_group("text"), "--text", ["wikitext2"])
+    parser.add_argument("--save", metavar="OUT", help="note the result in a pruned checkpoint, for push")
     shared.add_revision(shared.add_engine(parser))
     shared.add_output(parser)
 

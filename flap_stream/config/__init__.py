@@ -9,6 +9,7 @@ from flap_stream.config.measuring import (
     EvaluateConfig,
     ExportGgufConfig,
     ExportStockConfig,
+    PushConfig,
     SweepConfig,
 )
 from flap_stream.config.options import (
@@ -61,6 +62,7 @@ __all__ = [
     "ExportStockConfig",
     "PlanConfig",
     "PruneConfig",
+    "PushConfig",
     "RewriteConfig",
     "SweepConfig",
     "TargetConfig",

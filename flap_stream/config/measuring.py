@@ -1,5 +1,6 @@
 """The options of what measures and exports models: perplexity, sweeps of ratios, speed, other formats."""
 
+import re
 from dataclasses import dataclass
 
 from flap_stream.config.options import (
@@ -13,7 +14,7 @@ from flap_stream.config.options import (
     require_ratio,
 )
 from flap_stream.config.pruning import CollectConfig, PlanConfig, RewriteConfig, require_restoration
-from flap_stream.config.values import Dtype, GgufType, Ratios, Share, Size, Tokens
+from flap_stream.config.values import Dtype, Folder, GgufType, Ratios, Share, Size, Tokens
 from flap_stream.errors import InvalidOption
 
 
@@ -23,11 +24,13 @@ class EvaluateConfig(TextConfig, EngineConfig):
 
     text: as `CollectConfig.calibration`.
     samples: at most this many windows, from the beginning of the text; None is all.
+    save: a pruned checkpoint to note the result in, of it or of its dense model, for `push`.
     """
 
     text: tuple[str, ...] = CollectConfig.calibration
     sequence_length: int = CollectConfig.sequence_length
     samples: int | None = None
+    save: Folder | None = None
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -162,3 +165,17 @@ class ExportGgufConfig(Options):
         super().__post_init__()
         if self.type is not None:
             require_choice("type", self.type, GGUF_TYPES)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PushConfig(Options):
+    """A repository on the Hub: whether it is made private, and the Hub id of the dense model if no card has it."""
+
+    private: bool = False
+    base_model: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no Hub id."""
+        super().__post_init__()
+        if self.base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.base_model):
+            raise InvalidOption(f"--base-model {self.base_model!r} is no Hub id; write it as NAMESPACE/NAME")

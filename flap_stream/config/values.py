@@ -15,6 +15,7 @@ from flap_stream.errors import InvalidOption
 Size = Annotated[int, "size"]  # bytes; `8GiB`, too
 Parameters = Annotated[int, "parameters"]  # `5B`, too
 Tokens = Annotated[int, "tokens"]  # `32k`, too, which is 32768
+Folder = Annotated[str, "path"]  # a Path, too
 Share = Annotated[float, "share"]  # `20%`, too
 Ratios = Annotated[tuple[float, ...], "ratios"]  # `0.1:0.6:0.1`, too
 Dtype = Annotated[str, "dtype"]  # `bf16` and torch.bfloat16, too
@@ -245,6 +246,7 @@ _READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
     "size": (_read_size, "is not a size; write a number with a unit, such as 5GB or 20GiB"),
     "parameters": (_read_parameters, "is not a number of parameters; write one such as 5B or 800M"),
     "tokens": (_read_tokens, "is not a number of tokens; write one such as 8192 or 32k"),
+    "path": (_read_path, "is not the name of a directory; give one"),
     "share": (_read_share, "is not a percentage; write it as 5% or 0.05"),
     "ratios": (_read_ratios, "is not a list of ratios; write 0.2,0.3,0.5 or start:stop:step, such as 0.1:0.6:0.1"),
     "dtype": (_read_dtype, "is not the name of a dtype; write one such as bfloat16"),

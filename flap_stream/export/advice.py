@@ -225,6 +225,9 @@ def _commands(model: str, form: Form, job: PruneConfig | None) -> Iterator[str]:
         rounding = ["--round-neurons-to", str(_BLOCK)] if job.round_neurons_to == _BLOCK else []
         how = ["--metric", str(job.metric), "--restore", str(job.restore)]
         yield shlex.join(["flap-stream", "prune", model, result, *aim, *how, *rounding])
-        yield "flap-stream evaluate pruned"
+        yield f"flap-stream evaluate {result} --save {result}"
     if any(form.name == one.name for one in _QUANTISED):
         yield shlex.join(["flap-stream", "export-gguf", result, f"{base_name(result)}.gguf", "--type", form.name])
+    if job is not None:
+        base = ["--base-model", "NAMESPACE/NAME"] if Path(model).exists() else []
+        yield shlex.join(["flap-stream", "push", result, f"NAMESPACE/{base_name(model)}-pruned", *base])

@@ -38,13 +38,19 @@ def read_record(out: Path) -> dict[str, Any] | None:
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
+    record = record_of(out)
+    if record is None:
+        raise OutputConflict(f"{out} exists and was not made by flap-stream; name another OUT or move it away")
+    return record
+
+
+def record_of(out: Path) -> dict[str, Any] | None:
+    """Contents of pruning.json of a pruned checkpoint; None if `out` is none."""
     try:
         record = parse_json(files.read_plain(out / RECORD_NAME))
-        if matches(record, _RECORD):
-            return record
     except (OSError, ValueError, NotPlain):
-        pass
-    raise OutputConflict(f"{out} exists and was not made by flap-stream; name another OUT or move it away")
+        return None
+    return record if matches(record, _RECORD) else None
 
 
 def options_record(options: PlanConfig) -> dict[str, Any]:

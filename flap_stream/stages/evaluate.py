@@ -20,6 +20,9 @@ from flap_stream.engine.memory import give_back_heap
 from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import Logits, StreamedModel
 from flap_stream.model.opening import open_checkpoint
+from flap_stream.output.evaluations import Evaluation, require_pruned, save_evaluation
+from flap_stream.output.model_card import base_name
+from flap_stream.output.pruning_record import fingerprint_digest
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.stages.job_header import engine_rows, model_row
 from flap_stream.text.tokenization import load_tokenizer
@@ -63,6 +66,8 @@ def evaluate(
     wanted = evaluation_text(options.text, options.samples, options.sequence_length, options)
     with joined() as ranks, torch.inference_mode(), ExitStack() as opened:
         ranks.from_first(lambda: check_text(wanted, model))
+        if options.save is not None:
+            ranks.from_first(lambda: require_pruned(Path(str(options.save))))
         checkpoint = opened.enter_context(open_checkpoint(model))
         streamed = StreamedModel(checkpoint, options, ranks)
         opened.enter_context(in_use(streamed.device))
@@ -75,9 +80,16 @@ def evaluate(
         progress.header(engine_rows(streamed, placement, *tokens.shape))
         scores, _ = score_tokens(streamed, tokens, placement, progress)
         bytes_read = sum(ranks.gathered(checkpoint.bytes_read))
+        perplexity = perplexity_of(scores)
+        if options.save is not None and ranks.is_first:
+            fingerprint = fingerprint_digest(checkpoint.fingerprint)
+            names = tuple(Path(source).name for source in options.text)
+            shape = (tokens.shape[1], len(tokens))
+            noted = Evaluation(base_name(checkpoint.source), fingerprint, names, *shape, perplexity)
+            save_evaluation(Path(options.save), noted)
     window_nll = -scores.reshape(len(tokens), -1).mean(axis=1, dtype=np.float64)
     return EvaluateResult(
-        perplexity=perplexity_of(scores),
+        perplexity=perplexity,
         standard_error=standard_error_of(window_nll),
         window_nll=tuple(window_nll.tolist()),
         windows=len(tokens),
