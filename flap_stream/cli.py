@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
-from importlib.metadata import version
 from io import TextIOWrapper
 from types import ModuleType
 from typing import Any, TextIO, cast
@@ -35,7 +34,9 @@ VERBS = {
     "advise": "say whether a model fits a card, and what to do so that it does",
     "push": "upload a pruned checkpoint to the Hub, with a card that says how it was made",
     "recipe": "print a file of options, with comments, for --recipe of the other verbs",
+    "completion": "print a script that completes commands in bash, zsh or fish",
 }
+WITHOUT_RECIPE = ("recipe", "completion")
 TOGETHER = ("prune", "collect", "rewrite", "evaluate")  # verbs that all ranks run; the others run on rank 0 only
 NO_READER = 141  # exit code when the reader of stdout is gone, as shells report a process ended by SIGPIPE
 
@@ -45,16 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="flap-stream", description="Structured pruning of LLMs too large for memory, streamed from disk (FLAP)."
     )
-    parser.add_argument("--version", action="version", version=f"flap-stream {version('flap-stream')}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    has_recipe = any(argument.partition("=")[0] == OPTION for argument in arguments)
     for verb, summary in VERBS.items():
         own = verbs.add_parser(verb, help=summary, description=summary, allow_abbrev=False)
-        _module_of(verb).add_arguments(own)
-        if verb != "recipe":
-            own.add_argument(OPTION, metavar="FILE", help="read options from a TOML file; those given here win")
+        if has_recipe or verb in arguments:  # what builds the others' options costs more than all else
+            add_options(verb, own)
     with nullcontext() if _is_first_rank() else redirect_stderr(None):  # all ranks have the same arguments
         try:
-            arguments = with_recipe(verbs.choices, sys.argv[1:] if arguments is None else arguments)
+            arguments = with_recipe(verbs.choices, arguments)
         except InvalidOption as error:
             parser.error(str(error))
         options = parser.parse_args(arguments)
@@ -77,6 +79,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _sleep_while_waiting()
     with redirect_stdout(cast(TextIO, _Output(sys.stdout))):
         return reported(lambda: _module_of(options.verb).run(options), resumes=_resumes(options))
+
+
+def add_options(verb: str, parser: argparse.ArgumentParser) -> None:
+    """Give a verb's parser its arguments."""
+    module = _module_of(verb)
+    module.add_arguments(parser)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "\n".join(("examples:", *(f"  flap-stream {example}" for example in module.EXAMPLES)))
+    if verb not in WITHOUT_RECIPE:
+        parser.add_argument(OPTION, metavar="FILE", help="read options from a TOML file; those given here win")
+
+
+class _Version(argparse.Action):
+    """Print the version and end; looking it up takes a tenth of the whole start."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any, **keywords: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"flap-stream {version('flap-stream')}")
+        parser.exit()
 
 
 def _resumes(options: argparse.Namespace) -> bool:

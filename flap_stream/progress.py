@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from flap_stream.config.values import shortened
 from flap_stream.errors import InvalidOption
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _LONGEST = 1000  # characters of a message
 _LABEL_WIDTH = 15
@@ -72,13 +73,13 @@ def _shows_bars() -> bool:
     return sys.stderr.isatty() or _in_notebook()
 
 
-def _bar_class() -> type[tqdm]:
+def _bar_class() -> "type[tqdm]":
     """The bar of a terminal, or of a notebook, where ipywidgets shows it as a widget."""
-    if not _in_notebook():
-        return tqdm
-    from tqdm.auto import tqdm as notebook_bar
-
-    return notebook_bar
+    if _in_notebook():
+        from tqdm.auto import tqdm
+    else:
+        from tqdm import tqdm
+    return tqdm
 
 
 @dataclass
@@ -230,5 +231,5 @@ class Progress:
 
 
 def _say(message: str) -> None:
-    write = tqdm.write if _shows_bars() else print  # tqdm.write does not break its bars
+    write = _bar_class().write if _shows_bars() else print  # which does not break the bars
     write(printable(message), file=sys.stderr)

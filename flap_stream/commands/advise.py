@@ -9,6 +9,11 @@ from flap_stream.commands import options as shared
 from flap_stream.config import AdviseConfig
 from flap_stream.progress import format_bytes
 
+EXAMPLES = (
+    "advise Qwen/Qwen2.5-7B --gpu 16GiB --context 32k",
+    "advise ./model --gpu 24GiB --form bfloat16 --batch 8",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

@@ -8,6 +8,8 @@ from flap_stream.config import DTYPES, BenchInferenceConfig
 from flap_stream.config.values import dtype_name
 from flap_stream.progress import format_bytes
 
+EXAMPLES = ("bench-inference ./model pruned --batch-sizes 1,8 --prompt-lengths 512 --generate 64",)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

@@ -6,6 +6,11 @@ from dataclasses import asdict
 from flap_stream.commands import options as shared
 from flap_stream.config import CollectConfig
 
+EXAMPLES = (
+    "collect ./model run --calibration text.txt",
+    "collect ./model run --calibration prose.txt:0.7 code.txt:0.3 --loss-windows 256",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

@@ -9,6 +9,11 @@ from flap_stream.commands import options as shared
 from flap_stream.config import EvaluateConfig, PruneConfig
 from flap_stream.progress import format_bytes
 
+EXAMPLES = (
+    "demo",
+    "demo --quiet",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

@@ -6,6 +6,12 @@ from dataclasses import asdict
 from flap_stream.commands import options as shared
 from flap_stream.config import EvaluateConfig
 
+EXAMPLES = (
+    "evaluate pruned --text test.txt",
+    "evaluate Qwen/Qwen2.5-7B --text test.txt --host-memory 8GiB",
+    "evaluate pruned --text test.txt --save pruned",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

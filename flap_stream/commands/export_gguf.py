@@ -8,6 +8,8 @@ from flap_stream.config import GGUF_TYPES, ExportGgufConfig
 from flap_stream.config.values import gguf_type
 from flap_stream.progress import format_bytes
 
+EXAMPLES = ("export-gguf pruned pruned.gguf --type q8_0",)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

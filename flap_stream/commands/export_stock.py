@@ -7,6 +7,8 @@ from flap_stream.commands import options as shared
 from flap_stream.config import ExportStockConfig
 from flap_stream.progress import format_bytes
 
+EXAMPLES = ("export-stock pruned stock --pad",)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

@@ -8,6 +8,11 @@ from typing import Any
 from flap_stream.commands import options as shared
 from flap_stream.progress import format_bytes, printable
 
+EXAMPLES = (
+    "inspect pruned --verify",
+    "inspect run",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

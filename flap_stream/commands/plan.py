@@ -6,6 +6,11 @@ from dataclasses import asdict
 from flap_stream.commands import options as shared
 from flap_stream.config import PlanConfig
 
+EXAMPLES = (
+    "plan run --ratio 0.3",
+    "plan run --target-memory 12GiB --context 32k --metric fisher",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

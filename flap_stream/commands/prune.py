@@ -10,6 +10,12 @@ from flap_stream.config.values import parse_size
 from flap_stream.errors import InvalidOption
 from flap_stream.progress import format_bytes
 
+EXAMPLES = (
+    "prune Qwen/Qwen2.5-7B pruned --ratio 20% --calibration text.txt",
+    "prune ./model pruned --target-size 9GiB --metric fisher --restore least-squares",
+    "prune ./model pruned --dry-run",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

@@ -8,6 +8,11 @@ from flap_stream.commands import options as shared
 from flap_stream.config import PushConfig
 from flap_stream.progress import format_bytes
 
+EXAMPLES = (
+    "push pruned name/model-pruned --private",
+    "push pruned name/model-pruned --base-model Qwen/Qwen2.5-7B",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

@@ -39,6 +39,12 @@ restore = "reconstruct"
 }
 
 
+EXAMPLES = (
+    "recipe --preset quality > job.toml",
+    "recipe --run run > job.toml",
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument(

@@ -5,6 +5,8 @@ from dataclasses import asdict
 
 from flap_stream.commands import options as shared
 
+EXAMPLES = ("report run --html report.html",)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

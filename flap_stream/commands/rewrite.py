@@ -5,6 +5,11 @@ import argparse
 from flap_stream.commands import options as shared
 from flap_stream.config import RewriteConfig
 
+EXAMPLES = (
+    "rewrite run pruned",
+    "rewrite run pruned --restore least-squares",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

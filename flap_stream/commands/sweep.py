@@ -7,6 +7,11 @@ from typing import Any
 from flap_stream.commands import options as shared
 from flap_stream.config import SWEPT_RESTORATIONS, SweepConfig
 
+EXAMPLES = (
+    "sweep run --ratios 0.1:0.6:0.1 --evaluate test.txt",
+    "sweep run --evaluate test.txt --max-perplexity-increase 5%",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
