@@ -34,6 +34,7 @@ VERBS = {
     "advise": "say whether a model fits a card, and what to do so that it does",
     "push": "upload a pruned checkpoint to the Hub, with a card that says how it was made",
     "recipe": "print a file of options, with comments, for --recipe of the other verbs",
+    "doctor": "look for what on this machine would keep jobs from running",
     "completion": "print a script that completes commands in bash, zsh or fish",
 }
 WITHOUT_RECIPE = ("recipe", "completion")

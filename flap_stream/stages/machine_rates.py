@@ -23,7 +23,7 @@ def measure_rates(model: StreamedModel, tokens: int, shard: Path | None, out: Pa
 
     shard: a file of the model; None reads back what was written. local_ranks: the ranks that share the machine.
     """
-    read, written = _disk_rates(files.existing_directory(out.absolute()), shard)
+    read, written = disk_rates(files.existing_directory(out.absolute()), shard)
     product = _product_rate(model, max(tokens, 1))
     return Rates(
         product=product,
@@ -65,7 +65,7 @@ def _rate(action: Callable[[], None], seconds: float) -> float:
     return count / spent
 
 
-def _disk_rates(directory: Path, shard: Path | None) -> tuple[float, float]:
+def disk_rates(directory: Path, shard: Path | None) -> tuple[float, float]:
     """Bytes per second read from a shard, and written to an unnamed file (including fsync).
 
     Without a shard, the written file is read back.
