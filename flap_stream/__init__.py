@@ -1,8 +1,8 @@
 """Structured pruning of large language models, streamed one decoder layer at a time from disk.
 
 The stages as functions, each on stored values: `prune` (the whole job), `collect`, `plan`, `rewrite`, `evaluate`,
-`sweep`; `advise` before them; and on their results `write_report`, `export_gguf`, `export_stock`, `bench_inference`,
-`push`.
+`sweep`, `generate`; `advise` before them; and on their results `write_report`, `export_gguf`, `export_stock`,
+`bench_inference`, `push`.
 Their options are the dataclasses of `flap_stream.config`, or keywords: `prune(model, out, ratio=0.2)`.
 What they raise is in `flap_stream.errors`.
 Importing this package loads none of its modules; what is used of it does, torch and transformers with the first stage.
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         PushConfig,
         RewriteConfig,
         SweepConfig,
+        TryConfig,
     )
     from flap_stream.errors import FlapStreamError
     from flap_stream.export.advice import Advice, advise
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from flap_stream.stages.bench_inference import BenchResult, bench_inference
     from flap_stream.stages.collect import CollectResult, collect
     from flap_stream.stages.evaluate import EvaluateResult, evaluate
+    from flap_stream.stages.generate import Generation, generate
     from flap_stream.stages.plan import PlanResult, plan
     from flap_stream.stages.prune import prune
     from flap_stream.stages.rewrite import PruneResult, rewrite
@@ -56,6 +58,7 @@ _LAZY = {
             "PushConfig",
             "RewriteConfig",
             "SweepConfig",
+            "TryConfig",
         ),
         "flap_stream.config",
     ),
@@ -69,6 +72,7 @@ _LAZY = {
     **dict.fromkeys(("sweep", "SweepResult"), "flap_stream.stages.sweep"),
     "prune": "flap_stream.stages.prune",
     **dict.fromkeys(("collect", "CollectResult"), "flap_stream.stages.collect"),
+    **dict.fromkeys(("generate", "Generation"), "flap_stream.stages.generate"),
     **dict.fromkeys(("plan", "PlanResult"), "flap_stream.stages.plan"),
     **dict.fromkeys(("rewrite", "PruneResult"), "flap_stream.stages.rewrite"),
 }
@@ -87,6 +91,7 @@ __all__ = [
     "ExportStockConfig",
     "ExportStockResult",
     "FlapStreamError",
+    "Generation",
     "PlanConfig",
     "PlanResult",
     "Progress",
@@ -98,12 +103,14 @@ __all__ = [
     "RewriteConfig",
     "SweepConfig",
     "SweepResult",
+    "TryConfig",
     "advise",
     "bench_inference",
     "collect",
     "evaluate",
     "export_gguf",
     "export_stock",
+    "generate",
     "plan",
     "prune",
     "push",

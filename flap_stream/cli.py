@@ -21,6 +21,7 @@ from flap_stream.progress import printable
 VERBS = {
     "prune": "prune a model (collect, plan and rewrite in one); rerun after an interruption to continue",
     "evaluate": "measure perplexity of a dense or pruned model, one layer in memory at a time",
+    "try": "generate from a prompt, with the dense and the pruned model",
     "demo": "prune and evaluate the bundled model, offline",
     "collect": "collect the statistics of every layer into a run directory",
     "plan": "decide what each layer keeps, in seconds, and print it",
@@ -214,7 +215,8 @@ def _is_first_rank() -> bool:
 
 
 def _module_of(verb: str) -> ModuleType:
-    return import_module(f"flap_stream.commands.{verb.replace('-', '_')}")
+    name = {"try": "try_out"}.get(verb, verb.replace("-", "_"))  # a keyword names no module
+    return import_module(f"flap_stream.commands.{name}")
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

@@ -1,5 +1,6 @@
 """Scripts that complete commands: bash itself is asked what it offers."""
 
+import shlex
 import shutil
 import subprocess
 
@@ -43,7 +44,7 @@ def test_every_shell_has_a_script_that_it_can_read(shell: str, capsys: pytest.Ca
 def test_the_examples_of_every_verb_are_commands(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     parser = Parser(prog=verb)
     add_options(verb, parser)
-    examples = [line.partition(">")[0].split()[1:] for line in (parser.epilog or "").splitlines()[1:]]
+    examples = [shlex.split(line.partition(">")[0])[1:] for line in (parser.epilog or "").splitlines()[1:]]
     assert examples and all(words[0] == verb for words in examples)
     for words in examples:
         parser.parse_args(words[1:])

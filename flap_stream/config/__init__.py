@@ -11,6 +11,7 @@ from flap_stream.config.measuring import (
     ExportStockConfig,
     PushConfig,
     SweepConfig,
+    TryConfig,
 )
 from flap_stream.config.options import (
     BOS,
@@ -67,6 +68,7 @@ __all__ = [
     "SweepConfig",
     "TargetConfig",
     "TextConfig",
+    "TryConfig",
     "changed_options",
     "parse_ratios",
     "parse_size",

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from flap_stream.config.options import (
+    CHAT_TEMPLATE,
     GGUF_TYPES,
     SWEPT_RESTORATIONS,
     EngineConfig,
@@ -60,6 +61,23 @@ class AdviseConfig(Options):
         for name, value in (("gpu", self.gpu), ("context", self.context), ("batch", self.batch)):
             if value is not None:
                 require_at_least(name, value, 1)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TryConfig(EngineConfig):
+    """What models write after a prompt: at most so many tokens.
+
+    chat_template: whether the prompt is a message; `auto`: if the tokenizer has a template.
+    """
+
+    new_tokens: int = 48
+    chat_template: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        super().__post_init__()
+        require_at_least("new-tokens", self.new_tokens, 1)
+        require_choice("chat-template", self.chat_template, CHAT_TEMPLATE)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
