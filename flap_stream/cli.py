@@ -3,10 +3,11 @@
 import argparse
 import logging
 import os
+import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 from io import TextIOWrapper
 from types import ModuleType
@@ -80,7 +81,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.verb != "bench-inference":  # which must time models as their users run them
         _sleep_while_waiting()
     with redirect_stdout(cast(TextIO, _Output(sys.stdout))):
-        return reported(lambda: _module_of(options.verb).run(options), resumes=_resumes(options))
+        return reported(lambda: _run(options), resumes=_resumes(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Run a verb, and log it where --log says."""
+    file = getattr(options, "log", None) if _is_first_rank() else None
+    with nullcontext() if file is None else _logged(file):
+        _module_of(options.verb).run(options)
+
+
+@contextmanager
+def _logged(file: str) -> Iterator[None]:
+    """Append what is shown and logged, down to the error that ends the command, to a file."""
+    try:
+        handler = logging.FileHandler(file, encoding="utf-8")
+    except OSError as error:
+        raise InvalidOption(f"--log {file} cannot be written ({error.strerror}); name another file") from error
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
+    own = logging.getLogger("flap_stream")
+    loggers = (own, logging.getLogger("flap_stream.progress"))
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    own.propagate = own.getEffectiveLevel() <= logging.INFO  # --quiet is about stderr
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    own.info("flap-stream %s", shlex.join(sys.argv[1:]))
+    try:
+        yield
+    except BaseException as error:
+        own.info("ended by %s: %s", type(error).__name__, error)
+        raise
+    finally:
+        for logger, (level, propagates) in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagates
+        handler.close()
 
 
 def add_options(verb: str, parser: argparse.ArgumentParser) -> None:

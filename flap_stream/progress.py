@@ -1,5 +1,7 @@
-"""Progress on stderr: bars on a terminal, lines elsewhere."""
+"""Progress on stderr: bars on a terminal, lines elsewhere; in a log, and as events in a file."""
 
+import json
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
 _LONGEST = 1000  # characters of a message
 _LABEL_WIDTH = 15
+_log = logging.getLogger("flap_stream.progress")  # what is shown goes there, too; it has a handler with --log
+_log.propagate = False
+_log.addHandler(logging.NullHandler())
 
 
 def printable(message: str) -> str:
@@ -108,6 +113,7 @@ class Stage:
     """One stage under way, counted in layers (or shards).
 
     job: the one it is part of. line_every: units per line. device: the one it runs on, to report its peak memory.
+    events: where a line of JSON goes for every unit.
     """
 
     name: str
@@ -118,6 +124,7 @@ class Stage:
     job: Job | None = None
     line_every: int = 1
     device: Any = None
+    events: Path | None = None
     done: int = 0
     skipped: int = 0
     tokens: int = 0
@@ -130,13 +137,38 @@ class Stage:
         self.tokens += tokens
         self.bytes_moved += bytes_moved
         self._tell_job()
+        if self.events is not None:
+            self._tell_event(self.events, tokens, bytes_moved)
+        is_due = self.done % self.line_every == 0 or self.done == self.total
         if self.bar is not None:
             self.bar.set_postfix_str(self.rates())
             self.bar.update(1)
-        elif self.lines and (self.done % self.line_every == 0 or self.done == self.total):
+        if is_due:
             left = (time.monotonic() - self.started) / (self.done - self.skipped) * (self.total - self.done)
             job = f"; {self.job.share:.0%} of the job" if self.job is not None else ""
-            _say(f"{self.name}: {self.done}/{self.total}, {self.rates()}, {left:.0f} s left{job}")
+            line = f"{self.name}: {self.done}/{self.total}, {self.rates()}, {left:.0f} s left{job}"
+            if self.lines:
+                _say(line)
+            else:
+                _log.info("%s", line)
+
+    def _tell_event(self, events: Path, tokens: int, bytes_moved: int) -> None:
+        """Append a line of JSON: what is done, what this unit took, and the peaks of memory so far."""
+        event = {
+            "time": round(time.time(), 3),
+            "stage": self.name,
+            "unit": self.unit,
+            "done": self.done,
+            "total": self.total,
+            "seconds": round(time.monotonic() - self.started, 3),
+            "tokens": tokens,
+            "bytes": bytes_moved,
+            "peak_host_bytes": peak_host_bytes(),
+            "peak_device_bytes": peak_device_bytes(self.device),
+            **({} if self.job is None else {"job": round(self.job.share, 4)}),
+        }
+        with open(events, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
 
     def skip(self, count: int, recorded: int | None = None) -> None:
         """Count layers that an earlier run did and that are not run again.
@@ -170,16 +202,30 @@ class Stage:
 
 
 class Progress:
-    """What stages report to. `mode` is `auto` (bars on a terminal, else lines) or `silent`."""
+    """What stages report to. `mode` is `auto` (bars on a terminal, else lines) or `silent`.
 
-    def __init__(self, mode: str = "silent") -> None:
-        self._mode = mode
+    events: a file to which a line of JSON is appended for every layer or shard: `time` (seconds since 1970), `stage`,
+    `unit`, `done`, `total`, `seconds` of the stage, its `tokens` and `bytes`, `peak_host_bytes`, `peak_device_bytes`,
+    and the share of the `job`. Raises InvalidOption if it cannot be written.
+    """
+
+    def __init__(self, mode: str = "silent", events: Path | None = None) -> None:
+        self._mode, self._events = mode, events
+        if events is not None:
+            try:
+                events.touch()
+            except OSError as error:
+                raise InvalidOption(
+                    f"--events {events} cannot be written ({error.strerror}); name another file"
+                ) from error
         self._job: Job | None = None
 
     def say(self, message: str) -> None:
         """Print a line between stages."""
         if self._mode != "silent":
             _say(message)
+        else:
+            _log.info("%s", message)
 
     def header(self, rows: Mapping[str, str]) -> None:
         """Print what the job is, one labelled line each."""
@@ -215,8 +261,8 @@ class Progress:
         """
         every = 1 if most_lines is None else max(1, total // most_lines)
         with self._bar(total, name, unit=unit, leave=self._job is None) as bar:
-            stage = Stage(name, total, unit, bar, self._mode != "silent" and bar is None, self._job, every, device)
-            yield stage
+            lines = self._mode != "silent" and bar is None
+            yield (stage := Stage(name, total, unit, bar, lines, self._job, every, device, self._events))
         if self._job is not None:
             self._job.finished += self._job.share_of(name)
             self._job.reach(self._job.finished)
@@ -231,5 +277,6 @@ class Progress:
 
 
 def _say(message: str) -> None:
+    _log.info("%s", message)
     write = _bar_class().write if _shows_bars() else print  # which does not break the bars
     write(printable(message), file=sys.stderr)

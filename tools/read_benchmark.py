@@ -31,7 +31,7 @@ def streamed(model: Path) -> tuple[int, float]:
     with open_checkpoint(model) as checkpoint:
         layers = CheckedTensors(checkpoint).layer_entries
         began = time.perf_counter()
-        for _ in stream_layers(checkpoint, layers, torch.device("cpu"), torch.bfloat16, prefetch=1):
+        for _ in stream_layers(checkpoint, layers, torch.device("cpu"), lambda _name: torch.bfloat16, prefetch=1):
             pass
         return checkpoint.bytes_read, time.perf_counter() - began
 

@@ -28,6 +28,8 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("printing")
     group.add_argument("--json", action="store_true", help="print one JSON object on stdout at the end")
     group.add_argument("--quiet", action="store_true", help="print no progress on stderr")
+    group.add_argument("--log", metavar="FILE", help="append progress and messages to a file, with their times")
+    group.add_argument("--events", metavar="FILE", help="append a line of JSON for every layer and shard to a file")
 
 
 def add_revision(group: argparse._ActionsContainer) -> None:
@@ -314,7 +316,8 @@ def check_text(options: Any) -> None:
 def progress_of(options: argparse.Namespace) -> Progress:
     """Progress on stderr, unless --quiet; with several ranks only on the first."""
     is_first = int(os.environ.get("RANK", 0)) == 0
-    return Progress("auto" if is_first and not options.quiet else "silent")
+    events = Path(options.events) if is_first and options.events is not None else None
+    return Progress("auto" if is_first and not options.quiet else "silent", events)
 
 
 def show(line: str) -> None:

@@ -96,8 +96,7 @@ class StreamedModel:
     ) -> Placement:
         """How to run a job within the memory allowed; the same for all ranks, to suit the one with the least memory.
 
-        Limits torch's allocator on the device, until `device.release`, and drops the checkpoint from the page cache if
-        there is no room for it.
+        Limits torch's allocator until `device.release`, and drops the checkpoint from the page cache if it has no room.
         then: jobs that follow at the same batch size, and must fit too.
         recorded: the batch size of a run that is resumed, used unless the options name one.
         Raises InsufficientMemory if there is no way, InvalidOption for ranks on devices of different types.
@@ -177,9 +176,8 @@ class StreamedModel:
         """
         order = range(len(self.layers)) if order is None else order
         entries = [self.layer_entries[i] for i in order]
-        layers = stream_layers(
-            self.checkpoint, entries, self.device, self.dtype, prefetch, self.ranks, self.skeleton.dtypes(self.dtype)
-        )
+        dtypes = self.skeleton.dtypes(self.dtype)
+        layers = stream_layers(self.checkpoint, entries, self.device, dtypes, prefetch, self.ranks)
         for i, weights in zip(order, layers, strict=True):
             prefix = f"{self.family.layers}.{i}."
             require_finite({prefix + name: w for name, w in weights.items()}, self.checkpoint.source, self.ranks)

@@ -79,12 +79,11 @@ def stream_layers(
     checkpoint: Checkpoint,
     layers: Sequence[Mapping[str, TensorEntry]],
     device: torch.device,
-    dtype: torch.dtype,
+    dtypes: Dtypes,
     prefetch: int,
     ranks: Ranks = ALONE,
-    dtypes: Dtypes | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the tensors of each layer, by relative name, in the forward's dtype, or those of `dtypes`, on the device.
+    """Yield the tensors of each layer, by relative name, in the dtypes of these names, on the device.
 
     They are views of reused buffers, valid until the next layer. Each is read once per node, by all its ranks together;
     on a CPU the ranks share the buffers too, so changes made by one are seen by all.
@@ -99,7 +98,7 @@ def stream_layers(
         if device.type == "cpu"
         else _DeviceLoader(checkpoint, device, size, slots, ranks)
     )
-    cast = _Cast(layers, device, dtypes or (lambda _name: dtype))
+    cast = _Cast(layers, device, dtypes)
     with closing(loader), ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
         ahead = [reader.submit(loader.fill, i, layers[i]) for i in range(min(prefetch, len(layers)))]
         for i, entries in enumerate(layers):

@@ -1,7 +1,7 @@
 """Streaming perplexity of a dense or pruned checkpoint."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from flap_stream.engine.membership import joined
 from flap_stream.engine.memory import give_back_heap
 from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import Logits, StreamedModel
+from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.output.evaluations import Evaluation, require_pruned, save_evaluation
 from flap_stream.output.model_card import base_name
@@ -82,11 +83,7 @@ def evaluate(
         bytes_read = sum(ranks.gathered(checkpoint.bytes_read))
         perplexity = perplexity_of(scores)
         if options.save is not None and ranks.is_first:
-            fingerprint = fingerprint_digest(checkpoint.fingerprint)
-            names = tuple(Path(source).name for source in options.text)
-            shape = (tokens.shape[1], len(tokens))
-            noted = Evaluation(base_name(checkpoint.source), fingerprint, names, *shape, perplexity)
-            save_evaluation(Path(options.save), noted)
+            _save(Path(options.save), checkpoint, options.text, tokens.shape, perplexity)
     window_nll = -scores.reshape(len(tokens), -1).mean(axis=1, dtype=np.float64)
     return EvaluateResult(
         perplexity=perplexity,
@@ -99,6 +96,13 @@ def evaluate(
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(streamed.device),
     )
+
+
+def _save(out: Path, checkpoint: Checkpoint, text: Sequence[str], shape: tuple[int, ...], perplexity: float) -> None:
+    """Note a result in a pruned checkpoint. shape: windows, tokens of each."""
+    name, fingerprint = base_name(checkpoint.source), fingerprint_digest(checkpoint.fingerprint)
+    names = tuple(Path(source).name for source in text)
+    save_evaluation(out, Evaluation(name, fingerprint, names, shape[1], shape[0], perplexity))
 
 
 def windows_of(wanted: TextWanted, model: StreamedModel, options: EngineConfig) -> np.ndarray:

@@ -8,7 +8,7 @@ import torch
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.least_squares import product_windows, workspace_bytes
 from flap_stream.engine.memory import give_back_heap
-from flap_stream.engine.placement.workspace import layer_workspace
+from flap_stream.engine.placement.workspace import Way, layer_workspace
 from flap_stream.engine.ranks import window_shares
 from flap_stream.model.safetensors_format import TensorEntry
 from flap_stream.model.skeleton import Skeleton
@@ -192,9 +192,9 @@ class Job:
         key = batch_size, fits
         if key not in self._workspaces:
             batch = batch_size, self.tokens
-            self._workspaces[key] = layer_workspace(
-                self.skeleton, self.layers, batch, self.dtype, self.device, self.backward, fits
-            )
+            way: Way = "fit" if fits else "backward" if self.backward else "forward"
+            found = layer_workspace(self.skeleton, self.layers, batch, self.dtype, self.device, way)
+            self._workspaces[key] = found
             give_back_heap()  # fake tensors leave more behind than real ones
         return self._workspaces[key]
 

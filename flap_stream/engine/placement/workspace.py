@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from flap_stream.engine.wide_attention import wide_attention
 from flap_stream.model.safetensors_format import TensorEntry
 from flap_stream.model.skeleton import LayerCall, Skeleton
 
+Way = Literal["forward", "backward", "fit"]
+
 
 def layer_workspace(
     skeleton: Skeleton,
@@ -24,15 +26,14 @@ def layer_workspace(
     batch: tuple[int, int],
     dtype: torch.dtype,
     device: str,
-    backward: bool,
-    fits: bool = False,
+    way: Way,
 ) -> tuple[int, int]:
     """Peak bytes alive, weights and hidden states excluded, while one batch runs through any layer.
 
     Only the widest and the largest layer are tried.
     skeleton: used for nothing else, since the run leaves traces in it. layers: the tensors of each by relative name.
     batch: windows and tokens of each. device: the type of the one that the job is for.
-    backward: whether gradients flow through the layers. fits: whether they go to the layers' own tensors.
+    way: whether gradients flow `backward` through the layers, or to their own tensors, to `fit` them.
     The second figure counts only tensors smaller than `memory.OWN_BLOCK_BYTES`.
     """
     widest = max(range(len(layers)), key=lambda i: skeleton.layer_shape(i).neurons)
@@ -40,7 +41,7 @@ def layer_workspace(
     peak, small_peak, dtypes = 0, 0, skeleton.dtypes(dtype)
     skeleton.ignore_values()  # fake tensors have none
     # The same mode on every call: what a module caches in one call must be usable in the next.
-    differentiates = backward or fits
+    differentiates = way != "forward"
     with torch.set_grad_enabled(differentiates), torch.inference_mode(not differentiates), _fake_mode():
         hidden = torch.empty((*batch, skeleton.config["hidden_size"]), dtype=dtype)
         live = _LiveBytes()
@@ -53,7 +54,7 @@ def layer_workspace(
             with live:
                 if differentiates:
                     with wide_attention(dtype, device):
-                        run = _run_fit if fits else _run_backward
+                        run = _run_fit if way == "fit" else _run_backward
                         run(skeleton, index, weights, hidden, calls[index])
                 else:
                     skeleton.run_layer(index, weights, hidden, calls[index])

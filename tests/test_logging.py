@@ -1,0 +1,59 @@
+"""--log and --events: what a job did, for those who look later, and for programs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flap_stream
+from flap_stream.cli import main
+from flap_stream.progress import Progress
+
+PRUNE = ["prune", "model", "out", "--calibration", "tokens.npy", "--ratio", "0.3"]
+
+
+def events(file: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_every_layer_and_shard_is_an_event(place: Path) -> None:
+    assert main([*PRUNE, "--restore", "least-squares", "--events", "events.jsonl", "--quiet"]) == 0
+    found = events(place / "events.jsonl")
+    layers = len(json.loads((place / "out" / "pruning.json").read_text())["layers"])
+    stages = [(event["stage"], event["done"]) for event in found if event["unit"] == "layer"]
+    assert stages == [(stage, done + 1) for stage in ("collect", "refit") for done in range(layers)]
+    assert found[-1]["stage"] == "rewrite" and found[-1]["done"] == found[-1]["total"]
+    shares = [event["job"] for event in found]
+    assert shares == sorted(shares) and shares[-1] == 1  # type: ignore[type-var]
+    assert all(int(str(event["peak_host_bytes"])) > 1 << 20 for event in found)
+    assert sum(int(str(event["tokens"])) for event in found if event["stage"] == "collect") == layers * 6 * 16
+
+
+def test_events_go_on_in_the_same_file(place: Path) -> None:
+    progress = Progress("silent", place / "events.jsonl")
+    flap_stream.collect("model", "run", calibration="tokens.npy", progress=progress)
+    count = len(events(place / "events.jsonl"))
+    flap_stream.evaluate("model", text="tokens.npy", progress=progress)
+    assert len(events(place / "events.jsonl")) > count > 0
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+def test_a_log_has_what_was_shown_and_how_it_ended(place: Path, quiet: list[str]) -> None:
+    command = [sys.executable, "-m", "flap_stream", *PRUNE, "--log", "log.txt", *quiet]
+    first = subprocess.run(command, capture_output=True, text=True, check=True)
+    again = subprocess.run([*command, "--ratio", "0.4"], capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    log = (place / "log.txt").read_text()
+    assert "flap-stream prune model out" in log and "collect: 3/3" in log and "rewrite: " in log
+    assert "ended by OutputConflict: out was pruned with other options: --ratio was 0.3" in log
+    assert all(line[:2] == "20" for line in log.splitlines())
+    assert bool(quiet) == ("collect" not in first.stderr)
+
+
+def test_a_log_that_cannot_be_written_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PRUNE, "--log", str(place / "none" / "log.txt")]) == 2
+    assert "cannot be written (No such file or directory); name another file" in capsys.readouterr().err
+    assert main([*PRUNE, "--events", str(place / "none" / "events")]) == 2
+    assert "none/events cannot be written (No such file or directory)" in capsys.readouterr().err
