@@ -78,26 +78,34 @@ def _neurons_to_remove(config: Any, ratio: float, remove_heads: int, per_layer: 
     return int((remove_params - remove_head_params) / (hidden * 3))
 
 
-def released_flap(
-    model: Any,
-    tokens: np.ndarray,
-    ratio: float,
-    structure: str = "al-am",
-    metric: str = "wifv",
-    remove_heads: int = 0,
-) -> ReleasedDecision:
-    """prune_flap's masks and biases for a float32 multi-head model; tokens int64 [sample, token]."""
-    config = model.config
-    layers = model.model.layers
-    heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    attn_metrics, mlp_metrics, attn_baselines, mlp_baselines = [], [], [], []
-    attn_mask, mlp_mask = [], []
-    for layer in layers:
+def released_statistics(model: Any, tokens: np.ndarray) -> list[dict[str, _BiasGPT]]:
+    """What prune_flap accumulates of each layer of a float32 multi-head model; tokens int64 [sample, token]."""
+    found = []
+    for layer in model.model.layers:
         wrapped = {}
         for name, module in (("o", layer.self_attn.o_proj), ("down", layer.mlp.down_proj)):
             wrapped[name] = _BiasGPT(module.weight.shape[1])
             for inputs in _inputs_of(model, module, tokens):
                 wrapped[name].add_batch(inputs)
+        found.append(wrapped)
+    return found
+
+
+def released_flap(
+    model: Any,
+    statistics: list[dict[str, _BiasGPT]],
+    ratio: float,
+    structure: str = "al-am",
+    metric: str = "wifv",
+    remove_heads: int = 0,
+) -> ReleasedDecision:
+    """prune_flap's masks and biases, from what it has accumulated."""
+    config = model.config
+    layers = model.model.layers
+    heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    attn_metrics, mlp_metrics, attn_baselines, mlp_baselines = [], [], [], []
+    attn_mask, mlp_mask = [], []
+    for layer, wrapped in zip(layers, statistics, strict=True):
         w_attn = _metric(wrapped["o"], layer.self_attn.o_proj.weight.data, metric) ** 2
         w_mlp = _metric(wrapped["down"], layer.mlp.down_proj.weight.data, metric)
         attn_baselines.append(wrapped["o"].baseline_inp.half())

@@ -1,6 +1,8 @@
 """`--statistics released` decides as the released code does, head for head and neuron for neuron."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
-from released_reference import released_baseline, released_flap
+from released_reference import ReleasedDecision, released_baseline, released_flap, released_statistics
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,6 +53,13 @@ def model_and_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     return model, tokens, place
 
 
+@pytest.fixture(scope="module")
+def theirs_of(model_and_run: Any) -> Callable[..., ReleasedDecision]:
+    """Their decision; what it is computed from is accumulated once."""
+    model, tokens, _ = model_and_run
+    return partial(released_flap, model, released_statistics(model, tokens))
+
+
 def masks(result: flap_stream.PlanResult) -> tuple[list[list[int]], list[list[int]]]:
     return [keep.kv_groups.tolist() for keep in result.layers], [keep.neurons.tolist() for keep in result.layers]
 
@@ -70,26 +79,33 @@ def indices(keep: list[torch.Tensor]) -> list[list[int]]:
     ],
 )
 def test_decision_equals_the_released_codes(
-    model_and_run: Any, metric: str, structure: str, ratio: float, remove_heads: int | None
+    model_and_run: Any,
+    theirs_of: Callable[..., ReleasedDecision],
+    metric: str,
+    structure: str,
+    ratio: float,
+    remove_heads: int | None,
 ) -> None:
-    model, tokens, place = model_and_run
+    place = model_and_run[2]
     options = PlanConfig(
         ratio=ratio, metric=metric, structure=structure, remove_heads=remove_heads, statistics="released",
         min_heads=0, min_neurons=0,
     )  # fmt: skip
     ours = masks(flap_stream.plan(place / "run", options))
-    theirs = released_flap(model, tokens, ratio, structure, metric, remove_heads or 0)
+    theirs = theirs_of(ratio, structure, metric, remove_heads or 0)
     assert ours == (indices(theirs.attention), indices(theirs.mlp))
 
 
 @pytest.mark.parametrize("structure", ["al-am", "ul-um"])
-def test_biases_equal_the_released_codes(model_and_run: Any, tmp_path: Path, structure: str) -> None:
-    model, tokens, place = model_and_run
+def test_biases_equal_the_released_codes(
+    model_and_run: Any, theirs_of: Callable[..., ReleasedDecision], tmp_path: Path, structure: str
+) -> None:
+    model, _, place = model_and_run
     text = (str(place / "tokens.npy"),)
     options = PruneConfig(ratio=0.3, structure=structure, statistics="released", dtype="float32", calibration=text)
     flap_stream.prune(place / "model", tmp_path / "out", options)
     tensors = {k: v for file in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(file).items()}
-    theirs = released_flap(model, tokens, 0.3, structure)
+    theirs = theirs_of(0.3, structure)
     for i in range(model.config.num_hidden_layers):
         for name, expected in (("self_attn.o_proj", theirs.attention_bias[i]), ("mlp.down_proj", theirs.mlp_bias[i])):
             ours = tensors[f"model.layers.{i}.{name}.bias"]

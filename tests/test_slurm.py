@@ -16,8 +16,7 @@ SCRIPT = Path(__file__).parent.parent / "tools" / "slurm_prune.sh"
 
 @pytest.mark.slow
 def test_a_job_that_is_preempted_is_requeued_and_goes_on_to_the_same_bytes(place: Path) -> None:
-    options = {"calibration": "tokens.npy", "ratio": 0.3, "batch_size": 1}
-    flap_stream.prune("model", "whole", **options)
+    flap_stream.prune("model", "whole", calibration="tokens.npy", ratio=0.3, batch_size=1)
     tools = place / "bin"
     tools.mkdir()
     (tools / "scontrol").write_text('#!/bin/sh\necho "$@" >> requeued\n')
