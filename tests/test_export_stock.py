@@ -1,6 +1,8 @@
 """Stock checkpoints compute what the pruned ones do, in classes of transformers alone."""
 
 import json
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from safetensors.torch import load_file
 
 import flap_stream
 from flap_stream.cli import main
-from flap_stream.config import ExportStockConfig, PruneConfig
+from flap_stream.config import ExportStockConfig
 from flap_stream.errors import OutputConflict, UnsupportedModel
 from flap_stream.export.stock import export_stock
 from flap_stream.model.families import FAMILIES
@@ -36,6 +38,7 @@ WITH_BIASES = {
     "smollm3": "SmolLM3ForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
 }
+BESIDE = tempfile.TemporaryDirectory(prefix="flap-stream-stock-")
 ALL_HEADS = ("helium",)  # families whose class has no other number of heads, which padding restores
 
 
@@ -48,14 +51,20 @@ def pruned(
     round_neurons_to: int | None = None,
     ratio: float = 0.5,
 ) -> Path:
+    run = collected(family, kv_heads)
+    flap_stream.plan(run, ratio=ratio, structure=structure, round_neurons_to=round_neurons_to)
+    flap_stream.rewrite(run, place / "out", restore=restore, max_shard_bytes=60_000)
+    return place / "out"
+
+
+@cache
+def collected(family: str, kv_heads: int) -> Path:
+    """A run directory beside its model, which serves all plans."""
+    place = Path(tempfile.mkdtemp(prefix=f"{family}-", dir=BESIDE.name))
     model = tiny_model(tiny_config(family, kv_heads, family.startswith("gemma")), seed=3)
     tokens = save_tokens(place / "tokens.npy", random_tokens(8, 24))
-    config = PruneConfig(
-        ratio=ratio, structure=structure, restore=restore, calibration=(tokens,), max_shard_bytes=60_000,
-        round_neurons_to=round_neurons_to,
-    )  # fmt: skip
-    flap_stream.prune(save(model, place / "model"), place / "out", config)
-    return place / "out"
+    flap_stream.collect(save(model, place / "model"), place / "run", calibration=tokens)
+    return place / "run"
 
 
 def require_equal(out: Path, stock: Path) -> None:

@@ -2,10 +2,15 @@
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 
 from flap_stream.commands import options as shared
+from flap_stream.errors import InvalidOption
 
-EXAMPLES = ("report run --html report.html",)
+EXAMPLES = (
+    "report run --html report.html",
+    "report pruned.run --watch 8080",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,11 +18,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("place", metavar="RUN|OUT", help="run directory, or pruned checkpoint (shows less)")
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page")
     parser.add_argument("--png", metavar="DIR", help="write each figure as a PNG file, and all of them as overview.png")
+    parser.add_argument(
+        "--watch",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="PORT",
+        help="serve the page of a job that runs, to this machine alone, until interrupted (default port: a free one)",
+    )
     shared.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Draw and print what was written and what is missing."""
+    if options.watch is not None:
+        _watch(options)
+        return
     with shared.loading(shared.progress_of(options)):
         from flap_stream.report.page import write_report
 
@@ -30,3 +46,16 @@ def run(options: argparse.Namespace) -> None:
         shared.show(f"written      {path}")
     for sentence in result.missing:
         shared.show(f"not shown    {sentence}")
+
+
+def _watch(options: argparse.Namespace) -> None:
+    """Serve the page of a run directory."""
+    if options.html is not None or options.png is not None:
+        raise InvalidOption("--watch serves the page, and writes no files; leave out --html and --png")
+    with shared.loading(shared.progress_of(options)):
+        from flap_stream.report.live import Watch
+
+    with Watch(Path(options.place), options.watch) as server:
+        port = server.server_port
+        print(f"{server.url} (from another machine: ssh -L {port}:127.0.0.1:{port} HOST); Ctrl-C ends it", flush=True)
+        server.serve_forever()

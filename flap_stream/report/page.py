@@ -86,21 +86,30 @@ def write_report(place: str | Path, html: str | Path | None = None, png: str | P
     return ReportResult(None if html is None else Path(html), pngs, [d.name for d in drawn], facts.missing)
 
 
-def page(facts: Facts, drawn: Sequence[Drawing]) -> str:
-    """The whole page."""
-    sections = [_section(facts, drawing) for drawing in drawn]
+def page(facts: Facts, drawn: Sequence[Drawing], status: str = "", refresh: int | None = None) -> str:
+    """The whole page. status: a section on how far the job is. refresh: seconds after which it loads itself again."""
+    sections = [*([status] if status else []), *(_section(facts, drawing) for drawing in drawn)]
     missing = "".join(f"<li>{escape(sentence)}</li>" for sentence in facts.missing)
     if missing:
         sections.append(f"<section><h2>Not shown</h2><ul>{missing}</ul></section>")
-    title = escape(_title(facts))
     known = " ".join(f"{name} {number}" for name, number in sorted(facts.versions.items()))
     made = f"Drawn by flap-stream {version('flap-stream')} from {facts.place}."
     made += f" Collected with {known}." if known else ""
+    return _document(_title(facts), _subtitle(facts), "\n".join(sections), made, refresh)
+
+
+def plain_page(title: str, text: str, refresh: int | None = None) -> str:
+    """A page without figures."""
+    return _document(title, text, "", f"Made by flap-stream {version('flap-stream')}.", refresh)
+
+
+def _document(title: str, subtitle: str, main: str, footer: str, refresh: int | None) -> str:
+    again = "" if refresh is None else f'<meta http-equiv="refresh" content="{refresh}">\n'
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{_CSS}</style>\n</head>\n<body>\n<header>\n<h1>{title}</h1>\n<p>{escape(_subtitle(facts))}</p>\n"
-        f"</header>\n<main>\n{chr(10).join(sections)}\n</main>\n<footer>{escape(made)}</footer>\n</body>\n</html>\n"
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{again}'
+        f"<style>{_CSS}</style>\n</head>\n<body>\n<header>\n<h1>{escape(title)}</h1>\n<p>{escape(subtitle)}</p>\n"
+        f"</header>\n<main>\n{main}\n</main>\n<footer>{escape(footer)}</footer>\n</body>\n</html>\n"
     )
 
 

@@ -1,0 +1,95 @@
+"""`report --watch`: the page of a job that runs."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+import flap_stream
+from flap_stream.cli import main
+from flap_stream.report.live import REFRESH_SECONDS, Watch, read_status
+from flap_stream.storage.run_directory import RunDirectory
+from flap_stream.storage.statistics import StatisticsStore
+
+pytest.importorskip("matplotlib")
+
+
+@contextmanager
+def watched(place: Path) -> Iterator[Watch]:
+    with Watch(place) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def got(server: Watch, path: str = "/", method: str = "GET", host: str | None = None) -> tuple[int, str]:
+    connection = HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection.request(method, path, headers={} if host is None else {"Host": host})
+    response = connection.getresponse()
+    return response.status, response.read().decode()
+
+
+def test_the_page_of_a_job_that_runs_says_how_far_it_is(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    write = StatisticsStore.write
+    with watched(place / "run") as server:
+        assert "has not begun, or has finished" in got(server)[1]
+
+        def write_and_look(store: StatisticsStore, layer: int, *arguments: Any) -> None:
+            write(store, layer, *arguments)
+            seen.append(got(server)[1])
+
+        monkeypatch.setattr(StatisticsStore, "write", write_and_look)
+        flap_stream.collect("model", "run", calibration="tokens.npy", loss_windows=4)
+        done = got(server)[1]
+    assert f"pid {os.getpid()} on ".capitalize() in seen[0] and "at its peak" in seen[0]
+    assert "<td>collect</td><td>1 of 3</td>" in seen[0] and "minutes more" in seen[0] and "tokens/s" in seen[0]
+    assert "<td>collect</td><td>3 of 3</td>" in done and "<td>gradient of the loss</td><td>3 of 3</td>" in done
+    assert "minutes more" not in done and f'content="{REFRESH_SECONDS}"' in done and "<svg" in done
+
+
+def test_what_is_left_is_known_from_the_layers_done(place: Path) -> None:
+    flap_stream.collect("model", "run", calibration="tokens.npy")
+    flap_stream.plan("run", ratio=0.3)
+    flap_stream.rewrite("run", "out", restore="least-squares")
+    with RunDirectory(place / "run", is_writer=False) as run:
+        status = read_status(run)
+    assert status.stages == [("collect", 3, 3), ("plan", 1, 1), ("refit", 3, 3), ("shards written", 1, None)]
+    assert status.seconds_left == 0 and status.tokens_per_second is not None
+
+
+def test_it_is_for_this_machine_alone_and_read_only(place: Path) -> None:
+    flap_stream.collect("model", "run", calibration="tokens.npy")
+    before = sorted((path, path.stat().st_mtime_ns) for path in (place / "run").rglob("*"))
+    with watched(place / "run") as server:
+        assert server.server_address[0] == "127.0.0.1"
+        assert got(server, "/run.json")[0] == 404 and got(server, host="evil.example:80")[0] == 404
+        assert got(server, method="POST")[0] == 501 and got(server, host=f"localhost:{server.server_port}")[0] == 200
+        (place / "run" / "run.json").write_text("{")
+        assert "is damaged" in got(server)[1]
+    assert [path for path, _ in before] == sorted((place / "run").rglob("*"))
+
+
+def test_the_command_serves_until_it_is_interrupted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "flap_stream", "report", "run", "--watch"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert said.startswith("http://127.0.0.1:") and "ssh -L" in said and process.returncode == 130
+    assert main(["report", "run", "--watch", "99999"]) == 2
+    assert main(["report", "run", "--watch", "--html", "page.html"]) == 2
+    assert "port cannot be used" in (errors := capsys.readouterr().err) and "leave out --html" in errors
