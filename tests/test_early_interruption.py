@@ -38,7 +38,7 @@ def _interrupted(module: str, sent: str, *arguments: str, ignores: bool = False)
 
 
 @pytest.mark.parametrize(
-    "module", ["flap_stream.cli", "logging", "flap_stream.commands.sweep", "tqdm", "numpy", "torch.nn", "zarr"]
+    "module", ["flap_stream.cli", "logging", "flap_stream.commands.demo", "tqdm", "numpy", "torch.nn", "zarr"]
 )
 def test_an_interruption_while_loading_is_one_sentence(module: str, tmp_path: Path) -> None:
     code, out, errors = _interrupted(module, "SIGINT", "demo", "--quiet", "--out", str(tmp_path / "out"))

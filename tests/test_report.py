@@ -106,6 +106,17 @@ def test_the_page_stands_alone(html: str) -> None:
     assert "prefers-color-scheme: dark" in html and "@media print" in html
 
 
+def test_text_can_be_read_on_a_phone(html: str) -> None:
+    """Figures scroll where they do not fit, and nothing in them is smaller than 11 px."""
+    width = re.search(r"svg \{[^}]*min-width: (\d+)rem", html)
+    assert width is not None and html.count("<svg") == html.count('<div class="scroll" tabindex="0"><svg')
+    for figure in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
+        box = re.search(r'viewBox="0 0 ([\d.]+) ', figure)
+        sizes = [float(size) for size in re.findall(r"font: (?:bold )?([\d.]+)px", figure)]
+        sizes += [float(size) for size in re.findall(r"font-size: ([\d.]+)px", figure)]
+        assert box is not None and sizes and min(sizes) * 16 * int(width[1]) / float(box[1]) >= 11
+
+
 def test_figures_have_the_pages_colours_and_names_for_those_who_do_not_see_them(html: str) -> None:
     for mark in vars(drawing._MARKS).values():
         assert mark not in html

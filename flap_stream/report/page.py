@@ -30,7 +30,8 @@ h1 {{ margin: 0; font-size: 1.7rem; line-height: 1.2; font-weight: 650; overflow
 h2 {{ margin: 0; font-size: 1.1rem; font-weight: 650; }}
 p {{ margin: 0.3rem 0 0; max-width: 46rem; color: var(--soft); overflow-wrap: anywhere; }}
 section {{ margin-top: 2.4rem; padding-top: 1rem; border-top: 1px solid var(--rule); break-inside: avoid; }}
-svg {{ display: block; height: auto; margin-top: 0.8rem; }}
+/* A narrower figure scrolls: shrunk to a phone, its text would have 4 px. */
+svg {{ display: block; height: auto; min-width: 57rem; margin-top: 0.8rem; }}
 table {{ border-collapse: collapse; margin-top: 0.8rem; font-size: 0.9rem; }}
 th, td {{ padding: 0.25rem 1.4rem 0.25rem 0; text-align: right; border-bottom: 1px solid var(--rule); }}
 th {{ font-weight: 400; color: var(--soft); }}
@@ -45,6 +46,7 @@ footer {{ margin-top: 3rem; font-size: 0.85rem; color: var(--soft); }}
   body {{ max-width: none; padding: 0; font-size: 10pt; }}
   section {{ margin-top: 1.2rem; }}
   details {{ display: none; }}
+  svg {{ min-width: 0; }}
   @page {{ margin: 16mm; }}
 }}
 """
@@ -143,7 +145,8 @@ def _section(facts: Facts, drawing: Drawing) -> str:
     image = to_svg(facts, drawing)
     image = image.replace("<svg", f'<svg role="img" aria-label="{escape(drawing.title)}. {caption}"', 1)
     return (
-        f'<section id="{drawing.name}">\n<h2>{escape(drawing.title)}</h2>\n<p>{caption}</p>\n{image}\n'
+        f'<section id="{drawing.name}">\n<h2>{escape(drawing.title)}</h2>\n<p>{caption}</p>\n'
+        f'<div class="scroll" tabindex="0">{image}</div>\n'
         f"{''.join(map(_table, drawing.tables))}</section>"
     )
 

@@ -15,7 +15,7 @@ import torch
 from packaging.requirements import Requirement
 
 from flap_stream.engine import control_groups
-from flap_stream.engine.device import choose_device
+from flap_stream.engine.device import card, choose_device, free_bytes
 from flap_stream.errors import FlapStreamError
 from flap_stream.progress import format_bytes
 from flap_stream.stages.machine_rates import disk_rates
@@ -93,15 +93,13 @@ def _clock() -> Iterator[Finding]:
 
 def _device() -> Iterator[Finding]:
     device = choose_device("auto")
-    if device.type == "cpu":
-        built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built for CPUs alone"
+    found = card(device)
+    if found is None:
         threads = torch.get_num_threads()
-        yield Finding("note", "device", f"no CUDA device (torch {built}): jobs run on {threads} CPU threads")
-        return
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        name = torch.cuda.get_device_name(index)
-        yield Finding("ok", "device", f"{name}: {format_bytes(free)} of {format_bytes(total)} free")
+        text = f"no CUDA device that torch {torch.__version__} can use: jobs run on {threads} CPU threads"
+        yield Finding("note", "device", text)
+    else:
+        yield Finding("ok", "device", f"{found[0]}: {format_bytes(free_bytes(device))} free")
 
 
 def _memory(root: Path) -> Finding:

@@ -69,7 +69,7 @@ def _draw(parent: Parent, facts: Facts, palette: Palette) -> None:
         bar = parent.colorbar(shown, ax=ax, fraction=0.05, pad=0.02, aspect=18)
         bar.outline.set_visible(False)
         bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=high - low > 2))
-        bar.ax.set_title("log₁₀", fontsize=7.5, color=palette.soft, loc="center", pad=4)
+        bar.ax.set_title("log₁₀", fontsize=8, color=palette.soft, loc="center", pad=4)
 
 
 def _image(layers: Sequence[Units]) -> np.ndarray:

@@ -54,7 +54,7 @@ def _draw_bars(ax: Any, title: str, layers: Sequence[Units], palette: Palette) -
             ha="center",
             va="top" if inside else "bottom",
             color=palette.page if inside else palette.ink,
-            fontsize=7.5,
+            fontsize=8,
         )
     ax.set_title(title)
     layer_axis(ax, len(dense))

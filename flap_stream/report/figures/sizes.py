@@ -36,7 +36,7 @@ def _draw(parent: Parent, facts: Facts, palette: Palette) -> None:
         ):
             ax.barh([y], [value], height=thickness, facecolor=fill, edgecolor=edge, linewidth=0.9)
             ax.text(size.before * 1.04, y, quantity(value, size.unit), va="center", fontsize=8)
-            ax.text(size.before * 0.03, y, text, va="center", color=ink, fontsize=7.5)
+            ax.text(size.before * 0.03, y, text, va="center", color=ink, fontsize=8)
         ax.text(0, -1.9 * thickness, change(size.before, size.after), va="center", weight="bold")
         ax.set(xlim=(0, size.before * 1.6), ylim=(-1.5, 0.95), xticks=[], yticks=[])
         ax.spines[["left", "bottom"]].set_visible(False)

@@ -176,9 +176,9 @@ def _label_points(ax: Any, at: Sequence[float], values: Sequence[float], palette
                 (x, value),
                 textcoords="offset points",
                 color=palette.ink,
-                fontsize=7.5,
+                fontsize=8,
                 **place,
             )
             last = x
     ends: dict[str, Any] = {"xytext": (-4, -11) if below else (-7, 0), "ha": "right"}
-    ax.annotate(f"{values[-1]:.4g}", (at[-1], values[-1]), textcoords="offset points", fontsize=7.5, **ends)
+    ax.annotate(f"{values[-1]:.4g}", (at[-1], values[-1]), textcoords="offset points", fontsize=8, **ends)
