@@ -9,10 +9,10 @@ import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 from models import DEMO, random_tokens, save, save_tokens, tiny_config, tiny_model
+from serving import served
 
 from flap_stream.cli import main
 
@@ -116,12 +116,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def hub(folders: dict[str, Path]) -> Iterator[Hub]:
-    with Hub(folders) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
+    with served(Hub(folders)) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def settings(place: Path, hub: Hub | None, **changes: str) -> dict[str, str]:
@@ -224,11 +220,7 @@ def test_what_a_repository_holds_instead_is_named_before_it_is_fetched(tmp_path:
     (tmp_path / "files").mkdir()
     for name in ("model-Q4.gguf", "README.md"):
         (tmp_path / "files" / name).write_text("x")
-    with Hub({"main": tmp_path / "files"}) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
+    with served(Hub({"main": tmp_path / "files"})) as server:
         found = run(["-c", OPEN, "name/model"], settings(tmp_path, server))
-        server.shutdown()
-        thread.join()
     assert found.returncode == 2 and "name/model holds a GGUF file (model-Q4.gguf)" in found.stderr
     assert server.fetched == set()

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from models import DEMO
+from serving import served
 
 import flap_stream
 from flap_stream.cli import main
@@ -120,12 +120,8 @@ def described(name: str, data: bytes) -> dict[str, Any]:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    with Hub(tmp_path) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
+    with served(Hub(tmp_path)) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture(scope="module")

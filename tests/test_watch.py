@@ -4,14 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
+from serving import served
 
 import flap_stream
 from flap_stream.cli import main
@@ -20,18 +18,6 @@ from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.statistics import StatisticsStore
 
 pytest.importorskip("matplotlib")
-
-
-@contextmanager
-def watched(place: Path) -> Iterator[Watch]:
-    with Watch(place) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def got(server: Watch, path: str = "/", method: str = "GET", host: str | None = None) -> tuple[int, str]:
@@ -44,7 +30,7 @@ def got(server: Watch, path: str = "/", method: str = "GET", host: str | None = 
 def test_the_page_of_a_job_that_runs_says_how_far_it_is(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     write = StatisticsStore.write
-    with watched(place / "run") as server:
+    with served(Watch(place / "run")) as server:
         assert "has not begun, or has finished" in got(server)[1]
 
         def write_and_look(store: StatisticsStore, layer: int, *arguments: Any) -> None:
@@ -73,7 +59,7 @@ def test_what_is_left_is_known_from_the_layers_done(place: Path) -> None:
 def test_it_is_for_this_machine_alone_and_read_only(place: Path) -> None:
     flap_stream.collect("model", "run", calibration="tokens.npy")
     before = sorted((path, path.stat().st_mtime_ns) for path in (place / "run").rglob("*"))
-    with watched(place / "run") as server:
+    with served(Watch(place / "run")) as server:
         assert server.server_address[0] == "127.0.0.1"
         assert got(server, "/run.json")[0] == 404 and got(server, host="evil.example:80")[0] == 404
         assert got(server, method="POST")[0] == 501 and got(server, host=f"localhost:{server.server_port}")[0] == 200
