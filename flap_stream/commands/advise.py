@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"         KV cache of {config.batch} x {config.context:,} tokens, 16 bits a value\n")
     print(f"{'form':10} {'weights':>10} {'KV cache':>10} {'to remove':>10}  runs in")
     for form in found.forms:
-        needed = "too large" if form.ratio is None else f"{form.ratio:.1%}" if form.ratio else "nothing"
+        needed = "too large" if form.ratio is None else f"about {form.ratio:.0%}" if form.ratio else "nothing"
         sizes = f"{format_bytes(form.weight_bytes):>10} {format_bytes(form.kv_bytes):>10}"
         print(f"{form.name:10} {sizes} {needed:>10}  {form.programs}")
     print()

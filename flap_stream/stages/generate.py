@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -86,12 +86,28 @@ def _fits(model: StreamedModel, options: TryConfig) -> bool:
 
 
 def _in_memory(model: StreamedModel, ids: Sequence[int], options: TryConfig) -> Generator[int]:
-    loaded = load_model(model.checkpoint.directory, model.dtype, options.trust_remote_code).to(model.device).eval()
+    with _no_bars():
+        loaded = load_model(model.checkpoint.directory, model.dtype, options.trust_remote_code)
+    loaded = loaded.to(model.device).eval()
     step, cache = torch.tensor([[*ids]], device=model.device), None
     while True:
         output = loaded(step, past_key_values=cache, use_cache=True)
         step, cache = output.logits[:, -1:].argmax(dim=-1), output.past_key_values
         yield int(step)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' own progress bars."""
+    from transformers.utils import logging
+
+    had = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had:
+            logging.enable_progress_bar()
 
 
 def _streamed(model: StreamedModel, ids: Sequence[int], options: TryConfig, progress: Progress) -> Generator[int]:
