@@ -8,6 +8,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from quantised_models import write_quantised
 from safetensors import safe_open
 
 import flap_stream
@@ -106,6 +107,17 @@ def test_a_config_is_enough(changes: dict[str, object], cache: int, tmp_path: Pa
     found = advise(tmp_path / "config.json", gpu="16GiB", context="4k", batch=2)
     assert found.forms[0].kv_bytes == cache * 4096 * 2
     assert found.capacity == 16 << 30 and found.forms[0].weight_bytes == 2 * found.parameters
+
+
+def test_a_quantised_model_may_fit_as_it_is(tmp_path: Path) -> None:
+    dense = tiny_model(tiny_config("llama", hidden_size=128, intermediate_size=512)).bfloat16()
+    dense.save_pretrained(tmp_path / "dense")
+    write_quantised("FP8 by row", tmp_path / "dense", tmp_path / "packed", tmp_path / "decoded")
+    packed, plain = advise(tmp_path / "packed", context=1).forms[:2]
+    assert packed.name == "quantised" and 0.5 < packed.weight_bytes / plain.weight_bytes < 0.8
+    assert advise(tmp_path / "packed", gpu=int(1.1 * packed.weight_bytes / USED), context=1).chosen == "quantised"
+    found = advise(tmp_path / "packed", gpu=int(0.9 * packed.weight_bytes / USED), context=1)
+    assert found.forms[0].ratio is None and found.chosen == "q4_0"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

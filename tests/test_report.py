@@ -106,6 +106,11 @@ def test_the_page_stands_alone(html: str) -> None:
     assert "prefers-color-scheme: dark" in html and "@media print" in html
 
 
+def test_every_figure_has_its_numbers_in_a_table(html: str) -> None:
+    for section in re.findall(r"<section id=.*?</section>", html, flags=re.DOTALL):
+        assert "<table>" in section, section[:80]
+
+
 def test_text_can_be_read_on_a_phone(html: str) -> None:
     """Figures scroll where they do not fit, and nothing in them is smaller than 11 px."""
     width = re.search(r"svg \{[^}]*min-width: (\d+)rem", html)

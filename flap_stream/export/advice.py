@@ -71,17 +71,22 @@ class Advice:
 
 @dataclass(frozen=True)
 class _Format:
-    """How values are stored. block_bytes: of 32 values of a matrix; 0 for the checkpoint's own dtype."""
+    """How values are stored.
+
+    block_bytes: of 32 values of a matrix; 0 for the checkpoint's own dtype. is_packed: as a quantised checkpoint has
+    them, which no pruned one has.
+    """
 
     name: str
     programs: str
     block_bytes: int = 0
+    is_packed: bool = False
 
     def nbytes(self, entry: TensorEntry) -> int:
         """Size of a tensor."""
         count = prod(entry.shape)
         if not self.block_bytes:
-            return entry.nbytes
+            return entry.stored_bytes if self.is_packed else entry.nbytes
         if len(entry.shape) < 2:
             return 4 * count
         return 2 * count if entry.shape[-1] % _BLOCK else count // _BLOCK * self.block_bytes
@@ -124,7 +129,9 @@ def advise(model: str | Path, options: AdviseConfig | None = None, **keywords: A
 
 def _formats(model: StreamedModel) -> list[_Format]:
     own = _Format(str(model.dtype).removeprefix("torch."), "transformers, vLLM")
-    return [own, *(_QUANTISED if model.checkpoint.config["model_type"] in WRITTEN_AS_LLAMA else ())]
+    is_packed = any(entry.encoding is not None for entry in model.checkpoint.tensors.values())
+    packed = [_Format("quantised", "transformers, vLLM", is_packed=True)] if is_packed else []
+    return [*packed, own, *(_QUANTISED if model.checkpoint.config["model_type"] in WRITTEN_AS_LLAMA else ())]
 
 
 def _form(model: StreamedModel, how: _Format, tokens: int, limit: int) -> Form:
@@ -137,6 +144,8 @@ def _form(model: StreamedModel, how: _Format, tokens: int, limit: int) -> Form:
     cache = tokens * (groups or _cache_items(model))
     if weights + cache <= limit:
         return Form(how.name, how.programs, weights, cache, 0.0, weights + cache)
+    if how.is_packed:
+        return Form(how.name, how.programs, weights, cache, None, None)
     whole = weights + cache + added
     removable = prunable + (tokens * groups if groups and not how.block_bytes else 0)
     ratio = ceil((whole - limit) / removable / _STEP) * _STEP

@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from flap_stream.report.drawing import Drawing, Palette, Parent
 from flap_stream.report.facts import Facts, Units
+from flap_stream.report.figures.quantiles import quantile_table
 
 _COLUMNS = 160  # at most, of the map; by eye
 _COLOUR_MAP = "cividis"  # even in lightness, and readable with colour vision deficiencies
@@ -24,7 +25,9 @@ def drawing(facts: Facts) -> Drawing | None:
     if not facts.has_scores:
         return None
     height = min(6.0, 1.7 + 0.16 * len(facts.kv_groups))
-    return Drawing("fluctuation", "Fluctuation", _caption(facts), height, _draw)
+    kinds = (facts.kv_groups, facts.neurons)
+    units = ([layer.fluctuations for layer in layers if layer.fluctuations is not None] for layers in kinds)
+    return Drawing("fluctuation", "Fluctuation", _caption(facts), height, _draw, [quantile_table(*units)])
 
 
 def _metric_name(facts: Facts) -> str:

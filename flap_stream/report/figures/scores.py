@@ -9,6 +9,7 @@ from matplotlib.ticker import FuncFormatter
 from flap_stream.report.drawing import Drawing, Palette, Parent
 from flap_stream.report.facts import Facts, Units
 from flap_stream.report.figures.axes import DASHED, label_line
+from flap_stream.report.figures.quantiles import quantile_table
 from flap_stream.report.numbers import MINUS
 
 _MOST_DOTS = 1200  # KV groups up to which each is a dot of its own; by eye
@@ -23,7 +24,8 @@ def drawing(facts: Facts) -> Drawing | None:
     if not facts.has_scores:
         return None
     height = 2.8 if facts.has_plan and len(facts.kv_groups) <= 12 else 3.4
-    return Drawing("scores", "Scores and the cut", _caption(facts), height, _draw)
+    units = ([scores for scores, _ in scored(layers)] for layers in (facts.kv_groups, facts.neurons))
+    return Drawing("scores", "Scores and the cut", _caption(facts), height, _draw, [quantile_table(*units)])
 
 
 def cut_score(facts: Facts) -> float | None:
