@@ -240,3 +240,10 @@ def test_evaluations_are_saved_in_pruned_checkpoints_alone(out: Path) -> None:
     with pytest.raises(InvalidOption, match="is damaged; delete it"):
         flap_stream.evaluate(out, text=text, samples=2, save=out)
     saved.write_bytes(kept)
+
+
+def test_evaluations_of_a_dense_model_are_not_those_of_what_is_pruned_from_it(out: Path, tmp_path: Path) -> None:
+    (out / "evaluations.json").write_text("[]")
+    text = str(DEMO / "calibration.txt")
+    flap_stream.prune(out, tmp_path / "again", ratio=0.1, calibration=text, samples=4)
+    assert (tmp_path / "again" / "recipe.toml").exists() and not (tmp_path / "again" / "evaluations.json").exists()

@@ -24,8 +24,8 @@ _CARRIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 _CARRIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 # Files of other formats or of a training run, and those that are written anew.
 _LEFT_BEHIND = re.compile(
-    r"config\.json|README\.md|pruning\.json|params\.json|model_index\.json|adapter_config\.json|trainer_state\.json"
-    r"|(all|train|eval|test|predict)_results\.json|.*\.index(\..+)?\.json"
+    r"config\.json|README\.md|pruning\.json|evaluations\.json|params\.json|model_index\.json|adapter_config\.json"
+    r"|trainer_state\.json|(all|train|eval|test|predict)_results\.json|.*\.index(\..+)?\.json"
 )
 _POINTER_START = b"version https://git-lfs.github.com/spec/"
 
