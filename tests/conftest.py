@@ -41,22 +41,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         controller.resume()
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("dist", "no") == "loadgroup":
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-def _group(item: pytest.Item) -> str:
-    """Tests that one worker runs: those of a file, which share fixtures; of the longest, a third of the families."""
-    case = getattr(item, "callspec", None)
-    family = None if case is None else case.params.get("pruned")
-    return item.path.name if family is None else f"{item.path.name}-{sum(map(ord, family)) % 3}"
 
 
 def pytest_collection_finish() -> None:
