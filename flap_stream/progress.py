@@ -32,13 +32,18 @@ def printable(message: str) -> str:
 def peak_host_bytes() -> int:
     """Peak resident memory of this process, in bytes."""
     try:
-        status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
+        return high_water_mark("self")
     except (OSError, StopIteration):
         import resource  # its figure includes the parent's if the process was started by vfork
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def high_water_mark(process: int | str) -> int:
+    """Peak resident memory of a process, in bytes. Raises OSError or StopIteration if /proc does not tell."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
 
 
 def peak_device_bytes(device: Any) -> int:
@@ -146,11 +151,7 @@ class Stage:
         if is_due:
             left = (time.monotonic() - self.started) / (self.done - self.skipped) * (self.total - self.done)
             job = f"; {self.job.share:.0%} of the job" if self.job is not None else ""
-            line = f"{self.name}: {self.done}/{self.total}, {self.rates()}, {left:.0f} s left{job}"
-            if self.lines:
-                _say(line)
-            else:
-                _log.info("%s", line)
+            _say(f"{self.name}: {self.done}/{self.total}, {self.rates()}, {left:.0f} s left{job}", self.lines)
 
     def _tell_event(self, events: Path, tokens: int, bytes_moved: int) -> None:
         """Append a line of JSON: what is done, what this unit took, and the peaks of memory so far."""
@@ -222,10 +223,7 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Print a line between stages."""
-        if self._mode != "silent":
-            _say(message)
-        else:
-            _log.info("%s", message)
+        _say(message, self._mode != "silent")
 
     def header(self, rows: Mapping[str, str]) -> None:
         """Print what the job is, one labelled line each."""
@@ -276,7 +274,9 @@ class Progress:
         return _bar_class()(total=total, desc=name, file=sys.stderr, dynamic_ncols=True, **how)
 
 
-def _say(message: str) -> None:
+def _say(message: str, is_shown: bool = True) -> None:
+    """Log a line, and print it if it is to be shown."""
     _log.info("%s", message)
-    write = _bar_class().write if _shows_bars() else print  # which does not break the bars
-    write(printable(message), file=sys.stderr)
+    if is_shown:
+        write = _bar_class().write if _shows_bars() else print  # which does not break the bars
+        write(printable(message), file=sys.stderr)

@@ -2,7 +2,6 @@
 
 import argparse
 from dataclasses import asdict
-from math import isfinite
 from typing import Any
 
 from flap_stream.commands import options as shared
@@ -44,7 +43,8 @@ def run(options: argparse.Namespace) -> None:
 
     found = advise(shared.model_of(options.model, options), config)
     if options.json:
-        shared.print_json(_finite(asdict(found)))
+        job = None if found.forecast is None else found.forecast.record()
+        shared.print_json({**asdict(found), "forecast": job})
         return
     size, limit = format_bytes(found.capacity), format_bytes(found.limit)
     shared.show(f"model    {found.parameters:,} parameters in {found.layers} layers of {found.model_type}")
@@ -78,10 +78,3 @@ def _print_job(job: Any, is_elsewhere: bool) -> None:
     )
     assumed = " with 100 TFLOP/s and a disk of 1.5 GB/s" if is_elsewhere else " on this machine"
     print(f"         at best {sum(job.floor_seconds.values()) / 60:,.1f} minutes{assumed}\n")
-
-
-def _finite(body: Any) -> Any:
-    """The same without infinite rates, which JSON does not have."""
-    if isinstance(body, dict):
-        return {k: _finite(v) for k, v in body.items() if not isinstance(v, float) or isfinite(v)}
-    return [_finite(item) for item in body] if isinstance(body, list | tuple) else body

@@ -1,8 +1,6 @@
 """`flap-stream prune MODEL OUT`."""
 
 import argparse
-from dataclasses import asdict
-from math import isfinite
 
 from flap_stream.commands import options as shared
 from flap_stream.config import PruneConfig
@@ -71,8 +69,7 @@ def _dry_run(options: argparse.Namespace, config: PruneConfig) -> None:
     model = shared.model_of(options.model, options)
     found = forecast(model, options.out, config, Machines(ranks, nodes, network))
     if options.json:
-        known = {name: rate for name, rate in asdict(found.rates).items() if isfinite(rate)}
-        shared.print_json({**asdict(found), "rates": known})
+        shared.print_json(found.record())
         return
     placement, limits, rates = found.placement, found.limits, found.rates
     origin = "tensor headers" if found.has_headers else "config.json only"

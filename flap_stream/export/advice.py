@@ -47,6 +47,11 @@ class Form:
     ratio: float | None
     pruned_bytes: int | None
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether `export-gguf` writes it."""
+        return self.name in {one.name for one in _QUANTISED}
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -208,11 +213,10 @@ def _job(model: StreamedModel, form: Form, options: AdviseConfig, limit: int) ->
         require_refittable(model, restore)
     except UnsupportedModel:
         restore = "bias"
-    is_quantised = any(form.name == one.name for one in _QUANTISED)
     how: dict[str, Any] = {"ratio": form.ratio}
-    if not is_quantised and _group_cache_items(model):
+    if not form.is_gguf and _group_cache_items(model):
         how = {"target_memory": limit, "context": options.context, "batch": options.batch}
-    if is_quantised:
+    if form.is_gguf:
         how["round_neurons_to"] = _BLOCK
     return PruneConfig(metric="fisher", restore=restore, **how)
 
@@ -236,7 +240,7 @@ def _commands(model: str, form: Form, job: PruneConfig | None) -> Iterator[str]:
         how = ["--metric", str(job.metric), "--restore", str(job.restore)]
         yield shlex.join(["flap-stream", "prune", model, result, *aim, *how, *rounding])
         yield f"flap-stream evaluate {result} --save {result}"
-    if any(form.name == one.name for one in _QUANTISED):
+    if form.is_gguf:
         yield shlex.join(["flap-stream", "export-gguf", result, f"{base_name(result)}.gguf", "--type", form.name])
     if job is not None:
         base = ["--base-model", "NAMESPACE/NAME"] if Path(model).exists() else []

@@ -21,7 +21,7 @@ from flap_stream.errors import (
     StorageFailure,
 )
 from flap_stream.model.opening import open_checkpoint
-from flap_stream.output.digests import DIGESTS_NAME, damaged_files, digests_file
+from flap_stream.output.digests import DIGESTS_NAME, damaged_files, digests_file, read_digests
 from flap_stream.output.evaluations import Evaluation, of_models, read_evaluations
 from flap_stream.output.pruning_record import fingerprint_digest, record_of
 from flap_stream.output.recipe import RECIPE_NAME
@@ -47,7 +47,7 @@ def push(out: str | Path, repository: str, options: PushConfig | None = None, **
     Raises InvalidInput if `out` is not as it was written, or no base model is known, HubFailure if the Hub fails.
     """
     options, out = options_of(PushConfig, "push", options, keywords), Path(out)
-    contents = _contents(out, options)
+    contents, digests = _contents(out, options)
     api = HfApi()
     try:
         if get_token() is None:
@@ -62,26 +62,31 @@ def push(out: str | Path, repository: str, options: PushConfig | None = None, **
         raise _failure(repository, error.__cause__ or error) from error
     except (HFValidationError, HTTPError, OSError) as error:
         raise _failure(repository, error) from error
-    wrong = _differences(contents, [entry for entry in there if isinstance(entry, RepoFile)])
+    found = {entry.path: entry for entry in there if isinstance(entry, RepoFile)}
+    wrong = [n for n in contents if n not in found or not _is_same(contents[n], digests[n], found[n])]
     if wrong:
         raise HubFailure(f"{url} has {', '.join(wrong)} not as sent; run the same command again")
     sizes = [len(c) if isinstance(c, bytes) else c.stat().st_size for c in contents.values()]
     return PushResult(str(url), made.oid, len(contents), sum(sizes))
 
 
-def _contents(out: Path, options: PushConfig) -> dict[str, bytes | Path]:
-    """What to upload, by name: the files that SHA256SUMS lists, the card with what is known now, new digests."""
+def _contents(out: Path, options: PushConfig) -> tuple[dict[str, bytes | Path], dict[str, str]]:
+    """What to upload, by name: the files that SHA256SUMS lists, the card with what is known now, new digests.
+
+    The second value has the digests, by name.
+    """
     record = record_of(out)
     if record is None:
         raise InvalidInput(f"{out} is no pruned checkpoint; name the OUT of a prune")
     if damaged := damaged_files(out):
         raise CorruptCheckpoint(f"{out} is not as it was written: {', '.join(damaged)}; prune again into another OUT")
-    lines = (out / DIGESTS_NAME).read_text().splitlines()
-    digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    digests = read_digests(out)
     card = _card(out, record, options).encode()
     digests[_CARD_NAME] = hashlib.sha256(card).hexdigest()
     named = {name: out / name for name in digests}
-    return {**named, _CARD_NAME: card, DIGESTS_NAME: digests_file(digests)}
+    sums = digests_file(digests)
+    digests[DIGESTS_NAME] = hashlib.sha256(sums).hexdigest()
+    return {**named, _CARD_NAME: card, DIGESTS_NAME: sums}, digests
 
 
 def _card(out: Path, record: dict[str, Any], options: PushConfig) -> str:
@@ -130,17 +135,10 @@ def _perplexities(measured: Sequence[tuple[Evaluation | None, Evaluation]]) -> s
     return "\n".join((*head, *rows, ""))
 
 
-def _differences(contents: dict[str, bytes | Path], there: Sequence[RepoFile]) -> list[str]:
-    """Names of the files that the repository does not have as they were sent."""
-    found = {file.path: file for file in there}
-    return [name for name, content in contents.items() if name not in found or not _is_same(content, found[name])]
-
-
-def _is_same(content: bytes | Path, there: RepoFile) -> bool:
+def _is_same(content: bytes | Path, digest: str, there: RepoFile) -> bool:
     """Whether the repository's digest is that of the content: sha256 of large files, git's own of the others."""
     if there.lfs is not None:
-        own = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else files.file_digest(content)
-        return there.lfs.sha256 == own
+        return there.lfs.sha256 == digest
     data = content if isinstance(content, bytes) else content.read_bytes()
     return there.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 

@@ -15,10 +15,10 @@ def digests_file(digests: dict[str, str]) -> bytes:
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode()
 
 
-def damaged_files(out: Path) -> list[str]:
-    """Files of a complete output that differ from what was written, each with what is wrong.
+def read_digests(out: Path) -> dict[str, str]:
+    """What SHA256SUMS of a complete output lists: file name to sha256.
 
-    Raises CorruptCheckpoint if SHA256SUMS is missing or damaged.
+    Raises CorruptCheckpoint if it is missing or damaged.
     """
     path = out / DIGESTS_NAME
     lines = files.read_plain(path).decode(errors="replace").splitlines() if path.is_file() else []
@@ -26,8 +26,16 @@ def damaged_files(out: Path) -> list[str]:
     if "config.json" not in digests or not all(map(_is_written_name, digests)):
         state = "is damaged" if path.is_file() else "is missing"
         raise CorruptCheckpoint(f"{path} {state}; without it nothing can be checked, so prune again into another OUT")
+    return digests
+
+
+def damaged_files(out: Path) -> list[str]:
+    """Files of a complete output that differ from what was written, each with what is wrong.
+
+    Raises CorruptCheckpoint if SHA256SUMS is missing or damaged.
+    """
     wrong = []
-    for name, digest in digests.items():
+    for name, digest in read_digests(out).items():
         is_there = (out / name).is_file()
         if not is_there or not _is_credible(out / name) or files.file_digest(out / name) != digest:
             wrong.append(f"{name} is {'altered' if is_there else 'missing'}")

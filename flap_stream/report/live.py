@@ -11,7 +11,7 @@ from statistics import mean
 import psutil
 
 from flap_stream.errors import FlapStreamError, InvalidOption
-from flap_stream.progress import format_bytes
+from flap_stream.progress import format_bytes, high_water_mark
 from flap_stream.report.facts import read_facts
 from flap_stream.report.figures import drawings
 from flap_stream.report.page import page, plain_page
@@ -41,8 +41,8 @@ def read_status(run: RunDirectory) -> Status:
     """How far the job in a run directory is, from what it has stored."""
     layers, done = len(run.layer_shapes), run.statistics.complete_layers()
     stages: list[tuple[str, int, int | None]] = [("collect", done, layers)]
-    if swept := run.journal.of_kind("loss-job"):
-        stages.append(("gradient of the loss", LossStore(run, _windows(swept[-1]["job"])).complete(), layers))
+    if loss := LossStore.begun(run):
+        stages.append(("gradient of the loss", loss.complete(), layers))
     if run.plan.exists():
         stages.append(("plan", 1, 1))
     if refitted := run.refits.complete_layers():
@@ -59,10 +59,6 @@ def read_status(run: RunDirectory) -> Status:
     )
 
 
-def _windows(job: str) -> int:
-    return int(job.partition("-")[0])
-
-
 def _process(lock: Path) -> str:
     """The process that wrote its number into the lock, with its memory if it runs on this machine."""
     words = lock.read_text(errors="replace").split()[:4] if lock.is_file() else []
@@ -70,10 +66,9 @@ def _process(lock: Path) -> str:
         return f"{' '.join(words)}, on another machine" if len(words) == 4 else "no process works on it"
     try:
         now = psutil.Process(int(words[1])).memory_info().rss
-        status = Path(f"/proc/{words[1]}/status").read_text()
-    except (psutil.Error, OSError):
+        peak = high_water_mark(int(words[1]))
+    except (psutil.Error, OSError, StopIteration):  # a process that ends has no such line any more
         return "no process works on it; the same command goes on"
-    peak = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), now)
     return f"{' '.join(words)}: {format_bytes(now)} of memory, {format_bytes(peak)} at its peak"
 
 

@@ -161,10 +161,9 @@ def _hub() -> Iterator[Finding]:
     """Whether models can be fetched and pushed."""
     from huggingface_hub import constants, get_token
 
-    cache = files.existing_directory(Path(constants.HF_HUB_CACHE).absolute())
-    above = Path(constants.HF_HUB_CACHE).absolute()
-    blocked = next((path for path in (above, *above.parents) if path.exists() and not path.is_dir()), None)
-    if blocked is not None or not os.access(cache, os.W_OK):
+    cache = Path(constants.HF_HUB_CACHE).absolute()
+    is_blocked = any(path.exists() and not path.is_dir() for path in (cache, *cache.parents))
+    if is_blocked or not os.access(files.existing_directory(cache), os.W_OK):
         text = f"the cache {constants.HF_HUB_CACHE} cannot be written to; set HF_HOME to a folder that can"
         yield Finding("fault", "Hub cache", text)
     if constants.HF_HUB_OFFLINE:

@@ -1,7 +1,9 @@
 """`--dry-run`: what a whole job would take, from config.json and headers only, and the least time it could take."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from flap_stream.arithmetic.allocation import require_minimum
 from flap_stream.config import PruneConfig
@@ -91,6 +93,11 @@ class Forecast:
     operations: int
     rates: Rates
     floor_seconds: dict[str, float]
+
+    def record(self) -> dict[str, Any]:
+        """As `--json` prints it: without rates that are infinite, which JSON does not have."""
+        known = {name: rate for name, rate in asdict(self.rates).items() if isfinite(rate)}
+        return {**asdict(self), "rates": known}
 
 
 def forecast(

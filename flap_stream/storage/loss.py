@@ -51,6 +51,13 @@ class LossStore:
             "--loss-windows 256"
         )
 
+    @classmethod
+    def begun(cls, run: RunDirectory) -> "LossStore | None":
+        """The one whose backward pass began last; None if none did."""
+        jobs = run.journal.of_kind("loss-job")
+        windows = _JOB.fullmatch(jobs[-1]["job"]) if jobs else None
+        return None if windows is None else cls(run, int(windows[1]))
+
     @property
     def job(self) -> str:
         """What determines the scores, besides what determines the statistics."""
