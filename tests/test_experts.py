@@ -223,9 +223,10 @@ def test_tensors_run_in_the_dtypes_that_transformers_gives_them(family: str, tmp
     expected = {name: tensor.dtype for name, tensor in loaded.state_dict().items() if ".experts." not in name}
     with open_checkpoint(path) as checkpoint:
         opened = StreamedModel(checkpoint, EngineConfig(device="cpu", dtype="bfloat16"))
-        for i, weights in opened.stream():
-            found = {f"model.layers.{i}.{name}": w.dtype for name, w in weights.items() if ".experts." not in name}
-            assert found == {name: expected[name] for name in found}
+        with opened.stream() as layers:
+            for i, weights in layers:
+                found = {f"model.layers.{i}.{name}": w.dtype for name, w in weights.items() if ".experts." not in name}
+                assert found == {name: expected[name] for name in found}
     assert (torch.float32 in set(expected.values())) is (family != "qwen3_next")
     text = save_tokens(tmp_path / "text.npy", random_tokens(7, 20, seed=10))
     ids = torch.from_numpy(np.load(text))

@@ -259,9 +259,9 @@ def test_several_reads_are_in_flight_and_checksums_are_those_of_one_after_anothe
     with open_checkpoint(model) as checkpoint, torch.inference_mode(), simulated("random", 3):
         streamed = StreamedModel(checkpoint, EngineConfig(device="cuda"))
         monkeypatch.setattr(Checkpoint, "read_block", read)
-        layers = streamed.stream(prefetch=0)
-        for _ in layers:
-            pass
+        with streamed.stream(prefetch=0) as layers:
+            for _ in layers:
+                pass
         found = [checkpoint.checksum(list(entries.values())) for entries in streamed.layer_entries]
     with open_checkpoint(model) as checkpoint:
         assert found == [checkpoint.read_checksum(list(entries.values())) for entries in streamed.layer_entries]

@@ -101,7 +101,10 @@ def weight_sums(model: Path, device: str) -> list[float]:
     del used  # memory that is free, but whose use may still be queued
     with open_checkpoint(model) as checkpoint, torch.inference_mode():
         streamed = StreamedModel(checkpoint, EngineConfig(device=device))
-        sums = [w.square().sum() for _ in range(2) for _, weights in streamed.stream() for w in weights.values()]
+        sums = []
+        for _ in range(2):
+            with streamed.stream() as layers:
+                sums += [w.square().sum() for _, weights in layers for w in weights.values()]
         return torch.stack(sums).tolist()
 
 

@@ -31,8 +31,9 @@ def streamed(model: Path) -> tuple[int, float]:
     with open_checkpoint(model) as checkpoint:
         layers = CheckedTensors(checkpoint).layer_entries
         began = time.perf_counter()
-        for _ in stream_layers(checkpoint, layers, torch.device("cpu"), lambda _name: torch.bfloat16, prefetch=1):
-            pass
+        with stream_layers(checkpoint, layers, torch.device("cpu"), lambda _name: torch.bfloat16, 1) as streamed_layers:
+            for _ in streamed_layers:
+                pass
         return checkpoint.bytes_read, time.perf_counter() - began
 
 

@@ -6,6 +6,7 @@ A stage is a `for` loop over `LayerPass.layers` and, inside, over the batches of
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -37,7 +38,10 @@ class LayerPass:
     stores: where each is saved, in the same order; empty if the pass cannot be resumed.
     reductions: where smaller batch sizes are recorded. windows: this rank's range of all windows; None if it has all.
     copies: how many times all windows are repeated in `hidden`, one after another.
+    begins_beside_weights: whether `begin` runs while the first layers are read, beside their buffers.
     """
+
+    begins_beside_weights: ClassVar[bool] = True
 
     model: StreamedModel
     placement: Placement
@@ -66,19 +70,22 @@ class LayerPass:
         model, order = self.model, self.order()
         saved = list(zip(self.stores, self.hidden, strict=True)) if self.stores else []
         start = resume(saved, len(order) if stored is None else stored, model.ranks) if saved else None
-        if start is None:
+        if start is None and not self.begins_beside_weights:
             self.begin()
         done = start or 0
         stage.skip(done, recorded=None if stored is None else min(stored, len(order)))
         snapshots = Snapshots(saved, interval, model.ranks) if saved else None
         tokens = sum(model.ranks.gathered(self.tokens.size)) * self.copies
-        for i, weights in model.stream(order[done:], self.placement.prefetch):
-            self.step = (done, 0)
-            yield i, weights
-            done += 1
-            if snapshots is not None and done < len(order):
-                snapshots.layer_done(done)
-            stage.advance(tokens=tokens, bytes_moved=model.layer_bytes(i))
+        with model.stream(order[done:], self.placement.prefetch) as layers:
+            if start is None and self.begins_beside_weights:
+                self.begin()
+            for i, weights in layers:
+                self.step = (done, 0)
+                yield i, weights
+                done += 1
+                if snapshots is not None and done < len(order):
+                    snapshots.layer_done(done)
+                stage.advance(tokens=tokens, bytes_moved=model.layer_bytes(i))
 
     def order(self) -> range:
         """The layers in the order of the pass."""

@@ -1,7 +1,8 @@
 """A causal language model of which one decoder layer at a time is in memory, run by transformers' code."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 Logits = Callable[[torch.Tensor], Iterator[tuple[int, torch.Tensor]]]
 
 _LOGIT_BYTES = 1 << 26  # of a chunk of logits; not measured
+
+Layer = tuple[int, dict[str, torch.Tensor]]  # its index, and its weights on the device by relative name
 
 
 class StreamedModel:
@@ -165,24 +168,19 @@ class StreamedModel:
                 hidden.put(copy * len(tokens) + start, first)
         hidden.advance()
 
-    def stream(
-        self, order: Sequence[int] | None = None, prefetch: int = 1
-    ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        """Yield decoder layers in an order (by default the forward's), each with its weights on the device.
+    @contextmanager
+    def stream(self, order: Sequence[int] | None = None, prefetch: int = 1) -> Iterator[Iterator[Layer]]:
+        """Read decoder layers in the block, from its beginning on, in an order (by default the forward's).
 
-        prefetch: layers that are read ahead while one is in use. Weights are views of reused buffers, valid until the
-        next layer.
-        Raises NonFinite, naming layer and tensor, if weights hold NaN or infinity.
+        Yields an iterator over them, each with its weights on the device: views of reused buffers, valid until the next
+        layer. It raises NonFinite, naming layer and tensor, if weights hold NaN or infinity.
+        prefetch: layers that are read ahead while one is in use.
         """
         order = range(len(self.layers)) if order is None else order
         entries = [self.layer_entries[i] for i in order]
         dtypes = self.skeleton.dtypes(self.dtype)
-        layers = stream_layers(self.checkpoint, entries, self.device, dtypes, prefetch, self.ranks)
-        for i, weights in zip(order, layers, strict=True):
-            prefix = f"{self.family.layers}.{i}."
-            require_finite({prefix + name: w for name, w in weights.items()}, self.checkpoint.source, self.ranks)
-            yield i, weights
-            memory.give_back_heap()  # otherwise what activations leave there grows from layer to layer
+        with stream_layers(self.checkpoint, entries, self.device, dtypes, prefetch, self.ranks) as layers:
+            yield _finite_layers(self, zip(order, layers, strict=True))
 
     def run_batch(
         self, index: int, weights: Mapping[str, torch.Tensor], values: torch.Tensor, stand_ins: Mapping[str, nn.Module]
@@ -235,6 +233,14 @@ class StreamedModel:
         weights = load(self.checkpoint, entries, self.device, self.dtype, self.ranks)
         require_finite({entries[name].name: w for name, w in weights.items()}, self.checkpoint.source, self.ranks)
         return weights
+
+
+def _finite_layers(model: StreamedModel, layers: Iterable[Layer]) -> Iterator[Layer]:
+    for i, weights in layers:
+        prefix = f"{model.family.layers}.{i}."
+        require_finite({prefix + name: w for name, w in weights.items()}, model.checkpoint.source, model.ranks)
+        yield i, weights
+        memory.give_back_heap()  # otherwise what activations leave there grows from layer to layer
 
 
 def _embedding_rows(model: StreamedModel, ids: np.ndarray, buffer: torch.Tensor) -> torch.Tensor:

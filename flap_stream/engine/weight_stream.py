@@ -7,7 +7,7 @@ into a ring of page-locked host buffers and copied from there on a separate stre
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import count
 from math import prod
 
@@ -75,6 +75,7 @@ def _loaded(
     return result
 
 
+@contextmanager
 def stream_layers(
     checkpoint: Checkpoint,
     layers: Sequence[Mapping[str, TensorEntry]],
@@ -82,14 +83,16 @@ def stream_layers(
     dtypes: Dtypes,
     prefetch: int,
     ranks: Ranks = ALONE,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the tensors of each layer, by relative name, in the dtypes of these names, on the device.
+) -> Iterator[Iterator[dict[str, torch.Tensor]]]:
+    """Read layers in the block, from its beginning on; yields an iterator over them.
 
-    They are views of reused buffers, valid until the next layer. Each is read once per node, by all its ranks together;
-    on a CPU the ranks share the buffers too, so changes made by one are seen by all.
+    It yields the tensors of each layer, by relative name, in the dtypes of these names, on the device. They are views
+    of reused buffers, valid until the next layer. Each is read once per node, by all its ranks together; on a CPU the
+    ranks share the buffers too, so changes made by one are seen by all.
     prefetch: layers that are read ahead while one is in use; each needs its own buffer.
     """
     if not layers:
+        yield iter(())
         return
     size = max(map(stored_slab_bytes, layers))
     slots = min(prefetch + 1, len(layers))
@@ -101,12 +104,16 @@ def stream_layers(
     cast = _Cast(layers, device, dtypes)
     with closing(loader), ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
         ahead = [reader.submit(loader.fill, i, layers[i]) for i in range(min(prefetch, len(layers)))]
-        for i, entries in enumerate(layers):
-            if i + prefetch < len(layers):
-                ahead.append(reader.submit(loader.fill, i + prefetch, layers[i + prefetch]))
-            ahead.pop(0).result()
-            yield cast(entries, _views(entries, loader.take(i)))
-            loader.give_back(i)
+
+        def taken() -> Iterator[dict[str, torch.Tensor]]:
+            for i, entries in enumerate(layers):
+                if i + prefetch < len(layers):
+                    ahead.append(reader.submit(loader.fill, i + prefetch, layers[i + prefetch]))
+                ahead.pop(0).result()
+                yield cast(entries, _views(entries, loader.take(i)))
+                loader.give_back(i)
+
+        yield taken()
 
 
 class _Cast:

@@ -56,10 +56,11 @@ def collect_statistics(
 def _collect_norms(model: StreamedModel, run: RunDirectory, layers: range, prefetch: int, stage: Stage) -> None:
     """Collect statistics of the weights; no layer is run."""
     costs = _Costs(0, model.device)
-    for i, weights in model.stream(layers, prefetch):
-        if model.ranks.is_first:
-            _store(model, run, i, _layer_statistics(model, i, weights, {}), costs)
-        stage.advance(bytes_moved=model.layer_bytes(i))
+    with model.stream(layers, prefetch) as streamed:
+        for i, weights in streamed:
+            if model.ranks.is_first:
+                _store(model, run, i, _layer_statistics(model, i, weights, {}), costs)
+            stage.advance(bytes_moved=model.layer_bytes(i))
 
 
 def _collect_moments(

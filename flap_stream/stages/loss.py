@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ class BackwardPass(LayerPass):
     hidden: one entry, the gradient with respect to the current layer's output, float32 `[sample, token, hidden]`.
     inputs: holds the hidden states that enter the current layer. store: where they are stored.
     """
+
+    begins_beside_weights: ClassVar[bool] = False  # it loads the head
 
     inputs: HiddenStates
     store: LossStore
