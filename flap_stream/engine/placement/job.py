@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 
@@ -179,9 +180,13 @@ class Job:
         """
         if self.refit is None or not self.refit.fitted:
             return 0, 0, 0
-        # In float32 the parameters, their gradients, Adam's two moments, and products with masks; as they run, with
-        # gradients; the best so far, and what it is compared with. The rest is what a heap of a CPU kept beyond that.
-        parameters = (30 + 4 * self.dtype.itemsize) * max(self.refit.fitted)
+        # In float32 the parameters, their gradients and Adam's two moments; as they run.
+        each = 16 + self.dtype.itemsize
+        largest = max(prod(entry.shape) for layer in self.layers for entry in layer.values())
+        parameters = each * max(self.refit.fitted) + 8 * largest  # one product with a mask, and its gradient
+        if self.device == "cpu":
+            # The best so far, and what it is compared with, which wait on the host; what a heap keeps beyond that.
+            parameters = (each + 14 + 3 * self.dtype.itemsize) * max(self.refit.fitted)
         windows = min(batch_size, max(1, self.refit.step_tokens // self.tokens))
         if self.head is not None:  # logits of both models, probabilities, gradients; hidden states and theirs
             chunk = self._chunk_bytes(windows * self.tokens, 20 + 4 * self.dtype.itemsize)
