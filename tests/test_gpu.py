@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import DEMO, FAMILY_EXTRAS, random_tokens, save, save_tokens, tiny_config, tiny_model
 from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING
 
 import flap_stream
 from flap_stream.config import (
+    BenchInferenceConfig,
     CollectConfig,
     EngineConfig,
     EvaluateConfig,
@@ -17,6 +19,7 @@ from flap_stream.config import (
     PruneConfig,
     RewriteConfig,
     SweepConfig,
+    TryConfig,
 )
 from flap_stream.engine import placement
 from flap_stream.engine.hidden_states import PLACES
@@ -42,6 +45,53 @@ def test_pruning_on_cuda_gives_a_checkpoint_like_the_cpus(dtype: str, tmp_path: 
     assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-4 if dtype == "float32" else 0.05)
     if dtype == "float32":
         assert records[0]["layers"] == records[1]["layers"]
+
+
+@pytest.mark.parametrize("metric", ["wifv", "fisher"])
+@pytest.mark.parametrize("family", [family for family in FAMILY_EXTRAS if family in CONFIG_MAPPING])
+def test_every_family_is_decided_on_cuda_as_on_the_cpu(family: str, metric: str, tmp_path: Path) -> None:
+    path = save(tiny_model(tiny_config(family)), tmp_path / "model")
+    text = save_tokens(tmp_path / "tokens.npy", random_tokens(9, 24))
+    records, perplexities = [], []
+    for device in ("cpu", "cuda"):
+        options = PruneConfig(ratio=0.3, calibration=(text,), device=device, batch_size=4, metric=metric)
+        records.append(flap_stream.prune(path, tmp_path / device, options).record)
+        evaluation = flap_stream.evaluate(tmp_path / device, EvaluateConfig(text=(text,), device=device))
+        perplexities.append(evaluation.perplexity)
+    attends_to_chosen_tokens = family == "deepseek_v32"  # whose scores tie at zero; devices choose others of a tie
+    assert perplexities[1] == pytest.approx(perplexities[0], rel=0.05 if attends_to_chosen_tokens else 1e-3)
+    if not attends_to_chosen_tokens:
+        assert records[0]["layers"] == records[1]["layers"]
+
+
+@pytest.mark.parametrize("kind", ["FP8 by block", "INT4", "MXFP4", "NVFP4"])
+def test_on_cuda_codes_are_decoded_as_their_library_decodes_them(kind: str, tmp_path: Path) -> None:
+    from quantised_models import write_quantised
+
+    dense = save(tiny_model(tiny_config()), tmp_path / "dense", "1GB", torch.bfloat16)
+    write_quantised(kind, dense, tmp_path / "quantised", tmp_path / "decoded")
+    text = save_tokens(tmp_path / "tokens.npy", random_tokens(9, 24))
+    options = PruneConfig(ratio=0.3, calibration=(text,), device="cuda", batch_size=4)
+    written = []
+    for model in ("quantised", "decoded"):
+        flap_stream.prune(tmp_path / model, tmp_path / f"pruned-{model}", options)
+        written.append(load_file(tmp_path / f"pruned-{model}" / "model.safetensors"))
+    assert written[0].keys() == written[1].keys()
+    assert all(torch.equal(tensor, written[1][name]) for name, tensor in written[0].items())
+
+
+def test_text_and_tokens_per_second_on_cuda(tmp_path: Path) -> None:
+    model = DEMO / "model"
+    texts = []
+    for device in ("cpu", "cuda"):
+        wanted = TryConfig(device=device, dtype="float32", new_tokens=8)
+        texts.append(next(flap_stream.generate([model], "The cat", wanted)).text)
+    assert texts[0] == texts[1]
+    calibration = (str(DEMO / "calibration.txt"),)
+    flap_stream.prune(model, tmp_path / "out", PruneConfig(ratio=0.3, calibration=calibration, device="cuda"))
+    options = BenchInferenceConfig(prompt_lengths=(32,), generate=8, rounds=2, device="cuda")
+    for row in flap_stream.bench_inference(model, tmp_path / "out", options).rows:
+        assert row.dense.peak_device_bytes > 0 and row.pruned.peak_device_bytes > 0
 
 
 def test_on_cuda_neither_reading_ahead_nor_the_place_of_hidden_states_matters(
@@ -82,9 +132,10 @@ def test_on_cuda_weights_wait_for_kernels_that_still_use_their_memory(tmp_path: 
         for memory in freed:
             memory.fill_(1)
         del freed, memory
-        for i, weights in model.stream(prefetch=1):
-            for name, tensor in weights.items():
-                assert torch.equal(tensor.cpu(), expected[f"model.layers.{i}.{name}"])
+        with model.stream(prefetch=1) as layers:
+            for i, weights in layers:
+                for name, tensor in weights.items():
+                    assert torch.equal(tensor.cpu(), expected[f"model.layers.{i}.{name}"])
 
 
 def test_on_cuda_a_sweep_gives_what_the_written_checkpoints_give(tmp_path: Path) -> None:
