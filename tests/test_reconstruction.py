@@ -2,6 +2,8 @@
 
 import logging
 import re
+import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidOption
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.model.safetensors_format import read_header
+from flap_stream.restore.cut_layer import CutLayer
 from flap_stream.restore.requirements import require_refittable
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "granite", "olmo")
@@ -79,6 +82,22 @@ def test_a_layer_that_gets_worse_is_left_as_the_bias_leaves_it(tmp_path: Path, m
         outputs.append(load(tmp_path / restore).state_dict())
     for name, tensor in outputs[0].items():
         assert torch.allclose(outputs[1][name], tensor, rtol=1e-5, atol=1e-6), name
+
+
+def test_of_a_layers_fits_only_the_best_and_the_last_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tiny_model(tiny_config()), tmp_path / "model")
+    text = save_tokens(tmp_path / "tokens.npy", TOKENS[:64])
+    made, held, cut = list[weakref.ref[torch.Tensor]](), list[int](), CutLayer.cut
+
+    def counted(layer: CutLayer, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = cut(layer, tensors)
+        made.append(weakref.ref(found["mlp.down_proj.weight"]))
+        held.append(sum(one() is not None for one in made))
+        return found
+
+    monkeypatch.setattr(CutLayer, "cut", counted)
+    flap_stream.prune(path, tmp_path / "out", PruneConfig(calibration=(text,), ratio=0.3, restore="reconstruct"))
+    assert len(held) > 6 and max(held) == 2 and held.count(1) == 3  # the first of each layer
 
 
 def test_empty_sublayers_and_a_pruned_checkpoint(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import save_tokens
+from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 from safetensors.torch import load_file
 from simulated_device import POLICIES, simulated
 from simulated_jobs import (
@@ -33,6 +33,7 @@ from flap_stream.config import (
     EngineConfig,
     EvaluateConfig,
     PlanConfig,
+    PruneConfig,
     RewriteConfig,
     SweepConfig,
 )
@@ -201,6 +202,18 @@ def test_the_host_waits_a_few_times_a_layer_and_never_in_a_batch(
 
 
 # --- limits and records ---
+
+
+@pytest.mark.slow
+def test_what_a_reconstruction_takes_is_predicted(tmp_path: Path) -> None:
+    config = tiny_config(layers=2, kv_heads=4, hidden_size=768, intermediate_size=2048)
+    path = save(tiny_model(config), tmp_path / "model", "1GB", torch.bfloat16)
+    text = save_tokens(tmp_path / "tokens.npy", random_tokens(9, 64))
+    options = PruneConfig(ratio=0.3, calibration=(text,), device="cuda", restore="reconstruct")
+    with simulated("eager") as simulator:
+        placement = flap_stream.prune(path, tmp_path / "out", options).measured.placement
+    assert placement is not None
+    assert 0.6 * placement.device_bytes < simulator.peak_live + (128 << 20) < placement.device_bytes
 
 
 def test_a_limit_above_what_is_free_is_lowered_to_that(

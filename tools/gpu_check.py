@@ -75,6 +75,7 @@ class Geometry:
 
 
 LLAMA_65B = Geometry(8192, 22016, 64, 32000, 6, 1024, 128)
+WHOLE_LAYERS = 80  # of LLaMA-65B
 TINY = Geometry(64, 176, 4, 500, 3, 8, 16)
 
 
@@ -282,6 +283,9 @@ def main_job(check: Check) -> dict[str, Any]:
         body["collect_over_floor"] = body["seconds"]["collect"] / max(compute, read)
         body["layer_seconds"] = median(seconds[1:])  # the first waits for the embedding and the first reads
         body["layer_over_floor"] = body["layer_seconds"] * layers / max(compute, read)
+        start = body["seconds"]["collect"] - layers * body["layer_seconds"]
+        whole = start + WHOLE_LAYERS * body["layer_seconds"]
+        body["collect_over_floor_of_the_whole_model"] = whole * layers / WHOLE_LAYERS / max(compute, read)
     shutil.rmtree(check.work / "run", ignore_errors=True)
     return body
 

@@ -68,6 +68,9 @@ class _Cuda:
         for dtype in (torch.float32, torch.bfloat16):
             values = torch.ones(1, 1, 64, 64, dtype=dtype, device=device)
             torch.nn.functional.scaled_dot_product_attention(values, values, values @ values, is_causal=True)
+        with torch.inference_mode(False), torch.enable_grad():
+            # The thread of gradients begins with a kernel; torch warns of one that begins with a product.
+            torch.ones(1, device=device, requires_grad=True).mul(2).backward()
 
     def _reserve_in_one_piece(self, does: bool) -> None:
         if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):

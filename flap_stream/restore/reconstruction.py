@@ -115,6 +115,7 @@ class _Fit:
                     found = self._layer.cut({name: tensor.detach() for name, tensor in parameters.items()})
                     if (error := self._error(found)) < best:
                         best, kept = error, found
+                    del found  # lest it live beside the next
         what = "divergence of the logits" if self._is_last else "error of the hidden states"
         logger.info("layer %d: held-out %s %.4g, %.4g before the fit", self._layer.index, what, best, before)
         return kept

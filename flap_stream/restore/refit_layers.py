@@ -98,8 +98,7 @@ def _refit_rest(refit: RefitPass, job: RefitJob, stage: Stage, complete: int) ->
             stored = {name.removeprefix(prefix): tensor for name, tensor in load_file(run.refits.path(i)).items()}
             refitted_layer(refit, i, weights, job.keeps[i], stored)
         else:
-            refitted = refitted_layer(refit, i, weights, job.keeps[i], is_read=i + 1 < count)
-            _store(refit, i, prefix, refitted)
+            _store(refit, i, prefix, refitted_layer(refit, i, weights, job.keeps[i], is_read=i + 1 < count))
 
 
 def _store(refit: RefitPass, layer: int, prefix: str, tensors: Mapping[str, torch.Tensor]) -> None:
