@@ -29,6 +29,7 @@ from flap_stream.report.facts import Facts, read_facts
 from flap_stream.report.figures import drawings
 from flap_stream.report.figures.scores import cut_score, scored
 from flap_stream.report.figures.sweep import curve_name
+from flap_stream.report.numbers import change
 from flap_stream.report.page import page, write_report
 
 ALL = ["sizes", "sweep", "kept", "scores", "fluctuation", "cost"]
@@ -228,6 +229,15 @@ def test_a_pruned_checkpoint_alone_shows_less_and_says_so(tmp_path: Path, capsys
     assert code == 0 and "pruning.json only" in out
     html = (tmp_path / "deep" / "r.html").read_text()
     assert "Not shown" in html and "Kept in each layer" in html and "Scores and the cut" not in html
+    assert "Perplexity on each text" not in html
+    for name in ("first", "second"):
+        text = save_tokens(tmp_path / f"{name}.npy", random_tokens(4, 16, seed=len(name)))
+        for one in (tmp_path / "out", *([model] if name == "first" else [])):
+            command(capsys, "evaluate", one, "--text", text, "--save", tmp_path / "out")
+    command(capsys, "report", tmp_path / "out", "--html", tmp_path / "deep" / "r.html")
+    rows = Page((tmp_path / "deep" / "r.html").read_text()).rows
+    (first,), (second,) = ([row for row in rows if row[:1] == [f"{name}.npy"]] for name in ("first", "second"))
+    assert first[4] == change(float(first[2]), float(first[3])) and len(second) == 3  # no dense model's
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from serving import served
 
 import flap_stream
 from flap_stream.cli import main
+from flap_stream.progress import format_bytes
 from flap_stream.report.live import REFRESH_SECONDS, Watch, read_status
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.statistics import StatisticsStore
@@ -38,8 +39,11 @@ def test_the_page_of_a_job_that_runs_says_how_far_it_is(place: Path, monkeypatch
             seen.append(got(server)[1])
 
         monkeypatch.setattr(StatisticsStore, "write", write_and_look)
-        flap_stream.collect("model", "run", calibration="tokens.npy", loss_windows=4)
+        collected = flap_stream.collect("model", "run", calibration="tokens.npy", loss_windows=4)
         done = got(server)[1]
+    assert collected.measured.placement is not None
+    promised = format_bytes(collected.measured.placement.host_bytes)
+    assert all(f"promised to stay within {promised}." in page for page in (*seen, done))
     assert f"pid {os.getpid()} on ".capitalize() in seen[0] and "at its peak" in seen[0]
     assert "<td>collect</td><td>1 of 3</td>" in seen[0] and "minutes more" in seen[0] and "tokens/s" in seen[0]
     assert "<td>collect</td><td>3 of 3</td>" in done and "<td>gradient of the loss</td><td>3 of 3</td>" in done

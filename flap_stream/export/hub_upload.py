@@ -20,10 +20,9 @@ from flap_stream.errors import (
     InvalidOption,
     StorageFailure,
 )
-from flap_stream.model.opening import open_checkpoint
 from flap_stream.output.digests import DIGESTS_NAME, damaged_files, digests_file, read_digests
-from flap_stream.output.evaluations import Evaluation, of_models, read_evaluations
-from flap_stream.output.pruning_record import fingerprint_digest, record_of
+from flap_stream.output.evaluations import Evaluation, Pair, saved_pairs
+from flap_stream.output.pruning_record import record_of
 from flap_stream.output.recipe import RECIPE_NAME
 from flap_stream.storage import files
 
@@ -98,9 +97,7 @@ def _card(out: Path, record: dict[str, Any], options: PushConfig) -> str:
             f"{out} was made from a directory, {record['base']['name']}; give the Hub id of that model as --base-model "
             "NAMESPACE/NAME"
         )
-    with open_checkpoint(out) as source:
-        own = fingerprint_digest(source.fingerprint)
-    measured = of_models(read_evaluations(out), record["base"].get("fingerprint", ""), own)
+    measured = saved_pairs(out, record)
     if measured:
         card.data.model_name = f"{record['base']['name']}, pruned"
         card.data.eval_results = [_result(after) for _, after in measured]
@@ -125,7 +122,7 @@ def _result(evaluation: Evaluation) -> EvalResult:
     )
 
 
-def _perplexities(measured: Sequence[tuple[Evaluation | None, Evaluation]]) -> str:
+def _perplexities(measured: Sequence[Pair]) -> str:
     rows = [
         f"| {', '.join(after.text)} | {after.windows} of {after.sequence_length} tokens | "
         f"{'' if before is None else f'{before.perplexity:.2f}'} | {after.perplexity:.2f} |"

@@ -1,12 +1,13 @@
 """evaluations.json of a pruned checkpoint: perplexities of it and of its dense model, as `evaluate --save` measured."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from flap_stream.errors import InvalidOption, NotPlain
-from flap_stream.output.pruning_record import record_of
+from flap_stream.model.opening import open_checkpoint
+from flap_stream.output.pruning_record import fingerprint_digest, record_of
 from flap_stream.storage import files
 from flap_stream.storage.schema import finite, matches, natural, parse_json
 
@@ -68,7 +69,15 @@ def save_evaluation(out: Path, evaluation: Evaluation) -> None:
     files.write_committed(out / EVALUATIONS_NAME, contents.encode() + b"\n")
 
 
-def of_models(evaluations: Sequence[Evaluation], dense: str, pruned: str) -> list[tuple[Evaluation | None, Evaluation]]:
-    """Evaluations of the pruned model, each with the dense model's on the same text. Both are named by fingerprint."""
-    before = {each.on: each for each in evaluations if each.fingerprint == dense}
-    return [(before.get(each.on), each) for each in evaluations if each.fingerprint == pruned]
+Pair = tuple[Evaluation | None, Evaluation]  # of the dense model, if it was saved, and of the pruned one
+
+
+def saved_pairs(out: Path, record: dict[str, Any]) -> list[Pair]:
+    """What is saved in a pruned checkpoint of itself, each with the dense model's on the same text. record: its own."""
+    found = read_evaluations(out)
+    if not found:
+        return []
+    with open_checkpoint(out) as checkpoint:
+        own = fingerprint_digest(checkpoint.fingerprint)
+    before = {each.on: each for each in found if each.fingerprint == record["base"].get("fingerprint")}
+    return [(before.get(each.on), each) for each in found if each.fingerprint == own]

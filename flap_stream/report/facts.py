@@ -15,6 +15,7 @@ from flap_stream.arithmetic.targets import Target
 from flap_stream.config import PlanConfig, RewriteConfig, require_restoration
 from flap_stream.errors import CorruptCheckpoint, RunMismatch
 from flap_stream.model.dense import nothing_pruned
+from flap_stream.output.evaluations import Pair, saved_pairs
 from flap_stream.output.pruning_record import RECORD_NAME, read_record
 from flap_stream.stages.plan import unit_scores
 from flap_stream.stages.sweep import read_curves
@@ -59,7 +60,7 @@ class Facts:
     kv_groups, neurons: a value for each layer. decoder_ratio, model_ratio: removed share of the prunable weights and of
     all parameters. metric: name of the fluctuations. costs: a value for each layer, None where none was recorded.
     curves: see `read_curves`. missing: sentences saying what cannot be shown, and how to get it.
-    target: as `Target.record` makes it; None with a ratio.
+    target: as `Target.record` makes it; None with a ratio. evaluations: those saved in a pruned checkpoint.
     """
 
     model: str
@@ -78,6 +79,7 @@ class Facts:
     curves: list[dict[str, Any]]
     missing: list[str]
     target: dict[str, Any] | None = None
+    evaluations: Sequence[Pair] = ()
 
     @property
     def has_plan(self) -> bool:
@@ -206,6 +208,7 @@ def _of_record(place: Path, record: dict[str, Any]) -> Facts:
         costs=[],
         curves=[],
         target=record.get("target"),
+        evaluations=saved_pairs(place, record),
         missing=[
             "Drawn from pruning.json only. Scores, fluctuations, sweeps, time and memory per layer, and sizes in bytes "
             "are in the run directory: prune with --keep-run, then report on that directory."

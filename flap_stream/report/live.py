@@ -29,12 +29,16 @@ class Status:
 
     stages: name, layers (or shards) done, and of how many; None where that is not known. seconds_left: of the
     collection; tokens_per_second: of its latest layers. None before the first layer is done. process: in words.
+    promised: most memory that the job is predicted to take, of the host and of the device; None until it is known.
+    device_peak: most bytes of the device that the collection has taken.
     """
 
     stages: list[tuple[str, int, int | None]]
     seconds_left: float | None
     tokens_per_second: float | None
     process: str
+    promised: tuple[int, int] | None
+    device_peak: int
 
 
 def read_status(run: RunDirectory) -> Status:
@@ -51,11 +55,14 @@ def read_status(run: RunDirectory) -> Status:
         stages.append(("shards written", len(shards), None))
     costs = [cost for cost in run.statistics.costs() if cost is not None][-_LATEST:]
     seconds = mean(cost.seconds for cost in costs) if costs else None
+    promise = run.promise()
     return Status(
         stages,
         None if seconds is None else seconds * (layers - done),
         None if not seconds else mean(cost.tokens for cost in costs) / seconds,
         _process(run.path / LOCK_NAME),
+        None if promise is None else (promise["host_bytes"], promise["device_bytes"]),
+        max((cost.peak_device_bytes for cost in costs), default=0),
     )
 
 
@@ -140,5 +147,11 @@ def _share(done: int, total: int | None) -> str:
 
 def _sentences(status: Status) -> Sequence[str]:
     rate = [] if status.tokens_per_second is None else [f"{status.tokens_per_second:,.0f} tokens/s."]
+    promised = []
+    if status.promised is not None:
+        host, device = status.promised
+        promised.append(f"The job was promised to stay within {format_bytes(host)}")
+        promised[-1] += f", and on the device within {format_bytes(device)}" if device else ""
+        promised[-1] += f", of which it has taken {format_bytes(status.device_peak)}." if status.device_peak else "."
     left = [f"Collection takes {status.seconds_left / 60:,.1f} minutes more."] if status.seconds_left else []
-    return [f"{status.process[0].upper()}{status.process[1:]}.", *rate, *left]
+    return [f"{status.process[0].upper()}{status.process[1:]}.", *promised, *rate, *left]

@@ -8,11 +8,14 @@ from pathlib import Path
 
 from flap_stream.arithmetic.targets import target_sentence
 from flap_stream.errors import InvalidOption
+from flap_stream.output.evaluations import Pair
 from flap_stream.report.drawing import DARK, LIGHT, Drawing, Palette, Table, overview_png, to_png, to_svg
 from flap_stream.report.facts import Facts, read_facts
 from flap_stream.report.figures import drawings
+from flap_stream.report.numbers import change
 from flap_stream.storage import files, places
 
+_NO_ICON = '<link rel="icon" href="data:image/png,">'  # a browser would ask the server of --watch for one
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', 'DejaVu Sans', sans-serif"
 
 
@@ -91,6 +94,8 @@ def write_report(place: str | Path, html: str | Path | None = None, png: str | P
 def page(facts: Facts, drawn: Sequence[Drawing], status: str = "", refresh: int | None = None) -> str:
     """The whole page. status: a section on how far the job is. refresh: seconds after which it loads itself again."""
     sections = [*([status] if status else []), *(_section(facts, drawing) for drawing in drawn)]
+    if facts.evaluations:
+        sections.insert(1 if status else 0, _perplexities(facts.evaluations))
     missing = "".join(f"<li>{escape(sentence)}</li>" for sentence in facts.missing)
     if missing:
         sections.append(f"<section><h2>Not shown</h2><ul>{missing}</ul></section>")
@@ -109,7 +114,7 @@ def _document(title: str, subtitle: str, main: str, footer: str, refresh: int | 
     again = "" if refresh is None else f'<meta http-equiv="refresh" content="{refresh}">\n'
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{again}'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{_NO_ICON}\n{again}'
         f"<style>{_CSS}</style>\n</head>\n<body>\n<header>\n<h1>{escape(title)}</h1>\n<p>{escape(subtitle)}</p>\n"
         f"</header>\n<main>\n{main}\n</main>\n<footer>{escape(footer)}</footer>\n</body>\n</html>\n"
     )
@@ -151,11 +156,28 @@ def _section(facts: Facts, drawing: Drawing) -> str:
     )
 
 
+def _perplexities(evaluations: Sequence[Pair]) -> str:
+    """What `evaluate --save` has found, text by text."""
+    rows = [
+        (
+            ", ".join(pruned.text),
+            f"{pruned.windows:,} of {pruned.sequence_length} tokens",
+            "" if dense is None else f"{dense.perplexity:.2f}",
+            f"{pruned.perplexity:.2f}",
+            "" if dense is None else change(dense.perplexity, pruned.perplexity),
+        )
+        for dense, pruned in evaluations
+    ]
+    table = _cells(Table(("text", "windows", "dense", "pruned", "change"), rows))
+    return f'<section id="perplexity">\n<h2>Perplexity on each text</h2>\n{table}\n</section>'
+
+
 def _table(table: Table) -> str:
     """A table behind a summary that opens it."""
+    return f"<details><summary>{escape(table.summary)}</summary>{_cells(table)}</details>\n"
+
+
+def _cells(table: Table) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in table.heads)
     body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in table.rows)
-    return (
-        f'<details><summary>{escape(table.summary)}</summary><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div></details>\n"
-    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

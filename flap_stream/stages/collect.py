@@ -101,6 +101,8 @@ def collect_into(
         progress.header(engine_rows(model, measured.placement, samples, length))
         opened = opened_run(ranks, run, lambda: _begun_run(model, run, options, windows, placement.batch_size))
         directory = stack.enter_context(opened)
+        if ranks.is_first:
+            directory.record_promise(measured.placement.host_bytes, measured.placement.device_bytes)
         with cpu_threads(directory.manifest["threads"]):
             loss = None if sweep is None else LossStore(directory, sweep.samples)
             collect_statistics(model, directory, options, placement, progress, loss)

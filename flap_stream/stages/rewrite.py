@@ -154,6 +154,8 @@ def _refitted(
     if placement != collected:
         session.progress.header(engine_rows(model, placement, samples, length))
     measured.placement = placement if collected is None else collected.together(placement)
+    if session.ranks.is_first:
+        run.record_promise(measured.placement.host_bytes, measured.placement.device_bytes)
     with in_use(model.device), cpu_threads(run.manifest["threads"]):
         job = RefitJob(keeps, restore, placement, snapshot_interval)
         refit_layers(model, run, job, session.progress)

@@ -28,6 +28,7 @@ ENTRY_SCHEMAS: dict[str, Schema] = {
         **{"stage": str, "layer": natural, "run": natural, "start": natural},
         **{"size": within(1, 1 << 31), "stop?": natural},
     },
+    "promise": {"name": one_of("memory"), "host_bytes": natural, "device_bytes": natural},
     "statistics-root": {},
     "statistics": {"name": layer_digits, "digest": str, "weights": str, "cost?": COST},
     "hidden": _SNAPSHOT,

@@ -156,6 +156,17 @@ class RunDirectory:
         """The `stamps` and `embedding` recorded last."""
         return self.journal.find("source", "source")
 
+    def record_promise(self, host_bytes: int, device_bytes: int) -> None:
+        """Record the most memory that a job is predicted to take, unless that was recorded last."""
+        promised = {"host_bytes": host_bytes, "device_bytes": device_bytes}
+        if self.promise() != promised:
+            self.journal.append("promise", "memory", **promised)
+
+    def promise(self) -> dict[str, int] | None:
+        """The `host_bytes` and `device_bytes` promised last."""
+        entry = self.journal.find("promise", "memory")
+        return None if entry is None else {name: entry[name] for name in ("host_bytes", "device_bytes")}
+
     def batch_reductions(self, stage: str) -> BatchReductions:
         """Those of a stage."""
         return BatchReductions(self.journal, stage)
