@@ -1,12 +1,13 @@
-"""Progress on stderr: bars on a terminal, lines elsewhere; in a log, and as events in a file."""
+"""Progress on stderr: bars on a terminal, lines elsewhere; in a log, and as events for a file and other listeners."""
 
 import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ from flap_stream.errors import InvalidOption
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+Event = dict[str, Any]  # a layer or shard that is done; see `Progress`
+Listener = Callable[[Event], None]
 
 _LONGEST = 1000  # characters of a message
 _LABEL_WIDTH = 15
@@ -118,7 +122,7 @@ class Stage:
     """One stage under way, counted in layers (or shards).
 
     job: the one it is part of. line_every: units per line. device: the one it runs on, to report its peak memory.
-    events: where a line of JSON goes for every unit.
+    listeners: told of every unit.
     """
 
     name: str
@@ -129,7 +133,7 @@ class Stage:
     job: Job | None = None
     line_every: int = 1
     device: Any = None
-    events: Path | None = None
+    listeners: Sequence[Listener] = ()
     done: int = 0
     skipped: int = 0
     tokens: int = 0
@@ -142,8 +146,8 @@ class Stage:
         self.tokens += tokens
         self.bytes_moved += bytes_moved
         self._tell_job()
-        if self.events is not None:
-            self._tell_event(self.events, tokens, bytes_moved)
+        if self.listeners:
+            self._tell_listeners(tokens, bytes_moved)
         is_due = self.done % self.line_every == 0 or self.done == self.total
         if self.bar is not None:
             self.bar.set_postfix_str(self.rates())
@@ -153,9 +157,9 @@ class Stage:
             job = f"; {self.job.share:.0%} of the job" if self.job is not None else ""
             _say(f"{self.name}: {self.done}/{self.total}, {self.rates()}, {left:.0f} s left{job}", self.lines)
 
-    def _tell_event(self, events: Path, tokens: int, bytes_moved: int) -> None:
-        """Append a line of JSON: what is done, what this unit took, and the peaks of memory so far."""
-        event = {
+    def _tell_listeners(self, tokens: int, bytes_moved: int) -> None:
+        """Tell what is done, what this unit took, and the peaks of memory so far."""
+        event: Event = {
             "time": round(time.time(), 3),
             "stage": self.name,
             "unit": self.unit,
@@ -168,8 +172,8 @@ class Stage:
             "peak_device_bytes": peak_device_bytes(self.device),
             **({} if self.job is None else {"job": round(self.job.share, 4)}),
         }
-        with open(events, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        for tell in self.listeners:
+            tell(event)
 
     def skip(self, count: int, recorded: int | None = None) -> None:
         """Count layers that an earlier run did and that are not run again.
@@ -207,12 +211,14 @@ class Progress:
 
     events: a file to which a line of JSON is appended for every layer or shard: `time` (seconds since 1970), `stage`,
     `unit`, `done`, `total`, `seconds` of the stage, its `tokens` and `bytes`, `peak_host_bytes`, `peak_device_bytes`,
-    and the share of the `job`. Raises InvalidOption if it cannot be written.
+    and the share of the `job`. listeners: called with the same, as a dict.
+    Raises InvalidOption if the file cannot be written.
     """
 
-    def __init__(self, mode: str = "silent", events: Path | None = None) -> None:
-        self._mode, self._events = mode, events
+    def __init__(self, mode: str = "silent", events: Path | None = None, listeners: Sequence[Listener] = ()) -> None:
+        self._mode, self._listeners = mode, list(listeners)
         if events is not None:
+            self._listeners.append(partial(_append, events))
             try:
                 events.touch()
             except OSError as error:
@@ -260,7 +266,7 @@ class Progress:
         every = 1 if most_lines is None else max(1, total // most_lines)
         with self._bar(total, name, unit=unit, leave=self._job is None) as bar:
             lines = self._mode != "silent" and bar is None
-            yield (stage := Stage(name, total, unit, bar, lines, self._job, every, device, self._events))
+            yield (stage := Stage(name, total, unit, bar, lines, self._job, every, device, self._listeners))
         if self._job is not None:
             self._job.finished += self._job.share_of(name)
             self._job.reach(self._job.finished)
@@ -272,6 +278,11 @@ class Progress:
         if self._mode == "silent" or not _shows_bars():
             return nullcontext()
         return _bar_class()(total=total, desc=name, file=sys.stderr, dynamic_ncols=True, **how)
+
+
+def _append(path: Path, event: Event) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(event) + "\n")
 
 
 def _say(message: str, is_shown: bool = True) -> None:

@@ -1,14 +1,16 @@
-"""--log and --events: what a job did, for those who look later, and for programs."""
+"""--log, --events and --track: what a job did, for those who look later, and for programs."""
 
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import flap_stream
 from flap_stream.cli import main
+from flap_stream.integrations.tracking import TRACKERS
 from flap_stream.progress import Progress
 
 PRUNE = ["prune", "model", "out", "--calibration", "tokens.npy", "--ratio", "0.3"]
@@ -56,3 +58,24 @@ def test_a_log_that_cannot_be_written_is_refused(place: Path, capsys: pytest.Cap
     assert "cannot be written (No such file or directory); name another file" in capsys.readouterr().err
     assert main([*PRUNE, "--events", str(place / "none" / "events")]) == 2
     assert "none/events cannot be written (No such file or directory)" in capsys.readouterr().err
+
+
+def test_a_tracker_is_told_of_every_layer_and_shard(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert main([*PRUNE, "--track", "wandb", "--events", "events.jsonl", "--quiet"]) == 0
+    told = wandb.run.summary
+    for event in {event["stage"]: event for event in events(place / "events.jsonl")}.values():
+        assert told[f"{event['stage']}/done"] == event["total"] and told[f"{event['stage']}/seconds"] > 0
+    assert told["job"] == 1 and wandb.run.config["command"].startswith("flap-stream ")
+    wandb.finish()
+
+
+def test_a_tracker_that_is_not_there_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = next((name for name in TRACKERS if find_spec(name) is None), None)
+    if name is None:
+        pytest.skip("all trackers are installed")
+    assert main([*PRUNE, "--track", name]) == 2
+    assert (
+        f"{name} is not installed; run pip install {name}" in capsys.readouterr().err and not (place / "out").exists()
+    )

@@ -15,6 +15,7 @@ from flap_stream.commands import interruption
 from flap_stream.config.rules import REMOVED
 from flap_stream.config.values import dtype_name
 from flap_stream.errors import InvalidOption
+from flap_stream.integrations.tracking import TRACKERS, tracker
 from flap_stream.progress import Progress, format_bytes, printable
 
 
@@ -30,6 +31,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quiet", action="store_true", help="print no progress on stderr")
     group.add_argument("--log", metavar="FILE", help="append progress and messages to a file, with their times")
     group.add_argument("--events", metavar="FILE", help="append a line of JSON for every layer and shard to a file")
+    group.add_argument("--track", choices=TRACKERS, help="log every layer and shard in a tracker, if it is installed")
 
 
 def add_revision(group: argparse._ActionsContainer) -> None:
@@ -317,7 +319,8 @@ def progress_of(options: argparse.Namespace) -> Progress:
     """Progress on stderr, unless --quiet; with several ranks only on the first."""
     is_first = int(os.environ.get("RANK", 0)) == 0
     events = Path(options.events) if is_first and options.events is not None else None
-    return Progress("auto" if is_first and not options.quiet else "silent", events)
+    listeners = [tracker(options.track)] if is_first and options.track is not None else []
+    return Progress("auto" if is_first and not options.quiet else "silent", events, listeners)
 
 
 def show(line: str) -> None:

@@ -1,4 +1,4 @@
-"""Entry points for other programs: lm-evaluation-harness and vLLM.
+"""Entry points for other programs, lm-evaluation-harness and vLLM, and out to trackers of experiments.
 
 Imports `stages` and below.
 """
