@@ -238,8 +238,10 @@ def _summed_squares(inputs: torch.Tensor, gradient: torch.Tensor, mean: torch.Te
     rows = max(1, _SUMMED_ELEMENTS[inputs.device.type] // inputs.shape[1])
     total = torch.zeros(units, dtype=torch.float64, device=inputs.device)
     for x, g in zip(inputs.split(rows), gradient.split(rows), strict=True):
-        changes = ((x.float() - mean) * g.float()).unflatten(-1, (units, -1)).sum(dim=-1, dtype=torch.float64)
-        total += changes.square().sum(dim=0)
+        changes = (x.float() - mean).mul_(g)
+        is_own = changes.shape[1] == units  # one channel a unit, which need not be summed
+        of_units = changes.double() if is_own else changes.unflatten(-1, (units, -1)).sum(dim=-1, dtype=torch.float64)
+        total += of_units.square_().sum(dim=0)
     return total
 
 
