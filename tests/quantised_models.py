@@ -21,6 +21,14 @@ COMPRESSED: dict[str, tuple[str, dict[str, Any]]] = {
     "FP8 by row": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
     "INT8 by row": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}),
     "INT4": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}),
+    "INT4 with offsets": (
+        "pack-quantized",
+        {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False},
+    ),
+    "INT8 by row with offsets": (
+        "int-quantized",
+        {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": False},
+    ),
     "INT8 packed": ("pack-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}),
     "MXFP4": ("mxfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}),
     "NVFP4": ("nvfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}),
@@ -118,10 +126,11 @@ def _scales(weight: torch.Tensor, arguments: QuantizationArgs) -> Tensors:
     found = Tensors()
     if arguments.strategy == "tensor_group":
         found["weight_global_scale"] = generate_gparam(weight.float().min(), weight.float().max()).reshape(1)
-    scale, _ = calculate_qparams(
+    scale, zero_point = calculate_qparams(
         groups.amin(-1), groups.amax(-1), arguments, global_scale=found.get("weight_global_scale")
     )
     return {
         "weight_scale": scale if arguments.num_bits == 4 and arguments.type == "float" else scale.to(weight.dtype),
+        **({} if arguments.symmetric else {"weight_zero_point": zero_point.to(torch.int8)}),
         **found,
     }

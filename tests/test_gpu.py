@@ -64,7 +64,7 @@ def test_every_family_is_decided_on_cuda_as_on_the_cpu(family: str, metric: str,
         assert records[0]["layers"] == records[1]["layers"]
 
 
-@pytest.mark.parametrize("kind", ["FP8 by block", "INT4", "MXFP4", "NVFP4"])
+@pytest.mark.parametrize("kind", ["FP8 by block", "INT4 with offsets", "MXFP4", "NVFP4"])
 def test_on_cuda_codes_are_decoded_as_their_library_decodes_them(kind: str, tmp_path: Path) -> None:
     from quantised_models import write_quantised
 

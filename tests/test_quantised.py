@@ -61,7 +61,9 @@ def test_a_refit_is_that_of_the_decoded_model(restore: str, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "policy"), [("FP8 by block", "lazy"), ("NVFP4", "random"), ("INT4", "random")])
+@pytest.mark.parametrize(
+    ("kind", "policy"), [("FP8 by block", "lazy"), ("NVFP4", "random"), ("INT4 with offsets", "random")]
+)
 def test_a_device_decodes_whatever_runs_when(
     kind: str, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +150,6 @@ def test_what_cannot_be_decoded_is_refused(tmp_path: Path) -> None:
     refused({"quant_method": "gptq"}, r"quantised \(gptq\).* base_model")
     refused({"sparsity_config": {"format": "sparse-24-bitmask"}}, "compressed-tensors, sparse")
     refused({}, "weights of 3 bits", num_bits=3)
-    refused({}, "symmetric ones", symmetric=False)
 
 
 def test_scales_that_are_missing_or_of_another_matrix_are_refused(tmp_path: Path) -> None:
@@ -161,4 +162,18 @@ def test_scales_that_are_missing_or_of_another_matrix_are_refused(tmp_path: Path
         open_checkpoint(tmp_path / "model")
     save_file({**stored, name: scales[:, :1].repeat(1, 7).contiguous()}, file)
     with pytest.raises(CorruptCheckpoint, match=r"up_proj.weight_packed .* scales of shape \[96, 7\]"):
+        open_checkpoint(tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["INT4 with offsets", "INT8 by row with offsets"])
+def test_offsets_that_are_missing_or_of_another_matrix_are_refused(kind: str, tmp_path: Path) -> None:
+    write_quantised(kind, dense_model(tmp_path / "dense"), tmp_path / "model", tmp_path / "decoded")
+    file, name = tmp_path / "model" / "model.safetensors", "model.layers.0.mlp.up_proj.weight_zero_point"
+    stored = load_file(file)
+    offsets = stored.pop(name)
+    save_file(stored, file)
+    with pytest.raises(CorruptCheckpoint, match=f"{name} is missing"):
+        open_checkpoint(tmp_path / "model")
+    save_file({**stored, name: offsets[:-1].contiguous()}, file)
+    with pytest.raises(CorruptCheckpoint, match=rf"{name} has \[{len(offsets) - 1}, "):
         open_checkpoint(tmp_path / "model")

@@ -52,12 +52,15 @@ def decode(encoding: Encoding, stored: Sequence[torch.Tensor], out: torch.Tensor
     if encoding.is_transposed:
         out.copy_(codes[:, first : first + len(out)].T)
         return
+    offsets = _offsets(encoding, scales.pop()) if encoding.has_offsets else None
     factors, (block_rows, block_columns) = _factors(scales), encoding.block
     rows = max(1, _BLOCK_VALUES // out.shape[1])
     for start in range(0, len(out), rows):
         stop = min(start + rows, len(out))
         values = KINDS[encoding.codes](codes[start:stop])
         of_row = torch.arange(first + start, first + stop, device=out.device) // block_rows
+        if offsets is not None:
+            values.sub_(offsets[of_row].repeat_interleave(block_columns, dim=1)[:, : out.shape[1]])
         each = factors[of_row].repeat_interleave(block_columns, dim=1)
         out[start:stop] = values.mul_(each[:, : out.shape[1]])
 
@@ -84,6 +87,13 @@ def read_decoded(files: ShardFiles, entry: TensorEntry, ranges: Sequence[tuple[i
     for start, stop in ranges:
         buffer[at : at + stop - start] = made[start - first * row_bytes : stop - first * row_bytes]
         at += stop - start
+
+
+def _offsets(encoding: Encoding, stored: torch.Tensor) -> torch.Tensor:
+    """Offsets, float32 `[block of rows, block of columns]`, with rows more if words were not full."""
+    if stored.dtype == torch.int32:
+        return KINDS[encoding.codes](stored.T).T
+    return stored.float().reshape(-1, stored.shape[-1] if stored.ndim > 1 else 1)
 
 
 def _factors(scales: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """Quantised checkpoints, seen as if every matrix had its values: they are decoded where they are read.
 
 The formats are those of transformers' `fp8` and `mxfp4` and of compressed-tensors: FP8 and INT8 with a scale for each
-tensor, row or block; MXFP4 and NVFP4; integers packed into words. Which one it is, a tensor's companions tell.
+tensor, row or block; MXFP4 and NVFP4; integers packed into words. Integers may have offsets. Which one it is, a
+tensor's companions tell.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -19,8 +20,8 @@ _BYTES = ("F8_E4M3", "F8_E5M2", "I8")
 _SCALES = ("_scale_inv", "_scale")  # after a matrix's name
 # How names end of what belongs to matrices in these formats, and is not needed where matrices have values.
 _COMPANIONS = (
-    "_scale_inv", "_proj_scales", ".weight_scale", ".weight_global_scale", ".weight_shape", "activation_scale",
-    ".input_scale", ".input_global_scale", ".input_zero_point", ".k_scale", ".q_scale", ".v_scale",
+    "_scale_inv", "_proj_scales", ".weight_scale", ".weight_global_scale", ".weight_shape", ".weight_zero_point",
+    "activation_scale", ".input_scale", ".input_global_scale", ".input_zero_point", ".k_scale", ".q_scale", ".v_scale",
 )  # fmt: skip
 _BY_TRANSFORMERS = "load it with transformers, call its dequantize() and save_pretrained(), and prune what that writes"
 _CONVERT = dict.fromkeys(("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"), _BY_TRANSFORMERS)
@@ -79,23 +80,26 @@ class _Formats:
         quantization = quantization_of(config)
         groups = (quantization.get("config_groups") or {}).values() if isinstance(quantization, Mapping) else ()
         self._weights = [group.get("weights") or {} for group in groups]
-        self._are_symmetric = all(weights.get("symmetric", True) for weights in self._weights)
+        self._have_offsets = {not weights.get("symmetric", True) for weights in self._weights}
         self._block = quantization.get("weight_block_size") if isinstance(quantization, Mapping) else None
 
     def of(self, entry: TensorEntry) -> TensorEntry | None:
         """A tensor as it is without quantisation; None for what only belongs to another."""
         stem, _, last = entry.name.rpartition(".")
-        if entry.name.endswith(_COMPANIONS) or (last == "weight_zero_point" and self._are_symmetric):
+        if entry.name.endswith(_COMPANIONS):
             return None
         if entry.name.endswith("_blocks") and entry.dtype == "U8":
             return self._microscaled(entry)
         if last == "weight_packed":
             return self._packed(entry, stem)
-        if last in ("weight_zero_point", "weight_g_idx"):
-            raise UnsupportedModel(f"{self._where} has {entry.name}; scales with offsets or an order are not readable")
+        if last == "weight_g_idx":
+            raise UnsupportedModel(f"{self._where} has {entry.name}; scales with an order are not readable")
         scales = [self._tensors[name] for each in _SCALES if (name := entry.name + each) in self._tensors]
         if entry.dtype in _BYTES and len(entry.shape) >= 2 and scales:
-            return self._made(entry, entry.name, entry.shape, "values", scales[:1])
+            offsets = self._offsets(entry, f"{entry.name}_zero_point") if entry.dtype == "I8" else []
+            if offsets and offsets[0].shape != scales[0].shape:
+                raise self._of_another(entry, offsets[0])
+            return self._made(entry, entry.name, entry.shape, "values", scales[:1], offsets)
         return entry
 
     def _microscaled(self, entry: TensorEntry) -> TensorEntry:
@@ -114,13 +118,28 @@ class _Formats:
                 scales.append(self._tensors[f"{stem}.weight_global_scale"])
             return self._made(entry, name, (*entry.shape[:-1], 2 * entry.shape[-1]), "nibbles", scales)
         bits = sorted({weights.get("num_bits", 0) for weights in self._weights})
-        if len(bits) != 1 or bits[0] not in WORD_BITS or not self._are_symmetric:
+        if len(bits) != 1 or bits[0] not in WORD_BITS:
             raise UnsupportedModel(
-                f"{self._where} packs weights of {', '.join(map(str, bits))} bits; readable are symmetric ones of 2, 4 "
-                f"or 8 bits, the same for all, so {_ORIGINAL}"
+                f"{self._where} packs weights of {', '.join(map(str, bits))} bits; readable are those of 2, 4 or 8 "
+                f"bits, the same for all, so {_ORIGINAL}"
             )
         shape = (*entry.shape[:-1], entry.shape[-1] * 32 // bits[0])
-        return self._made(entry, name, shape, f"words of {bits[0]} bits", scales)
+        offsets = self._offsets(entry, f"{stem}.weight_zero_point")
+        if offsets and offsets[0].shape != (-(-shape[0] * bits[0] // 32), scales[0].shape[-1]):
+            raise self._of_another(entry, offsets[0])
+        return self._made(entry, name, shape, f"words of {bits[0]} bits", scales, offsets)
+
+    def _offsets(self, entry: TensorEntry, name: str) -> list[TensorEntry]:
+        """What is subtracted from integers before they are scaled, if config.json says that there is any."""
+        if True not in self._have_offsets or (False in self._have_offsets and name not in self._tensors):
+            return []
+        return [self._companion(name, entry)]
+
+    def _of_another(self, codes: TensorEntry, companion: TensorEntry) -> CorruptCheckpoint:
+        return CorruptCheckpoint(
+            f"tensor {codes.name} of {self._where} has shape {list(codes.shape)}, but {companion.name} has "
+            f"{list(companion.shape)}; download it again"
+        )
 
     def _companion(self, name: str, entry: TensorEntry) -> TensorEntry:
         if name not in self._tensors:
@@ -130,9 +149,15 @@ class _Formats:
         return self._tensors[name]
 
     def _made(
-        self, codes: TensorEntry, name: str, shape: tuple[int, ...], kind: str, scales: list[TensorEntry]
+        self,
+        codes: TensorEntry,
+        name: str,
+        shape: tuple[int, ...],
+        kind: str,
+        scales: list[TensorEntry],
+        offsets: Sequence[TensorEntry] = (),
     ) -> TensorEntry:
-        """The matrix, or several of them, of these codes and scales."""
+        """The matrix, or several of them, of these codes, scales and offsets."""
         whole = scales[0].shape
         grid = (1, 1) if prod(whole) == 1 else whole[-2:] if len(whole) >= 2 else (*whole, 1)
         block = shape[-2] // max(grid[0], 1), shape[-1] // max(grid[1], 1)
@@ -149,5 +174,5 @@ class _Formats:
             dtype=self._dtype,
             shape=shape,
             nbytes=prod(shape) * DTYPE_BYTES[self._dtype],
-            encoding=Encoding(kind, (codes, *scales), block),
+            encoding=Encoding(kind, (codes, *scales, *offsets), block, has_offsets=bool(offsets)),
         )

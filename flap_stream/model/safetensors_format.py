@@ -61,7 +61,8 @@ class Encoding:
     """How a matrix is made of stored tensors; `decoding.py` makes it.
 
     codes: the kind of the first of them, one of `decoding.KINDS`.
-    parts: the codes; if they are scaled, the scales; of NVFP4 also the divisor of all scales.
+    parts: the codes; if they are scaled, the scales; of NVFP4 also the divisor of all scales; if `has_offsets`, what
+    is subtracted before, for each scale: bytes, or packed as the codes are but by columns.
     block: rows and columns of the matrix that share a scale.
     is_transposed: whether the codes are those of the transposed matrix.
     """
@@ -70,6 +71,7 @@ class Encoding:
     parts: tuple[TensorEntry, ...]
     block: tuple[int, int] = (1, 1)
     is_transposed: bool = False
+    has_offsets: bool = False
 
 
 class TensorLayout(Protocol):
