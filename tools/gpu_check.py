@@ -161,17 +161,8 @@ class Check:
 
 def gpu_tests() -> dict[str, Any]:
     """The tests that need a CUDA device."""
-    words = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        str(ROOT / "tests" / "test_gpu.py"),
-    ]
+    file, workers = ROOT / "tests" / "test_gpu.py", min(8, os.cpu_count() or 1)
+    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-n", str(workers), str(file)]
     ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240)
     return {"code": ended.returncode, "end": ended.stdout[-8000:] if ended.returncode else ended.stdout[-300:]}
 
