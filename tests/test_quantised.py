@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,28 +153,38 @@ def test_what_cannot_be_decoded_is_refused(tmp_path: Path) -> None:
     refused({}, "weights of 3 bits", num_bits=3)
 
 
-def test_scales_that_are_missing_or_of_another_matrix_are_refused(tmp_path: Path) -> None:
-    write_quantised("INT4", dense_model(tmp_path / "dense"), tmp_path / "model", tmp_path / "decoded")
-    file, name = tmp_path / "model" / "model.safetensors", "model.layers.0.mlp.up_proj.weight_scale"
+@pytest.mark.parametrize(
+    ("kind", "companion", "altered", "words"),
+    [
+        ("INT4", "scale", lambda scales: scales[:, :1].repeat(1, 7), r"weight_packed .* scales of shape \[96, 7\]"),
+        ("INT4 with offsets", "zero_point", lambda offsets: offsets[:-1], r"weight_packed .*zero_point has \[11, "),
+        ("INT8 by row with offsets", "zero_point", lambda offsets: offsets[:-1], r"weight .*zero_point has \[95, "),
+    ],
+)
+def test_companions_that_are_missing_or_of_another_matrix_are_refused(
+    kind: str, companion: str, altered: Callable[[torch.Tensor], torch.Tensor], words: str, tmp_path: Path
+) -> None:
+    write_quantised(kind, dense_model(tmp_path / "dense"), tmp_path / "model", tmp_path / "decoded")
+    file, name = tmp_path / "model" / "model.safetensors", f"model.layers.0.mlp.up_proj.weight_{companion}"
     stored = load_file(file)
-    scales = stored.pop(name)
+    found = stored.pop(name)
     save_file(stored, file)
     with pytest.raises(CorruptCheckpoint, match=f"{name} is missing"):
         open_checkpoint(tmp_path / "model")
-    save_file({**stored, name: scales[:, :1].repeat(1, 7).contiguous()}, file)
-    with pytest.raises(CorruptCheckpoint, match=r"up_proj.weight_packed .* scales of shape \[96, 7\]"):
+    save_file({**stored, name: altered(found).contiguous()}, file)
+    with pytest.raises(CorruptCheckpoint, match=rf"up_proj\.{words}"):
         open_checkpoint(tmp_path / "model")
 
 
-@pytest.mark.parametrize("kind", ["INT4 with offsets", "INT8 by row with offsets"])
-def test_offsets_that_are_missing_or_of_another_matrix_are_refused(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["FP8 by row", "MXFP4"])
+def test_offsets_of_others_than_integers_are_refused(kind: str, tmp_path: Path) -> None:
     write_quantised(kind, dense_model(tmp_path / "dense"), tmp_path / "model", tmp_path / "decoded")
     file, name = tmp_path / "model" / "model.safetensors", "model.layers.0.mlp.up_proj.weight_zero_point"
-    stored = load_file(file)
-    offsets = stored.pop(name)
-    save_file(stored, file)
-    with pytest.raises(CorruptCheckpoint, match=f"{name} is missing"):
-        open_checkpoint(tmp_path / "model")
-    save_file({**stored, name: offsets[:-1].contiguous()}, file)
-    with pytest.raises(CorruptCheckpoint, match=rf"{name} has \[{len(offsets) - 1}, "):
+    save_file({**load_file(file), name: torch.zeros(96, 1, dtype=torch.int8)}, file)
+    with open_checkpoint(tmp_path / "model"):  # whose config.json says that there are none: they are not used
+        pass
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = False
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match=f"{name}; offsets are readable of integers only"):
         open_checkpoint(tmp_path / "model")

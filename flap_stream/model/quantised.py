@@ -86,6 +86,8 @@ class _Formats:
     def of(self, entry: TensorEntry) -> TensorEntry | None:
         """A tensor as it is without quantisation; None for what only belongs to another."""
         stem, _, last = entry.name.rpartition(".")
+        if last == "weight_zero_point" and True in self._have_offsets and not self._has_integers(stem):
+            raise UnsupportedModel(f"{self._where} has {entry.name}; offsets are readable of integers only")
         if entry.name.endswith(_COMPANIONS):
             return None
         if entry.name.endswith("_blocks") and entry.dtype == "U8":
@@ -134,6 +136,11 @@ class _Formats:
         if True not in self._have_offsets or (False in self._have_offsets and name not in self._tensors):
             return []
         return [self._companion(name, entry)]
+
+    def _has_integers(self, stem: str) -> bool:
+        """Whether a module's codes are integers, packed or not."""
+        codes = (self._tensors.get(f"{stem}.{last}") for last in ("weight_packed", "weight"))
+        return any(entry is not None and entry.dtype in ("I8", "I32") for entry in codes)
 
     def _of_another(self, codes: TensorEntry, companion: TensorEntry) -> CorruptCheckpoint:
         return CorruptCheckpoint(
