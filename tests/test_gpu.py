@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,20 +32,26 @@ from flap_stream.model.opening import open_checkpoint
 pytestmark = pytest.mark.gpu
 
 
+def on_both(path: Path, text: str, place: Path, **options: Any) -> tuple[list[Any], list[float]]:
+    """What each layer keeps and the perplexity, of the model as pruned on the CPU and on the GPU."""
+    layers, perplexities = [], []
+    for device in ("cpu", "cuda"):
+        wanted = PruneConfig(ratio=0.3, calibration=(text,), device=device, batch_size=4, **options)
+        layers.append(flap_stream.prune(path, place / device, wanted).record["layers"])
+        evaluation = flap_stream.evaluate(place / device, EvaluateConfig(text=(text,), device=device))
+        perplexities.append(evaluation.perplexity)
+    assert evaluation.peak_device_bytes > 0
+    return layers, perplexities
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_pruning_on_cuda_gives_a_checkpoint_like_the_cpus(dtype: str, tmp_path: Path) -> None:
     path = save(tiny_model(tiny_config()), tmp_path / "model", dtype=getattr(torch, dtype))
     text = save_tokens(tmp_path / "tokens.npy", random_tokens(9, 24))
-    records, perplexities = [], []
-    for device in ("cpu", "cuda"):
-        options = PruneConfig(ratio=0.3, calibration=(text,), device=device, batch_size=4)
-        records.append(flap_stream.prune(path, tmp_path / device, options).record)
-        evaluation = flap_stream.evaluate(tmp_path / device, EvaluateConfig(text=(text,), device=device))
-        perplexities.append(evaluation.perplexity)
-    assert evaluation.peak_device_bytes > 0
+    layers, perplexities = on_both(path, text, tmp_path)
     assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-4 if dtype == "float32" else 0.05)
     if dtype == "float32":
-        assert records[0]["layers"] == records[1]["layers"]
+        assert layers[0] == layers[1]
 
 
 @pytest.mark.parametrize("metric", ["wifv", "fisher"])
@@ -52,16 +59,11 @@ def test_pruning_on_cuda_gives_a_checkpoint_like_the_cpus(dtype: str, tmp_path: 
 def test_every_family_is_decided_on_cuda_as_on_the_cpu(family: str, metric: str, tmp_path: Path) -> None:
     path = save(tiny_model(tiny_config(family)), tmp_path / "model")
     text = save_tokens(tmp_path / "tokens.npy", random_tokens(9, 24))
-    records, perplexities = [], []
-    for device in ("cpu", "cuda"):
-        options = PruneConfig(ratio=0.3, calibration=(text,), device=device, batch_size=4, metric=metric)
-        records.append(flap_stream.prune(path, tmp_path / device, options).record)
-        evaluation = flap_stream.evaluate(tmp_path / device, EvaluateConfig(text=(text,), device=device))
-        perplexities.append(evaluation.perplexity)
+    layers, perplexities = on_both(path, text, tmp_path, metric=metric)
     attends_to_chosen_tokens = family == "deepseek_v32"  # whose scores tie at zero; devices choose others of a tie
     assert perplexities[1] == pytest.approx(perplexities[0], rel=0.05 if attends_to_chosen_tokens else 1e-3)
     if not attends_to_chosen_tokens:
-        assert records[0]["layers"] == records[1]["layers"]
+        assert layers[0] == layers[1]
 
 
 @pytest.mark.parametrize("kind", ["FP8 by block", "INT4 with offsets", "MXFP4", "NVFP4"])

@@ -17,7 +17,7 @@ from flap_stream.engine.device import free_cached, is_out_of_memory
 from flap_stream.engine.hidden_states import HiddenStates
 from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.snapshots import Snapshots, resume
-from flap_stream.engine.streamed_model import StreamedModel
+from flap_stream.engine.streamed_model import Layer, StreamedModel
 from flap_stream.errors import InsufficientMemory
 from flap_stream.progress import Stage
 from flap_stream.storage.batch_reductions import BatchReductions
@@ -58,9 +58,7 @@ class LayerPass:
         known = self.reductions.read() if self.reductions is not None else ()
         self.sizes = BatchSizes(self.placement.batch_size, known, self.windows)
 
-    def layers(
-        self, stage: Stage, stored: int | None = None, interval: int | None = None
-    ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    def layers(self, stage: Stage, stored: int | None = None, interval: int | None = None) -> Iterator[Layer]:
         """Yield layers in the order of the pass, each with its weights, from the newest usable snapshot on.
 
         stored: number of layers whose results are stored, beyond which no snapshot is used; None if layers have none.

@@ -3,7 +3,6 @@
 import atexit
 import shlex
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 
 from flap_stream.errors import InvalidOption
@@ -14,17 +13,16 @@ PROJECT = "flap-stream"
 _METRICS = ("done", "seconds", "tokens", "bytes", "peak_host_bytes", "peak_device_bytes")
 
 
-def tracker(name: str, arguments: Sequence[str] | None = None) -> Listener:
+def tracker(name: str) -> Listener:
     """Begin a run of one of `TRACKERS`; returns what takes `Progress`'s events to it. The run ends with the process.
 
-    arguments: of the command, which the run records; None takes the process's own.
     Raises InvalidOption if it is not installed or cannot begin.
     """
     try:
         service = import_module(name)
     except ImportError as error:
         raise InvalidOption(f"--track {name}: {name} is not installed; run pip install {name}") from error
-    command = shlex.join(["flap-stream", *(sys.argv[1:] if arguments is None else arguments)])
+    command = shlex.join(["flap-stream", *sys.argv[1:]])
     try:
         service.init(project=PROJECT, config={"command": command})
     except Exception as error:  # each has its own: no login, no network, no such place

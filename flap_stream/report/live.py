@@ -55,13 +55,12 @@ def read_status(run: RunDirectory) -> Status:
         stages.append(("shards written", len(shards), None))
     costs = [cost for cost in run.statistics.costs() if cost is not None][-_LATEST:]
     seconds = mean(cost.seconds for cost in costs) if costs else None
-    promise = run.promise()
     return Status(
         stages,
         None if seconds is None else seconds * (layers - done),
         None if not seconds else mean(cost.tokens for cost in costs) / seconds,
         _process(run.path / LOCK_NAME),
-        None if promise is None else (promise["host_bytes"], promise["device_bytes"]),
+        run.promise(),
         max((cost.peak_device_bytes for cost in costs), default=0),
     )
 

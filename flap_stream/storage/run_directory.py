@@ -158,14 +158,13 @@ class RunDirectory:
 
     def record_promise(self, host_bytes: int, device_bytes: int) -> None:
         """Record the most memory that a job is predicted to take, unless that was recorded last."""
-        promised = {"host_bytes": host_bytes, "device_bytes": device_bytes}
-        if self.promise() != promised:
-            self.journal.append("promise", "memory", **promised)
+        if self.promise() != (host_bytes, device_bytes):
+            self.journal.append("promise", "memory", host_bytes=host_bytes, device_bytes=device_bytes)
 
-    def promise(self) -> dict[str, int] | None:
-        """The `host_bytes` and `device_bytes` promised last."""
+    def promise(self) -> tuple[int, int] | None:
+        """The bytes of the host and of the device promised last."""
         entry = self.journal.find("promise", "memory")
-        return None if entry is None else {name: entry[name] for name in ("host_bytes", "device_bytes")}
+        return None if entry is None else (entry["host_bytes"], entry["device_bytes"])
 
     def batch_reductions(self, stage: str) -> BatchReductions:
         """Those of a stage."""
