@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import zarr
 from fork_server import KILLED, forked
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 from power_cuts import PowerCuts
@@ -183,7 +182,6 @@ def _child(
         threading.Timer(seconds, kill, [""]).start()
     gc.freeze()  # what the server imported need not be looked through again
     torch.set_num_threads(1)
-    zarr.config.set({"threading.max_workers": 1})  # the same steps in the same order every time
     power = cuts(out.parent) if cuts is not None else None
     steps, layers = Steps(out.parent, fault, power.sync if power is not None else None), _record_layers()
     with redirect_stderr(io.StringIO()) as said:

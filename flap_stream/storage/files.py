@@ -18,7 +18,7 @@ import shutil
 import stat
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -265,10 +265,45 @@ def file_digest(path: Path) -> str:
 
 def tree_digest(path: Path) -> str:
     """Sha256 of the relative names and contents of all files in a directory, sorted by name."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{file_digest(file)}\n".encode())
-    return digest.hexdigest()
+    return _named_digest({name: file_digest(file) for name, file in _files_below(path).items()})
+
+
+def contents_digest(contents: Mapping[str, bytes | memoryview]) -> str:
+    """The `tree_digest` of a directory with these files."""
+    return _named_digest({name: hashlib.sha256(data).hexdigest() for name, data in contents.items()})
+
+
+def _named_digest(digests: Mapping[str, str]) -> str:
+    lines = [f"{name}\0{digests[name]}\n" for name in sorted(digests, key=lambda name: name.split("/"))]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def tree_contents(path: Path, max_bytes: int) -> dict[str, bytes]:
+    """All files below a directory, by their names relative to it.
+
+    Raises NotPlain unless they are plain files of at most `max_bytes` together.
+    """
+    contents, left = {}, max_bytes
+    for name, file in _files_below(path).items():
+        contents[name] = read_plain(file, left)
+        left -= len(contents[name])
+    return contents
+
+
+def _files_below(path: Path) -> dict[str, Path]:
+    """All files at any depth, by their names relative to a directory."""
+    return {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+
+
+def write_tree(path: Path, contents: Mapping[str, bytes | memoryview]) -> None:
+    """Write the files of a new directory durably. contents: by their names relative to it."""
+    with failures_of(path):
+        path.mkdir()  # does not follow a link
+        for name, data in contents.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            with open_new(path / name) as file:
+                write_all(file.fileno(), data)
+    sync_tree(path)
 
 
 def free_bytes(path: Path) -> int:

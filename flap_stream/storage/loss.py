@@ -115,8 +115,7 @@ class LossStore:
         """Store a layer's scores, all or nothing."""
         name = _path(layer)
         files.make_directory((self.run.path / name).parent)
-        self.run.files.commit_group(name, {kind: getattr(scores, kind) for kind in KINDS}, {})
-        digest = files.tree_digest(self.run.path / name)
+        digest = self.run.files.commit_group(name, {kind: getattr(scores, kind) for kind in KINDS}, {})
         self.run.journal.append(_SCORES, layer_name(layer), job=self.job, digest=digest)
 
     def read(self, layer: int) -> LossScores:
@@ -126,8 +125,7 @@ class LossStore:
         if entry is None:
             raise self.run.files.incomplete(name)
         specs = _array_specs(self.run.layer_shapes[layer])
-        self.run.files.require_intact(Committed(name, entry["digest"], arrays.max_bytes(specs)))
-        found, _ = arrays.read_group(self.run.path / name, specs)
+        found, _ = self.run.files.read_group(Committed(name, entry["digest"], arrays.max_bytes(specs)), specs)
         return LossScores(*found)
 
 

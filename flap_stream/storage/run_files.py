@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from flap_stream.arithmetic.layer_shape import Sublayer
-from flap_stream.errors import CorruptRun
+from flap_stream.errors import CorruptRun, NotPlain
 from flap_stream.storage import arrays, files
 from flap_stream.storage.journal import Journal
+from flap_stream.storage.schema import Schema
 
 KINDS = tuple(Sublayer)
+_REMEDY = "delete the run directory and collect again"
 
 
 def layer_name(layer: int) -> str:
@@ -42,16 +44,31 @@ class RunFiles:
 
     def commit_group(
         self, name: str, values: Mapping[str, np.ndarray], attributes: Mapping[str, Any], groups: tuple[str, ...] = ()
-    ) -> None:
-        """Write a zarr group under a temporary name, make it durable, then rename it to `name`."""
-        target = self.path / name
+    ) -> str:
+        """Write a zarr group under a temporary name, make it durable, then rename it to `name`; returns its digest."""
+        target, contents = self.path / name, arrays.group_files(values, attributes, groups)
         temporary = files.partial_path(target)
         files.remove(temporary)
-        with files.failures_of(temporary):
-            arrays.write_group(temporary, values, attributes, groups)
-        files.sync_tree(temporary)
+        files.write_tree(temporary, contents)
         files.remove(target)  # not in the journal, so left over from a killed run
         files.commit_rename(temporary, target)
+        return files.contents_digest(contents)
+
+    def read_group(
+        self, item: Committed, specs: Mapping[str, arrays.ArraySpec], attributes: Schema = None
+    ) -> tuple[list[np.ndarray], Any]:
+        """The arrays of a committed group, in the order of `specs`, and its attributes, of this schema.
+
+        Raises CorruptRun unless it is what was committed.
+        """
+        path = self.path / item.name
+        try:
+            contents = files.tree_contents(path, item.max_bytes)
+        except NotPlain as error:
+            raise self._damaged(item, "altered") from error
+        if files.contents_digest(contents) != item.digest:
+            raise self._damaged(item, "altered" if path.exists() else "missing")
+        return arrays.read_group(path, contents, specs, attributes)
 
     def damage_of(self, item: Committed) -> str | None:
         """`missing` or `altered`; None if the file or directory is what was committed."""
@@ -63,11 +80,14 @@ class RunFiles:
         found = files.tree_digest(path) if path.is_dir() else files.file_digest(path)
         return None if item.digest == found else "altered"
 
-    def require_intact(self, item: Committed, remedy: str = "delete the run directory and collect again") -> None:
+    def require_intact(self, item: Committed, remedy: str = _REMEDY) -> None:
         """Raise CorruptRun, ending in the remedy, unless the file or directory is what was committed."""
         damage = self.damage_of(item)
         if damage is not None:
-            raise CorruptRun(f"{self.path / item.name} is {damage} since it was written; {remedy}")
+            raise self._damaged(item, damage, remedy)
+
+    def _damaged(self, item: Committed, damage: str, remedy: str = _REMEDY) -> CorruptRun:
+        return CorruptRun(f"{self.path / item.name} is {damage} since it was written; {remedy}")
 
     def incomplete(self, name: str) -> CorruptRun:
         """The error for something that the collection has not committed."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.scoring import ChannelStatistics, LayerStatistics
-from flap_stream.storage import arrays, files
+from flap_stream.storage import arrays
 from flap_stream.storage.journal import COST
 from flap_stream.storage.run_files import KINDS, Committed, RunFiles, layer_name
 from flap_stream.storage.schema import natural
@@ -64,8 +64,7 @@ class StatisticsStore:
             self.run_files.commit_group(_ROOT, {}, {}, groups=("layers",))
             journal.append("statistics-root", "layers")
         name = _path(layer)
-        self.run_files.commit_group(name, values, attributes)
-        digest = files.tree_digest(self.run_files.path / name)
+        digest = self.run_files.commit_group(name, values, attributes)
         optional = {} if cost is None else {"cost": asdict(cost)}
         journal.append("statistics", layer_name(layer), digest=digest, weights=weights, **optional)
 
@@ -74,8 +73,8 @@ class StatisticsStore:
         entry = self.run_files.journal.find("statistics", layer_name(layer))
         if entry is None:
             raise self.run_files.incomplete(_path(layer))
-        self.run_files.require_intact(self._committed(layer, entry))
-        found, attributes = arrays.read_group(self.run_files.path / _path(layer), self._array_specs(layer), _ATTRIBUTES)
+        committed, specs = self._committed(layer, entry), self._array_specs(layer)
+        found, attributes = self.run_files.read_group(committed, specs, _ATTRIBUTES)
         parts = {}
         for i, kind in enumerate(KINDS):
             values: dict[str, Any] = dict(zip(ARRAYS, found[i * len(ARRAYS) :], strict=False))

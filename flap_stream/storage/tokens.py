@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flap_stream.errors import CorruptRun
-from flap_stream.storage import arrays, files
+from flap_stream.storage import arrays
 from flap_stream.storage.run_files import Committed, RunFiles
 from flap_stream.storage.run_manifest import Manifest, tokens_digest
 
@@ -21,8 +21,8 @@ class TokenStore:
 
     def write(self, tokens: np.ndarray) -> None:
         """Store the windows, int64 `[sample, token]`."""
-        self.run_files.commit_group(_NAME, {"tokens": tokens}, {})
-        self.run_files.journal.append("tokens", "tokens", digest=files.tree_digest(self.run_files.path / _NAME))
+        digest = self.run_files.commit_group(_NAME, {"tokens": tokens}, {})
+        self.run_files.journal.append("tokens", "tokens", digest=digest)
 
     def exists(self) -> bool:
         """Whether the windows are stored."""
@@ -36,8 +36,7 @@ class TokenStore:
         found = self.committed()
         if not found:
             raise self.run_files.incomplete(_NAME)
-        self.run_files.require_intact(found[0])
-        (tokens,), _ = arrays.read_group(self.run_files.path / _NAME, self._array_specs())
+        (tokens,), _ = self.run_files.read_group(found[0], self._array_specs())
         in_vocabulary = not tokens.size or 0 <= tokens.min() <= tokens.max() < self.manifest["sizes"]["vocabulary"]
         if not in_vocabulary or tokens_digest(tokens) != self.manifest["tokens"]["sha256"]:
             raise CorruptRun(
