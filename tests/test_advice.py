@@ -31,12 +31,6 @@ SIZES = ((64, 96, 2), (256, 1024, 3), (512, 4096, 2))
 
 
 @lru_cache
-def workspaces(sizes: tuple[int, int, int], tokens: int) -> dict[tuple[int, bool], tuple[int, int]]:
-    """What a batch needs depends on neither the device nor the target: found once for all jobs of these sizes."""
-    return {}
-
-
-@lru_cache
 def jobs(sizes: tuple[int, int, int], tokens: int, target: str | None, device: str, tmp: str) -> list[Job]:
     """The collection of a model of these sizes, and its refit if there is one; no weights are needed."""
     hidden, neurons, layers = sizes
@@ -45,7 +39,7 @@ def jobs(sizes: tuple[int, int, int], tokens: int, target: str | None, device: s
         "model", Path(tmp), json.loads(json.dumps(config)), Skeleton(config, "model").tensors(), "float32"
     ) as made:
         model = StreamedModel(made, EngineConfig(device="cpu"))
-        first = replace(model.job(1, tokens), device=device, base_bytes=BASE, _workspaces=workspaces(sizes, tokens))
+        first = replace(model.job(1, tokens), device=device, base_bytes=BASE)
         then = [] if target is None else [model.refit_after(first, refit_sizes(model, target))]
     return [first, *then]
 
@@ -112,7 +106,7 @@ def test_what_a_refusal_advises_is_not_refused(
         assert recorded is None or batch is None, "a run that is taken up has its batch size for good"
         again = [replace(job, base_bytes=BASE + drift) for job in (first, *then)]
         if length is not None:
-            again = [replace(job, tokens=length, _workspaces=workspaces(sizes, length)) for job in again]
+            again = [replace(job, tokens=length) for job in again]
         placement = place(again[0], within, batch, ahead, again[1:], recorded)
         # The refit is placed on its own later, at that batch size and on the same base.
         for job in again[1:]:

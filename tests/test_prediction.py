@@ -75,7 +75,7 @@ def test_every_step_down_takes_less_memory(job: Job) -> None:
 
 
 def test_a_cuda_job_keeps_hidden_states_on_the_device_while_they_fit(job: Job) -> None:
-    on_gpu = replace(job, device="cuda", _workspaces={})
+    on_gpu = replace(job, device="cuda")
     roomy = place(on_gpu, memory.Limits(1 << 40, 1 << 40))
     assert roomy.hidden_place == "device" and roomy.device_bytes > on_gpu.hidden_bytes
     tight = place(on_gpu, memory.Limits(1 << 40, roomy.device_bytes - on_gpu.hidden_bytes))

@@ -3,22 +3,26 @@
 Nothing here starts a thread, of which a fork would leave nothing but its locks.
 """
 
+import json
 import sys
+import tempfile
 from pathlib import Path
 
 import tokenizers.decoders  # noqa: F401 (imported late by transformers)
 import torch
 
 import flap_stream.stages.prune  # noqa: F401
-from flap_stream.engine.placement import Job
-from flap_stream.model.skeleton import Skeleton
+from flap_stream.engine.placement.workspace import layer_workspace
 
 sys.path.append(str(Path(__file__).parent))  # the server has only the caller's working directory on its path
-from models import tiny_config
+from models import save, tiny_config, tiny_model
 
 torch.set_num_threads(1)
-skeleton = Skeleton(tiny_config(layers=1).to_dict(), "a tiny model")
-# torch's fake tensors, which find out how much memory a layer takes, are slow the first time alone: of a process, and
-# of every shape.
-for batch_size in (1, 2, 3, 4, 8):
-    Job(skeleton, layers=[{}], dtype=torch.float32, device="cpu", samples=8, tokens=16).workspace(batch_size)
+# How much memory a layer takes, found out on torch's fake tensors, is most of the work of a tiny job.
+with tempfile.TemporaryDirectory() as folder:
+    for layers in (2, 3, 4):
+        place = save(tiny_model(tiny_config(layers=layers)), Path(folder, str(layers)))
+        config = json.loads((place / "config.json").read_bytes())
+        for batch_size in (1, 2, 3, 4, 8):
+            layer_workspace(config, (batch_size, 16), torch.float32, "cpu", "forward")
+            layer_workspace(config, (batch_size, 16), torch.float32, "cpu", "backward")

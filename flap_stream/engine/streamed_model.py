@@ -132,8 +132,7 @@ class StreamedModel:
         head: with logits at the end. refit: while refitting. backward: with gradients.
         """
         return Job(
-            # a second one, since predictions leave traces in it
-            skeleton=Skeleton(self.checkpoint.config, self.checkpoint.source),
+            skeleton=self.skeleton,
             layers=self.layer_entries,
             dtype=self.dtype,
             device=self.device.type,
@@ -147,7 +146,7 @@ class StreamedModel:
         )
 
     def refit_after(self, job: Job, refit: Refit) -> Job:
-        """The job of refitting over the same windows as another; shares the workspaces already predicted."""
+        """The job of refitting over the same windows as another."""
         return replace(job, refit=refit, head=self.head_entries["weight"] if refit.fitted else None)
 
     def embed(self, tokens: np.ndarray, batch_size: int, hidden: HiddenStates, copies: int = 1) -> None:

@@ -61,7 +61,7 @@ def _shorter_windows(jobs: Sequence[Job], limits: Limits, batch_size: int | None
     """The longest windows, found by halving, with which the jobs fit at the requested settings."""
     tokens = jobs[0].tokens // 2
     while tokens >= _FEWEST_TOKENS:
-        shorter = [replace(job, tokens=tokens, _workspaces={}) for job in jobs]
+        shorter = [replace(job, tokens=tokens) for job in jobs]
         if all(placement.fits(_roomier(limits)) for placement in last_resort(shorter, batch_size, prefetch)):
             return f"windows of {tokens} tokens (--sequence-length {tokens})"
         tokens //= 2

@@ -1,14 +1,13 @@
 """A job described by sizes only: all windows through all layers once."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
 import torch
 
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.least_squares import product_windows, workspace_bytes
-from flap_stream.engine.memory import give_back_heap
 from flap_stream.engine.placement.workspace import Way, layer_workspace
 from flap_stream.engine.ranks import window_shares
 from flap_stream.model.safetensors_format import TensorEntry
@@ -97,7 +96,6 @@ class Job:
     ranks: int = 1
     local_ranks: int = 1
     base_bytes: int | None = None
-    _workspaces: dict[tuple[int, bool], tuple[int, int]] = field(default_factory=dict, repr=False)
 
     @property
     def hidden_size(self) -> int:
@@ -169,9 +167,9 @@ class Job:
     def workspace(self, batch_size: int) -> tuple[int, int]:
         """Peak bytes alive while one batch runs through any layer: of all tensors, and of small ones only.
 
-        See `layer_workspace`; found once per batch size.
+        See `layer_workspace`.
         """
-        return self._workspace(batch_size, False)
+        return self._workspace(batch_size, "backward" if self.backward else "forward")
 
     def fit(self, batch_size: int) -> tuple[int, int, int]:
         """Most bytes that fitting a layer takes: those of parameters, of all other tensors, and of small ones only.
@@ -191,17 +189,10 @@ class Job:
         if self.head is not None:  # logits of both models, probabilities, gradients; hidden states and theirs
             chunk = self._chunk_bytes(windows * self.tokens, 20 + 4 * self.dtype.itemsize)
             parameters += self.head.nbytes + chunk + 8 * self.batch_bytes(windows)
-        return parameters, *self._workspace(windows, True)
+        return parameters, *self._workspace(windows, "fit")
 
-    def _workspace(self, batch_size: int, fits: bool) -> tuple[int, int]:
-        key = batch_size, fits
-        if key not in self._workspaces:
-            batch = batch_size, self.tokens
-            way: Way = "fit" if fits else "backward" if self.backward else "forward"
-            found = layer_workspace(self.skeleton, self.layers, batch, self.dtype, self.device, way)
-            self._workspaces[key] = found
-            give_back_heap()  # fake tensors leave more behind than real ones
-        return self._workspaces[key]
+    def _workspace(self, batch_size: int, way: Way) -> tuple[int, int]:
+        return layer_workspace(self.skeleton.config, (batch_size, self.tokens), self.dtype, self.device, way)
 
 
 def moment_bytes(shape: LayerShape, samples: int, batch_size: int) -> int:

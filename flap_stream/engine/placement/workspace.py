@@ -1,8 +1,10 @@
 """The workspace of a layer, found by running it on fake tensors, which have sizes but no memory."""
 
+import json
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -12,34 +14,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flap_stream.arithmetic.moments import window_moments
-from flap_stream.engine.memory import OWN_BLOCK_BYTES
+from flap_stream.engine.memory import OWN_BLOCK_BYTES, give_back_heap
 from flap_stream.engine.wide_attention import wide_attention
-from flap_stream.model.safetensors_format import TensorEntry
 from flap_stream.model.skeleton import LayerCall, Skeleton
 
 Way = Literal["forward", "backward", "fit"]
 
 
 def layer_workspace(
-    skeleton: Skeleton,
-    layers: Sequence[Mapping[str, TensorEntry]],
-    batch: tuple[int, int],
-    dtype: torch.dtype,
-    device: str,
-    way: Way,
+    config: Mapping[str, Any], batch: tuple[int, int], dtype: torch.dtype, device: str, way: Way
 ) -> tuple[int, int]:
     """Peak bytes alive, weights and hidden states excluded, while one batch runs through any layer.
 
-    Only the widest and the largest layer are tried.
-    skeleton: used for nothing else, since the run leaves traces in it. layers: the tensors of each by relative name.
-    batch: windows and tokens of each. device: the type of the one that the job is for.
+    Only the widest and the largest layer are tried. What was found is remembered.
+    config: of config.json. batch: windows and tokens of each. device: the type of the one that the job is for.
     way: whether gradients flow `backward` through the layers, or to their own tensors, to `fit` them.
     The second figure counts only tensors smaller than `memory.OWN_BLOCK_BYTES`.
     """
-    widest = max(range(len(layers)), key=lambda i: skeleton.layer_shape(i).neurons)
-    largest = max(range(len(layers)), key=lambda i: sum(entry.nbytes for entry in layers[i].values()))
+    return _workspace(json.dumps(config), batch, dtype, device, way)
+
+
+@lru_cache(maxsize=256)
+def _workspace(config: str, batch: tuple[int, int], dtype: torch.dtype, device: str, way: Way) -> tuple[int, int]:
+    skeleton = _skeleton(config)
+    indices = range(len(skeleton.layers))
+    widest = max(indices, key=lambda i: skeleton.layer_shape(i).neurons)
+    largest = max(indices, key=lambda i: sum(map(prod, skeleton.layer_tensors(i).values())))
     peak, small_peak, dtypes = 0, 0, skeleton.dtypes(dtype)
-    skeleton.ignore_values()  # fake tensors have none
     # The same mode on every call: what a module caches in one call must be usable in the next.
     differentiates = way != "forward"
     with torch.set_grad_enabled(differentiates), torch.inference_mode(not differentiates), _fake_mode():
@@ -61,7 +62,16 @@ def layer_workspace(
             peak, small_peak = max(peak, live.peak), max(small_peak, live.small_peak)
             for handle in handles:
                 handle.remove()
+    give_back_heap()  # fake tensors leave more behind than real ones
     return peak, small_peak
+
+
+@lru_cache(maxsize=1)
+def _skeleton(config: str) -> Skeleton:
+    """A skeleton for nothing else, since these runs leave traces in it."""
+    skeleton = Skeleton(json.loads(config), "the model")
+    skeleton.ignore_values()  # fake tensors have none
+    return skeleton
 
 
 def _run_backward(
