@@ -189,7 +189,7 @@ def read_run(manifest: bytes = sealed(MANIFEST), journal: bytes = b"") -> None:
             run.batch_reductions("collect").read(),
             run.damaged(),
         )
-        run.statistics.costs(), run.sweeps.names()
+        run.statistics.costs(), run.sweeps.curves()
 
 
 def read_journal(body: bytes) -> None:

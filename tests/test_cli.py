@@ -41,6 +41,12 @@ def test_importing_the_package_and_its_help_load_no_torch() -> None:
     assert all(verb in result.stdout for verb in VERBS)
 
 
+@pytest.mark.parametrize("module", ["stages.plan", "stages.targets", "report.page", "report.live", "output.recipe"])
+def test_what_reads_a_run_directory_alone_loads_no_torch(module: str) -> None:
+    code = f"import sys, flap_stream.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="torch brings libgomp along on Linux alone")
 @pytest.mark.parametrize(

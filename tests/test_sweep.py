@@ -109,7 +109,7 @@ def test_the_stored_plan_and_statistics_stay_and_verify_checks_the_sweep(
     assert (identities(made.run / "statistics.zarr"), (made.run / "plan.json").read_bytes()) == before
     with RunDirectory(made.run) as run:
         assert run.plan.read()[0].ratio == 0.4
-        (curve,) = ratio_sweep.read_curves(run)
+        (curve,) = run.sweeps.curves()
     assert [point["ratio"] for point in curve["points"]] == list(RATIOS) and curve["text"]["shape"] == [5, 20]
     assert command(capsys, "inspect", made.run, "--verify")[0] == 0
     (file,) = (made.run / "sweeps").iterdir()
@@ -146,7 +146,7 @@ def test_a_sweep_goes_on_where_it_was_and_only_for_the_same(tmp_path: Path, monk
     flap_stream.sweep(made.run, made.options(samples=4))
     assert len(passes) == 8  # the dense model is known to the first of the two
     with RunDirectory(made.run) as run:
-        assert len(ratio_sweep.read_curves(run)) == 3
+        assert len(run.sweeps.curves()) == 3
 
 
 @pytest.mark.parametrize("place", ["host", "disk"])

@@ -23,11 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the progress of a run, the sizes and kept units of a pruned checkpoint, or the sizes of a dense model."""
-    with shared.loading(shared.progress_of(options)):
-        import flap_stream.output.pruned_checkpoint
-        import flap_stream.stages.targets
-        import flap_stream.storage.run_directory  # noqa: F401
-
     place = Path(options.place)
     if (place / "run.json").exists():
         _inspect_run(place, options.json, options.verify)

@@ -3,6 +3,7 @@
 import argparse
 from dataclasses import asdict
 
+from flap_stream.commands import interruption
 from flap_stream.commands import options as shared
 from flap_stream.config import PlanConfig
 
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Plan and print what each layer would keep."""
     config = shared.values(options, PlanConfig)
-    with shared.loading(shared.progress_of(options)):
+    with interruption.loading():
         from flap_stream.arithmetic.sizes import width_note
         from flap_stream.stages.plan import plan
 

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from flap_stream.commands import interruption
 from flap_stream.commands import options as shared
 from flap_stream.errors import InvalidOption
 
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
     if options.watch is not None:
         _watch(options)
         return
-    with shared.loading(shared.progress_of(options)):
+    with interruption.loading():
         from flap_stream.report.page import write_report
 
     result = write_report(options.place, options.html, options.png)
@@ -52,7 +53,7 @@ def _watch(options: argparse.Namespace) -> None:
     """Serve the page of a run directory."""
     if options.html is not None or options.png is not None:
         raise InvalidOption("--watch serves the page, and writes no files; leave out --html and --png")
-    with shared.loading(shared.progress_of(options)):
+    with interruption.loading():
         from flap_stream.report.live import Watch
 
     with Watch(Path(options.place), options.watch) as server:

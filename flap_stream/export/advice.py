@@ -18,8 +18,8 @@ from flap_stream.engine.memory import free_host_bytes
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InsufficientMemory, InvalidOption, UnsupportedModel
 from flap_stream.export.gguf_architecture import WRITTEN_AS_LLAMA
+from flap_stream.model.hub import base_name
 from flap_stream.model.safetensors_format import TensorEntry
-from flap_stream.output.model_card import base_name
 from flap_stream.restore.requirements import require_refittable
 from flap_stream.stages.forecast import Forecast, Machines, forecast, opened_or_described
 

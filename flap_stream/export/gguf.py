@@ -20,9 +20,9 @@ from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidInput, OutputConflict, UnsupportedModel
 from flap_stream.export.gguf_architecture import llama_cpp_architecture
 from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.hub import base_name
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.output.destination import require_space
-from flap_stream.output.model_card import base_name
 from flap_stream.progress import Progress
 from flap_stream.storage import files, places
 

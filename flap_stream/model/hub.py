@@ -11,6 +11,8 @@ from flap_stream.model.model_files import CONFIG_NAME, is_carried, require_model
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_NAME = 500  # characters
+
 # Given the directory with all small files and the names of all files of the repository: which others are needed.
 Choose = Callable[[Path, Sequence[str]], Sequence[str]]
 
@@ -19,6 +21,13 @@ def split_revision(model: str) -> tuple[str, str | None]:
     """Repository and revision of `name` or `name@revision`."""
     name, _, revision = model.partition("@")
     return name, revision or None
+
+
+def base_name(base: str) -> str:
+    """A model's name: the last part of its directory or Hub id, as printable text."""
+    name = Path(base).name
+    name = Path(base).resolve().name if name in ("", "..") else name
+    return "".join(c if c.isprintable() else "?" for c in name)[:_LONGEST_NAME]
 
 
 def fetched(model: str, choose: Choose | None) -> Path:

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from flap_stream.arithmetic.sizes import width_note
-from flap_stream.model.hub import split_revision
+from flap_stream.model.hub import base_name, split_revision
 
 _FRONT_MATTER = re.compile(r"\s*---[\r\n]+([\S\s]*?)[\r\n]+---(?:[\r\n]|$)")  # as huggingface_hub finds it
 _READ_CHARACTERS = 1 << 20  # far more than front matter takes
@@ -108,13 +108,6 @@ def _layers_table(record: dict[str, Any]) -> str:
     )
     whole = f"\n\nNothing was removed of the {' and '.join(record['left_whole'])}." if "left_whole" in record else ""
     return "\n".join(("| layer | KV groups | neurons |", "|---|---|---|", *rows)) + whole
-
-
-def base_name(base: str) -> str:
-    """A model's name: the last part of its directory or Hub id, as printable text."""
-    name = Path(base).name
-    name = Path(base).resolve().name if name in ("", "..") else name
-    return "".join(c if c.isprintable() else "?" for c in name)[:_LONGEST]
 
 
 def unusable_metadata(directory: Path) -> list[str]:

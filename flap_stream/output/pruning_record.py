@@ -8,7 +8,7 @@ from typing import Any
 from flap_stream.arithmetic.sizes import pruned_sizes
 from flap_stream.config import TARGETS, PlanConfig
 from flap_stream.errors import NotPlain, OutputConflict
-from flap_stream.output.model_card import base_name
+from flap_stream.model.hub import base_name
 from flap_stream.output.pruned_model import PrunedModel
 from flap_stream.storage import files
 from flap_stream.storage.plan import recorded_options

@@ -6,7 +6,7 @@ from typing import Any
 from flap_stream.config import PlanConfig, PruneConfig, RewriteConfig, part_of, require_restoration
 from flap_stream.config.rules import effective
 from flap_stream.config.values import option_name
-from flap_stream.output.model_card import base_name
+from flap_stream.model.hub import base_name
 from flap_stream.storage.loss import LossStore
 from flap_stream.storage.run_directory import RunDirectory
 

@@ -18,7 +18,6 @@ from flap_stream.model.dense import nothing_pruned
 from flap_stream.output.evaluations import Pair, saved_pairs
 from flap_stream.output.pruning_record import RECORD_NAME, read_record
 from flap_stream.stages.plan import unit_scores
-from flap_stream.stages.sweep import read_curves
 from flap_stream.stages.targets import run_target
 from flap_stream.storage.plan import parse_plan_options
 from flap_stream.storage.run_directory import RunDirectory
@@ -59,7 +58,7 @@ class Facts:
 
     kv_groups, neurons: a value for each layer. decoder_ratio, model_ratio: removed share of the prunable weights and of
     all parameters. metric: name of the fluctuations. costs: a value for each layer, None where none was recorded.
-    curves: see `read_curves`. missing: sentences saying what cannot be shown, and how to get it.
+    curves: see `SweepStore.curves`. missing: sentences saying what cannot be shown, and how to get it.
     target: as `Target.record` makes it; None with a ratio. evaluations: those saved in a pruned checkpoint.
     """
 
@@ -121,7 +120,7 @@ def _of_run(run: RunDirectory) -> Facts:
     metric = options or PlanConfig(method=run.manifest["options"]["method"])
     target = run_target(run, metric, RewriteConfig(restore=_restoration(run, metric)))
     kv_groups, neurons = _units(run, metric, keeps, target)
-    costs, curves = run.statistics.costs(), read_curves(run)
+    costs, curves = run.statistics.costs(), run.sweeps.curves()
     if not any(costs):
         missing.append("Time and memory per layer were not recorded.")
     if not curves:

@@ -20,9 +20,9 @@ from flap_stream.engine.memory import give_back_heap
 from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import Logits, StreamedModel
 from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.hub import base_name
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.output.evaluations import Evaluation, require_pruned, save_evaluation
-from flap_stream.output.model_card import base_name
 from flap_stream.output.pruning_record import fingerprint_digest
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.stages.job_header import engine_rows, model_row

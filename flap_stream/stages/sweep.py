@@ -34,18 +34,12 @@ from flap_stream.storage.loss import LossStore
 from flap_stream.storage.plan import recorded_options
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.run_manifest import tokens_digest
-from flap_stream.storage.schema import finite, matches, natural
 from flap_stream.storage.snapshots import SnapshotStore
+from flap_stream.storage.sweeps import POINT
 from flap_stream.text.windows import check_text, evaluation_text
 
 logger = logging.getLogger(__name__)
 
-_POINT = {"ratio": finite, "decoder_ratio": finite, "model_ratio": finite, "parameters": natural, "perplexity": float}
-_CURVE = {
-    **{"options": dict, "restore": str, "text": {"sources": [str], "sha256": str, "shape": (natural, natural)}},
-    **{"dtype": str, "device": str, "loss?": str, "dense_perplexity": float, "points": [_POINT]},
-    "loss_windows?": natural,  # of earlier versions
-}
 _SAME_RATIO = 1e-9  # above the float error of a difference of ratios, below their sixth digit
 
 
@@ -154,16 +148,6 @@ def sweep(
             )
 
 
-def read_curves(run: RunDirectory) -> list[dict[str, Any]]:
-    """The sweeps that a run directory holds, oldest first.
-
-    Each has `options` (all of a plan's except the ratio), `restore`, `text` (sources, sha256 and shape of its windows),
-    `dtype`, `device`, `dense_perplexity` and `points` in order of ratio, with the measured fields of `SweepPoint`.
-    """
-    found = [run.sweeps.read(name) for name in run.sweeps.names()]
-    return [curve for curve in found if curve is not None and matches(curve, _CURVE)]
-
-
 def _plan_options(options: SweepConfig, ratio: float) -> PlanConfig:
     return part_of(options, PlanConfig, ratio=ratio)
 
@@ -243,10 +227,10 @@ class _Curve:
         job["text"]["sources"] = [Path(source).name for source in options.evaluate]
         fresh: dict[str, Any] = {**job, "dense_perplexity": None, "points": []}
         stored = run.sweeps.read(self._name)
-        self._body = stored if stored is not None and matches(stored, _CURVE) else fresh
+        self._body = fresh if stored is None else stored
         if self._body is fresh:
             same = ("text", "dtype", "device")
-            alike = [curve for curve in read_curves(run) if all(curve[key] == job[key] for key in same)]
+            alike = [curve for curve in run.sweeps.curves() if all(curve[key] == job[key] for key in same)]
             fresh["dense_perplexity"] = alike[-1]["dense_perplexity"] if alike else None
         self._seen: set[float] = set()
 
@@ -257,7 +241,7 @@ class _Curve:
 
     def seen(self) -> list[SweepPoint]:
         """The points measured or looked up in this call, in order of ratio."""
-        known = [SweepPoint(**{name: point[name] for name in _POINT}) for point in self._body["points"]]
+        known = [SweepPoint(**{name: point[name] for name in POINT}) for point in self._body["points"]]
         return [point for point in known if point.ratio in self._seen]
 
     def measure(self, plans: Sequence[PlanResult]) -> None:
@@ -285,7 +269,7 @@ class _Curve:
             self._body["dense_perplexity"] = perplexity
         else:
             point = asdict(_point(plan, perplexity))
-            points = [*self._body["points"], {name: point[name] for name in _POINT}]
+            points = [*self._body["points"], {name: point[name] for name in POINT}]
             self._body["points"] = sorted(points, key=lambda point: point["ratio"])
 
     def find_limit(self, increase: float, resolution: float) -> Limit:

@@ -1,4 +1,9 @@
-"""Targets of a model or a run directory, and the sizes that they are counted in."""
+"""Targets of a model or a run directory, and the sizes that they are counted in.
+
+Without torch, which `plan` has no other need of.
+"""
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -9,21 +14,23 @@ from flap_stream.arithmetic.sizes import pruned_sizes
 from flap_stream.arithmetic.target_prices import ModelSizes, target_of
 from flap_stream.arithmetic.targets import Target
 from flap_stream.config import PlanConfig, PruneConfig, RewriteConfig, part_of, require_restoration
-from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.model.units import ROWS
 from flap_stream.output.shard_plan import header_bytes
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.run_manifest import model_sizes
 
+if TYPE_CHECKING:
+    from flap_stream.engine.streamed_model import StreamedModel
 
-def sizes_of(model: StreamedModel) -> ModelSizes:
+
+def sizes_of(model: "StreamedModel") -> ModelSizes:
     """Sizes of a dense checkpoint, from the headers of its files."""
     source = model.checkpoint
     units = [_unit_bytes(model, i) for i in range(len(model.shapes))]
     return ModelSizes(source.parameters, source.nbytes, units, header_bytes(source, model.family, model.shapes))
 
 
-def _unit_bytes(model: StreamedModel, index: int) -> tuple[int, int]:
+def _unit_bytes(model: "StreamedModel", index: int) -> tuple[int, int]:
     """Bytes of one KV group and of one neuron of a layer."""
     shape, entries = model.shapes[index], model.layer_entries[index]
     total = dict.fromkeys(Sublayer, 0)
@@ -42,7 +49,7 @@ def run_target(run: RunDirectory, options: PlanConfig, rewrite: RewriteConfig) -
     return target_of(options, run.layer_shapes, model_sizes(run.manifest), restore, rewrite.max_shard_bytes)
 
 
-def rehearse(model: StreamedModel, options: PruneConfig) -> list[LayerKeep]:
+def rehearse(model: "StreamedModel", options: PruneConfig) -> list[LayerKeep]:
     """A decision of the sizes that the real one will have, or nearly, before there are scores.
 
     Raises InvalidOption if the options cannot be met whatever the scores.
@@ -55,7 +62,7 @@ def rehearse(model: StreamedModel, options: PruneConfig) -> list[LayerKeep]:
     return allocate(nothing, shapes, part_of(options, PlanConfig), target)
 
 
-def expected_ratio(model: StreamedModel, options: PruneConfig) -> float:
+def expected_ratio(model: "StreamedModel", options: PruneConfig) -> float:
     """About the share of the prunable weights that will be removed. Raises InvalidOption for an unmet target."""
     if options.target is None:
         return options.ratio

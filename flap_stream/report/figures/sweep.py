@@ -12,7 +12,7 @@ from flap_stream.report.facts import Facts
 from flap_stream.report.figures.axes import DASHED, label_line
 from flap_stream.report.numbers import change
 
-Curve = dict[str, Any]  # as returned by `read_curves`
+Curve = dict[str, Any]  # as from `SweepStore.read`
 
 
 @dataclass(frozen=True)
