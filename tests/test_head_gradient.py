@@ -26,7 +26,7 @@ def test_divergence_and_its_gradient_are_those_of_all_logits(
     whole = load(path, trust=False).double()
     draw = torch.Generator().manual_seed(0)
     hidden, target = (torch.randn(TOKENS, config.hidden_size, generator=draw) for _ in range(2))
-    monkeypatch.setattr(head_gradient, "LOSS_LOGIT_BYTES", 4 * config.vocab_size * chunk)
+    monkeypatch.setattr(head_gradient, "chunk_tokens", lambda _vocabulary: chunk)
 
     def logits(values: torch.Tensor) -> torch.Tensor:
         found = whole.lm_head(whole.model.norm(values)) / getattr(config, "logits_scaling", 1)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from flap_stream.engine.placement.job import LOSS_LOGIT_BYTES
+from flap_stream.engine.placement.job import chunk_tokens
 from flap_stream.engine.streamed_model import StreamedModel
 
 _Slopes = Callable[[slice, torch.Tensor], torch.Tensor]
@@ -18,7 +18,7 @@ class HeadGradient:
 
     def __init__(self, model: StreamedModel) -> None:
         self._skeleton, self._norm, self._head = model.skeleton, model.final_norm(), model.head_weights()
-        self._chunk = max(1, LOSS_LOGIT_BYTES // (4 * model.vocab_size))
+        self._chunk = chunk_tokens(model.vocab_size)
 
     def of_likelihood(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """The gradient of the summed negative log-likelihoods of all tokens but the first. tokens: int64 `[token]`."""

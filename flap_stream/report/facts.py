@@ -98,14 +98,15 @@ def read_facts(place: Path) -> Facts:
     """
     if (place / "run.json").exists():
         with RunDirectory(place, is_writer=False) as run:  # another process may be writing it
-            return _of_run(run)
+            return facts_of(run)
     record = read_record(place) if (place / RECORD_NAME).exists() else None
     if record is None:
         raise nothing_pruned(place)
     return _of_record(place, record)
 
 
-def _of_run(run: RunDirectory) -> Facts:
+def facts_of(run: RunDirectory) -> Facts:
+    """Facts of an open run directory."""
     shapes, missing = run.layer_shapes, []
     options: PlanConfig | None = None
     keeps: list[LayerKeep] | None = None

@@ -12,7 +12,7 @@ import psutil
 
 from flap_stream.errors import FlapStreamError, InvalidOption
 from flap_stream.progress import format_bytes, high_water_mark
-from flap_stream.report.facts import read_facts
+from flap_stream.report.facts import facts_of
 from flap_stream.report.figures import drawings
 from flap_stream.report.page import page, plain_page
 from flap_stream.storage.loss import LossStore
@@ -103,8 +103,8 @@ class Watch(ThreadingHTTPServer):
             )
         try:
             with RunDirectory(self.place, is_writer=False) as run:
-                status = read_status(run)
-            return page(facts := read_facts(self.place), drawings(facts), _section(status), REFRESH_SECONDS)
+                facts, status = facts_of(run), read_status(run)
+            return page(facts, drawings(facts), _section(status), REFRESH_SECONDS)
         except (FlapStreamError, OSError) as error:  # written, or removed, at this moment
             return plain_page(self.place.name, str(error), REFRESH_SECONDS)
 

@@ -13,7 +13,7 @@ from flap_stream.engine.ranks import window_shares
 from flap_stream.model.safetensors_format import TensorEntry
 from flap_stream.model.skeleton import Skeleton
 
-LOSS_LOGIT_BYTES = 1 << 25  # of a chunk of float32 logits that are differentiated; not measured
+_LOSS_LOGIT_BYTES = 1 << 25  # of a chunk of float32 logits that are differentiated; not measured
 _HEAD_WORKSPACE = 224 << 20  # a chunk of logits in float32, held twice
 
 BATCHES_BEHIND = 2  # whose moments wait on the host to be merged, beside an accelerator
@@ -161,7 +161,7 @@ class Job:
         """Bytes of a chunk of logits of so many tokens at most, `each` per logit."""
         assert self.head is not None
         vocabulary = self.head.shape[0]
-        logits = min(tokens, max(1, LOSS_LOGIT_BYTES // (4 * vocabulary))) * vocabulary
+        logits = min(tokens, chunk_tokens(vocabulary)) * vocabulary
         return each * logits + (self.head.nbytes if self.device == "cpu" else 0)  # a CPU copies the head for a product
 
     def workspace(self, batch_size: int) -> tuple[int, int]:
@@ -193,6 +193,11 @@ class Job:
 
     def _workspace(self, batch_size: int, way: Way) -> tuple[int, int]:
         return layer_workspace(self.skeleton.config, (batch_size, self.tokens), self.dtype, self.device, way)
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Most tokens whose logits are differentiated at once."""
+    return max(1, _LOSS_LOGIT_BYTES // (4 * vocabulary))
 
 
 def moment_bytes(shape: LayerShape, samples: int, batch_size: int) -> int:
