@@ -4,10 +4,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from models import load
 from torch import nn
+from torch.nn import functional
 
 from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
 from flap_stream.config import EngineConfig
@@ -30,6 +32,9 @@ def masked_model(path: Path, record: dict[str, Any], tokens: torch.Tensor | None
     layers = model.get_submodule(opened.family.layers)
     inputs = None if tokens is None else projection_inputs(model, opened.family, opened.shapes, tokens)
     mask(layers, opened.family, opened.shapes, record, inputs)
+    for layer, kept in zip(layers, record["layers"], strict=True):
+        if "kept_experts" in kept:
+            hide_experts(mixture_of(layer), sorted(set(range(len(kept["experts"]))) - set(kept["kept_experts"])))
     return model
 
 
@@ -44,12 +49,36 @@ def decoder_of(model: Any) -> Any:
     return next(module for module in model.modules() if hasattr(module, "layers"))
 
 
+def mixture_of(layer: Any) -> Any:
+    """The module of a decoder layer that has its router and experts, or its MLP."""
+    return next((getattr(layer, name) for name in ("mlp", "feed_forward", "mixer") if hasattr(layer, name)), None)
+
+
+def hide_experts(mixture: Any, hidden: Sequence[int]) -> None:
+    """Make the logits of some experts minus infinity, and what is added to their scores."""
+    router = mixture.gate if hasattr(mixture, "gate") else mixture.router
+    forward, linear, count = router.forward, functional.linear, len(mixture.experts.each)
+    for module in (mixture, *router.modules()):
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if name != "weight" and tensor.shape[-1] == count:
+                tensor.data[..., hidden] = -torch.inf
+
+    def hiding(*arguments: Any) -> torch.Tensor:
+        logits = linear(*arguments)
+        assert logits.shape[-1] == count
+        logits[..., hidden] = -torch.inf
+        return logits
+
+    def run(*arguments: Any) -> Any:
+        with mock.patch.object(functional, "linear", hiding):
+            return forward(*arguments)
+
+    router.forward = run
+
+
 def separate(model: Any, decoder: Any) -> None:
     """Make fused experts, if there are any, modules of their own; logits stay. decoder: what has the layers."""
-    mlps = [
-        getattr(layer, "mlp", None) or getattr(layer, "feed_forward", None) or getattr(layer, "mixer", None)
-        for layer in decoder.layers
-    ]
+    mlps = [mixture_of(layer) for layer in decoder.layers]
     fused: list[Any] = [getattr(mlp, "experts", None) for mlp in mlps]
     if not any(hasattr(experts, "down_proj") for experts in fused):
         return

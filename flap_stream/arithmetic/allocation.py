@@ -45,11 +45,12 @@ def allocate(
     """
     if any(shape.experts for shape in shapes):
         _require_experts_suit(options)
-    pool = UnitPool.of(scores, shapes)
+    pool = UnitPool.of(scores, shapes).without_last_experts(shapes, options)
     if target is not None:
         keep = _keep_to_target(pool, shapes, options, target)
     else:
-        keep = keep_rounded(pool, shapes, options) if options.rounds else _keep_published(pool, shapes, options)
+        is_in_blocks = options.rounds or options.whole_experts
+        keep = keep_rounded(pool, shapes, options) if is_in_blocks else _keep_published(pool, shapes, options)
     kept = []
     for i in range(len(shapes)):
         here = keep & (pool.layer == i)
@@ -63,12 +64,19 @@ def keep_in_layer(scores: LayerScores, shape: LayerShape, options: PlanConfig) -
 
 
 def require_minimum(shapes: Sequence[LayerShape], options: PlanConfig) -> None:
-    """Raise InvalidOption for a minimum that exceeds every layer of the model; a smaller layer just keeps all."""
+    """Raise InvalidOption for a minimum that exceeds every layer of the model; a smaller layer just keeps all.
+
+    So too for experts of a model without any.
+    """
     heads = max(shape.kv_groups * shape.heads_per_group for shape in shapes)
     neurons = max(max(shape.experts, default=shape.neurons) for shape in shapes)
+    experts = max(len(shape.experts) for shape in shapes)
+    if options.whole_experts and not experts:
+        raise InvalidOption("--whole-experts removes experts, but the model has none; leave it out")
     for option, least, most, name in (
         ("--min-heads", options.min_heads, heads, "query heads"),
         ("--min-neurons", options.min_neurons, neurons, "neurons"),
+        ("--min-experts", options.min_experts or 0, experts, "experts"),
     ):
         if least > max(most, 1):
             raise InvalidOption(f"{option} is {least}, but no layer has more than {most} {name}; lower it")
@@ -88,7 +96,7 @@ def _require_experts_suit(options: PlanConfig) -> None:
 def _keep_to_target(pool: UnitPool, shapes: Sequence[LayerShape], options: PlanConfig, target: Target) -> np.ndarray:
     """The decision that meets a target and removes as little as it can; bool `[unit]`."""
     target.require_unmet()
-    if options.structure == "al-am" and options.rounds:
+    if options.structure == "al-am" and (options.rounds or options.whole_experts):
         return keep_rounded_to_target(pool, shapes, options, target)
     if options.structure == "al-am" and not _is_released(options):
         return target.prefix(pool, pool.protected(shapes, options), options)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+import numpy as np
+
 
 class Sublayer(StrEnum):
     """The two halves of a decoder layer; their names are those of stored arrays.
@@ -34,6 +36,9 @@ class LayerShape:
     attention_rest, mlp_rest: elements of other tensors of the module, which are removed with its last unit.
     added_biases: elements of the output biases that a restoration adds where the model has none.
     experts: neurons of each expert, one after another in `neurons`; empty for an MLP without experts.
+    expert_rest: elements of other tensors that are removed with a whole expert: of the router, and its output bias.
+    expert_added: elements of the output bias that a restoration adds to each expert.
+    router_needs: the least number of experts that the router can choose among.
     """
 
     kv_groups: int
@@ -48,11 +53,22 @@ class LayerShape:
     attention_rest: int = 0
     mlp_rest: int = 0
     added_biases: int = 0
+    expert_rest: int = 0
+    expert_added: int = 0
+    router_needs: int = 0
 
     @property
     def prunable(self) -> int:
         """Weights of the layer's pruned projections."""
         return self.kv_groups * self.group_cost + self.neurons * self.neuron_cost
+
+    def expert_sizes(self, neurons: np.ndarray) -> np.ndarray:
+        """How many of these neurons each expert has, int64 `[expert]`. neurons: ascending indices."""
+        return np.diff(np.searchsorted(neurons, np.cumsum((0, *self.experts))))
+
+    def kept_experts(self, neurons: np.ndarray) -> list[int]:
+        """The experts that keep any neuron, of which these are kept."""
+        return np.flatnonzero(self.expert_sizes(neurons)).tolist()
 
     def units(self, sublayer: Sublayer) -> int:
         """How many units one of its sublayers has."""

@@ -1,8 +1,12 @@
-"""The decision with rounded sizes: among blocks of units, so that what is kept is a multiple of a block everywhere."""
+"""The decision with rounded sizes: among blocks of units, so that what is kept is a multiple of a block everywhere.
+
+Where experts may go as a whole, the first block of each is what it cannot do without, and scores what the whole expert
+scores; no other block of it scores more. So these go before it, and an expert is gone when its first block is.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import gcd, lcm
+from math import ceil, gcd, lcm
 
 import numpy as np
 
@@ -47,7 +51,8 @@ def _blocks(pool: UnitPool, shapes: Sequence[LayerShape], options: PlanConfig) -
     """The block of each unit, int64 `[unit]`, -1 for units that are removed in any case; and the blocks.
 
     Units are ranked in each module and cut into blocks of a step. The remainder, the worst units, is removed before
-    anything else, and in any case if the requested multiple forbids keeping all.
+    anything else, and in any case if the requested multiple forbids keeping all. The first block of an expert that may
+    go as a whole has its minimum of neurons.
     """
     block_of, count = np.full(len(pool.score), -1), 0
     remainders: list[int] = []  # blocks
@@ -56,18 +61,28 @@ def _blocks(pool: UnitPool, shapes: Sequence[LayerShape], options: PlanConfig) -
         whole = len(own) // step
         usable = len(own) if len(own) % step % asked == 0 else whole * step
         ranked = own[np.argsort(-pool.score[own], kind="stable")]
-        block_of[ranked[:usable]] = count + np.arange(usable) // step
-        count += -(-usable // step)
-        if whole and usable > whole * step:
-            remainders.append(count - 1)
+        first = ceil(options.min_neurons / step) if np.isfinite(pool.whole[own[0]]) else 1
+        blocks = np.maximum(np.arange(usable) // step - max(first - 1, 0), 0)
+        block_of[ranked[:usable]] = count + blocks
+        added = int(blocks[-1]) + 1 if usable else 0
+        if whole and usable > whole * step and added > 1:
+            remainders.append(count + added - 1)
+        count += added
     own = np.flatnonzero(block_of >= 0)
     own = own[np.argsort(block_of[own], kind="stable")]
     size = np.bincount(block_of[own], minlength=count)
     first = own[np.cumsum(size) - size]
     score = np.add.reduceat(pool.score[own], np.cumsum(size) - size) / size if count else np.zeros(0)
+    score = _with_whole_experts(score, pool.module[first], pool.whole[first])
     score[remainders] = np.where(np.isposinf(score[remainders]), np.inf, -np.inf)
     firsts = UnitPool(**{name: values[first] for name, values in vars(pool).items()})
     return block_of, replace(firsts, score=score, cost=firsts.cost * size, size=size)
+
+
+def _with_whole_experts(score: np.ndarray, module: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """The blocks' scores where experts may go as a whole, for which their first blocks stand; float64 `[block]`."""
+    is_first = np.diff(module, prepend=-1) != 0
+    return np.where(is_first & np.isfinite(whole), whole, np.minimum(score, whole))
 
 
 def _steps(

@@ -40,10 +40,14 @@ def concatenated(parts: Sequence[ChannelStatistics]) -> ChannelStatistics:
 
 
 class LayerScores(NamedTuple):
-    """Scores of one layer's KV groups and neurons, float64 `[group]` and `[neuron]`; higher is better."""
+    """Scores of one layer's KV groups and neurons, float64 `[group]` and `[neuron]`; higher is better.
+
+    experts: those of experts as a whole, float64 `[expert]`; None where only their neurons are removed.
+    """
 
     kv_groups: np.ndarray
     neurons: np.ndarray
+    experts: np.ndarray | None = None
 
     def of(self, sublayer: Sublayer) -> np.ndarray:
         """Those of one sublayer."""

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
-import numpy as np
-
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.config import FAST_MULTIPLE
@@ -22,7 +20,7 @@ class PrunedSizes:
     decoder_ratio: removed share of the decoder layers' prunable weights. parameters_before, parameters_after: elements
     of all tensors in the files, including the added_biases of a restoration; model_ratio: the share of them that is
     removed. width_multiple: the largest number of which every width is a multiple (KV groups times head_dim, neurons,
-    each expert's); 0 if nothing is kept.
+    each expert's); 0 if nothing is kept. experts_before, experts_after: those of all layers.
     """
 
     decoder_ratio: float
@@ -31,9 +29,12 @@ class PrunedSizes:
     parameters_after: int
     added_biases: int
     width_multiple: int
+    experts_before: int
+    experts_after: int
 
     def record(self) -> dict[str, Any]:
-        """As pruning.json and `plan --json` hold them."""
+        """As pruning.json and `plan --json` hold them; experts only if any is removed."""
+        experts = {"before": self.experts_before, "after": self.experts_after}
         return {
             "realised_ratio": {"decoder": self.decoder_ratio, "model": self.model_ratio},
             "parameters": {
@@ -41,6 +42,7 @@ class PrunedSizes:
                 "after": self.parameters_after,
                 "added_biases": self.added_biases,
             },
+            **({"experts": experts} if self.experts_after < self.experts_before else {}),
             "width_multiple": self.width_multiple,
         }
 
@@ -52,7 +54,7 @@ def pruned_sizes(
     pairs = list(zip(shapes, keeps, strict=True))
     prunable = sum(shape.prunable for shape in shapes)
     removed = prunable - sum(keep.cost(shape) for shape, keep in pairs)
-    added = 0 if restore == "none" else sum(shape.added_biases for shape in shapes)
+    added = 0 if restore == "none" else sum(_added_biases(shape, keep) for shape, keep in pairs)
     after = parameters + added - removed - sum(_removed_besides(shape, keep) for shape, keep in pairs)
     return PrunedSizes(
         decoder_ratio=removed / prunable,
@@ -61,21 +63,36 @@ def pruned_sizes(
         parameters_after=after,
         added_biases=added,
         width_multiple=_width_multiple(pairs),
+        experts_before=sum(len(shape.experts) for shape in shapes),
+        experts_after=sum(len(shape.kept_experts(keep.neurons)) for shape, keep in pairs),
     )
 
 
+def _added_biases(shape: LayerShape, keep: LayerKeep) -> int:
+    """Elements of the output biases that a restoration adds to what is kept."""
+    return shape.added_biases - _removed_experts(shape, keep) * shape.expert_added
+
+
+def _removed_experts(shape: LayerShape, keep: LayerKeep) -> int:
+    return len(shape.experts) - len(shape.kept_experts(keep.neurons))
+
+
 def _removed_besides(shape: LayerShape, keep: LayerKeep) -> int:
-    """Elements removed besides the pruned weights: biases of units, and norms of a module that loses all its units."""
+    """Elements removed besides the pruned weights.
+
+    They are biases of units, what goes with an expert, and norms of a module that loses all its units.
+    """
     groups, neurons = len(keep.kv_groups), len(keep.neurons)
     biases = (shape.kv_groups - groups) * shape.group_biases + (shape.neurons - neurons) * shape.neuron_biases
+    biases += _removed_experts(shape, keep) * shape.expert_rest
     return biases + (0 if groups else shape.attention_rest) + (0 if neurons else shape.mlp_rest)
 
 
 def _width_multiple(pairs: Sequence[tuple[LayerShape, LayerKeep]]) -> int:
     widths: list[int] = []
     for shape, keep in pairs:
-        bounds = np.cumsum([0, *(shape.experts or (shape.neurons,))])
-        widths += [len(keep.kv_groups) * shape.head_dim, *np.diff(np.searchsorted(keep.neurons, bounds)).tolist()]
+        own = shape.expert_sizes(keep.neurons).tolist() if shape.experts else [len(keep.neurons)]
+        widths += [len(keep.kv_groups) * shape.head_dim, *own]
     return gcd(*widths)
 
 

@@ -1,7 +1,7 @@
 """What the options of a target mean for one model: the price of every unit, in parameters or in bytes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
 from flap_stream.arithmetic.targets import LayerPrices, Target
@@ -17,12 +17,14 @@ class ModelSizes:
 
     parameters, weight_bytes: of all tensors. unit_bytes: of each layer's KV groups and neurons, biases included.
     header_bytes: of the headers of weight files, as if there were one file, without and with added biases.
+    expert_bytes: of what goes with each layer's experts besides their neurons.
     """
 
     parameters: int
     weight_bytes: int
     unit_bytes: Sequence[tuple[int, int]]
     header_bytes: tuple[int, int]
+    expert_bytes: Sequence[int]
 
 
 def target_of(
@@ -47,6 +49,7 @@ def target_of(
                 shape.neuron_cost + shape.neuron_biases,
                 shape.attention_rest,
                 shape.mlp_rest,
+                shape.expert_rest + (0 if restore == "none" else shape.expert_added),
             )
             for shape in shapes
         ]
@@ -60,6 +63,8 @@ def target_of(
         tokens = 0 if name == "target_size" else (options.context or 0) * (options.batch or 1)
         layers = list(zip(shapes, sizes.unit_bytes, strict=True))
         prices = [_byte_prices(shape, own, tokens) for shape, own in layers]
+        with_rest = zip(prices, layers, sizes.expert_bytes, strict=True)
+        prices = [replace(p, expert_rest=rest + _expert_bias_bytes(*own, restore)) for p, own, rest in with_rest]
         dense = sizes.weight_bytes + sum(shape.kv_groups * _cache_bytes(shape, own, tokens) for shape, own in layers)
         added = sum(shape.added_biases * max(_item_bytes(shape, own)) for shape, own in layers)
     headers = 0
@@ -74,7 +79,13 @@ def target_of(
 
 
 def _all_units(shape: LayerShape, price: LayerPrices) -> int:
-    return sum(shape.units(sublayer) * price.unit(sublayer) + price.rest(sublayer) for sublayer in Sublayer)
+    units = sum(shape.units(sublayer) * price.unit(sublayer) + price.rest(sublayer) for sublayer in Sublayer)
+    return units + len(shape.experts) * price.expert_rest
+
+
+def _expert_bias_bytes(shape: LayerShape, unit_bytes: tuple[int, int], restore: str) -> int:
+    """Bytes of the output bias that a restoration adds to each expert."""
+    return 0 if restore == "none" else shape.expert_added * _item_bytes(shape, unit_bytes)[1]
 
 
 def _byte_prices(shape: LayerShape, unit_bytes: tuple[int, int], tokens: int) -> LayerPrices:

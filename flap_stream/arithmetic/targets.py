@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from flap_stream.arithmetic.layer_shape import Sublayer
-from flap_stream.arithmetic.unit_pool import UnitPool, rounding_options
+from flap_stream.arithmetic.unit_pool import UnitPool, minima, rounding_options
 from flap_stream.config import PlanConfig
 from flap_stream.config.values import option_name
 from flap_stream.errors import InvalidOption
@@ -20,12 +20,14 @@ class LayerPrices:
     """What the units of one layer count towards a target: parameters or bytes.
 
     group, neuron: of one unit. attention_rest, mlp_rest: of other tensors, which go with the module's last unit.
+    expert_rest: of what goes with an expert's last neuron.
     """
 
     group: int
     neuron: int
     attention_rest: int = 0
     mlp_rest: int = 0
+    expert_rest: int = 0
 
     def unit(self, sublayer: Sublayer) -> int:
         """Of one unit of a sublayer."""
@@ -59,14 +61,15 @@ class Target:
         order = np.flatnonzero(keep)
         return self.bare + int(self._added(pool, order).sum())
 
-    def reached(self, counts: Sequence[tuple[int, int]]) -> int:
-        """What a model has that keeps so many KV groups and neurons of each layer."""
+    def reached(self, counts: Sequence[tuple[int, int, int]]) -> int:
+        """What a model has that keeps so many KV groups, neurons and experts of each layer."""
         total = self.bare
-        for layer, kept in zip(self.prices, counts, strict=True):
-            total += sum(n * layer.unit(s) + layer.rest(s) * (n > 0) for s, n in zip(Sublayer, kept, strict=True))
+        for layer, (groups, neurons, experts) in zip(self.prices, counts, strict=True):
+            kept = zip(Sublayer, (groups, neurons), strict=True)
+            total += sum(n * layer.unit(s) + layer.rest(s) * (n > 0) for s, n in kept) + experts * layer.expert_rest
         return total
 
-    def record(self, counts: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    def record(self, counts: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
         """As pruning.json and `--json` hold it. counts: as in `reached`."""
         return {"name": self.name, "limit": self.limit, "reached": self.reached(counts), "dense": self.dense}
 
@@ -115,11 +118,10 @@ class Target:
 
     def unmet(self, smallest: int, options: PlanConfig) -> InvalidOption:
         """The error for a target that cannot be met. smallest: the least that can be reached."""
-        minima = f"--min-heads {options.min_heads}, --min-neurons {options.min_neurons}"
         rounding = f", {rounding_options(options)}" if options.rounds else ""
         return InvalidOption(
-            f"{self} cannot be met: the smallest model with structure {options.structure}, {minima}{rounding} has "
-            f"{self.quantity(smallest)}; raise the target to that at least"
+            f"{self} cannot be met: the smallest model with structure {options.structure}, {minima(options)}{rounding} "
+            f"has {self.quantity(smallest)}; raise the target to that at least"
         )
 
     def quantity(self, amount: int) -> str:
@@ -139,6 +141,9 @@ class Target:
         added = prices[layer, sublayer] * pool.size[order]
         _, first = np.unique(2 * layer + sublayer, return_index=True)
         added[first] += rests[layer[first], sublayer[first]]
+        _, first = np.unique(pool.module[order], return_index=True)
+        of_experts = np.array([layer.expert_rest for layer in self.prices], dtype=np.int64)
+        added[first] += np.where(pool.in_attention[order][first], 0, of_experts[layer[first]])
         return added
 
 

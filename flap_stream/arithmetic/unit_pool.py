@@ -1,7 +1,7 @@
 """The units of all layers as one table, from which the decision selects."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
@@ -17,7 +17,8 @@ class UnitPool:
     """Units, or blocks of them, that compete in one sort. All arrays are `[unit]`.
 
     layer, in_attention: the sublayer of each. unit: its index there, or that of a block's first unit. size: units in
-    each. module: ascending number of what it belongs to: the attention or the MLP of a layer, or an expert.
+    each. module: ascending number of what it belongs to: the attention or the MLP of a layer, or an expert. whole: the
+    score of that module as a whole; infinite where it is not removed as one.
     """
 
     score: np.ndarray
@@ -27,6 +28,7 @@ class UnitPool:
     unit: np.ndarray
     in_attention: np.ndarray
     module: np.ndarray
+    whole: np.ndarray
 
     @classmethod
     def of(cls, scores: Sequence[LayerScores], shapes: Sequence[LayerShape]) -> "UnitPool":
@@ -40,7 +42,11 @@ class UnitPool:
                 score, size = own.of(sublayer), shape.units(sublayer)
                 if len(score) != size:
                     raise ShapeMismatch(f"layer {i} has {size} {sublayer.units}, but {len(score)} scores for them")
-                modules = shape.experts if shape.experts and sublayer is Sublayer.MLP else (size,)
+                modules: tuple[int, ...] = (size,)
+                whole = np.full(1, np.inf)
+                if shape.experts and sublayer is Sublayer.MLP:
+                    modules = shape.experts
+                    whole = np.full(len(modules), np.inf) if own.experts is None else own.experts
                 parts.append(
                     cls(
                         score=score,
@@ -50,10 +56,21 @@ class UnitPool:
                         unit=np.arange(size),
                         in_attention=np.full(size, sublayer is Sublayer.ATTENTION),
                         module=np.repeat(np.arange(module, module + len(modules)), modules),
+                        whole=np.repeat(whole, modules),
                     )
                 )
                 module += len(modules)
         return cls(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in cls.__annotations__})
+
+    def without_last_experts(self, shapes: Sequence[LayerShape], options: PlanConfig) -> "UnitPool":
+        """The same where the best experts of each mixture, up to the minimum that it keeps, do not go as a whole."""
+        whole = self.whole.copy()
+        for i, shape in enumerate(shapes):
+            own = self.modules((self.layer == i) & ~self.in_attention) if shape.experts else []
+            own.sort(key=lambda units: -self.whole[units[0]])
+            for units in own[: max(options.min_experts or 0, shape.router_needs)]:
+                whole[units] = np.inf
+        return replace(self, whole=whole)
 
     def belongs_to(self, sublayer: Sublayer) -> np.ndarray:
         """Which units are of attention, or of the MLP; bool `[unit]`."""
@@ -63,16 +80,17 @@ class UnitPool:
         """The sublayer of one unit."""
         return Sublayer.ATTENTION if self.in_attention[index] else Sublayer.MLP
 
-    def modules(self) -> list[np.ndarray]:
-        """Indices of the units of each module that has any."""
-        starts = np.flatnonzero(np.diff(self.module)) + 1
-        return np.split(np.arange(len(self.module)), starts) if len(self.module) else []
+    def modules(self, among: np.ndarray | None = None) -> list[np.ndarray]:
+        """Indices of the units of each module that has any. among: some of the units, bool `[unit]`; None is all."""
+        units = np.arange(len(self.module)) if among is None else np.flatnonzero(among)
+        starts = np.flatnonzero(np.diff(self.module[units])) + 1
+        return np.split(units, starts) if len(units) else []
 
     def protected(self, shapes: Sequence[LayerShape], options: PlanConfig) -> np.ndarray:
         """The best-scored units of each module, up to the minimum that every layer keeps; bool `[unit]`.
 
-        Each expert keeps its minimum of neurons, at least one. Units that score infinity, of which nothing is known,
-        are protected too.
+        Each expert keeps its minimum of neurons, at least one, unless it may go as a whole. Units that score infinity,
+        of which nothing is known, are protected too.
         """
         protected = np.isposinf(self.score)
         for own in self.modules():
@@ -81,6 +99,8 @@ class UnitPool:
                 least = ceil(options.min_heads / shape.heads_per_group)
             else:
                 least = max(options.min_neurons, 1) if shape.experts else options.min_neurons
+            if np.isfinite(self.whole[own[0]]):
+                least = 0
             ranked = own[np.argsort(-self.score[own], kind="stable")]
             protected[ranked[np.cumsum(self.size[ranked]) - self.size[ranked] < least]] = True
         return protected
@@ -99,9 +119,8 @@ def nearest_prefix(pool: UnitPool, protected: np.ndarray, budget: float, options
         rounding = f"{rounding_options(options)}, " if options.rounds else ""
         needed = 1 - (1 - options.ratio) * spent[protected.sum() - 1] / budget
         raise InvalidOption(
-            f"--ratio {options.ratio} would remove units that must be kept (--min-heads {options.min_heads}, "
-            f"--min-neurons {options.min_neurons}, {rounding}experts that no token reached), which allows a ratio of "
-            f"at most {needed:.4f}"
+            f"--ratio {options.ratio} would remove units that must be kept ({minima(options)}, {rounding}experts that "
+            f"no token reached), which allows a ratio of at most {needed:.4f}"
         )
     keep = np.zeros(len(order), dtype=bool)
     keep[order[:length]] = True
@@ -124,6 +143,12 @@ def neurons_to_remove(shapes: Sequence[LayerShape], groups: int, options: PlanCo
             "lower it or raise the ratio"
         )
     return max(neurons, 0)
+
+
+def minima(options: PlanConfig) -> str:
+    """The options for the least that is kept, for messages."""
+    experts = "" if options.min_experts is None else f", --min-experts {options.min_experts}"
+    return f"--min-heads {options.min_heads}, --min-neurons {options.min_neurons}{experts}"
 
 
 def rounding_options(options: PlanConfig) -> str:

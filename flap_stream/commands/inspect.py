@@ -71,14 +71,13 @@ def _inspect_run(place: Path, as_json: bool, verifies: bool) -> None:
 def _target(run: Any) -> dict[str, Any]:
     """The target of a run's plan, if it has one that is whole. run: a RunDirectory."""
     from flap_stream.config import RewriteConfig
-    from flap_stream.stages.targets import run_target
+    from flap_stream.stages.targets import counts_of, run_target
 
     if not run.plan.exists() or any(run.files.damage_of(item) for item in run.plan.committed()):
         return {}
     options, keeps = run.plan.read()
     target = run_target(run, options, RewriteConfig())
-    counts = [(len(keep.kv_groups), len(keep.neurons)) for keep in keeps]
-    return {} if target is None else {"target": target.record(counts)}
+    return {} if target is None else {"target": target.record(counts_of(run.layer_shapes, keeps))}
 
 
 def _inspect_output(place: Path, as_json: bool, verifies: bool) -> None:

@@ -192,6 +192,8 @@ def add_method(parser: argparse.ArgumentParser, *, one_ratio: bool = True) -> No
         metavar="N",
         help="neurons that every layer keeps (default: %(default)s)",
     )
+    whole = "remove experts as a whole, too, where the loss says so (only --metric fisher; of a mixture of experts)"
+    group.add_argument("--whole-experts", action="store_true", help=whole)
     group.add_argument(
         "--round-heads-to",
         type=int,
@@ -255,6 +257,9 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         default=config.PlanConfig.statistics,
         choices=config.STATISTICS,
         help="exact moments, or those of the released FLAP code (default: %(default)s)",
+    )
+    group.add_argument(
+        "--min-experts", type=int, metavar="N", help="experts that every mixture keeps (default: what a token needs)"
     )
     group.add_argument(
         "--remove-heads", type=int, metavar="N", help="query heads to remove in total (only al-mm and ul-mm)"
@@ -339,6 +344,8 @@ def print_sizes(record: dict[str, Any]) -> None:
     added = parameters.get("added_biases", 0)
     biases = f", {added:,} of them biases that compensate for what was removed" if added else ""
     print(f"parameters   {parameters['before']:,} -> {parameters['after']:,}{biases}")
+    if "experts" in record:
+        print(f"experts      {record['experts']['before']:,} -> {record['experts']['after']:,}")
     print(f"removed      {ratios['decoder']:.2%} of the prunable weights, {ratios['model']:.2%} of the model")
 
 

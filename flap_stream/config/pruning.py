@@ -32,6 +32,8 @@ class PlanConfig(TargetConfig):
     ratio: share of the decoder layers' prunable weights (q k v o gate up down) to remove; 0 with a target.
     remove_heads: query heads to remove in all layers together, only for `al-mm` and `ul-mm`.
     min_heads, min_neurons: every layer keeps at least that many.
+    whole_experts: experts are removed as a whole, too, with their rows of the router. min_experts: a mixture keeps at
+    least that many; None, and the least, is what its router chooses for a token.
     round_heads_to, round_neurons_to: every layer keeps a multiple of this many query heads or neurons. None is
     `FAST_MULTIPLE` neurons, or 1 with `statistics="released"`. 1 keeps what the scores say, as published; above it, KV
     groups times head_dim is a multiple of `FAST_MULTIPLE`, too.
@@ -48,6 +50,8 @@ class PlanConfig(TargetConfig):
     remove_heads: int | None = None
     min_heads: int = 1
     min_neurons: int = 1
+    whole_experts: bool = False
+    min_experts: int | None = None
     round_heads_to: int = 1
     round_neurons_to: int | None = None
     tensor_parallel: int = 1
@@ -83,6 +87,8 @@ class PlanConfig(TargetConfig):
             object.__setattr__(self, "ratio", _RATIO if self.target is None else NotGiven(0))
         require_at_least("min-heads", self.min_heads, 0)
         require_at_least("min-neurons", self.min_neurons, 0)
+        if self.min_experts is not None:
+            require_at_least("min-experts", self.min_experts, 1)
         for name in ("round_heads_to", "round_neurons_to", "tensor_parallel"):
             require_at_least(name.replace("_", "-"), getattr(self, name), 1)
         if self.rounds and self.method == "flap" and self.statistics == "released":
@@ -126,6 +132,7 @@ class CollectConfig(TextConfig, EngineConfig):
     them, or one .npy). With shares of the windows, as in `prose.txt:0.7`, they are mixed.
     sequence_length: tokens in a calibration window.
     loss_windows: windows of which the loss's gradient is swept back through the layers, for `metric="fisher"`.
+    whole_experts: the sweep scores experts as a whole, too.
     ratio and the fields after it, up to tensor_parallel: only for `wanda-sp`, whose pruned layers feed the next.
     Their defaults are those of `PlanConfig`.
     snapshot_interval: layers between two snapshots of the hidden states; None chooses it by their cost.
@@ -136,6 +143,7 @@ class CollectConfig(TextConfig, EngineConfig):
     sequence_length: int = 128
     seed: int = 0
     loss_windows: int = 0
+    whole_experts: bool = PlanConfig.whole_experts
     method: str = PlanConfig.method
     ratio: Share = PlanConfig.ratio
     min_heads: int = PlanConfig.min_heads

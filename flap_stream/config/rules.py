@@ -56,6 +56,14 @@ def _has_ready_tokens(options: Any) -> bool:
 
 RULES = (
     Rule((PlanConfig,), ("metric", "head_score", "statistics"), "--method flap", lambda o: o.method == "flap"),
+    Rule(
+        (PlanConfig,),
+        ("whole_experts",),
+        "--method flap --metric fisher --structure al-am",
+        lambda o: (o.method, o.metric, o.structure) == ("flap", "fisher", "al-am"),
+    ),
+    Rule((PlanConfig,), ("min_experts",), "--whole-experts", lambda o: o.whole_experts),
+    Rule((CollectConfig,), ("whole_experts",), "--loss-windows N", lambda o: o.loss_windows > 0),
     Rule((SweepConfig,), ("ratio", *TARGET_FIELDS), "plan and prune; a sweep has --ratios", lambda o: False),
     Rule((SweepConfig,), ("sequence_length", "samples"), "--evaluate TEXT", lambda o: bool(o.evaluate)),
     Rule(
@@ -128,7 +136,7 @@ def require_effect(options: Any) -> None:
             continue
         for name, value in changed_options(options).items():
             if name in rule.names:
-                given = f"--{option_name(name)} {written(value)}"
+                given = f"--{option_name(name)}" if value is True else f"--{option_name(name)} {written(value)}"
                 if rule.is_refused:
                     raise InvalidOption(f"{given} would have no effect: it is only valid with {rule.needs}")
                 logger.warning("%s has no effect: it is only valid with %s", given, rule.needs)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -180,6 +180,12 @@ class StreamedModel:
         dtypes = self.skeleton.dtypes(self.dtype)
         with stream_layers(self.checkpoint, entries, self.device, dtypes, prefetch, self.ranks) as layers:
             yield _finite_layers(self, zip(order, layers, strict=True))
+
+    def rerouted(self, index: int, neurons: np.ndarray) -> AbstractContextManager[None]:
+        """In the block, a layer's router, if it has one, chooses among the experts that keep any of these neurons."""
+        shape = self.shapes[index]
+        is_whole = len(kept := shape.kept_experts(neurons)) == len(shape.experts)
+        return nullcontext() if is_whole else self.skeleton.only_experts(index, kept)
 
     def run_batch(
         self, index: int, weights: Mapping[str, torch.Tensor], values: torch.Tensor, stand_ins: Mapping[str, nn.Module]

@@ -75,6 +75,20 @@ class Family:
         assert self.experts is not None
         return self.experts.output.name.partition(".each.")[0]
 
+    @property
+    def mixture_path(self) -> str:
+        """Path, inside the decoder layer, of the module that has a router and its experts."""
+        return self.experts_path.rpartition(".")[0]
+
+    def router_axes(self, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """The tensors of a layer's router, and the axis of each that is the experts.
+
+        tensors: relative name to shape, of a layer with experts.
+        """
+        own = re.compile(rf"{re.escape(self.mixture_path)}\.((gate|router)\.(\w+\.)*)?\w+")
+        names = [name for name in tensors if own.fullmatch(name)]
+        return {n: ROWS if n.endswith(".weight") or len(tensors[n]) == 1 else COLUMNS for n in names}
+
     def prunes(self, sublayer: Sublayer) -> bool:
         """Whether it has units in this half of a layer."""
         return sublayer is Sublayer.MLP or self.attention is not None
@@ -193,9 +207,10 @@ def layer_shape(family: Family, config: Mapping[str, Any], tensors: Mapping[str,
         while any(name.startswith(f"{family.experts.numbered(count).output.name}.") for name in tensors):
             experts += (units_of(family.experts.numbered(count)),)
             count += 1
-        mlp_rest = 0  # each expert keeps at least one neuron
+        mlp_rest = 0  # see expert_rest
     outputs = [] if attention is None else [attention.output.name]
     outputs += [kind.output.name for kind in _experts_of(family, experts)] or [mlp.output.name]
+    expert_rest, expert_added = _beside_neurons(family, tensors, mlp.output.name, len(experts)) if experts else (0, 0)
     unbiased = [tensors[f"{n}.weight"] for n in outputs if f"{n}.weight" in tensors and f"{n}.bias" not in tensors]
     return LayerShape(
         kv_groups=0 if attention is None else units_of(attention),
@@ -210,7 +225,21 @@ def layer_shape(family: Family, config: Mapping[str, Any], tensors: Mapping[str,
         attention_rest=attention_rest,
         mlp_rest=mlp_rest,
         added_biases=sum(weight[ROWS] for weight in unbiased),
+        expert_rest=expert_rest,
+        expert_added=expert_added,
     )
+
+
+def _beside_neurons(
+    family: Family, tensors: Mapping[str, tuple[int, ...]], output: str, experts: int
+) -> tuple[int, int]:
+    """Elements that go with a whole expert besides its neurons' weights, and those that its added bias has.
+
+    output: the path of an expert's output projection.
+    """
+    router = sum(prod(tensors[name]) for name in family.router_axes(tensors)) // experts
+    bias = tensors.get(f"{output}.bias")
+    return (router, tensors[f"{output}.weight"][ROWS]) if bias is None else (router + prod(bias), 0)
 
 
 def _experts_of(family: Family, sizes: tuple[int, ...]) -> list[UnitKind]:

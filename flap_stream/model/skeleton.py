@@ -4,9 +4,9 @@ The arguments of decoder layers (masks, rotary embeddings) are recorded by runni
 layers replaced by recorders, so no family's forward is reimplemented here.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.errors import InvalidModel, UnsupportedModel
 from flap_stream.model.architecture import Family, is_pruned, layer_shape, require_sizes
 from flap_stream.model.families import family_of
+from flap_stream.model.mixture import Mixture
 from flap_stream.model.model_code import model_class
 from flap_stream.modeling import modeling_flap_stream
 
@@ -100,6 +101,7 @@ class Skeleton:
         setattr(self._embedding, "padding_idx", None)  # noqa: B010 (it may lie outside the rows that are loaded)
         self.layers = list(self._model.get_submodule(self.family.layers).children())
         self.tied: bool = self._model.config.tie_word_embeddings
+        self._only: dict[int, tuple[Mixture, Sequence[int]]] = {}
 
     def move_buffers(self, device: torch.device) -> None:
         """Move the buffers (rotary frequencies) to a device."""
@@ -137,7 +139,23 @@ class Skeleton:
 
     def layer_shape(self, index: int) -> LayerShape:
         """Sizes of one decoder layer."""
-        return layer_shape(self.family, self.config, self.layer_tensors(index))
+        shape = layer_shape(self.family, self.config, self.layer_tensors(index))
+        return replace(shape, router_needs=self.mixture(index).needs) if shape.experts else shape
+
+    def mixture(self, index: int) -> Mixture:
+        """The mixture of experts of one decoder layer that has one."""
+        return Mixture(self.layers[index], self.family)
+
+    @contextmanager
+    def only_experts(self, index: int, kept: Sequence[int]) -> Iterator[None]:
+        """In the block, a layer's router chooses among these of its experts only, ascending."""
+        mixture = self.mixture(index)
+        with mixture.only(kept):
+            self._only[index] = mixture, kept
+            try:
+                yield
+            finally:
+                del self._only[index]
 
     @property
     def hf_config(self) -> PreTrainedConfig:
@@ -202,6 +220,9 @@ class Skeleton:
             for path, module in stand_ins.items():
                 parent, _, name = path.rpartition(".")
                 stack.enter_context(_replaced(layer.get_submodule(parent), name, module))
+            if index in self._only:
+                mixture, kept = self._only[index]
+                used = mixture.cut(used, kept)
             output = functional_call(layer, used, (hidden, *args), keywords)
         return output[0] if isinstance(output, tuple) else output
 

@@ -6,6 +6,7 @@ This file travels with the checkpoint (`auto_map` in config.json) and needs torc
   global sizes are those of the dense model. Releases of transformers without per-layer configs keep the raw dict.
 - `pruned_output_bias`: whether the output projections (o_proj, down_proj) have the bias that pruning adds.
 - `pruned_expert_sizes`, of a mixture of experts: for every layer the neurons of each expert, none for a dense MLP;
+  where there are fewer than in the dense model, the router chooses among these;
 - `pruned_neurons`, where the dense model has a `per_layer_config` of its own: the neurons of every layer;
 - `attention_is_whole`, if what mixes tokens (attention of any kind, a state space) is as in the dense model.
 
@@ -31,6 +32,7 @@ _NEURON_ROWS = {
 }
 _ATTENTION_OUTPUTS = ("o_proj", "dense")
 _EXPERT_WIDTHS = ("intermediate_dim", "expert_dim", "intermediate_size")
+_ROUTERS = ("gate", "router")  # of a mixture of experts
 _MLP_OUTPUTS = ("down_proj", "fc2", "c_proj", "w2", "dense_4h_to_h", "output_linear")
 
 
@@ -209,21 +211,45 @@ class SeparateExperts(nn.Module):
         Without those, `[expert * token, hidden]`: what each expert gives for its own rows, of which those of zeros are
         tokens that are not routed to it.
         """
-        result = torch.zeros_like(hidden_states)
-        if top_k_index is None:
-            tokens = len(hidden_states) // len(self.each)
-            for number, expert in enumerate(self.each):
-                own = slice(number * tokens, (number + 1) * tokens)
-                token = hidden_states[own].ne(0).any(dim=-1).nonzero()[:, 0]
-                if len(token):
-                    result[own][token] = expert(hidden_states[own][token]).to(result.dtype)
-            return result
-        for number, expert in enumerate(self.each):
-            token, choice = torch.where(top_k_index == number)
+        return run_experts(self.each, hidden_states, top_k_index, top_k_weights)
+
+
+def run_experts(each, hidden_states, top_k_index=None, top_k_weights=None):
+    """What `SeparateExperts` returns for these experts, numbered in this order."""
+    result = torch.zeros_like(hidden_states)
+    if top_k_index is None:
+        tokens = len(hidden_states) // len(each)
+        for number, expert in enumerate(each):
+            own = slice(number * tokens, (number + 1) * tokens)
+            token = hidden_states[own].ne(0).any(dim=-1).nonzero()[:, 0]
             if len(token):
-                output = expert(hidden_states[token]) * top_k_weights[token, choice, None]
-                result.index_add_(0, token, output.to(result.dtype))
+                result[own][token] = expert(hidden_states[own][token]).to(result.dtype)
         return result
+    for number, expert in enumerate(each):
+        token, choice = torch.where(top_k_index == number)
+        if len(token):
+            output = expert(hidden_states[token]) * top_k_weights[token, choice, None]
+            result.index_add_(0, token, output.to(result.dtype))
+    return result
+
+
+def router_modules(mixture):
+    """The modules that choose among a mixture's experts, itself included: it may have a bias for that."""
+    routers = (getattr(mixture, name, None) for name in _ROUTERS)
+    return [mixture, *(module for router in routers if router is not None for module in router.modules())]
+
+
+def cut_router(mixture, experts):
+    """Let a mixture's router choose among so many experts: weights have a row for each, biases an element."""
+    for module in router_modules(mixture):
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            own = tensor.new_zeros(*tensor.shape[:-1], experts)
+            if name == "weight":
+                own = tensor.new_zeros(experts, *tensor.shape[1:])
+            is_parameter = isinstance(tensor, nn.Parameter)
+            setattr(module, name, nn.Parameter(own, tensor.requires_grad) if is_parameter else own)
+        if hasattr(module, "num_experts"):
+            module.num_experts = experts
 
 
 def separate_experts(model, sizes=None, bias=False):
@@ -234,6 +260,8 @@ def separate_experts(model, sizes=None, bias=False):
         if dense is not None:
             width = next(getattr(dense, name) for name in _EXPERT_WIDTHS if hasattr(dense, name))
             widths = [width] * dense.num_experts if sizes is None else sizes[layer_idx]
+            if len(widths) < dense.num_experts:
+                cut_router(mlp, len(widths))
             mlp.experts = SeparateExperts(dense, model.config.hidden_size, widths, bias)
 
 

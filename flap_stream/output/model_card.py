@@ -58,10 +58,11 @@ def model_card(
 
 
 def _sizes_table(record: dict[str, Any]) -> str:
-    parameters, ratio = record["parameters"], record["realised_ratio"]
+    parameters, ratio, experts = record["parameters"], record["realised_ratio"], record.get("experts")
+    row = "" if experts is None else f"\n| experts of all layers | {experts['before']:,} | {experts['after']:,} |"
     return f"""| | dense | pruned |
 |---|---|---|
-| parameters | {parameters["before"]:,} | {parameters["after"]:,} |
+| parameters | {parameters["before"]:,} | {parameters["after"]:,} |{row}
 | removed of the decoder layers' prunable weights | | {ratio["decoder"]:.2%} |
 | removed of the whole model | | {ratio["model"]:.2%} |"""
 

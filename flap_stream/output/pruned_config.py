@@ -50,7 +50,7 @@ def _classes(config: dict[str, Any], classes: dict[str, str]) -> dict[str, Any]:
 
 def _with_layer_sizes(config: dict[str, Any], pruned: PrunedModel) -> dict[str, Any]:
     """A language model's config with each layer's own sizes."""
-    experts = [_expert_sizes(pruned.family, shape, keep) for shape, keep in pruned.layers]
+    experts = [_expert_sizes(shape, keep) for shape, keep in pruned.layers]
     attention = {"head_dim": pruned.shapes[0].head_dim}
     if not pruned.family.prunes(Sublayer.ATTENTION):
         attention = {"attention_is_whole": True}
@@ -79,7 +79,6 @@ def _layer_sizes(family: Family, shape: LayerShape, keep: LayerKeep) -> dict[str
     return sizes if shape.experts else {**sizes, "intermediate_size": len(keep.neurons)}
 
 
-def _expert_sizes(family: Family, shape: LayerShape, keep: LayerKeep) -> list[int]:
-    """Neurons kept in each expert of a layer; none for a dense MLP."""
-    parts = family.parts(shape) if shape.experts else []
-    return [len(part.own(keep.neurons)) for part in parts if part.kind.name == Sublayer.MLP]
+def _expert_sizes(shape: LayerShape, keep: LayerKeep) -> list[int]:
+    """Neurons kept in each expert of a layer that keeps any; none for a dense MLP."""
+    return [size for size in shape.expert_sizes(keep.neurons).tolist() if size]

@@ -24,7 +24,13 @@ _RECORD = {
     "restore": str,
     "realised_ratio": {"decoder": finite, "model": finite},
     "parameters": {"before": natural, "after": natural},
-    "layers": [{"kv_groups": natural, "neurons": natural, "kept_kv_groups": [natural], "kept_neurons": [natural]}],
+    "layers": [
+        {
+            **{"kv_groups": natural, "neurons": natural, "kept_kv_groups": [natural], "kept_neurons": [natural]},
+            **{"experts?": [natural], "kept_experts?": [natural]},
+        }
+    ],
+    "experts?": {"before": natural, "after": natural},
     "calibration?": dict,
     "left_whole?": [str],
     "target?": {"name": one_of(*TARGETS), "limit": natural, "reached": natural},
@@ -69,6 +75,7 @@ def pruning_record(pruned: PrunedModel) -> dict[str, Any]:
     sizes = pruned_sizes(pruned.shapes, pruned.keeps, pruned.source.parameters, pruned.restore)
     fingerprint = fingerprint_digest(pruned.source.fingerprint)
     whole = pruned.family.left_whole(pruned.source.tensors)
+    of_experts = pruned.options.whole_experts
     came_of_it = {} if pruned.options.target is None else {"ratio": sizes.decoder_ratio}
     return {
         "format": RECORD_FORMAT,
@@ -88,6 +95,7 @@ def pruning_record(pruned: PrunedModel) -> dict[str, Any]:
                 "kept_kv_groups": keep.kv_groups.tolist(),
                 "kept_neurons": keep.neurons.tolist(),
                 **({"experts": list(shape.experts)} if shape.experts else {}),
+                **({"kept_experts": shape.kept_experts(keep.neurons)} if of_experts and shape.experts else {}),
             }
             for shape, keep in pruned.layers
         ],

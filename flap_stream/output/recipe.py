@@ -39,6 +39,7 @@ def recipe(run: RunDirectory, plan: PlanConfig, rewrite: RewriteConfig, source: 
         "ratio": plan.target is not None,
         "loss_windows": plan.metric != "fisher",
         "trust_remote_code": not rewrite.trust_remote_code,
+        "whole_experts": not plan.whole_experts,
     }
     left_out = _DECIDE_NOTHING | {name for name in idle if idle[name]}
     versions = ", ".join(f"{name} {version}" for name, version in run.manifest["versions"].items())

@@ -13,7 +13,7 @@ from flap_stream.model.architecture import Family
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.model_files import SINGLE_NAME
 from flap_stream.model.safetensors_format import TensorEntry, safetensors_header
-from flap_stream.model.units import ROWS, Part, Projection
+from flap_stream.model.units import ROWS, Part
 from flap_stream.output.pruned_model import PrunedModel
 
 
@@ -148,7 +148,32 @@ def _plan_layer(pruned: PrunedModel, index: int) -> dict[str, list[OutputTensor]
         weight, bias = (f"{prefix}{part.kind.output.name}.{name}" for name in ("weight", "bias"))
         if bias in refitted and weight in tensors:  # the bias comes right after it
             changed |= {bias: [], weight: [_whole(refitted[name]) for name in (weight, bias) if name in refitted]}
+    kept = shape.kept_experts(keep.neurons)
+    if len(kept) < len(shape.experts):
+        changed |= _without_experts(pruned, prefix, kept, changed)
     return changed
+
+
+def _without_experts(
+    pruned: PrunedModel, prefix: str, kept: Sequence[int], changed: dict[str, list[OutputTensor]]
+) -> dict[str, list[OutputTensor]]:
+    """The tensors of a mixture that loses experts: the others numbered anew, and of the router what belongs to them.
+
+    prefix: of the layer. kept: ascending. changed: what replaces each tensor if the experts had their old numbers.
+    """
+    experts, tensors = f"{prefix}{pruned.family.experts_path}.each.", pruned.source.tensors
+    found: dict[str, list[OutputTensor]] = {}
+    for name in [name for name in tensors if name.startswith(experts)]:
+        number = int(name.removeprefix(experts).partition(".")[0])
+        before, after = f"{experts}{number}.", f"{experts}{kept.index(number) if number in kept else None}."
+        outputs = changed.get(name, [_whole(tensors[name])]) if number in kept else []
+        found[name] = [replace(out, name=after + out.name.removeprefix(before)) for out in outputs]
+    own = {name.removeprefix(prefix): entry for name, entry in tensors.items() if name.startswith(prefix)}
+    for name, axis in pruned.family.router_axes({name: entry.shape for name, entry in own.items()}).items():
+        entry = changed[prefix + name][0].source if prefix + name in changed else own[name]
+        assert entry is not None
+        found[prefix + name] = [_selected(entry, axis, np.array(kept, dtype=np.int64))]
+    return found
 
 
 def _plan_part(pruned: PrunedModel, index: int, part: Part, units: np.ndarray) -> dict[str, list[OutputTensor]]:
@@ -166,7 +191,7 @@ def _plan_part(pruned: PrunedModel, index: int, part: Part, units: np.ndarray) -
             indices = projection.kept_indices(units, part.units, shape)
             for name_part in ("weight", "bias") if projection.axis == ROWS else ("weight",):
                 if (name := f"{prefix}{projection.name}.{name_part}") in tensors:
-                    changed[name] = [_cut(tensors[name], projection, indices)]
+                    changed[name] = [_selected(tensors[name], projection.axis, indices)]
     weight, bias = (tensors.get(f"{prefix}{kind.output.name}.{name_part}") for name_part in ("weight", "bias"))
     assert weight is not None
     if pruned.restoration.means is None:
@@ -183,8 +208,7 @@ def _whole(entry: TensorEntry) -> OutputTensor:
     return OutputTensor(entry.name, entry.dtype, entry.shape, entry.nbytes, entry)
 
 
-def _cut(entry: TensorEntry, projection: Projection, indices: np.ndarray) -> OutputTensor:
-    axis = projection.axis
+def _selected(entry: TensorEntry, axis: int, indices: np.ndarray) -> OutputTensor:
     shape = tuple(len(indices) if a == axis else n for a, n in enumerate(entry.shape))
     keep = None if len(indices) == entry.shape[axis] else indices
     return OutputTensor(entry.name, entry.dtype, shape, prod(shape) * entry.item_bytes, entry, axis, keep)

@@ -18,7 +18,7 @@ from flap_stream.model.dense import nothing_pruned
 from flap_stream.output.evaluations import Pair, saved_pairs
 from flap_stream.output.pruning_record import RECORD_NAME, read_record
 from flap_stream.stages.plan import unit_scores
-from flap_stream.stages.targets import run_target
+from flap_stream.stages.targets import counts_of, run_target
 from flap_stream.storage.plan import parse_plan_options
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.run_manifest import Manifest
@@ -145,12 +145,8 @@ def facts_of(run: RunDirectory) -> Facts:
         costs=costs,
         curves=curves,
         missing=missing,
-        target=None if target is None or keeps is None else target.record(_counts(keeps)),
+        target=None if target is None or keeps is None else target.record(counts_of(shapes, keeps)),
     )
-
-
-def _counts(keeps: Sequence[LayerKeep]) -> list[tuple[int, int]]:
-    return [(len(keep.kv_groups), len(keep.neurons)) for keep in keeps]
 
 
 def _units(
@@ -187,7 +183,6 @@ def _restoration(run: RunDirectory, options: PlanConfig) -> str:
 def _of_record(place: Path, record: dict[str, Any]) -> Facts:
     layers = record["layers"]
     known = {name: value for name, value in record["options"].items() if name in PlanConfig.__dataclass_fields__}
-    parameters = record["parameters"]
     try:
         options = parse_plan_options(known)
     except ValueError as error:
@@ -203,7 +198,11 @@ def _of_record(place: Path, record: dict[str, Any]) -> Facts:
         neurons=[Units(layer["neurons"], len(layer["kept_neurons"])) for layer in layers],
         decoder_ratio=record["realised_ratio"]["decoder"],
         model_ratio=record["realised_ratio"]["model"],
-        sizes=[Size("parameters", "", parameters["before"], parameters["after"])],
+        sizes=[
+            Size(name, "", record[name]["before"], record[name]["after"])
+            for name in ("parameters", "experts")
+            if name in record
+        ],
         metric=options.metric,
         costs=[],
         curves=[],
@@ -249,19 +248,21 @@ def _sizes(
     def cached(groups: Sequence[int]) -> float:
         return sum(2 * shape.head_dim * count for shape, count in zip(shapes, groups, strict=True)) * item_bytes
 
-    def operations(units: Sequence[tuple[int, int]]) -> float:
+    def operations(units: Sequence[tuple[int, int, int]]) -> float:
         total: float = sizes["hidden"] * sizes["vocabulary"]
-        for shape, (groups, neurons) in zip(shapes, units, strict=True):
-            share = sizes["expert_share"] if shape.experts else 1
+        for shape, (groups, neurons, experts) in zip(shapes, units, strict=True):
+            share = sizes["expert_share"] * len(shape.experts) / experts if experts else 1
             total += groups * shape.group_cost + neurons * shape.neuron_cost * share
         return 2 * total
 
-    dense = [(shape.kv_groups, shape.neurons) for shape in shapes]
-    kept = _counts(keeps)
+    dense = [(shape.kv_groups, shape.neurons, len(shape.experts)) for shape in shapes]
+    kept = counts_of(shapes, keeps)
+    experts = [sum(count for *_, count in units) for units in (dense, kept)]
     return [
         Size("parameters", "", before, after),
+        *([Size("experts", "", *experts)] if experts[1] < experts[0] else []),
         Size("weights", "B", sizes["weight_bytes"], after * item_bytes),
-        Size("KV cache per token", "B", cached([g for g, _ in dense]), cached([g for g, _ in kept])),
+        Size("KV cache per token", "B", cached([g for g, *_ in dense]), cached([g for g, *_ in kept])),
         Size("FLOPs per token", "FLOP", operations(dense), operations(kept)),
     ]
 

@@ -1,6 +1,7 @@
 """What a pruned layer keeps of its tensors, and the same in the dense sizes, as the layer runs."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,8 @@ class CutLayer:
 
     weights: its dense tensors on the device, by relative name.
 
-    Removed columns of output projections are zeros in the dense sizes, so removed rows have no effect.
+    Removed columns of output projections are zeros in the dense sizes, so removed rows have no effect. Removed experts
+    have none as long as the layer runs in `rerouted`.
     """
 
     model: StreamedModel
@@ -68,16 +70,21 @@ class CutLayer:
         found = {name: tensor.to(self.stored_dtype(name)) for name, tensor in tensors.items()}
         for part, units in self._parts():
             output = part.kind.output.name
-            if len(units) == 0:  # only the bias is left of such a module
+            if len(units) == 0:  # only the bias is left of such a module, and of an expert nothing
+                left = "" if "experts" in part.kind.module.split(".") else f"{output}.bias"
                 found = {
                     name: tensor
                     for name, tensor in found.items()
-                    if not name.startswith(f"{part.kind.module}.") or name == f"{output}.bias"
+                    if not name.startswith(f"{part.kind.module}.") or name == left
                 }
             for name, axis, kept in self._places(part, units):
                 if name in found:
                     found[name] = found[name].index_select(axis, kept)
         return {name: tensor.cpu() for name, tensor in found.items()}
+
+    def rerouted(self) -> AbstractContextManager[None]:
+        """In the block, the router chooses among the experts that are kept."""
+        return self.model.rerouted(self.index, self.keep.neurons)
 
     def whole(self, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """All tensors of the layer in the dense sizes, with these in the place of those that `cut` returned.

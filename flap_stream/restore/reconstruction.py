@@ -42,9 +42,10 @@ def reconstruct_layer(
     assert refit.dense is not None, "the dense model's hidden states are the target"
     layer = CutLayer(refit.model, index, weights, keep)
     refit.batches.run_all(index, weights, refit.dense)
-    found = _Fit(refit, layer).run() if stored is None else dict(stored)
-    if is_read:
-        refit.batches.run_all(index, layer.whole(found), refit.hidden)
+    with layer.rerouted():
+        found = _Fit(refit, layer).run() if stored is None else dict(stored)
+        if is_read:
+            refit.batches.run_all(index, layer.whole(found), refit.hidden)
     return found
 
 

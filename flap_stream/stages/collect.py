@@ -21,6 +21,7 @@ from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.output.destination import estimated_bytes, require_space
 from flap_stream.progress import Progress
 from flap_stream.restore.requirements import refit_sizes, refit_stored_bytes, require_refittable
+from flap_stream.stages.expert_loss import require_removable_experts
 from flap_stream.stages.job_header import engine_rows, model_row
 from flap_stream.stages.layer_statistics import collect_statistics
 from flap_stream.stages.loss import collect_loss_scores, require_inputs
@@ -82,6 +83,7 @@ def collect_into(
         model = StreamedModel(source, options, ranks)
         using.enter_context(in_use(model.device))
         measured.device = str(model.device)
+        require_removable_experts(model, options)
         if isinstance(options, PruneConfig):
             _require_possible(model, options)
         progress.header({**model_row(source, len(model.layers)), "run directory": str(run)})
@@ -104,7 +106,7 @@ def collect_into(
         if ranks.is_first:
             directory.record_promise(measured.placement.host_bytes, measured.placement.device_bytes)
         with cpu_threads(directory.manifest["threads"]):
-            loss = None if sweep is None else LossStore(directory, sweep.samples)
+            loss = None if sweep is None else LossStore(directory, sweep.samples, options.whole_experts)
             collect_statistics(model, directory, options, placement, progress, loss)
             if loss is not None and sweep is not None:
                 require_inputs(model, loss, placement, progress)
@@ -170,7 +172,8 @@ def _require_space(
     written -= files.tree_bytes(files.partial_path(out))
     kept = stored_bytes(model.shapes, tokens) - files.tree_bytes(run)
     kept += 0 if refit is None else refit_stored_bytes(model, refit)
-    if sweep is not None and not LossStore.is_swept(run, sweep.samples, len(model.shapes)):
+    of_experts, layers = options.whole_experts, len(model.shapes)
+    if sweep is not None and not LossStore.is_swept(run, sweep.samples, of_experts, layers):
         kept += kept_input_bytes(sweep)
     require_space(out, max(0, written), run, max(0, kept))
 
@@ -222,6 +225,7 @@ def _manifest(model: StreamedModel, options: CollectConfig, windows: Windows, ba
             "expert_share": model.expert_share,
             "unit_bytes": [list(own) for own in sizes.unit_bytes],
             "header_bytes": list(sizes.header_bytes),
+            **({"expert_bytes": list(sizes.expert_bytes)} if any(sizes.expert_bytes) else {}),
         },
         **({"left_whole": whole} if whole else {}),
         "layers": [asdict(shape) for shape in model.shapes],

@@ -21,6 +21,7 @@ from flap_stream.model.skeleton import Skeleton
 from flap_stream.model.units import ROWS
 from flap_stream.output.destination import estimated_bytes
 from flap_stream.restore.requirements import refit_sizes, refit_stored_bytes, require_refittable
+from flap_stream.stages.expert_loss import require_removable_experts
 from flap_stream.stages.loss_sizes import kept_input_bytes, sweep_job, sweep_operations
 from flap_stream.stages.machine_rates import measure_rates
 from flap_stream.stages.scaling import LossWork, Rates, RefitWork, Work, scale
@@ -119,6 +120,7 @@ def forecast(
     require_effect(options)
     with source:
         streamed = StreamedModel(source, options)
+        require_removable_experts(streamed, options)
         require_minimum(streamed.shapes, options)
         warn_of_positions(source.config, options.sequence_length)
         return _forecast(streamed, Path(out), options, machines, has_headers)

@@ -6,7 +6,7 @@ channels, to first order; F_u = mean_w sum_t s_wtu^2 (Kwon et al. 2022, for mask
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -24,6 +24,7 @@ from flap_stream.engine.wide_attention import wide_attention
 from flap_stream.errors import NonFinite
 from flap_stream.model.units import Part
 from flap_stream.progress import Progress
+from flap_stream.stages.expert_loss import MixtureRead, captured_mixture
 from flap_stream.storage import files
 from flap_stream.storage.loss import LossScores, LossStore
 from flap_stream.storage.run_directory import RunDirectory
@@ -31,7 +32,9 @@ from flap_stream.storage.run_files import KINDS
 
 _SUMMED_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # at once, widened to float64 on a CPU; not measured
 
-Scores = dict[str, torch.Tensor]  # by kind of unit, sum_t s_wtu^2, float64 [window, unit]
+# By kind of unit, sum_t s_wtu^2, float64 [window, unit]; where experts are scored as a whole, of `experts`, too, and of
+# how many tokens each was `reached`, int64.
+Scores = dict[str, torch.Tensor]
 
 
 @dataclass(kw_only=True)
@@ -78,7 +81,7 @@ class BackwardPass(LayerPass):
         means = self.model.ranks.from_first(lambda: _baselines(self.model, self.store.run, index))
         self._means = {name: torch.from_numpy(mean).float().to(self.model.device) for name, mean in means.items()}
         self.run_all(index, weights)
-        parts = [_zeros(self.model, index, 0)] + [self._scores[start] for start in sorted(self._scores)]
+        parts = [self._zeros(index, 0)] + [self._scores[start] for start in sorted(self._scores)]
         return {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
 
     def _load_inputs(self, layer: int) -> None:
@@ -93,22 +96,38 @@ class BackwardPass(LayerPass):
         shift = torch.frexp(values.flatten(1).abs().amax(dim=1)).exponent[:, None, None]
         gradient = torch.ldexp(values, -shift).to(self.model.dtype)  # half precision neither overflows nor vanishes
         hidden = self._feed.take(start, len(values)).detach().requires_grad_()
-        with torch.enable_grad(), _captured(self.model, index) as reads:
+        with torch.enable_grad(), _captured(self.model, index) as reads, self._mixture(index) as mixture:
             with wide_attention(self.model.dtype, self.model.device.type):
                 output = self.model.run_batch(index, weights, hidden, modules)
-            below, *gradients = torch.autograd.grad(output, [hidden, *(read.inputs for read in reads)], gradient)
+            seen = [read.inputs for read in reads] + ([] if mixture is None else [mixture.output])
+            below, *gradients = torch.autograd.grad(output, [hidden, *seen], gradient)
         if not all_finite([below])[0]:
             raise NonFinite(
                 f"the gradient of the loss with respect to the input of layer {index} holds NaN or infinity; try "
                 f"--dtype float32 (it ran in {self.model.dtype})"
             )
-        scores = _zeros(self.model, index, len(values))
-        for read, found in zip(reads, gradients, strict=True):
+        scores = self._zeros(index, len(values))
+        for read, found in zip(reads, gradients[: len(reads)], strict=True):
             own = slice(read.part.first, read.part.first + read.part.units)
             squares = read.squares(self._means[read.part.kind.output.name], found)
             scores[read.part.kind.name][:, own] = torch.ldexp(squares, 2 * shift[:, 0]).cpu()
+        if mixture is not None:
+            squares, scores["reached"] = mixture.squares(weights, gradients[-1])
+            scores["experts"] = torch.ldexp(squares, 2 * shift[:, 0].cpu())
         self._scores[start] = scores
         return below.float().ldexp_(shift)
+
+    def _mixture(self, index: int) -> AbstractContextManager[MixtureRead | None]:
+        """What the layer's mixture reads and gives in the block, if whole experts are scored."""
+        return captured_mixture(self.model, index) if self.store.of_experts else nullcontext()
+
+    def _zeros(self, index: int, windows: int) -> Scores:
+        shape = self.model.shapes[index]
+        scores: Scores = {kind: torch.zeros(windows, shape.units(kind), dtype=torch.float64) for kind in KINDS}
+        if self.store.of_experts:
+            scores["experts"] = torch.zeros(windows, len(shape.experts), dtype=torch.float64)
+            scores["reached"] = scores["experts"].long()
+        return scores
 
 
 def keep_inputs(batches: LayerPass, store: LossStore, layer: int) -> None:
@@ -200,7 +219,11 @@ def collect_loss_scores(
 
 def _means_over_windows(found: Sequence[Scores]) -> LossScores:
     """F of each unit. found: what every rank's windows add."""
-    return LossScores(**{kind: torch.cat([part[kind] for part in found]).mean(dim=0).numpy() for kind in KINDS})
+    whole = {kind: torch.cat([part[kind] for part in found]) for kind in found[0]}
+    means = {kind: whole[kind].mean(dim=0) for kind in whole if kind != "reached"}
+    if "reached" in whole:
+        means["experts"][whole["reached"].sum(dim=0) == 0] = torch.inf
+    return LossScores(**{kind: mean.numpy() for kind, mean in means.items()})
 
 
 def _baselines(model: StreamedModel, run: RunDirectory, index: int) -> dict[str, np.ndarray]:
@@ -289,8 +312,3 @@ def _rows(inputs: tuple[torch.Tensor, ...], experts: int, windows: int) -> list[
         ids = torch.arange(experts, device=inputs[1].device)
         chosen = (inputs[1][..., None] == ids).sum(dim=1)  # [token, expert]
     return chosen.unflatten(0, (windows, -1)).sum(dim=1).T.tolist()
-
-
-def _zeros(model: StreamedModel, index: int, windows: int) -> Scores:
-    shape = model.shapes[index]
-    return {kind: torch.zeros(windows, shape.units(kind), dtype=torch.float64) for kind in KINDS}

@@ -15,7 +15,8 @@ def sweep_job(model: StreamedModel, options: CollectConfig, samples: int, tokens
     windows = min(options.loss_windows, samples)
     if not windows:
         return None
-    return replace(model.job(windows, tokens, head=True, backward=True), keeps_batch_size=False)
+    job = model.job(windows, tokens, head=True, backward=True)
+    return replace(job, keeps_batch_size=False, of_experts=options.whole_experts)
 
 
 def kept_input_bytes(sweep: Job | None) -> int:

@@ -39,6 +39,7 @@ def masked(
 ) -> Iterator[Mapping[str, torch.Tensor]]:
     """The tensors to run a layer with; in the block, removed inputs of its output projections are set to zero.
 
+    Nor does its router choose removed experts.
     decision: None runs the dense layer.
     """
     if decision is None:
@@ -51,7 +52,8 @@ def masked(
             module = model.layers[index].get_submodule(part.kind.output.name)
             handles.append(module.register_forward_pre_hook(_zeroing(channels)))
     try:
-        yield {**weights, **decision.mend(index, weights, keep)}
+        with model.rerouted(index, keep.neurons):
+            yield {**weights, **decision.mend(index, weights, keep)}
     finally:
         for handle in handles:
             handle.remove()

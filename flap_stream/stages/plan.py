@@ -13,12 +13,12 @@ from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.predicted_loss import PredictedRise, predicted_rise
 from flap_stream.arithmetic.scoring import LayerScores, flap_scores, magnitude_scores, wanda_scores
 from flap_stream.arithmetic.sizes import PrunedSizes, pruned_sizes
-from flap_stream.arithmetic.targets import Target
+from flap_stream.arithmetic.targets import LayerPrices, Target
 from flap_stream.config import PlanConfig, RewriteConfig, require_restoration
 from flap_stream.config.rules import FED_ON, options_of
 from flap_stream.config.values import option_name
 from flap_stream.errors import InvalidOption, RunMismatch
-from flap_stream.stages.targets import run_target
+from flap_stream.stages.targets import counts_of, run_target
 from flap_stream.storage.loss import LossScores, LossStore
 from flap_stream.storage.run_directory import RunDirectory
 
@@ -101,7 +101,6 @@ def decide(
     scores = unit_scores(run, options, target) if read_scores is None else read_scores()
     keeps = allocate(scores, shapes, options, target)
     restore = require_restoration(options.method, rewrite.restore)
-    counts = [(len(keep.kv_groups), len(keep.neurons)) for keep in keeps]
     return PlanResult(
         run=run.path,
         options=options,
@@ -110,7 +109,7 @@ def decide(
         neurons=[shape.neurons for shape in shapes],
         sizes=pruned_sizes(shapes, keeps, run.manifest["parameters"], restore),
         left_whole=tuple(run.manifest.get("left_whole", [])),
-        target=None if target is None else target.record(counts),
+        target=None if target is None else target.record(counts_of(shapes, keeps)),
     )
 
 
@@ -134,8 +133,8 @@ def predictor(run: RunDirectory) -> Callable[[PlanResult], PredictedRise]:
     """
     loss, tokens = LossStore.of(run), run.manifest["tokens"]["shape"][1]
     found = [loss.read(i) for i in range(len(run.layer_shapes))]
-    losses = [LayerScores(layer.attention, layer.mlp) for layer in found]
-    return lambda plan: predicted_rise(losses, plan.layers, tokens)
+    losses = [LayerScores(layer.attention, layer.mlp, layer.experts) for layer in found]
+    return lambda plan: predicted_rise(losses, run.layer_shapes, plan.layers, tokens)
 
 
 def unit_scores(run: RunDirectory, options: PlanConfig, target: Target | None = None) -> list[LayerScores]:
@@ -146,10 +145,12 @@ def unit_scores(run: RunDirectory, options: PlanConfig, target: Target | None = 
     """
     if is_by_loss(options):
         loss = LossStore.of(run)
-        costs = [(shape.group_cost, shape.neuron_cost) for shape in run.layer_shapes]
-        if target is not None and target.name == "target_memory":
-            costs = [(price.group, price.neuron) for price in target.prices]
-        return [loss_scores(loss.read(i), own) for i, own in enumerate(costs)]
+        _require_scored_experts(run, loss, options)
+        prices = [LayerPrices(s.group_cost, s.neuron_cost, expert_rest=s.expert_rest) for s in run.layer_shapes]
+        prices = list(target.prices) if target is not None and target.name == "target_memory" else prices
+        found = [loss.read(i) for i in range(len(prices))]
+        found = found if options.whole_experts else [replace(own, experts=None) for own in found]
+        return [loss_scores(*own) for own in zip(found, run.layer_shapes, prices, strict=True)]
     scores = []
     for i, shape in enumerate(run.layer_shapes):
         statistics, channels = run.statistics.read(i), shape.heads_per_group * shape.head_dim
@@ -162,12 +163,32 @@ def unit_scores(run: RunDirectory, options: PlanConfig, target: Target | None = 
     return scores
 
 
-def loss_scores(found: LossScores, costs: tuple[int, int]) -> LayerScores:
-    """F of each unit by its cost, float64 `[group]`, `[neuron]`; comparable across layers.
+def loss_scores(found: LossScores, shape: LayerShape, prices: LayerPrices) -> LayerScores:
+    """F of each unit and each expert by its cost, float64 `[group]`, `[neuron]`, `[expert]`; comparable across layers.
 
-    costs: weights, or bytes, that are removed with one KV group and with one neuron.
+    Experts that no token reached score infinity with all their neurons and are kept: nothing is known of them.
+    prices: weights, or bytes, that are removed with one KV group, one neuron and, besides its neurons, one expert.
     """
-    return LayerScores(found.attention / max(costs[0], 1), found.mlp / max(costs[1], 1))
+    groups, neurons = found.attention / max(prices.group, 1), found.mlp / max(prices.neuron, 1)
+    if found.experts is None or not shape.experts:
+        return LayerScores(groups, neurons, found.experts)
+    costs = np.array(shape.experts, dtype=np.int64) * prices.neuron + prices.expert_rest
+    if len(shape.experts) > shape.router_needs:  # else none was scored
+        neurons = np.where(np.repeat(np.isinf(found.experts), shape.experts), np.inf, neurons)
+    return LayerScores(groups, neurons, found.experts / np.maximum(costs, 1))
+
+
+def _require_scored_experts(run: RunDirectory, loss: LossStore, options: PlanConfig) -> None:
+    """Raise RunMismatch if whole experts are to be removed, but the run does not know what they are worth."""
+    if not options.whole_experts:
+        return
+    if any(shape.experts and not shape.router_needs for shape in run.layer_shapes):
+        raise RunMismatch(f"{run.path} is of a version without whole experts; collect again, into a new directory")
+    if not loss.of_experts:
+        raise RunMismatch(
+            f"{run.path} holds no loss scores of whole experts; collect them with flap-stream collect MODEL {run.path} "
+            f"--loss-windows {loss.windows} --whole-experts"
+        )
 
 
 def _require_fitting_statistics(run: RunDirectory, options: PlanConfig) -> None:

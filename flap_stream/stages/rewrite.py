@@ -29,7 +29,7 @@ from flap_stream.stages.job_header import engine_rows, model_row
 from flap_stream.stages.measured import Measured
 from flap_stream.stages.same_source import require_model_of
 from flap_stream.stages.session import Session, opened_model, opened_run
-from flap_stream.stages.targets import run_target
+from flap_stream.stages.targets import counts_of, run_target
 from flap_stream.storage import places
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.text.tokenization import code_files
@@ -121,7 +121,7 @@ def rewrite_from(
             restoration,
             run.manifest["calibration"],
             code,
-            None if target is None else target.record([(len(k.kv_groups), len(k.neurons)) for k in keeps]),
+            None if target is None else target.record(counts_of(run.layer_shapes, keeps)),
             recipe(run, plan_options, options, source.source),
         )
         record, measured.bytes_written = write_checkpoint(

@@ -13,6 +13,7 @@ from flap_stream.model.safetensors_format import row_ranges
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.storage.differences import model_differences
 from flap_stream.storage.run_directory import RunDirectory
+from flap_stream.storage.run_manifest import has_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def require_model_of(run: RunDirectory, source: Checkpoint, ranks: Ranks = ALONE
         )
     skeleton, vocabulary = Skeleton(source.config, source.source), run.manifest["sizes"]["vocabulary"]
     shapes = [skeleton.layer_shape(i) for i in range(len(skeleton.layers))]
-    if shapes != run.layer_shapes or vocabulary != source.tensors[skeleton.family.embedding].shape[0]:
+    if not has_shapes(run.manifest, shapes) or vocabulary != source.tensors[skeleton.family.embedding].shape[0]:
         raise CorruptRun(
             f"{run.path / 'run.json'} has sizes that differ from those of {source.source}; delete it and collect again"
         )

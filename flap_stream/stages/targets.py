@@ -3,12 +3,13 @@
 Without torch, which `plan` has no other need of.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flap_stream.arithmetic.allocation import LayerKeep, allocate
-from flap_stream.arithmetic.layer_shape import Sublayer
+from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
 from flap_stream.arithmetic.scoring import LayerScores
 from flap_stream.arithmetic.sizes import pruned_sizes
 from flap_stream.arithmetic.target_prices import ModelSizes, target_of
@@ -27,7 +28,8 @@ def sizes_of(model: "StreamedModel") -> ModelSizes:
     """Sizes of a dense checkpoint, from the headers of its files."""
     source = model.checkpoint
     units = [_unit_bytes(model, i) for i in range(len(model.shapes))]
-    return ModelSizes(source.parameters, source.nbytes, units, header_bytes(source, model.family, model.shapes))
+    headers, experts = header_bytes(source, model.family, model.shapes), range(len(model.shapes))
+    return ModelSizes(source.parameters, source.nbytes, units, headers, [_expert_bytes(model, i) for i in experts])
 
 
 def _unit_bytes(model: "StreamedModel", index: int) -> tuple[int, int]:
@@ -41,6 +43,24 @@ def _unit_bytes(model: "StreamedModel", index: int) -> tuple[int, int]:
                 total[part.kind.name] += 0 if entry is None else entry.nbytes
     group, neuron = (nbytes // max(shape.units(kind), 1) for kind, nbytes in total.items())
     return group, neuron
+
+
+def _expert_bytes(model: "StreamedModel", index: int) -> int:
+    """Bytes that go with one expert of a layer besides its neurons: the router's for it, and its output bias."""
+    shape, entries = model.shapes[index], model.layer_entries[index]
+    if not shape.experts:
+        return 0
+    router = model.family.router_axes({name: entry.shape for name, entry in entries.items()})
+    bias = entries.get(f"{model.family.parts(shape)[-1].kind.output.name}.bias")
+    return sum(entries[n].nbytes for n in router) // len(shape.experts) + (0 if bias is None else bias.nbytes)
+
+
+def counts_of(shapes: Sequence[LayerShape], keeps: Sequence[LayerKeep]) -> list[tuple[int, int, int]]:
+    """How many KV groups, neurons and experts of each layer are kept."""
+    return [
+        (len(keep.kv_groups), len(keep.neurons), len(shape.kept_experts(keep.neurons)))
+        for shape, keep in zip(shapes, keeps, strict=True)
+    ]
 
 
 def run_target(run: RunDirectory, options: PlanConfig, rewrite: RewriteConfig) -> Target | None:
@@ -58,7 +78,10 @@ def rehearse(model: "StreamedModel", options: PruneConfig) -> list[LayerKeep]:
     if options.target is not None:
         restore = require_restoration(options.method, options.restore)
         target = target_of(options, shapes, sizes_of(model), restore, options.max_shard_bytes)
-    nothing = [LayerScores(np.zeros(shape.kv_groups), np.zeros(shape.neurons)) for shape in shapes]
+    nothing = []
+    for shape in shapes:
+        experts = np.zeros(len(shape.experts)) if options.whole_experts else None
+        nothing.append(LayerScores(np.zeros(shape.kv_groups), np.zeros(shape.neurons), experts))
     return allocate(nothing, shapes, part_of(options, PlanConfig), target)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.errors import RunMismatch
 from flap_stream.storage import arrays, files
 from flap_stream.storage.journal import Journal
@@ -17,23 +16,32 @@ from flap_stream.storage.snapshots import SnapshotStore
 __all__ = ["KINDS", "LossScores", "LossStore"]
 
 _INPUTS, _SCORES = "loss-inputs", "loss"
-_JOB = re.compile(r"(\d+)-per-token")  # scores that were squared per window had the number alone
+_JOB = re.compile(r"(\d+)-per-token(-with-experts)?")  # scores that were squared per window had the number alone
 
 
 @dataclass(frozen=True)
 class LossScores:
-    """Loss score F of each unit of one layer, in nats squared: float64 `[group]` and `[neuron]`."""
+    """Loss score F of each unit of one layer, in nats squared: float64 `[group]` and `[neuron]`.
+
+    experts: of its experts as a whole, float64 `[expert]`, infinite for those that no token reached; None if the sweep
+    did not score them.
+    """
 
     attention: np.ndarray
     mlp: np.ndarray
+    experts: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class LossStore:
-    """The layer inputs and the scores computed from the first `windows` calibration windows, in loss.zarr."""
+    """The layer inputs and the scores computed from the first `windows` calibration windows, in loss.zarr.
+
+    of_experts: whether there are scores of whole experts, too.
+    """
 
     run: RunDirectory
     windows: int
+    of_experts: bool = False
 
     @classmethod
     def of(cls, run: RunDirectory) -> "LossStore":
@@ -43,8 +51,8 @@ class LossStore:
         """
         jobs = [entry["job"] for entry in run.journal.of_kind(_SCORES)]
         for job in dict.fromkeys(reversed(jobs)):
-            windows = _JOB.fullmatch(job)
-            if windows is not None and (found := cls(run, int(windows[1]))).complete() == len(run.layer_shapes):
+            found = cls._of_job(run, job)
+            if found is not None and found.complete() == len(run.layer_shapes):
                 return found
         raise RunMismatch(
             f"{run.path} holds no loss scores; collect them with flap-stream collect MODEL {run.path} "
@@ -55,13 +63,17 @@ class LossStore:
     def begun(cls, run: RunDirectory) -> "LossStore | None":
         """The one whose backward pass began last; None if none did."""
         jobs = run.journal.of_kind("loss-job")
-        windows = _JOB.fullmatch(jobs[-1]["job"]) if jobs else None
-        return None if windows is None else cls(run, int(windows[1]))
+        return cls._of_job(run, jobs[-1]["job"]) if jobs else None
+
+    @classmethod
+    def _of_job(cls, run: RunDirectory, job: str) -> "LossStore | None":
+        found = _JOB.fullmatch(job)
+        return None if found is None else cls(run, int(found[1]), found[2] is not None)
 
     @property
     def job(self) -> str:
         """What determines the scores, besides what determines the statistics."""
-        return _job(self.windows)
+        return _job(self.windows, self.of_experts)
 
     @property
     def snapshots(self) -> SnapshotStore:
@@ -93,9 +105,9 @@ class LossStore:
         self.run.journal.append(_INPUTS, layer_name(layer), job=self.job, digest=digest)
 
     @staticmethod
-    def is_swept(run: Path, windows: int, layers: int) -> bool:
+    def is_swept(run: Path, windows: int, of_experts: bool, layers: int) -> bool:
         """Whether a run directory, which need not exist, holds the scores of all layers."""
-        return len(_layers_of(Journal(run / "journal"), _job(windows))) == layers
+        return len(_layers_of(Journal(run / "journal"), _job(windows, of_experts))) == layers
 
     def drop_inputs(self) -> None:
         """Delete the inputs of all layers: all scores are stored."""
@@ -115,7 +127,7 @@ class LossStore:
         """Store a layer's scores, all or nothing."""
         name = _path(layer)
         files.make_directory((self.run.path / name).parent)
-        digest = self.run.files.commit_group(name, {kind: getattr(scores, kind) for kind in KINDS}, {})
+        digest = self.run.files.commit_group(name, {n: getattr(scores, n) for n in self._array_specs(layer)}, {})
         self.run.journal.append(_SCORES, layer_name(layer), job=self.job, digest=digest)
 
     def read(self, layer: int) -> LossScores:
@@ -124,13 +136,18 @@ class LossStore:
         entry = self.run.journal.find(_SCORES, layer_name(layer))
         if entry is None:
             raise self.run.files.incomplete(name)
-        specs = _array_specs(self.run.layer_shapes[layer])
+        specs = self._array_specs(layer)
         found, _ = self.run.files.read_group(Committed(name, entry["digest"], arrays.max_bytes(specs)), specs)
         return LossScores(*found)
 
+    def _array_specs(self, layer: int) -> dict[str, arrays.ArraySpec]:
+        shape = self.run.layer_shapes[layer]
+        specs: dict[str, arrays.ArraySpec] = {kind: ("float64", (shape.units(kind),)) for kind in KINDS}
+        return {**specs, **({"experts": ("float64", (len(shape.experts),))} if self.of_experts else {})}
 
-def _job(windows: int) -> str:
-    return f"{windows}-per-token"
+
+def _job(windows: int, of_experts: bool) -> str:
+    return f"{windows}-per-token{'-with-experts' if of_experts else ''}"
 
 
 def _layers_of(journal: Journal, job: str) -> set[str]:
@@ -141,7 +158,3 @@ def _layers_of(journal: Journal, job: str) -> set[str]:
 
 def _path(layer: int) -> str:
     return f"loss.zarr/{layer_name(layer)}"
-
-
-def _array_specs(shape: LayerShape) -> dict[str, arrays.ArraySpec]:
-    return {kind: ("float64", (shape.units(kind),)) for kind in KINDS}

@@ -72,9 +72,14 @@ def _contents(options: PlanConfig, layers: Sequence[LayerKeep]) -> bytes:
 
 
 def recorded_options(options: PlanConfig) -> dict[str, Any]:
-    """The options of a plan as they are recorded: a target only if there is one, and then no ratio."""
+    """The options of a plan as they are recorded: those that came with targets and whole experts only if used.
+
+    With a target, the ratio is left out.
+    """
     values = asdict(options)
     left_out = [name for name in TARGET_FIELDS if values[name] is None] + ([] if options.target is None else ["ratio"])
+    left_out += [] if options.whole_experts else ["whole_experts"]
+    left_out += [] if options.min_experts is not None else ["min_experts"]
     return {name: value for name, value in values.items() if name not in left_out}
 
 
@@ -87,22 +92,25 @@ def _parse(data: bytes, shapes: Sequence[LayerShape]) -> tuple[PlanConfig, list[
     """Options and kept units from the bytes of a plan.json for layers of these shapes.
 
     Raises ValueError, saying what is wrong, unless each layer's kept units exist, are listed once and in ascending
-    order, and include at least one neuron of every expert.
+    order, and include at least one neuron of every expert or, if they are removed as a whole, of those that the router
+    needs.
     """
     body = parse_json(data)
     if not matches(body, {"options": dict, "layers": [{"kept_kv_groups": list, "kept_neurons": list}]}):
         raise ValueError("it does not have the form of a plan")
     if len(body["layers"]) != len(shapes):
         raise ValueError(f"it has {len(body['layers'])} layers, the model has {len(shapes)}")
-    keeps = []
+    options, keeps = parse_plan_options(body["options"]), []
     for i, (layer, shape) in enumerate(zip(body["layers"], shapes, strict=True)):
         groups = _indices(layer["kept_kv_groups"], shape.kv_groups, f"KV groups of layer {i}")
         neurons = _indices(layer["kept_neurons"], shape.neurons, f"neurons of layer {i}")
-        bounds = np.cumsum((0, *shape.experts))
-        if np.any(np.diff(np.searchsorted(neurons, bounds)) == 0):
+        kept = len(shape.kept_experts(neurons))
+        if kept < len(shape.experts) and not options.whole_experts:
             raise ValueError(f"an expert of layer {i} keeps no neuron")
+        if kept < shape.router_needs:
+            raise ValueError(f"layer {i} keeps {kept} experts, its router needs {shape.router_needs}")
         keeps.append(LayerKeep(groups, neurons))
-    return parse_plan_options(body["options"]), keeps
+    return options, keeps
 
 
 def _indices(values: list[Any], units: int, what: str) -> np.ndarray:
@@ -122,7 +130,8 @@ def parse_plan_options(values: dict[str, Any]) -> PlanConfig:
     """
     for name, kind in get_type_hints(PlanConfig).items():
         value = values.get(name)
-        has_type = finite(value) if kind is float else isinstance(value, kind) and not isinstance(value, bool)
+        has_type = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        has_type = finite(value) if kind is float else has_type
         if name in values and not has_type:
             raise ValueError(f"its option {name} is {str(value)[:80]}")
     if any(values.get(name) is not None for name in TARGETS):

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
@@ -36,7 +36,7 @@ class TokensRecord(TypedDict):
 class SizesRecord(TypedDict):
     """Sizes of the model that planning needs besides those of its layers.
 
-    unit_bytes, header_bytes: see `ModelSizes`; older versions did not record them.
+    unit_bytes, header_bytes, expert_bytes: see `ModelSizes`; older versions did not record them.
     """
 
     hidden: int
@@ -45,6 +45,7 @@ class SizesRecord(TypedDict):
     expert_share: float
     unit_bytes: NotRequired[list[list[int]]]
     header_bytes: NotRequired[list[int]]
+    expert_bytes: NotRequired[list[int]]
 
 
 class Manifest(TypedDict):
@@ -74,7 +75,11 @@ class Manifest(TypedDict):
 
 
 _channels = within(0, _MAX_CHANNELS)
-SHAPE = {field.name: [_channels] if field.name == "experts" else natural for field in fields(LayerShape)}
+_LATER = ("expert_rest", "expert_added", "router_needs")  # fields of shapes that older versions did not record
+SHAPE = {
+    f"{field.name}?" if field.name in _LATER else field.name: [_channels] if field.name == "experts" else natural
+    for field in fields(LayerShape)
+}
 _OPTIONS = {
     "method": one_of(*METHODS),
     "dtype?": one_of(*(f"torch.{name}" for name in DTYPES[1:])),
@@ -90,6 +95,7 @@ _SIZES = {
     "expert_share": finite,
     "unit_bytes?": [(_bytes, _bytes)],
     "header_bytes?": (_bytes, _bytes),
+    "expert_bytes?": [_bytes],
 }
 _MANIFEST = {
     "format": str,
@@ -152,7 +158,8 @@ def _is_possible(manifest: Manifest) -> bool:
     options, (samples, length) = manifest["options"], manifest["tokens"]["shape"]
     has_options = options["method"] == "magnitude-sp" or {"dtype", "batch_size"} <= options.keys()
     shapes = layer_shapes(manifest)
-    has_units = len(manifest["sizes"].get("unit_bytes", shapes)) == len(shapes)
+    sizes = manifest["sizes"]
+    has_units = len(sizes.get("unit_bytes", shapes)) == len(sizes.get("expert_bytes", shapes)) == len(shapes)
     has_units = has_units and all(map(_is_possible_shape, shapes)) and sum(shape.prunable for shape in shapes) > 0
     return has_options and has_units and samples * length <= _MAX_TOKENS
 
@@ -171,10 +178,19 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def layer_shapes(manifest: Manifest) -> list[LayerShape]:
-    """Sizes of the model's decoder layers."""
+    """Sizes of the model's decoder layers; 0 is what an older version did not record."""
     names = [field.name for field in fields(LayerShape)]
-    layers = [{name: shape[name] for name in names} for shape in manifest["layers"]]
+    layers = [{name: shape[name] for name in names if name in shape} for shape in manifest["layers"]]
     return [LayerShape(**{**shape, "experts": tuple(shape["experts"])}) for shape in layers]
+
+
+def has_shapes(manifest: Manifest, shapes: Sequence[LayerShape]) -> bool:
+    """Whether the sizes that are recorded are those of these layers."""
+    found = [json.loads(json.dumps(asdict(shape))) for shape in shapes]
+    recorded = manifest["layers"]
+    return len(found) == len(recorded) and all(
+        own == {**own, **then} for own, then in zip(found, recorded, strict=True)
+    )
 
 
 def model_sizes(manifest: Manifest) -> ModelSizes:
@@ -194,4 +210,5 @@ def model_sizes(manifest: Manifest) -> ModelSizes:
     biases = sum(shape.added_biases for shape in shapes) // max(sizes["hidden"], 1)
     header_bytes = sizes.get("header_bytes") or [plain, plain + _BIAS_HEADER_BYTES * biases]
     units = [(group, neuron) for group, neuron in unit_bytes]
-    return ModelSizes(parameters, weight_bytes, units, (header_bytes[0], header_bytes[1]))
+    expert_bytes = sizes.get("expert_bytes") or [0] * len(shapes)
+    return ModelSizes(parameters, weight_bytes, units, (header_bytes[0], header_bytes[1]), expert_bytes)

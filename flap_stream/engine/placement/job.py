@@ -77,7 +77,8 @@ class Job:
     """All windows through all layers once, described by sizes only.
 
     layers: the tensors of each layer by relative name. dtype: of the forward. head: None if no logits are wanted.
-    refit: None if nothing is refitted. backward: whether gradients flow through the layers.
+    refit: None if nothing is refitted. backward: whether gradients flow through the layers. of_experts: whether they
+    are also taken of the outputs of mixtures of experts.
     keeps_batch_size: whether a batch size asked for is used or refused; otherwise smaller ones are tried, too.
     ranks: processes that share the windows. local_ranks: the most of them on one machine.
     base_bytes: host memory that the process uses before the job; None is what it uses when the job is placed.
@@ -92,6 +93,7 @@ class Job:
     head: TensorEntry | None = None
     refit: Refit | None = None
     backward: bool = False
+    of_experts: bool = False
     keeps_batch_size: bool = True
     ranks: int = 1
     local_ranks: int = 1
@@ -169,7 +171,8 @@ class Job:
 
         See `layer_workspace`.
         """
-        return self._workspace(batch_size, "backward" if self.backward else "forward")
+        backward: Way = "experts" if self.of_experts else "backward"
+        return self._workspace(batch_size, backward if self.backward else "forward")
 
     def fit(self, batch_size: int) -> tuple[int, int, int]:
         """Most bytes that fitting a layer takes: those of parameters, of all other tensors, and of small ones only.

@@ -18,7 +18,7 @@ from flap_stream.engine.memory import OWN_BLOCK_BYTES, give_back_heap
 from flap_stream.engine.wide_attention import wide_attention
 from flap_stream.model.skeleton import LayerCall, Skeleton
 
-Way = Literal["forward", "backward", "fit"]
+Way = Literal["forward", "backward", "experts", "fit"]
 
 
 def layer_workspace(
@@ -28,7 +28,8 @@ def layer_workspace(
 
     Only the widest and the largest layer are tried. What was found is remembered.
     config: of config.json. batch: windows and tokens of each. device: the type of the one that the job is for.
-    way: whether gradients flow `backward` through the layers, or to their own tensors, to `fit` them.
+    way: whether gradients flow `backward` through the layers, also to the outputs of mixtures of `experts`, or to the
+    layers' own tensors, to `fit` them.
     The second figure counts only tensors smaller than `memory.OWN_BLOCK_BYTES`.
     """
     return _workspace(json.dumps(config), batch, dtype, device, way)
@@ -55,8 +56,10 @@ def _workspace(config: str, batch: tuple[int, int], dtype: torch.dtype, device: 
             with live:
                 if differentiates:
                     with wide_attention(dtype, device):
-                        run = _run_fit if way == "fit" else _run_backward
-                        run(skeleton, index, weights, hidden, calls[index])
+                        if way == "fit":
+                            _run_fit(skeleton, index, weights, hidden, calls[index])
+                        else:
+                            _run_backward(skeleton, index, weights, hidden, calls[index], way == "experts")
                 else:
                     skeleton.run_layer(index, weights, hidden, calls[index])
             peak, small_peak = max(peak, live.peak), max(small_peak, live.small_peak)
@@ -75,15 +78,23 @@ def _skeleton(config: str) -> Skeleton:
 
 
 def _run_backward(
-    skeleton: Skeleton, index: int, weights: Mapping[str, torch.Tensor], hidden: torch.Tensor, call: LayerCall
+    skeleton: Skeleton,
+    index: int,
+    weights: Mapping[str, torch.Tensor],
+    hidden: torch.Tensor,
+    call: LayerCall,
+    of_experts: bool,
 ) -> None:
-    """Do what the loss stage does with a layer."""
+    """Do what the loss stage does with a layer; what whole experts take after that is less than the graph."""
     leaf = hidden.detach().requires_grad_()
     reads: list[torch.Tensor] = []
     handles = [
         projection.register_forward_pre_hook(lambda _module, inputs: reads.append(inputs[0]))
         for projection in _output_projections(skeleton, index)
     ]
+    if of_experts and skeleton.layer_shape(index).experts:
+        experts = skeleton.mixture(index).experts
+        handles.append(experts.register_forward_hook(lambda _module, _inputs, output: reads.append(output)))
     output = skeleton.run_layer(index, weights, leaf, call)
     for handle in handles:
         handle.remove()
