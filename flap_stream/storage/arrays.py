@@ -7,23 +7,25 @@ Metadata and file sizes must be exactly what this module writes before zarr sees
 that run code, or arrays too large for any memory.
 """
 
+import asyncio
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from zarr.abc.buffer import Buffer
 from zarr.api import asynchronous
 from zarr.buffer import cpu
 from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from flap_stream.errors import CorruptRun
 from flap_stream.storage.schema import Schema, matches, parse_json
 
+_Found = TypeVar("_Found")
 ArraySpec = tuple[str, tuple[int, ...]]  # dtype (int64 or float64) and shape of an array
 
 _METADATA = "zarr.json"
@@ -62,7 +64,7 @@ def group_files(
             )
             await stored.setitem(..., values)
 
-    sync(make())
+    _finished(make())
     return {name: memoryview(buffer.as_numpy_array()) for name, buffer in made.items()}
 
 
@@ -126,7 +128,13 @@ def _values(files: Mapping[str, bytes], names: Iterable[str]) -> list[np.ndarray
         opened = [await asynchronous.open_array(store=store, path=name, zarr_format=3) for name in names]
         return [np.asarray(await array.getitem(...)) for array in opened]
 
-    return sync(read())
+    return _finished(read())
+
+
+def _finished(work: Coroutine[Any, Any, _Found]) -> _Found:
+    """What a coroutine returns; it runs in a thread, since the caller's may have an event loop, as in a notebook."""
+    with ThreadPoolExecutor(1, thread_name_prefix="zarr") as thread:
+        return thread.submit(asyncio.run, work).result()
 
 
 def _metadata(path: Path, found: Mapping[str, bytes], name: str) -> dict[str, Any]:
