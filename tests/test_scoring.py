@@ -12,6 +12,7 @@ from flap_stream.arithmetic.scoring import (
     magnitude_scores,
     standardise,
     wanda_scores,
+    whole_expert_score,
 )
 from flap_stream.errors import NonFinite
 
@@ -83,3 +84,16 @@ def test_statistics_that_overflowed_are_refused() -> None:
     broken = statistics([1, np.inf], [0, 0], [1, 1], [1, 1])
     with pytest.raises(NonFinite):
         flap_scores(LayerStatistics(broken, FOUR), "wifv", "exact", "mean-z", 2)
+
+
+def test_an_expert_is_gone_at_a_price_if_that_is_worth_more_than_any_choice_of_its_neurons() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        neurons, price, rest = draw.exponential(size=draw.integers(1, 7)), int(draw.integers(1, 4)), 2
+        loss = float(draw.uniform(0, 2 * neurons.sum()))
+        score = whole_expert_score(loss, neurons, price, rest, least=1)
+        for cut in (0.999 * score, 1.001 * score):
+            best = np.minimum(np.sort(neurons)[: len(neurons) - 1] - cut * price, 0).sum()
+            is_gone = loss - cut * (price * len(neurons) + rest) < best
+            assert is_gone == (cut > score)
+    assert whole_expert_score(6.0, np.array([1.0, 9.0]), 1, 1, least=2) == 2.0

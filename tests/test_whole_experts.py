@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fork_server import KILLED, forked_to_its_end
-from masked import decoder_of, hide_experts, masked_model, mixture_of, separate
+from masked import decoder_of, hide_experts, masked_model, mixture_of, separate, streamed
 from models import FAMILY_EXTRAS, load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from quantised_models import write_microscaled
 from rank_jobs import RankJob
@@ -38,12 +38,15 @@ AS_A_WHOLE: dict[str, Any] = {"metric": "fisher", "whole_experts": True, "loss_w
 
 
 def options_of(place: Path, **changes: Any) -> PruneConfig:
-    given = {"ratio": 0.7, "calibration": (str(place / "tokens.npy"),), "max_shard_bytes": 60_000, "batch_size": 3}
-    return PruneConfig(**{**given, "round_neurons_to": 1, **AS_A_WHOLE, **changes})
+    """With a minimum of neurons that experts cannot all keep."""
+    least = max(max(shape.experts, default=1) for shape in streamed(place / "model").shapes) * 3 // 10
+    given = {"ratio": 0.74, "calibration": (str(place / "tokens.npy"),), "max_shard_bytes": 60_000, "batch_size": 3}
+    return PruneConfig(**{**given, "round_neurons_to": 1, "min_neurons": least, **AS_A_WHOLE, **changes})
 
 
 def made(place: Path, family: str, **changes: Any) -> Path:
     """A tiny model of a family, and windows beside it."""
+    place.mkdir(exist_ok=True)
     save_tokens(place / "tokens.npy", TOKENS)
     return save(tiny_model(tiny_config(family, **changes), seed=3), place / "model")
 
@@ -59,7 +62,7 @@ def test_the_checkpoint_computes_what_the_dense_model_does_if_the_router_never_c
     family: str, tmp_path: Path
 ) -> None:
     path = made(tmp_path, family)
-    record = flap_stream.prune(path, tmp_path / "out", options_of(tmp_path, ratio=0.8)).record
+    record = flap_stream.prune(path, tmp_path / "out", options_of(tmp_path)).record
     assert removed_experts(record) and record["experts"]["after"] < record["experts"]["before"]
     ours, expected = load(tmp_path / "out"), masked_model(path, record, torch.from_numpy(TOKENS))
     tokens = random_tokens(3, 20, seed=5)
@@ -243,7 +246,9 @@ def test_a_sweep_measures_what_rewrite_writes_and_a_target_is_met(
 def test_the_checkpoint_is_pruned_again(again: dict[str, Any], tmp_path: Path) -> None:
     path = made(tmp_path, "qwen3_moe")
     first = flap_stream.prune(path, tmp_path / "out", options_of(tmp_path)).record
-    record = flap_stream.prune(tmp_path / "out", tmp_path / "again", options_of(tmp_path, ratio=0.3, **again)).record
+    record = flap_stream.prune(
+        tmp_path / "out", tmp_path / "again", options_of(tmp_path, ratio=0.3, min_neurons=1, **again)
+    ).record
     for before, after in zip(first["layers"], record["layers"], strict=True):
         assert len(after.get("experts", [])) == len(before.get("kept_experts", []))
     expected = masked_model(tmp_path / "out", record, torch.from_numpy(TOKENS))
@@ -254,7 +259,7 @@ def test_the_checkpoint_is_pruned_again(again: dict[str, Any], tmp_path: Path) -
 
 @pytest.mark.slow
 def test_packed_experts_are_removed_as_those_that_transformers_decodes(tmp_path: Path) -> None:
-    dense = dense_model(tmp_path / "dense", "gpt_oss")
+    dense = dense_model(tmp_path / "model", "gpt_oss")
     write_microscaled(dense, tmp_path / "quantised", tmp_path / "decoded")
     save_tokens(tmp_path / "tokens.npy", TOKENS)
     require_the_same(tmp_path, options_of(tmp_path))
@@ -266,7 +271,7 @@ def test_reconstruction_fits_layers_with_fewer_experts(tmp_path: Path) -> None:
     save_tokens(tmp_path / "tokens.npy", tokens)
     divergences, ids = [], torch.from_numpy(random_tokens(16, 16, seed=9))
     for restore in ("bias", "reconstruct"):
-        options = options_of(tmp_path, restore=restore, ratio=0.65)
+        options = options_of(tmp_path, restore=restore)
         record = flap_stream.prune(path, tmp_path / restore, options).record
         assert removed_experts(record)
         with torch.no_grad():
@@ -296,7 +301,9 @@ def test_scores_are_added_to_a_run_whose_statistics_stay(tmp_path: Path) -> None
     statistics = sorted((p, p.stat().st_mtime_ns) for p in (run / "statistics.zarr").rglob("*"))
     flap_stream.collect(path, run, CollectConfig(calibration=text, loss_windows=5, batch_size=2, whole_experts=True))
     assert statistics == sorted((p, p.stat().st_mtime_ns) for p in (run / "statistics.zarr").rglob("*"))
-    assert flap_stream.plan(run, metric="fisher", whole_experts=True, ratio=0.6).sizes.experts_after < 12
+    assert (
+        flap_stream.plan(run, metric="fisher", whole_experts=True, min_neurons=32, ratio=0.75).sizes.experts_after < 12
+    )
     again = flap_stream.plan(run, metric="fisher", ratio=0.5)
     assert [keep.neurons.tolist() for keep in again.layers] == [keep.neurons.tolist() for keep in plain.layers]
 

@@ -11,7 +11,13 @@ import numpy as np
 from flap_stream.arithmetic.allocation import LayerKeep, allocate, require_minimum
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.predicted_loss import PredictedRise, predicted_rise
-from flap_stream.arithmetic.scoring import LayerScores, flap_scores, magnitude_scores, wanda_scores
+from flap_stream.arithmetic.scoring import (
+    LayerScores,
+    flap_scores,
+    magnitude_scores,
+    wanda_scores,
+    whole_expert_score,
+)
 from flap_stream.arithmetic.sizes import PrunedSizes, pruned_sizes
 from flap_stream.arithmetic.targets import LayerPrices, Target
 from flap_stream.config import PlanConfig, RewriteConfig, require_restoration
@@ -150,7 +156,8 @@ def unit_scores(run: RunDirectory, options: PlanConfig, target: Target | None = 
         prices = list(target.prices) if target is not None and target.name == "target_memory" else prices
         found = [loss.read(i) for i in range(len(prices))]
         found = found if options.whole_experts else [replace(own, experts=None) for own in found]
-        return [loss_scores(*own) for own in zip(found, run.layer_shapes, prices, strict=True)]
+        least = options.min_neurons
+        return [loss_scores(*own, least) for own in zip(found, run.layer_shapes, prices, strict=True)]
     scores = []
     for i, shape in enumerate(run.layer_shapes):
         statistics, channels = run.statistics.read(i), shape.heads_per_group * shape.head_dim
@@ -163,7 +170,7 @@ def unit_scores(run: RunDirectory, options: PlanConfig, target: Target | None = 
     return scores
 
 
-def loss_scores(found: LossScores, shape: LayerShape, prices: LayerPrices) -> LayerScores:
+def loss_scores(found: LossScores, shape: LayerShape, prices: LayerPrices, min_neurons: int) -> LayerScores:
     """F of each unit and each expert by its cost, float64 `[group]`, `[neuron]`, `[expert]`; comparable across layers.
 
     Experts that no token reached score infinity with all their neurons and are kept: nothing is known of them.
@@ -172,10 +179,14 @@ def loss_scores(found: LossScores, shape: LayerShape, prices: LayerPrices) -> La
     groups, neurons = found.attention / max(prices.group, 1), found.mlp / max(prices.neuron, 1)
     if found.experts is None or not shape.experts:
         return LayerScores(groups, neurons, found.experts)
-    costs = np.array(shape.experts, dtype=np.int64) * prices.neuron + prices.expert_rest
+    parts = np.split(found.mlp, np.cumsum(shape.experts)[:-1])
+    experts = [
+        whole_expert_score(loss, own, prices.neuron, prices.expert_rest, min_neurons)
+        for loss, own in zip(found.experts, parts, strict=True)
+    ]
     if len(shape.experts) > shape.router_needs:  # else none was scored
         neurons = np.where(np.repeat(np.isinf(found.experts), shape.experts), np.inf, neurons)
-    return LayerScores(groups, neurons, found.experts / np.maximum(costs, 1))
+    return LayerScores(groups, neurons, np.array(experts))
 
 
 def _require_scored_experts(run: RunDirectory, loss: LossStore, options: PlanConfig) -> None:
