@@ -11,6 +11,7 @@ from flap_stream.arithmetic.scoring import LayerScores
 from flap_stream.arithmetic.targets import Target
 from flap_stream.arithmetic.unit_pool import UnitPool, nearest_prefix, neurons_to_remove
 from flap_stream.config import PlanConfig
+from flap_stream.config.options import removes_experts
 from flap_stream.errors import InvalidOption
 
 
@@ -49,8 +50,7 @@ def allocate(
     if target is not None:
         keep = _keep_to_target(pool, shapes, options, target)
     else:
-        is_in_blocks = options.rounds or options.whole_experts
-        keep = keep_rounded(pool, shapes, options) if is_in_blocks else _keep_published(pool, shapes, options)
+        keep = (keep_rounded if _cuts_blocks(options) else _keep_published)(pool, shapes, options)
     kept = []
     for i in range(len(shapes)):
         here = keep & (pool.layer == i)
@@ -71,8 +71,8 @@ def require_minimum(shapes: Sequence[LayerShape], options: PlanConfig) -> None:
     heads = max(shape.kv_groups * shape.heads_per_group for shape in shapes)
     neurons = max(max(shape.experts, default=shape.neurons) for shape in shapes)
     experts = max(len(shape.experts) for shape in shapes)
-    if options.whole_experts and not experts:
-        raise InvalidOption("--whole-experts removes experts, but the model has none; leave it out")
+    if removes_experts(options) and not experts:
+        raise InvalidOption("--whole-experts and --method reap remove experts, but the model has none; leave them out")
     for option, least, most, name in (
         ("--min-heads", options.min_heads, heads, "query heads"),
         ("--min-neurons", options.min_neurons, neurons, "neurons"),
@@ -96,13 +96,18 @@ def _require_experts_suit(options: PlanConfig) -> None:
 def _keep_to_target(pool: UnitPool, shapes: Sequence[LayerShape], options: PlanConfig, target: Target) -> np.ndarray:
     """The decision that meets a target and removes as little as it can; bool `[unit]`."""
     target.require_unmet()
-    if options.structure == "al-am" and (options.rounds or options.whole_experts):
+    if options.structure == "al-am" and _cuts_blocks(options):
         return keep_rounded_to_target(pool, shapes, options, target)
     if options.structure == "al-am" and not _is_released(options):
         return target.prefix(pool, pool.protected(shapes, options), options)
-    decide = keep_rounded if options.rounds else _keep_published
+    decide = keep_rounded if _cuts_blocks(options) else _keep_published
     plain = replace(options, target_parameters=None, target_size=None, target_memory=None, context=None, batch=None)
     return target.search(pool, lambda ratio: decide(pool, shapes, replace(plain, ratio=ratio), clips=True), options)
+
+
+def _cuts_blocks(options: PlanConfig) -> bool:
+    """Whether units are kept or removed in blocks: of rounded sizes, or because an expert has a minimum of neurons."""
+    return options.whole_experts or (options.rounds and options.method != "reap")
 
 
 # --- the published decision, unit by unit, without rounding ---
@@ -115,6 +120,8 @@ def _keep_published(
 
     clips: a ratio that cannot be met is no error; as much is removed as can be, or as little as must be.
     """
+    if options.method == "reap":
+        return _remove_worst_experts(pool, shapes, options, clips)
     protected = pool.protected(shapes, options)
     if options.structure == "al-am":
         budget = (1 - options.ratio) * pool.cost.sum()
@@ -187,6 +194,25 @@ def _remove_uniformly(
                 own
             ):  # ties with the score at the cut are kept: lib/prune.py:254 and 259
                 keep[own] = pool.score[own] >= pool.score[order[count]]
+    return keep
+
+
+def _remove_worst_experts(pool: UnitPool, shapes: Sequence[LayerShape], options: PlanConfig, clips: bool) -> np.ndarray:
+    """`reap`: every mixture loses its worst experts, next to the ratio of its experts' weights; bool `[unit]`."""
+    keep = np.ones(len(pool.score), dtype=bool)
+    for i, shape in enumerate(shapes):
+        own = pool.modules((pool.layer == i) & ~pool.in_attention) if shape.experts else []
+        own.sort(key=lambda units: pool.whole[units[0]])
+        removed = np.cumsum([0, *map(len, own)])
+        count = int(np.argmin(np.abs(removed - options.ratio * shape.neurons)))
+        most = sum(bool(np.isfinite(pool.whole[units[0]])) for units in own)
+        if count > most and not clips:
+            raise InvalidOption(
+                f"--ratio {options.ratio} removes {count} of {len(own)} experts of layer {i}, but {len(own) - most} "
+                "must stay (--min-experts, or what its router chooses for a token); lower the ratio"
+            )
+        for units in own[: min(count, most)]:
+            keep[units] = False
     return keep
 
 

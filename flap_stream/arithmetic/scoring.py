@@ -55,11 +55,24 @@ class LayerScores(NamedTuple):
 
 
 @dataclass(frozen=True)
+class ExpertStatistics:
+    """What the experts of one layer output.
+
+    count: int64 `[expert]`, tokens routed to it. mean: float64 `[expert]`, over these, of the router's weight times the
+    L2 norm of the expert's output; 0 without tokens.
+    """
+
+    count: np.ndarray
+    mean: np.ndarray
+
+
+@dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of both sublayers of one decoder layer."""
+    """Statistics of both sublayers of one decoder layer. experts: only where `reap` needs them."""
 
     attention: ChannelStatistics
     mlp: ChannelStatistics
+    experts: ExpertStatistics | None = None
 
     def of(self, sublayer: Sublayer) -> ChannelStatistics:
         """Those of one sublayer."""
@@ -163,6 +176,13 @@ def whole_expert_score(loss: float, neurons: np.ndarray, price: int, rest: int, 
     gone = np.concatenate([[0.0], np.cumsum(np.sort(neurons))])[: max(len(neurons) - max(least, 1), 0) + 1]
     left = (len(neurons) - np.arange(len(gone))) * price + rest
     return float(((loss - gone) / np.maximum(left, 1)).max())
+
+
+def reap_scores(layer: LayerStatistics, channels_per_group: int) -> LayerScores:
+    """REAP: the mean weighted norm of an expert's output; nothing but experts is scored (arXiv 2510.13999)."""
+    assert layer.experts is not None, "they were collected for this method"
+    groups = np.zeros(len(layer.attention.mean) // channels_per_group)
+    return LayerScores(groups, np.zeros(len(layer.mlp.mean)), _finite(layer.experts.mean))
 
 
 def _finite(scores: np.ndarray) -> np.ndarray:

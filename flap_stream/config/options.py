@@ -9,7 +9,7 @@ from flap_stream.errors import InvalidOption
 
 METRICS = ("wifv", "ifv", "wifn", "fisher")
 STRUCTURES = ("al-am", "al-mm", "ul-mm", "ul-um")
-METHODS = ("flap", "wanda-sp", "magnitude-sp")
+METHODS = ("flap", "wanda-sp", "magnitude-sp", "reap")
 HEAD_SCORES = ("mean-z", "l2")
 STATISTICS = ("exact", "released")
 RESTORATIONS = ("bias", "none", "least-squares", "reconstruct")
@@ -30,6 +30,11 @@ def require_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise InvalidOption for a value that is not among the choices. option: without its dashes."""
     if value not in choices:
         raise InvalidOption(f"--{option} {value!r} is unknown; choose one of {', '.join(choices)}")
+
+
+def removes_experts(options: Any) -> bool:
+    """Whether experts are removed as a whole."""
+    return bool(options.whole_experts) or options.method == "reap"
 
 
 def require_at_least(option: str, value: int, least: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from flap_stream.config.measuring import EvaluateConfig, SweepConfig
-from flap_stream.config.options import EngineConfig, changed_options
+from flap_stream.config.options import EngineConfig, changed_options, removes_experts
 from flap_stream.config.pruning import CollectConfig, PlanConfig, PruneConfig, RewriteConfig
 from flap_stream.config.targets import TARGET_FIELDS
 from flap_stream.config.values import did_you_mean, option_name, shortened, written
@@ -62,7 +62,7 @@ RULES = (
         "--method flap --metric fisher --structure al-am",
         lambda o: (o.method, o.metric, o.structure) == ("flap", "fisher", "al-am"),
     ),
-    Rule((PlanConfig,), ("min_experts",), "--whole-experts", lambda o: o.whole_experts),
+    Rule((PlanConfig,), ("min_experts",), "--whole-experts or --method reap", removes_experts),
     Rule((CollectConfig,), ("whole_experts",), "--loss-windows N", lambda o: o.loss_windows > 0),
     Rule((SweepConfig,), ("ratio", *TARGET_FIELDS), "plan and prune; a sweep has --ratios", lambda o: False),
     Rule((SweepConfig,), ("sequence_length", "samples"), "--evaluate TEXT", lambda o: bool(o.evaluate)),

@@ -7,6 +7,7 @@ from typing import Any
 
 from flap_stream.arithmetic.sizes import pruned_sizes
 from flap_stream.config import TARGETS, PlanConfig
+from flap_stream.config.options import removes_experts
 from flap_stream.errors import NotPlain, OutputConflict
 from flap_stream.model.hub import base_name
 from flap_stream.output.pruned_model import PrunedModel
@@ -75,7 +76,7 @@ def pruning_record(pruned: PrunedModel) -> dict[str, Any]:
     sizes = pruned_sizes(pruned.shapes, pruned.keeps, pruned.source.parameters, pruned.restore)
     fingerprint = fingerprint_digest(pruned.source.fingerprint)
     whole = pruned.family.left_whole(pruned.source.tensors)
-    of_experts = pruned.options.whole_experts
+    of_experts = removes_experts(pruned.options)
     came_of_it = {} if pruned.options.target is None else {"ratio": sizes.decoder_ratio}
     return {
         "format": RECORD_FORMAT,

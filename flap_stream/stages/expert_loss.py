@@ -15,6 +15,7 @@ import torch
 from torch.func import functional_call
 
 from flap_stream.config import CollectConfig
+from flap_stream.config.options import removes_experts
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import UnsupportedModel
 from flap_stream.model.mixture import Mixture
@@ -22,17 +23,17 @@ from flap_stream.model.mixture import Mixture
 
 def require_removable_experts(model: StreamedModel, options: CollectConfig) -> None:
     """Raise UnsupportedModel if whole experts are to be removed of a model of which they cannot be."""
-    if not options.whole_experts:
+    if not removes_experts(options):
         return
     where = model.checkpoint.source
     mixtures = [model.skeleton.mixture(i) for i, shape in enumerate(model.shapes) if shape.experts]
     if not mixtures:
-        raise UnsupportedModel(f"{where} has no experts, which --whole-experts would remove; leave it out")
+        raise UnsupportedModel(f"{where} has no experts, for --whole-experts or --method reap to remove; leave it out")
     groups = max(mixture.groups for mixture in mixtures)
     if groups > 1:
         raise UnsupportedModel(
             f"the router of {where} chooses among {groups} groups of as many experts each, so single experts cannot be "
-            "removed; leave out --whole-experts, which prunes the neurons of all experts"
+            "removed; leave out --whole-experts and --method reap, which prunes the neurons of all experts"
         )
 
 

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import CorruptCheckpoint
 from flap_stream.progress import Progress, Stage, peak_device_bytes, peak_host_bytes
+from flap_stream.stages.expert_norms import expert_norms
 from flap_stream.stages.input_moments import input_moments
 from flap_stream.stages.loss import keep_inputs
 from flap_stream.storage.loss import LossStore
@@ -143,13 +145,20 @@ class _Collection:
     def measure(self, index: int, weights: Mapping[str, torch.Tensor]) -> LayerStatistics:
         """Run a layer; return the statistics of what its output projections read, over the windows of all ranks."""
         model = self.batches.model
-        with input_moments(model, index, weights, self.landing) as merger:
+        is_reap = self.options.method == "reap"
+        with (
+            input_moments(model, index, weights, self.landing) as merger,
+            expert_norms(model, index) if is_reap else nullcontext() as norms,
+        ):
             for _start, output in self.batches.run(index, weights, keep_output=not self.hands_on_pruned):
                 del output  # lest it live while the next batch runs
                 merger.take_batch()
+                if norms is not None:
+                    norms.take_batch()
         moments = merger.finish()
         _require_same_on_all_machines(model, index)
-        return _layer_statistics(model, index, weights, moments)
+        found = _layer_statistics(model, index, weights, moments)
+        return found if norms is None else replace(found, experts=norms.finish())
 
     def repeat(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
         """Run a measured layer to feed the next one; for wanda-sp pruned, its removed channels set to zero."""
@@ -190,9 +199,8 @@ def _layer_statistics(
     for part in model.family.parts(model.shapes[index]):
         name = part.kind.output.name
         found[part.kind.name].append(_channel_statistics(weights.get(f"{name}.weight"), moments.get(name)))
-    return LayerStatistics(
-        **{kind: concatenated(parts or [_channel_statistics(None, None)]) for kind, parts in found.items()}
-    )
+    attention, mlp = (concatenated(parts or [_channel_statistics(None, None)]) for parts in found.values())
+    return LayerStatistics(attention, mlp)
 
 
 def _channel_statistics(weight: torch.Tensor | None, moments: Moments | None) -> ChannelStatistics:

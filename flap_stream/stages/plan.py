@@ -15,6 +15,7 @@ from flap_stream.arithmetic.scoring import (
     LayerScores,
     flap_scores,
     magnitude_scores,
+    reap_scores,
     wanda_scores,
     whole_expert_score,
 )
@@ -29,6 +30,8 @@ from flap_stream.storage.loss import LossScores, LossStore
 from flap_stream.storage.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
+
+_BASELINES = {"wanda-sp": wanda_scores, "magnitude-sp": magnitude_scores, "reap": reap_scores}
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def unit_scores(run: RunDirectory, options: PlanConfig, target: Target | None = 
             pair = flap_scores(statistics, options.metric, options.statistics, options.head_score, channels)
             _warn_of_unreached_experts(i, shape, statistics.mlp.count)
         else:
-            pair = (wanda_scores if options.method == "wanda-sp" else magnitude_scores)(statistics, channels)
+            pair = _BASELINES[options.method](statistics, channels)
         scores.append(pair)
     return scores
 

@@ -15,6 +15,7 @@ from flap_stream.arithmetic.sizes import pruned_sizes
 from flap_stream.arithmetic.target_prices import ModelSizes, target_of
 from flap_stream.arithmetic.targets import Target
 from flap_stream.config import PlanConfig, PruneConfig, RewriteConfig, part_of, require_restoration
+from flap_stream.config.options import removes_experts
 from flap_stream.model.units import ROWS
 from flap_stream.output.shard_plan import header_bytes
 from flap_stream.storage.run_directory import RunDirectory
@@ -80,7 +81,7 @@ def rehearse(model: "StreamedModel", options: PruneConfig) -> list[LayerKeep]:
         target = target_of(options, shapes, sizes_of(model), restore, options.max_shard_bytes)
     nothing = []
     for shape in shapes:
-        experts = np.zeros(len(shape.experts)) if options.whole_experts else None
+        experts = np.zeros(len(shape.experts)) if removes_experts(options) else None
         nothing.append(LayerScores(np.zeros(shape.kv_groups), np.zeros(shape.neurons), experts))
     return allocate(nothing, shapes, part_of(options, PlanConfig), target)
 

@@ -11,6 +11,7 @@ import numpy as np
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.config import TARGET_FIELDS, TARGETS, PlanConfig
+from flap_stream.config.options import removes_experts
 from flap_stream.errors import CorruptRun, InvalidOption, RunMismatch
 from flap_stream.storage import files
 from flap_stream.storage.run_files import Committed, RunFiles
@@ -105,7 +106,7 @@ def _parse(data: bytes, shapes: Sequence[LayerShape]) -> tuple[PlanConfig, list[
         groups = _indices(layer["kept_kv_groups"], shape.kv_groups, f"KV groups of layer {i}")
         neurons = _indices(layer["kept_neurons"], shape.neurons, f"neurons of layer {i}")
         kept = len(shape.kept_experts(neurons))
-        if kept < len(shape.experts) and not options.whole_experts:
+        if kept < len(shape.experts) and not removes_experts(options):
             raise ValueError(f"an expert of layer {i} keeps no neuron")
         if kept < shape.router_needs:
             raise ValueError(f"layer {i} keeps {kept} experts, its router needs {shape.router_needs}")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from flap_stream.arithmetic.layer_shape import LayerShape
-from flap_stream.arithmetic.scoring import ChannelStatistics, LayerStatistics
+from flap_stream.arithmetic.scoring import ChannelStatistics, ExpertStatistics, LayerStatistics
 from flap_stream.storage import arrays
 from flap_stream.storage.journal import COST
 from flap_stream.storage.run_files import KINDS, Committed, RunFiles, layer_name
@@ -34,11 +34,12 @@ class LayerCost:
 class StatisticsStore:
     """The statistics of each layer, in statistics.zarr.
 
-    shapes: those of all layers.
+    shapes: those of all layers. of_experts: whether what experts output is stored, too.
     """
 
     run_files: RunFiles
     shapes: list[LayerShape]
+    of_experts: bool = False
 
     def complete_layers(self) -> int:
         """How many layers, counted from the first, have their statistics stored."""
@@ -59,6 +60,8 @@ class StatisticsStore:
             channels = statistics.of(kind)
             values |= {f"{kind}/{array}": getattr(channels, array) for array in ARRAYS}
             attributes[kind] = {"samples": channels.samples}
+        if statistics.experts is not None:
+            values |= {f"experts/{name}": array for name, array in vars(statistics.experts).items()}
         journal = self.run_files.journal
         if journal.find("statistics-root", "layers") is None:
             self.run_files.commit_group(_ROOT, {}, {}, groups=("layers",))
@@ -79,7 +82,8 @@ class StatisticsStore:
         for i, kind in enumerate(KINDS):
             values: dict[str, Any] = dict(zip(ARRAYS, found[i * len(ARRAYS) :], strict=False))
             parts[kind] = ChannelStatistics(samples=attributes[kind]["samples"], **values)
-        return LayerStatistics(**parts)
+        experts = ExpertStatistics(*found[len(KINDS) * len(ARRAYS) :]) if self.of_experts else None
+        return LayerStatistics(**parts, experts=experts)
 
     def weights_checksums(self) -> list[str]:
         """Checksums of the weights that the complete layers were collected with, by layer."""
@@ -105,11 +109,15 @@ class StatisticsStore:
     def _array_specs(self, layer: int) -> dict[str, arrays.ArraySpec]:
         shape = self.shapes[layer]
         channels = {"attention": shape.kv_groups * shape.heads_per_group * shape.head_dim, "mlp": shape.neurons}
-        return {
+        specs: dict[str, arrays.ArraySpec] = {
             f"{kind}/{array}": ("int64" if array == "count" else "float64", (channels[kind],))
             for kind in KINDS
             for array in ARRAYS
         }
+        if self.of_experts:
+            experts = (len(shape.experts),)
+            specs |= {"experts/count": ("int64", experts), "experts/mean": ("float64", experts)}
+        return specs
 
 
 def _path(layer: int) -> str:
