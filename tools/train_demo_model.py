@@ -18,7 +18,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 VERSE_LINE = re.compile(r"^(\d?[A-Za-z]+\d+):\d+ (.+)$")  # "1Sm3:4 That the LORD called Samuel"
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}  # ids 0, 1, 2
@@ -97,7 +97,7 @@ def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 @torch.inference_mode()
-def model_perplexity(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
+def model_perplexity(model: PreTrainedModel, tokens: torch.Tensor) -> float:
     """exp of the mean next-token loss inside each window; the first token of a window is context only."""
     windows = tokens.unfold(0, EVALUATION_WINDOW, EVALUATION_WINDOW)  # [window, token]; drops the incomplete tail
     total = 0.0
@@ -114,7 +114,7 @@ def unigram_perplexity(training: torch.Tensor, tokens: torch.Tensor, vocab_size:
     return math.exp(-(counts / counts.sum()).log()[targets].mean().item())
 
 
-def train(model: LlamaForCausalLM, tokens: Split[torch.Tensor], steps: int | None, minutes: float) -> tuple[int, float]:
+def train(model: PreTrainedModel, tokens: Split[torch.Tensor], steps: int | None, minutes: float) -> tuple[int, float]:
     """Train in place, in float32, on random windows; returns (steps, elapsed_seconds).
 
     The learning rate follows progress through `steps` if given (reproducible), else through `minutes` of wall clock.
@@ -136,7 +136,10 @@ def train(model: LlamaForCausalLM, tokens: Split[torch.Tensor], steps: int | Non
         starts = torch.randint(last_start, (SETTINGS["batch_size"], 1), generator=generator)
         windows = tokens.training[starts + offsets]  # [sample, token]
         windows[0, 0] = bos  # some evaluators put <s> first; it must not be a surprise
-        loss = F.cross_entropy(model(windows[:, :-1]).logits.flatten(0, 1), windows[:, 1:].flatten())
+        output: Any = model(windows[:, :-1])
+        loss = F.cross_entropy(output.logits.flatten(0, 1), windows[:, 1:].flatten())
+        if getattr(output, "aux_loss", None) is not None:  # of a mixture, which balances its experts
+            loss = loss + model.config.router_aux_loss_coef * output.aux_loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, SETTINGS["gradient_clipping"])

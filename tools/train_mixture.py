@@ -1,0 +1,107 @@
+"""Train a tiny mixture of experts on Python's standard library, and compare ways to prune it.
+
+Prints Markdown: held-out perplexity where a share of the prunable weights is removed as neurons and KV groups, as whole
+experts, as both in one order, and as whole experts by REAP. A mixture that PLACE holds already is used.
+"""
+
+import argparse
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+from train_demo_model import SETTINGS, Split, train, train_tokenizer
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import flap_stream
+from flap_stream import CollectConfig, SweepConfig
+
+_HELD_OUT = 12  # of so many files in a row, one is for calibration and one for evaluation
+_FILE_CHARACTERS = 20_000  # of each at most, so that no file dominates
+_WINDOW = 128  # tokens
+
+
+def standard_library() -> Split[str]:
+    """The standard library's modules, whole files held out."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    texts = [path.read_text("utf-8", errors="ignore")[:_FILE_CHARACTERS] for path in sorted(folder.glob("*.py"))]
+    texts += [p.read_text("utf-8", errors="ignore")[:_FILE_CHARACTERS] for p in sorted(folder.glob("[a-z]*/*.py"))]
+    own = {0: "calibration", 1: "evaluation"}
+    parts: dict[str, list[str]] = {"training": [], "calibration": [], "evaluation": []}
+    for number, text in enumerate(texts):
+        parts[own.get(number % _HELD_OUT, "training")].append(text)
+    return Split(*("\n\n".join(part) for part in parts.values()))
+
+
+def trained(place: Path, minutes: float, experts: int) -> Path:
+    """The mixture in `place`, trained if it is not there, its calibration and evaluation texts beside it."""
+    model_path = place / "model"
+    if model_path.exists():
+        return model_path
+    torch.manual_seed(SETTINGS["seed"])
+    text = standard_library()
+    kind: Any = Qwen3MoeConfig
+    config = kind(
+        vocab_size=1024, hidden_size=128, moe_intermediate_size=96, num_hidden_layers=4, max_position_embeddings=512,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=experts, num_experts_per_tok=2,
+        norm_topk_prob=True, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        output_router_logits=True, router_aux_loss_coef=0.01,
+    )  # fmt: skip
+    tokenizer = train_tokenizer(text.training, config.vocab_size)
+    tokens = Split(*(torch.tensor(tokenizer(part, verbose=False)["input_ids"]) for part in text))
+    model: Any = Qwen3MoeForCausalLM(config)
+    print(f"{model.num_parameters():,} parameters, {len(tokens.training):,} tokens", file=sys.stderr)
+    train(model, tokens, None, minutes)
+    model.config.output_router_logits = False  # it served the balance of experts in training
+    place.mkdir(parents=True, exist_ok=True)
+    for name in ("calibration", "evaluation"):
+        (place / f"{name}.txt").write_text(getattr(text, name), "utf-8")
+    model.save_pretrained(model_path)
+    tokenizer.save_pretrained(model_path)
+    return model_path
+
+
+def table(model: Path, place: Path, ratios: tuple[float, ...], loss_windows: int) -> str:
+    """Perplexities, and the removed share of the prunable weights where it is not the ratio, as Markdown."""
+    calibration, text = (str(place / f"{name}.txt") for name in ("calibration", "evaluation"))
+    common: dict[str, Any] = {"calibration": (calibration,), "samples": 512, "sequence_length": _WINDOW}
+    runs = {name: place / f"run-{name}" for name in ("loss", "reap")}
+    flap_stream.collect(model, runs["loss"], CollectConfig(loss_windows=loss_windows, whole_experts=True, **common))
+    flap_stream.collect(model, runs["reap"], CollectConfig(method="reap", **common))
+    by_loss: dict[str, Any] = {"metric": "fisher", "round_neurons_to": 1}
+    whole: dict[str, Any] = {**by_loss, "whole_experts": True}
+    only_whole = {**whole, "min_heads": 4, "min_neurons": 96}  # all of them
+    methods: list[tuple[str, str, dict[str, Any]]] = [
+        ("neurons, KV groups", "loss", by_loss), ("whole experts", "loss", only_whole),
+        ("neurons, KV groups, whole experts", "loss", whole), ("whole experts, by REAP", "reap", {"method": "reap"}),
+    ]  # fmt: skip
+    rows = [f"| | {' | '.join(f'{ratio:.0%}' for ratio in ratios)} |", "|---" * (len(ratios) + 1) + "|"]
+    for name, run, options in methods:
+        config = SweepConfig(ratios=ratios, evaluate=(text,), sequence_length=_WINDOW, samples=400, **options)
+        found = flap_stream.sweep(runs[run], config)
+        if len(rows) == 2:
+            rows.append("| dense" + f" | {found.dense_perplexity:.2f}" * len(ratios) + " |")
+        cells = [
+            f"{point.perplexity:.2f}" + (f" ({point.decoder_ratio:.1%})" if run == "reap" else "")
+            for point in found.points
+        ]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Train unless it is done, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("place", type=Path, metavar="PLACE", help="where the mixture, its texts and its runs are kept")
+    parser.add_argument("--minutes", type=float, default=7.5, help="training time on the wall clock (default 7.5)")
+    parser.add_argument("--experts", type=int, default=16, help="of each layer (default 16)")
+    parser.add_argument("--loss-windows", type=int, default=256, help="that are swept (default 256)")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5], help="(default 0.3 0.5)")
+    options = parser.parse_args()
+    model = trained(options.place, options.minutes, options.experts)
+    print(table(model, options.place, tuple(options.ratios), options.loss_windows))
+
+
+if __name__ == "__main__":
+    main()
