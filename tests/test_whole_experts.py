@@ -196,10 +196,10 @@ def test_an_expert_that_costs_less_than_its_neurons_goes_before_them() -> None:
     assert kept[0].neurons.tolist() == [0, 1, 4, 5, 8, 9, 10, 11]
 
 
-def test_an_expert_that_no_token_reached_is_kept_whole(tmp_path: Path) -> None:
+def test_an_expert_that_no_token_reached_stays_with_the_least_of_neurons(tmp_path: Path) -> None:
     path = made(tmp_path, "mixtral")
     save_tokens(tmp_path / "tokens.npy", np.full((4, 8), 5))  # one token again and again: few experts see any
-    record = flap_stream.prune(path, tmp_path / "out", options_of(tmp_path, ratio=0.2, keep_run=True)).record
+    record = flap_stream.prune(path, tmp_path / "out", options_of(tmp_path, ratio=0.5, keep_run=True)).record
     with RunDirectory(tmp_path / "out.run") as run:
         found = [LossStore.of(run).read(i).experts for i in range(3)]
     sizes = load(tmp_path / "out").config.pruned_expert_sizes
@@ -207,7 +207,16 @@ def test_an_expert_that_no_token_reached_is_kept_whole(tmp_path: Path) -> None:
         assert experts is not None
         unseen = np.flatnonzero(np.isinf(experts)).tolist()
         assert len(unseen) and set(unseen) <= set(kept["kept_experts"])
-        assert all(sizes[layer][kept["kept_experts"].index(number)] == 96 for number in unseen)
+        assert all(sizes[layer][kept["kept_experts"].index(number)] == 28 for number in unseen)
+
+
+def test_experts_that_no_token_reached_do_not_stand_for_those_that_a_token_needs() -> None:
+    shape = LayerShape(2, 1, 8, 12, 3, 2, experts=(4, 4, 4), router_needs=1)
+    scores = LayerScores(np.array([9.0, 9]), np.array([0.0] * 4 + [5] * 8), np.array([np.inf, 2, 3]))
+    kept = allocate(
+        [scores], [shape], PlanConfig(ratio=14 / 30, round_neurons_to=1, metric="fisher", whole_experts=True)
+    )
+    assert shape.kept_experts(kept[0].neurons) == [0, 2] and shape.expert_sizes(kept[0].neurons)[0] == 1
 
 
 # --- what becomes of it ---

@@ -63,11 +63,14 @@ class UnitPool:
         return cls(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in cls.__annotations__})
 
     def without_last_experts(self, shapes: Sequence[LayerShape], options: PlanConfig) -> "UnitPool":
-        """The same where the best experts of each mixture, up to the minimum that it keeps, do not go as a whole."""
+        """The same where the best experts of each mixture, up to the minimum that it keeps, do not go as a whole.
+
+        Nor do those that score infinity, which are not among the best: tokens may reach none of them.
+        """
         whole = self.whole.copy()
         for i, shape in enumerate(shapes):
             own = self.modules((self.layer == i) & ~self.in_attention) if shape.experts else []
-            own.sort(key=lambda units: -self.whole[units[0]])
+            own.sort(key=lambda units: -self.whole[units[0]] if np.isfinite(self.whole[units[0]]) else np.inf)
             for units in own[: max(options.min_experts or 0, shape.router_needs)]:
                 whole[units] = np.inf
         return replace(self, whole=whole)

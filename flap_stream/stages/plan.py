@@ -176,7 +176,7 @@ def unit_scores(run: RunDirectory, options: PlanConfig, target: Target | None = 
 def loss_scores(found: LossScores, shape: LayerShape, prices: LayerPrices, min_neurons: int) -> LayerScores:
     """F of each unit and each expert by its cost, float64 `[group]`, `[neuron]`, `[expert]`; comparable across layers.
 
-    Experts that no token reached score infinity with all their neurons and are kept: nothing is known of them.
+    An expert that no token reached scores infinity and stays, with the least of neurons, which no token misses.
     prices: weights, or bytes, that are removed with one KV group, one neuron and, besides its neurons, one expert.
     """
     groups, neurons = found.attention / max(prices.group, 1), found.mlp / max(prices.neuron, 1)
@@ -187,8 +187,6 @@ def loss_scores(found: LossScores, shape: LayerShape, prices: LayerPrices, min_n
         whole_expert_score(loss, own, prices.neuron, prices.expert_rest, min_neurons)
         for loss, own in zip(found.experts, parts, strict=True)
     ]
-    if len(shape.experts) > shape.router_needs:  # else none was scored
-        neurons = np.where(np.repeat(np.isinf(found.experts), shape.experts), np.inf, neurons)
     return LayerScores(groups, neurons, np.array(experts))
 
 
