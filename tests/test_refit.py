@@ -7,7 +7,17 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from flap_stream.arithmetic.least_squares import BLOCK_CHANNELS, PRODUCT_TOKENS, MomentSums, product_windows
+from flap_stream.arithmetic.least_squares import (
+    BLOCK_CHANNELS,
+    DAMPING,
+    EXPERT_DAMPING,
+    PRODUCT_TOKENS,
+    MomentSums,
+    groups,
+    product_windows,
+    solve_for_dense_output,
+    sum_bytes,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +59,57 @@ def test_blocks_taken_apart_in_any_order_add_up_to_the_same_bits(guess: float) -
     found = torch.cat([torch.zeros(0), (whole[1] / norms / norms[:BLOCK_CHANNELS, None]).flatten()])
     assert float((found - products[:BLOCK_CHANNELS].flatten()).abs().max()) < 5e-6
     assert float(whole[0][-1]) == len(values)
+
+
+def fitted(values: torch.Tensor, weight: torch.Tensor, kept: int, damping: float) -> torch.Tensor:
+    """The kept columns, fitted to `[token, channel]` as those of an expert are."""
+    sums = MomentSums(kept, values.double().square().sum(0), len(values), None, values.dtype, values.device)
+    for block in values.split(50):
+        sums.add_block(block)
+    moments = sums.finish()
+    assert moments.count == len(values)
+    return solve_for_dense_output(weight, moments, damping)
+
+
+def test_blocks_of_any_number_of_tokens_add_up_to_the_same_bits() -> None:
+    values = tokens_of(1)
+    blocks = list(values.split([3, 500, 1, len(values) - 504]))
+    totals = []
+    for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
+        squares = values.double().square().sum(0)
+        sums = MomentSums(KEPT, squares, len(values), None, values.dtype, values.device)
+        for number in order:
+            sums.add_block(blocks[number])
+        totals.append(sums.parts())
+    assert all(torch.equal(a, b) for a, b in zip(*totals, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 30, 300])
+@pytest.mark.parametrize("damping", [DAMPING, 1.0])
+def test_it_is_never_worse_than_a_bias_on_what_it_was_fitted_to(tokens: int, damping: float) -> None:
+    draw = torch.Generator().manual_seed(tokens)
+    mixed = torch.randn(40, 40, generator=draw)
+    values, weight = torch.randn(tokens, 40, generator=draw) @ mixed + 3, torch.randn(16, 40, generator=draw)
+    found = fitted(values, weight, 25, max(damping, EXPERT_DAMPING * 25 / tokens))
+    about_mean = (values - values.mean(0)).double()
+    before, after = (
+        (about_mean[:, :25] @ w.double().T - about_mean @ weight.double().T).norm() for w in (weight[:, :25], found)
+    )
+    assert after < before
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 1000])
+def test_tokens_that_are_all_alike_leave_the_weights_as_they_are(tokens: int) -> None:
+    draw = torch.Generator().manual_seed(tokens)
+    values, weight = torch.randn(1, 300, generator=draw).expand(tokens, 300), torch.randn(16, 300, generator=draw)
+    assert torch.equal(fitted(values, weight, 200, DAMPING), weight[:, :200])
+
+
+def test_experts_are_fitted_together_as_far_as_their_sums_may_take_memory() -> None:
+    assert groups([]) == [] and groups([(100, 50)] * 3) == [range(3)]
+    large = 1 << 14
+    assert sum_bytes(large, large) > 1 << 30
+    assert groups([(large, large)] * 2 + [(100, 50)] * 2) == [range(1), range(1, 2), range(2, 4)]
 
 
 @pytest.mark.parametrize(("batch_size", "tokens", "windows"), [(16, 128, 32), (3, 512, 6), (4, 2048, 4), (1, 9000, 1)])

@@ -8,11 +8,12 @@ D = damping * mean(diag(G[P, P])) * I, the projection's dense output is approach
     b_new = b + W mean - W_new mean[P]
 
 The damping pulls towards the dense columns, not towards zero: a channel that calibration leaves silent keeps its
-weights.
+weights, and no fit is worse than a bias on the tokens that it was made of. An expert is fitted to the tokens that are
+routed to it; it may have fewer than it keeps inputs, so its damping grows with their number for each token.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -23,9 +24,12 @@ from torch.nn import functional
 logger = logging.getLogger(__name__)
 
 DAMPING = 1e-3  # of the mean second moment; other values were not measured
+EXPERT_DAMPING = 0.1  # the same, times kept inputs for each token, of an expert, where that is more; see restore/
 PRODUCT_TOKENS = 4096  # tokens in one float32 product: few enough to round little, many enough to add up rarely
 BLOCK_CHANNELS = 512  # rows of the symmetric part that are held and multiplied together; not measured
+GROUP_BYTES = 1 << 30  # of the sums of experts that are accumulated together; not measured
 
+_CONSTANT = 2.0**-14  # of a channel's squares about zero: its moments below that may be what float32 rounded
 _HARDER = 10.0  # factor on a damping that did not suffice; rarely needed, so not measured
 _GROWTH = 2.0**16  # how far sums of squares may exceed the expected ones and still be exact; ample, not measured
 _LEAST_SHARE = 2.0**-24  # of the largest expected sum of squares, float32's rounding; smaller ones are rounded like it
@@ -38,10 +42,13 @@ _ROUNDED_ROWS = (32, 256)  # on a CPU, on an accelerator
 class KeptMoments:
     """Second moments about the mean of a linear's kept inputs, and between them and the other channels.
 
-    mean: float64 `[kept + other]`. kept: float32 `[kept, kept]`, only its upper triangle is set.
+    Those of a kept channel that is the same for all tokens, as far as the sums tell, are zero.
+
+    count: tokens. mean: float64 `[kept + other]`. kept: float32 `[kept, kept]`, only its upper triangle is set.
     cross: float32 `[kept, other]`.
     """
 
+    count: int
     mean: torch.Tensor
     kept: torch.Tensor
     cross: torch.Tensor
@@ -58,8 +65,9 @@ class MomentSums:
     kept: how many channels are kept; the others, removed inputs, follow them.
     squares: float64 `[kept + other]`, rough sums of squares over all `tokens`. They are known before any token, are the
     same on every rank, and decide only how finely sums are rounded.
-    block_tokens: after this many, a new product begins. Blocks can be summed separately, on any number of ranks and in
-    any order, and added up: the result is the same to the last bit.
+    block_tokens: after this many, a new product begins; None for blocks of any number of tokens, see `add_block`.
+    Blocks can be summed separately, on any number of ranks and in any order, and added up: the result is the same to
+    the last bit.
 
     Products of token blocks are float32 and are summed in float64. Each is first rounded to a multiple of a step that
     is finer than float32's own, yet coarse enough for float64 to hold every sum of such multiples exactly (Demmel &
@@ -68,7 +76,13 @@ class MomentSums:
     """
 
     def __init__(
-        self, kept: int, squares: torch.Tensor, tokens: int, block_tokens: int, dtype: torch.dtype, device: torch.device
+        self,
+        kept: int,
+        squares: torch.Tensor,
+        tokens: int,
+        block_tokens: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.kept, self.channels = kept, len(squares)
         self._rows = [
@@ -79,11 +93,11 @@ class MomentSums:
         self._sizes = _sizes(squares.to(device))
         self._many = _sizes(squares.new_tensor([tokens])).to(device)
         self._is_bf16 = dtype == torch.bfloat16
-        if device.type == "cpu":
-            dtype = torch.float32  # products of bf16 would be rounded to bf16
+        self._dtype = torch.float32 if device.type == "cpu" else dtype  # products of bf16 would be rounded to bf16
         # Channels first: CPU products are then 7 % faster, which more than pays for the copy.
-        self._pending = torch.empty(self.channels, PRODUCT_TOKENS, dtype=dtype, device=device)
-        self._waiting, self._block_tokens, self._left = 0, block_tokens, block_tokens
+        width = 0 if block_tokens is None else PRODUCT_TOKENS
+        self._pending = torch.empty(self.channels, width, dtype=self._dtype, device=device)
+        self._waiting, self._block_tokens, self._left = 0, block_tokens or 0, block_tokens or 0
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add tokens, `[token, kept + other]`; the sums do not depend on how they are split over calls."""
@@ -94,13 +108,21 @@ class MomentSums:
             self._left -= len(part)
             inputs = inputs[len(part) :]
             if self._waiting == PRODUCT_TOKENS or not self._left:
-                self._multiply()
+                self._multiply_waiting()
                 self._left = self._left or self._block_tokens
 
-    def _multiply(self) -> None:
-        block = self._pending[:, : self._waiting]
-        self._total[-1] += self._waiting
+    def add_block(self, inputs: torch.Tensor) -> None:
+        """Add a block of tokens, `[token, kept + other]`, in products of its own."""
+        for part in inputs.split(PRODUCT_TOKENS):
+            self._multiply(part.T.to(self._dtype).contiguous())
+
+    def _multiply_waiting(self) -> None:
+        self._multiply(self._pending[:, : self._waiting])
         self._waiting = 0
+
+    def _multiply(self, block: torch.Tensor) -> None:
+        """Add the products of `[channel, token]`."""
+        self._total[-1] += block.shape[1]
         column_sums = block.sum(dim=1, dtype=torch.float32)
         _add_rounded(self._total[None, :-1], column_sums[None], self._many, self._sizes)
         with _units_for_bf16(self._is_bf16):
@@ -112,7 +134,7 @@ class MomentSums:
     def parts(self) -> list[torch.Tensor]:
         """All sums, once every token has been added: those of other ranks may be added to them, in place."""
         if self._waiting:
-            self._multiply()
+            self._multiply_waiting()
         return [self._total, *self._rows]
 
     def finish(self) -> KeptMoments:
@@ -129,7 +151,10 @@ class MomentSums:
             row.addr_(mean[rows], mean[at:], alpha=-float(count))
             kept[rows, at:] = row[:, : self.kept - at]
             cross[rows] = row[:, self.kept - at :]
-        return KeptMoments(mean, kept, cross)
+        constant = kept.diagonal() <= _CONSTANT * count * mean[: self.kept].square()
+        if constant.any():
+            kept[constant], kept[:, constant], cross[constant] = 0, 0, 0
+        return KeptMoments(int(count), mean, kept, cross)
 
 
 def _sizes(squares: torch.Tensor) -> torch.Tensor:
@@ -217,13 +242,32 @@ def row_blocks(weight: torch.Tensor, elements: int = 1 << 24) -> Iterator[slice]
         yield slice(start, start + rows)
 
 
+def sum_bytes(channels: int, kept: int) -> int:
+    """Bytes of the sums of one projection's inputs."""
+    return 8 * sum(min(BLOCK_CHANNELS, kept - at) * (channels - at) for at in range(0, kept, BLOCK_CHANNELS))
+
+
+def groups(sizes: Sequence[tuple[int, int]]) -> list[range]:
+    """Experts in order, divided into those whose sums are accumulated together, in at most GROUP_BYTES or one alone.
+
+    sizes: channels, and how many of them are kept, of each expert.
+    """
+    starts, held = [0], 0
+    for number, (channels, kept) in enumerate(sizes):
+        own = sum_bytes(channels, kept)
+        if held and held + own > GROUP_BYTES:
+            starts.append(number)
+            held = 0
+        held += own
+    return [range(*ends) for ends in zip(starts, [*starts[1:], len(sizes)], strict=True) if ends[0] < ends[1]]
+
+
 def workspace_bytes(out: int, channels: int, kept: int, item_bytes: int, on_cpu: bool) -> tuple[int, int]:
     """Upper bound on the bytes that fitting one projection `[out, channel]` takes, besides its weight and kept inputs.
 
     Returns two figures: while moments are summed, and while the fit is solved. Both are largest if all are kept.
     """
-    blocks = range(0, kept, BLOCK_CHANNELS)
-    sums = 8 * sum(min(BLOCK_CHANNELS, kept - at) * (channels - at) for at in blocks)
+    sums = sum_bytes(channels, kept)
     adding = sums + PRODUCT_TOKENS * channels * (4 if on_cpu else item_bytes)
     adding += (4 * BLOCK_CHANNELS + 24 * _ROUNDED_ROWS[not on_cpu]) * channels
     matrices = 4 * kept * channels
@@ -232,3 +276,27 @@ def workspace_bytes(out: int, channels: int, kept: int, item_bytes: int, on_cpu:
     copies = 2 if on_cpu else 3
     solving = weights + matrices + copies * 4 * kept * kept + 4 * kept * (2 * min(channels - kept, out) + out)
     return adding, max(sums + matrices, solving)
+
+
+def experts_workspace_bytes(
+    experts: Sequence[tuple[int, int, int]], tokens: int, choices: int, item_bytes: int, on_cpu: bool
+) -> tuple[int, int]:
+    """The same for all experts of a layer, which are fitted group by group, together with what they are fitted to.
+
+    experts: `(out, channels, kept)` of each. tokens: of a block, whose end they wait for. choices: how many experts
+    each goes to.
+    """
+    refitted = item_bytes * sum(out * kept for out, _, kept in experts)
+    adding = solving = 0
+    for group in groups([sizes[1:] for sizes in experts]):
+        own = experts[group.start : group.stop]
+        sums = sum(sum_bytes(*sizes[1:]) for sizes in own)
+        alone = [workspace_bytes(*sizes, item_bytes, on_cpu) for sizes in own]
+        product = max(added - sum_bytes(*sizes[1:]) for (added, _), sizes in zip(alone, own, strict=True))
+        # One expert's inputs are put together, then in order, before they are multiplied.
+        copies = min(choices, len(own)) + 2
+        waiting = item_bytes * tokens * copies * max(channels for _, channels, _ in own)
+        adding, solving = max(adding, sums + product + waiting), max(solving, sums + max(solved for _, solved in alone))
+    if on_cpu:
+        return adding + refitted, solving + refitted
+    return max(adding, refitted), solving  # the last step runs the layer with what was refitted
