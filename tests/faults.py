@@ -348,8 +348,8 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
-def make_job(directory: Path, layers: int = LAYERS, **changes: Any) -> Job:
-    model = save(tiny_model(tiny_config(layers=layers)), directory / "model")
+def make_job(directory: Path, layers: int = LAYERS, family: str = "llama", **changes: Any) -> Job:
+    model = save(tiny_model(tiny_config(family, layers=layers)), directory / "model")
     tokens = save_tokens(directory / "tokens.npy", random_tokens(6, 16))
     options = {"ratio": 0.3, "snapshot_interval": 1, "max_shard_bytes": 100_000, "batch_size": 4, **changes}
     return Job(directory, model, PruneConfig(calibration=(tokens,), samples=6, **options))

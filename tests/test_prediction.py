@@ -219,13 +219,14 @@ def test_a_dry_run_needs_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.slow
-def test_what_a_mixture_takes_is_predicted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("restore", ["bias", "least-squares"])
+def test_what_a_mixture_takes_is_predicted(restore: str, tmp_path: Path) -> None:
     config = tiny_config(
         "mixtral", layers=2, hidden_size=128, num_local_experts=64, num_experts_per_tok=8, intermediate_size=64
     )
     path = save(tiny_model(config), tmp_path / "model", dtype=torch.bfloat16)  # of which oneDNN compiles the products
     tokens = save_tokens(tmp_path / "tokens.npy", random_tokens(64, 64))
-    text = ("--calibration", tokens, "--samples", "64", "--sequence-length", "64", "--json")
+    text = ("--calibration", tokens, "--samples", "64", "--sequence-length", "64", "--json", "--restore", restore)
     result = prune(path, tmp_path / "out", *text)
     assert result.returncode == 0, result.stderr
     body = json.loads(result.stdout)

@@ -3,14 +3,14 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from faults import contents, make_job
 from fork_server import KILLED
-from models import DEMO, DENSE, load, random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import DEMO, load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from placements import placed
 from torch import nn
 from torch.nn import functional
@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 import flap_stream
 from flap_stream import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
 from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.layer_shape import Sublayer
 from flap_stream.arithmetic.least_squares import DAMPING
 from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.engine.streamed_model import StreamedModel
@@ -26,7 +27,8 @@ from flap_stream.errors import InvalidOption, RunMismatch, UnsupportedModel
 from flap_stream.model.families import FAMILIES
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.progress import Stage
-from flap_stream.restore.stand_ins import Supplies
+from flap_stream.restore.refit_pass import RefitPass
+from flap_stream.storage.run_directory import RunDirectory
 
 pytestmark = pytest.mark.slow
 
@@ -136,7 +138,7 @@ def test_streaming_refit_has_the_perplexity_of_the_one_in_memory(tmp_path: Path)
     assert wanted > 1.2 * before
 
 
-IN_ORDER = [family for family in DENSE if FAMILIES[family].attention is not None and not FAMILIES[family].is_parallel]
+IN_ORDER = [name for name, family in FAMILIES.items() if family.attention is not None and not family.is_parallel]
 
 
 @pytest.mark.parametrize("family", IN_ORDER)
@@ -150,11 +152,11 @@ def test_a_layer_is_its_attention_and_its_mlp_one_after_the_other(tmp_path: Path
         whole, halves = (model.hidden_states("host", *tokens.shape) for _ in range(2))
         placement = model.place(EvaluateConfig(batch_size=3), model.job(*tokens.shape))
         batches = LayerPass(model, placement, tokens, [whole, halves])
+        refit = RefitPass(batches, cast(RunDirectory, None), len(tokens))
         for i, weights in batches.layers(Stage("test", len(model.layers))):
             batches.run_all(i, weights, whole)
-            kinds = [part.kind for part in model.family.parts(model.shapes[i])]
-            for other in reversed(kinds):
-                for _ in batches.run(i, weights, halves, stand_ins={other.module: Supplies(other.name)}):
+            for other in reversed(Sublayer):
+                for _ in batches.run(i, weights, halves, stand_ins=refit.silenced(other, model.shapes[i])):
                     pass
             assert torch.equal(whole.values, halves.values)
 
@@ -223,8 +225,8 @@ def test_a_pruned_checkpoint_is_pruned_and_refitted_again(tmp_path: Path) -> Non
     assert torch.isfinite(logits(load(tmp_path / "twice"), random_tokens(2, 16))).all()
 
 
-def test_experts_and_baselines_are_refused_before_pass_1(tmp_path: Path) -> None:
-    save(tiny_model(tiny_config("mixtral")), tmp_path / "model")
+def test_parallel_layers_and_baselines_are_refused_before_pass_1(tmp_path: Path) -> None:
+    save(tiny_model(tiny_config("cohere2_moe")), tmp_path / "model")
     calibration = (save_tokens(tmp_path / "t.npy", random_tokens(8, 16)),)
     options = PruneConfig(calibration=calibration, samples=8, sequence_length=16, restore="least-squares")
     with pytest.raises(UnsupportedModel, match="--restore reconstruct or bias"):

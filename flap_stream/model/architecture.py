@@ -29,6 +29,7 @@ class Family:
     mlp: the neurons of its MLP, where a layer has one without experts.
     experts: the kind of an expert's neurons, with a placeholder for its number in the names; None without experts.
     transposed_experts: whether dense checkpoints hold them with input rows first, all of a layer in one tensor.
+    mixture_returns_scores: whether the module of router and experts returns scores beside its output.
     renames: pattern and replacement for tensor names that differ between dense checkpoints and the pruned class.
     norms_outputs: whether attention and MLP outputs are normalised before the residual addition.
     width: the key of config.json for the neurons of its MLP.
@@ -47,6 +48,7 @@ class Family:
     mlp: UnitKind = MLP
     experts: UnitKind | None = None
     transposed_experts: bool = False
+    mixture_returns_scores: bool = False
     renames: tuple[tuple[str, str], ...] = ()
     norms_outputs: bool = False
     is_parallel: bool = False

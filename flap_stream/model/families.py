@@ -104,7 +104,13 @@ FAMILIES: dict[str, Family] = {
         norm="gpt_neox.final_layer_norm",
         renames=((r"^embed_out\.", "lm_head."),),
     ),
-    "gpt_oss": Family("GptOssForCausalLM", attention=None, experts=PAIRED_EXPERT, transposed_experts=True),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        attention=None,
+        experts=PAIRED_EXPERT,
+        transposed_experts=True,
+        mixture_returns_scores=True,
+    ),
     "granite": Family("GraniteForCausalLM"),
     "granite_swa": Family("GraniteSWAForCausalLM", attention=None),
     "granitemoehybrid": Family(
@@ -149,6 +155,7 @@ FAMILIES: dict[str, Family] = {
         mlp=mlp_kind("gate_proj up_proj", "down_proj", "feed_forward"),
         experts=mlp_kind("gate_up", "down", "feed_forward.experts.each.{}", fused=2, norm=None),
         transposed_experts=True,
+        mixture_returns_scores=True,
         width="intermediate_size_mlp",
     ),
     "mellum": Family("MellumForCausalLM", experts=EXPERT, renames=_SEPARATE),
@@ -170,7 +177,7 @@ FAMILIES: dict[str, Family] = {
     "nemotron_h": Family(
         "NemotronHForCausalLM",
         attention=None,
-        mlp=mlp_kind("up_proj", "down_proj", "mixer", norm="norm"),
+        mlp=mlp_kind("up_proj", "down_proj", "mixer", norm=None),  # its layers ask what dtype the norm has
         experts=mlp_kind("up", "down", "mixer.experts.each.{}", norm=None),
         renames=(
             (r"^backbone\.", "model."),

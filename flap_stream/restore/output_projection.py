@@ -1,17 +1,19 @@
 """Least-squares fit of a sublayer's output projection (o_proj, down_proj) to the inputs that are kept."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from flap_stream.arithmetic.least_squares import (
+    DAMPING,
     KeptMoments,
     MomentSums,
     product_with_mean,
     solve_for_dense_output,
 )
+from flap_stream.arithmetic.scoring import ChannelStatistics
 from flap_stream.arithmetic.surgery import removed_indices
 from flap_stream.engine.hidden_states import Feed, HiddenStates
 from flap_stream.engine.memory import give_back_heap
@@ -54,15 +56,23 @@ class OutputProjection:
         return self.kept == len(self.order)
 
     def fit(self, cache: HiddenStates | None = None) -> dict[str, torch.Tensor]:
-        """Weight and bias fitted to the inputs that it gets, by relative name, in host memory, the same on every rank.
-
-        cache: filled with the kept inputs. Raises NonFinite if inputs or their squares hold NaN or infinity.
-        """
-        refit, sums = self.sublayer.refit, self._sums()
+        """The projection fitted to the inputs that it gets: see `fitted`. cache: filled with the kept inputs."""
+        part, refit = self.sublayer.part, self.sublayer.refit
+        statistics = refit.run.statistics.read(self.sublayer.index).of(part.kind.name)
+        sums = self.sums(statistics)
         self.capture(cache, sums)
+        return self.fitted(sums, statistics)
+
+    def fitted(self, sums: MomentSums, statistics: ChannelStatistics, damping: float = 0.0) -> dict[str, torch.Tensor]:
+        """Weight and bias fitted to all inputs, by relative name, in host memory, the same on every rank.
+
+        sums: over this rank's windows; used up. statistics: as of `sums`. damping: is at least this times the kept
+        inputs for each token.
+        Raises NonFinite if inputs or their squares hold NaN or infinity.
+        """
+        refit = self.sublayer.refit
         summed = refit.collected(sums)
-        del sums
-        return refit.model.ranks.from_first(lambda: self._solve(summed))
+        return refit.model.ranks.from_first(lambda: self._solve(summed, statistics, damping))
 
     def capture(self, cache: HiddenStates | None, sums: MomentSums | None = None) -> None:
         """Run the layer for the inputs: the kept ones are written to the cache, and all are added to the sums."""
@@ -83,23 +93,34 @@ class OutputProjection:
         supplies = Supplies(part.kind.name, tensors.get("weight"), tensors["bias"], inputs.take)
         self.sublayer.run_all({part.kind.module: supplies, **refit.without_norm(part)})
 
-    def _sums(self) -> MomentSums:
-        """Empty sums for inputs in this order; the statistics say how large they are when dense."""
-        refit = self.sublayer.refit
-        statistics = refit.run.statistics.read(self.sublayer.index).of(self.sublayer.part.kind.name)
-        squares = torch.from_numpy(statistics.m2 + statistics.count * np.square(statistics.mean))
-        return refit.sums(self.kept, squares[self.order.cpu()])
+    def sums(self, statistics: ChannelStatistics, of_expert: bool = False) -> MomentSums:
+        """Empty sums for inputs in this order; the statistics say how large they are when dense.
 
-    def _solve(self, sums: MomentSums) -> dict[str, torch.Tensor]:
+        statistics: of all units of the kind in the layer. Where they are of no token, because none reached an expert,
+        its inputs are expected to be as large as the others'. of_expert: see `RefitPass.sums`.
+        """
+        squares, reached = statistics.m2 + statistics.count * np.square(statistics.mean), statistics.count > 0
+        squares[~reached] = squares[reached].mean() if reached.any() else 0
+        return self.sublayer.refit.sums(self.kept, self._in_order(squares), of_expert)
+
+    def _in_order(self, values: np.ndarray) -> torch.Tensor:
+        """The values of its own inputs, the kept ones first, in host memory. values: of all units of the kind."""
+        sublayer = self.sublayer
+        own = sublayer.part.channels(sublayer.refit.model.shapes[sublayer.index])
+        return torch.from_numpy(values[own])[self.order.cpu()]
+
+    def _solve(self, sums: MomentSums, statistics: ChannelStatistics, damping: float) -> dict[str, torch.Tensor]:
         """Weight and bias, in the dtypes of the checkpoint; only the bias if no input is kept. sums: used up."""
         moments = sums.finish()
+        if not moments.count:  # the weight stays, and the dense model's inputs say what the removed ones gave
+            moments = replace(moments, mean=self._in_order(statistics.mean).to(moments.mean))
         give_back_heap()  # the sums, else they would stay there beside what follows
-        tensors = self._solution(moments)
+        tensors = self._solution(moments, max(DAMPING, damping * self.kept / max(moments.count, 1)))
         del moments
         give_back_heap()
         return tensors
 
-    def _solution(self, moments: KeptMoments) -> dict[str, torch.Tensor]:
+    def _solution(self, moments: KeptMoments, damping: float) -> dict[str, torch.Tensor]:
         """The same, from the moments, which are used up."""
         refit, name, kept = self.sublayer.refit, self.name, self.kept
         if not torch.isfinite(moments.mean).all() or not torch.isfinite(moments.kept.diagonal()).all():
@@ -109,7 +130,7 @@ class OutputProjection:
             )
         old, dtype = self.sublayer.weights.get(f"{name}.bias"), self.sublayer.stored_dtype(f"{name}.weight")
         ordered = self.weight[:, self.order]
-        refitted = solve_for_dense_output(ordered, moments).to(dtype)
+        refitted = solve_for_dense_output(ordered, moments, damping).to(dtype).contiguous()  # as it is stored
         bias = product_with_mean(ordered, moments.mean) + (0 if old is None else old.double())
         bias = bias - product_with_mean(refitted, moments.mean[:kept])
         tensors = {f"{name}.weight": refitted.cpu(), f"{name}.bias": bias.to(dtype).cpu()}

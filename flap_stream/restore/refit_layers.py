@@ -53,7 +53,7 @@ def refit_layers(model: StreamedModel, run: RunDirectory, job: RefitJob, progres
     ranks, count = model.ranks, len(model.layers)
     if ranks.is_first:
         conditions = {"dtype": str(model.dtype), "batch_size": job.placement.batch_size, **device_record(model.device)}
-        run.refits.begin({**conditions, **refit_record(job.restore)})
+        run.refits.begin({**conditions, **refit_record(job.restore, model.family)})
     complete = ranks.from_first(run.refits.complete_layers)
     with progress.stage("refit", count, device=model.device) as stage:
         if complete < count:
@@ -95,7 +95,10 @@ def _refit_rest(refit: RefitPass, job: RefitJob, stage: Stage, complete: int) ->
     for i, weights in refit.batches.layers(stage, complete, job.snapshot_interval):
         prefix = f"{model.family.layers}.{i}."
         if i < complete:
-            stored = {name.removeprefix(prefix): tensor for name, tensor in load_file(run.refits.path(i)).items()}
+            # Copies, which lie in memory as the tensors did when they were new: products may round by that.
+            loaded = load_file(run.refits.path(i)).items()
+            stored = {name.removeprefix(prefix): tensor.clone() for name, tensor in loaded}
+            del loaded
             refitted_layer(refit, i, weights, job.keeps[i], stored)
         else:
             _store(refit, i, prefix, refitted_layer(refit, i, weights, job.keeps[i], is_read=i + 1 < count))

@@ -5,10 +5,12 @@ from math import prod
 from typing import Any
 
 from flap_stream.arithmetic.allocation import LayerKeep
-from flap_stream.arithmetic.least_squares import DAMPING
-from flap_stream.engine.placement.job import Refit
+from flap_stream.arithmetic.layer_shape import Sublayer
+from flap_stream.arithmetic.least_squares import DAMPING, EXPERT_DAMPING
+from flap_stream.engine.placement.job import ProjectionSizes, Refit
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InvalidOption, UnsupportedModel
+from flap_stream.model.architecture import Family
 from flap_stream.model.units import ROWS
 
 # Of a reconstruction: passes over the windows, tokens of a step, the largest step of a weight as a share of the root
@@ -28,11 +30,6 @@ def require_refittable(model: StreamedModel, restore: str) -> None:
             f"{model.checkpoint.source} runs attention and MLP side by side, where least squares, which refits one "
             "after the other, is not defined; use --restore reconstruct or bias"
         )
-    elif any(shape.experts for shape in model.shapes):
-        raise UnsupportedModel(
-            f"{model.checkpoint.source} has experts, whose projections are not refitted by least squares; use "
-            "--restore reconstruct or bias"
-        )
 
 
 def refit_sizes(model: StreamedModel, restore: str, keeps: Sequence[LayerKeep] | None = None) -> Refit:
@@ -43,14 +40,21 @@ def refit_sizes(model: StreamedModel, restore: str, keeps: Sequence[LayerKeep] |
     if restore == "reconstruct":
         fitted = tuple(_fitted(model, i) for i in range(len(model.shapes)))
         return Refit(fitted=fitted, epochs=EPOCHS, step_tokens=STEP_TOKENS)
-    projections, arranged = list[tuple[int, int, int]](), 0
+    projections, mixtures, arranged = list[ProjectionSizes](), list[tuple[ProjectionSizes, ...]](), 0
     for i, shape in enumerate(model.shapes):
+        experts = list[ProjectionSizes]()
         for part in model.family.parts(shape):
             output = part.kind.output
-            arranged = max(arranged, model.hidden_size * sum(p.size(part.units, shape) for p in part.kind.readers))
             kept = part.units if keeps is None else len(part.own(keeps[i].of(part.kind.name)))
-            projections.append((model.hidden_size, output.size(part.units, shape), output.size(kept, shape)))
-    return Refit(tuple(projections), arranged)
+            sizes = output.size(part.units, shape), output.size(kept, shape)
+            if shape.experts and part.kind.name is Sublayer.MLP:
+                experts.append((model.layer_entries[i][f"{output.name}.weight"].shape[ROWS], *sizes))
+                continue
+            arranged = max(arranged, model.hidden_size * sum(p.size(part.units, shape) for p in part.kind.readers))
+            projections.append((model.hidden_size, *sizes))
+        mixtures += [tuple(experts)] if experts else []
+    choices = round(model.expert_share * max(map(len, mixtures), default=0))
+    return Refit(tuple(projections), arranged, tuple(mixtures), choices)
 
 
 def _fitted(model: StreamedModel, index: int) -> int:
@@ -73,9 +77,9 @@ def refit_stored_bytes(model: StreamedModel, restore: str) -> int:
     return sum(entry.nbytes + (entry.shape or (1,))[0] * entry.item_bytes for entry in stored)
 
 
-def refit_record(restore: str) -> dict[str, Any]:
+def refit_record(restore: str, family: Family) -> dict[str, Any]:
     """What determines a refit besides the plan and how layers are run, as journal and pruning.json hold it."""
     if restore == "reconstruct":
         fit = {"epochs": EPOCHS, "step_tokens": STEP_TOKENS, "learning_rate": LEARNING_RATE, "held_out": HELD_OUT}
         return {**fit, "last_layer": "logits"}
-    return {"target": "own", "damping": DAMPING}
+    return {"target": "own", "damping": DAMPING, **({"expert_damping": EXPERT_DAMPING} if family.experts else {})}

@@ -21,9 +21,38 @@ class Captures(StandIn):
         self._hidden_size = hidden_size
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[sample, token, channel]` to zeros `[sample, token, hidden]`."""
+        """`[sample, token, channel]`, of an expert `[token, channel]`, to zeros of the hidden size."""
         self.inputs = inputs
         return inputs.new_zeros(1).expand(*inputs.shape[:-1], self._hidden_size)
+
+    def taken(self) -> list[torch.Tensor]:
+        """The inputs of the last batch, now forgotten; none if no token of it came to the projection."""
+        inputs = [vars(self)["inputs"]] if "inputs" in vars(self) else []
+        self.forget()
+        return inputs
+
+
+class ReadsKept(StandIn):
+    """Stands in for an expert's output projection: the refitted one, of the inputs that are kept.
+
+    weight: `[hidden, kept]`. bias: `[hidden]`. kept: int64 `[kept]`.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, kept: torch.Tensor) -> None:
+        super().__init__()
+        self._weight, self._bias, self._kept = weight, bias, kept
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """`[token, channel]` to `[token, hidden]`."""
+        return functional.linear(inputs.index_select(-1, self._kept), self._weight, self._bias)
+
+
+class SilentMixture(StandIn):
+    """Stands in for a mixture of experts that returns its router's scores beside its output: outputs zeros."""
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """`[sample, token, hidden]`."""
+        return hidden.new_zeros(1).expand_as(hidden), None
 
 
 class Supplies(StandIn):

@@ -1,19 +1,19 @@
 """Decoder layers as least squares runs them: attention and MLP one after the other, each refitted in between.
 
 For each of the two, its output projection is refitted and its outputs become the hidden states. Nothing is cut: modules
-stand in for the layer's own (`stand_ins.py`).
+stand in for the layer's own (`stand_ins.py`). A mixture's experts are refitted together (`experts.py`).
 """
 
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.layer_shape import Sublayer
+from flap_stream.restore.experts import refit_experts
 from flap_stream.restore.output_projection import OutputProjection
 from flap_stream.restore.pruned_sublayer import PrunedSublayer
 from flap_stream.restore.refit_pass import RefitPass
-from flap_stream.restore.stand_ins import Supplies
 
 
 def refit_layer(
@@ -30,15 +30,17 @@ def refit_layer(
     reads the hidden states that leave the layer; they are not computed otherwise.
     """
     refitted: dict[str, torch.Tensor] = {}
-    parts = refit.model.family.parts(refit.model.shapes[index])
-    for part in parts:
-        silent: dict[str, nn.Module] = {}
-        for other in parts:
-            if other is not part:
-                silent |= {other.kind.module: Supplies(other.kind.name), **refit.without_norm(other)}
-        sublayer = PrunedSublayer(refit, index, weights, part, part.own(keep.of(part.kind.name)), silent)
-        refitted |= _refit_output(sublayer.with_rows_arranged(), stored, is_read or part is not parts[-1])
-    return refitted
+    shape = refit.model.shapes[index]
+    parts = refit.model.family.parts(shape)
+    silent = {half: refit.silenced(other, shape) for half, other in zip(Sublayer, reversed(Sublayer), strict=True)}
+    sublayers = [
+        PrunedSublayer(refit, index, weights, part, part.own(keep.of(part.kind.name)), silent[part.kind.name])
+        for part in parts
+    ]
+    experts = [sublayer for sublayer in sublayers if shape.experts and sublayer.part.kind.name is Sublayer.MLP]
+    for sublayer in sublayers[: len(sublayers) - len(experts)]:
+        refitted |= _refit_output(sublayer.with_rows_arranged(), stored, is_read or sublayer is not sublayers[-1])
+    return refitted | refit_experts(experts, stored, is_read) if experts else refitted
 
 
 def _refit_output(

@@ -10,6 +10,7 @@ from flap_stream.config.rules import options_of
 from flap_stream.engine.membership import joined
 from flap_stream.errors import OutputConflict
 from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.families import family_of
 from flap_stream.output.carried import tell_left_out
 from flap_stream.output.destination import require_own_place
 from flap_stream.output.pruning_record import fingerprint_digest, options_record, read_record
@@ -84,8 +85,9 @@ def _run_stages(session: Session, out: Path, options: PruneConfig, run: Path, re
 
 def _require_same_job(source: Checkpoint, out: Path, record: dict[str, Any], options: PruneConfig) -> None:
     """Raise OutputConflict unless the output's record is what this command would write."""
+    family = family_of(source.config, source.source)
     wanted = {
-        **({} if options.refit is None else {"refit": refit_record(options.refit)}),
+        **({} if options.refit is None else {"refit": refit_record(options.refit, family)}),
         "options": options_record(part_of(options, PlanConfig)),
         "restore": require_restoration(options.method, options.restore),
         "calibration": _known_to(record.get("calibration"), calibration_record(options)),

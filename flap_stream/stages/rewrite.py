@@ -159,7 +159,7 @@ def _refitted(
     with in_use(model.device), cpu_threads(run.manifest["threads"]):
         job = RefitJob(keeps, restore, placement, snapshot_interval)
         refit_layers(model, run, job, session.progress)
-    how, count = refit_record(restore), len(model.layers)
+    how, count = refit_record(restore, model.family), len(model.layers)
     return session.ranks.from_first(
         lambda: Restoration(refitted=refitted_tensors(run, count), digests=run.refits.digests(), how=how)
     )

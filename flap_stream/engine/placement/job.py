@@ -1,13 +1,13 @@
 """A job described by sizes only: all windows through all layers once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 
 from flap_stream.arithmetic.layer_shape import LayerShape
-from flap_stream.arithmetic.least_squares import product_windows, workspace_bytes
+from flap_stream.arithmetic.least_squares import experts_workspace_bytes, product_windows, workspace_bytes
 from flap_stream.engine.placement.workspace import Way, layer_workspace
 from flap_stream.engine.ranks import window_shares
 from flap_stream.model.safetensors_format import TensorEntry
@@ -22,19 +22,25 @@ BATCHES_BEHIND = 2  # whose moments wait on the host to be merged, beside an acc
 _STATISTIC_BYTES = 19 * 8
 
 
+ProjectionSizes = tuple[int, int, int]  # outputs, input channels and how many of those are kept
+
+
 @dataclass(frozen=True)
 class Refit:
     """Sizes of what restoration refits.
 
-    projections: `(out, channels, kept)` of the output projections of all layers, by least squares. Without a plan any
-    of them may keep almost all channels.
+    projections: the output projections of all layers, by least squares, but those of experts. Without a plan any of
+    them may keep almost all channels.
+    experts: those of each layer that has experts. choices: how many of them a token is routed to.
     arranged: most parameters that read hidden states in one part of a layer, which are copied, kept rows first.
     fitted: parameters of each layer that are fitted with gradients, in `epochs` passes over the windows and steps of
     `step_tokens`. The hidden states of the dense model are carried along as the target.
     """
 
-    projections: tuple[tuple[int, int, int], ...] = ()
+    projections: tuple[ProjectionSizes, ...] = ()
     arranged: int = 0
+    experts: tuple[tuple[ProjectionSizes, ...], ...] = ()
+    choices: int = 0
     fitted: tuple[int, ...] = ()
     epochs: int = 0
     step_tokens: int = 0
@@ -46,7 +52,8 @@ class Refit:
 
     def host_bytes(self, item_bytes: int) -> int:
         """Bytes on the host, beside an accelerator: of an output projection, or of a fitted layer, best and last."""
-        largest = max((out * kept for out, _, kept in self.projections), default=0)
+        together = [*((sizes,) for sizes in self.projections), *self.experts]
+        largest = max((sum(out * kept for out, _, kept in one) for one in together), default=0)
         return item_bytes * (largest + 2 * max(self.fitted, default=0))
 
     def operations(self, ratio: float, tokens: int) -> tuple[int, int]:
@@ -55,18 +62,25 @@ class Refit:
         ratio: share of the channels that is removed.
         """
         moments = solving = 0.0
-        for out, channels, _ in self.projections:
+        for out, channels, share in self._seen():
             stays = (1 - ratio) * channels
             goes = channels - stays
-            moments += tokens * stays * (stays + 2 * goes)
+            moments += share * tokens * stays * (stays + 2 * goes)
             solving += stays**3 / 3 + 2 * stays**2 * min(goes, out)
         moments += (3 * self.epochs + 1) * tokens * sum(self.fitted)
         return int(moments), int(solving)
 
+    def _seen(self) -> Iterator[tuple[int, int, float]]:
+        """Outputs, inputs, and the share of all tokens that it gets, of each projection."""
+        for out, channels, _ in self.projections:
+            yield out, channels, 1.0
+        for experts in self.experts:
+            yield from ((out, channels, self.choices / len(experts)) for out, channels, _ in experts)
+
     def sum_bytes(self, ratio: float) -> int:
         """Bytes of the sums of all projections that one rank accumulates."""
         total = 0.0
-        for _, channels, _ in self.projections:
+        for _, channels, _ in self._seen():
             stays = (1 - ratio) * channels
             total += 8 * stays * (stays / 2 + channels - stays)
         return int(total)
@@ -147,6 +161,11 @@ class Job:
             return 0, 0
         item, on_cpu = self.dtype.itemsize, self.device == "cpu"
         of = [workspace_bytes(*sizes, item, on_cpu) for sizes in self.refit.projections]
+        block = product_windows(batch_size, self.tokens) * self.tokens
+        of += [
+            experts_workspace_bytes(experts, block, self.refit.choices, item, on_cpu)
+            for experts in set(self.refit.experts)
+        ]
         return max(adding for adding, _ in of), max(solving for _, solving in of)
 
     def head_bytes(self, batch_size: int) -> int:
