@@ -130,6 +130,24 @@ def refitted(collected: Collected) -> Callable[[str], dict[str, torch.Tensor]]:
     return of
 
 
+def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, tensor in expected.items():
+        wanted = tensor.float()
+        assert (found[name].float() - wanted).norm() <= 1e-3 * max(float(wanted.norm()), 1.0), name
+
+
+@pytest.mark.slow
+def test_experts_are_refitted_as_on_the_cpu(tmp_path: Path) -> None:
+    model, text = save(tiny_model(tiny_config("mixtral")), tmp_path / "model"), save_tokens(tmp_path / "t.npy", TOKENS)
+    flap_stream.collect(model, tmp_path / "run", collect_options(text, "cpu"))
+    flap_stream.plan(tmp_path / "run", PlanConfig(ratio=0.3))
+    own = Collected(tmp_path, tmp_path / "run", text)
+    expected = tensors(rewritten(own, "cpu", "cpu", "least-squares"))
+    with simulated("random", 1):
+        found = tensors(rewritten(own, "simulated", "cuda", "least-squares"))
+    assert_near(found, expected)
+
+
 @pytest.mark.parametrize(("policy", "seed"), [("lazy", 0), ("random", 1)])
 @pytest.mark.parametrize("restore", REFITS)
 def test_refits_are_the_cpus_whatever_runs_when(
@@ -137,9 +155,7 @@ def test_refits_are_the_cpus_whatever_runs_when(
 ) -> None:
     with simulated(policy, seed):
         found = tensors(rewritten(collected, f"{policy}-{restore}", "cuda", restore))
-    for name, tensor in refitted(restore).items():
-        wanted = tensor.float()
-        assert (found[name].float() - wanted).norm() <= 1e-3 * max(float(wanted.norm()), 1.0), name
+    assert_near(found, refitted(restore))
 
 
 @pytest.mark.parametrize(("policy", "seed"), [("lazy", 0), ("random", 1)])
