@@ -21,6 +21,10 @@ from flap_stream.errors import NonFinite
 from flap_stream.restore.pruned_sublayer import PrunedSublayer
 from flap_stream.restore.stand_ins import Captures, Supplies
 
+# Of the mean over all experts' inputs: the least sum of squares that one is expected to have. More tokens may reach an
+# expert than in the dense model, which perhaps routed few or none to it.
+_LEAST_EXPECTED = 2.0**-8
+
 
 @dataclass(frozen=True)
 class OutputProjection:
@@ -96,11 +100,11 @@ class OutputProjection:
     def sums(self, statistics: ChannelStatistics, of_expert: bool = False) -> MomentSums:
         """Empty sums for inputs in this order; the statistics say how large they are when dense.
 
-        statistics: of all units of the kind in the layer. Where they are of no token, because none reached an expert,
-        its inputs are expected to be as large as the others'. of_expert: see `RefitPass.sums`.
+        statistics: of all units of the kind in the layer. of_expert: see `RefitPass.sums`.
         """
-        squares, reached = statistics.m2 + statistics.count * np.square(statistics.mean), statistics.count > 0
-        squares[~reached] = squares[reached].mean() if reached.any() else 0
+        squares = statistics.m2 + statistics.count * np.square(statistics.mean)
+        if of_expert:
+            squares = np.maximum(squares, _LEAST_EXPECTED * squares.mean())
         return self.sublayer.refit.sums(self.kept, self._in_order(squares), of_expert)
 
     def _in_order(self, values: np.ndarray) -> torch.Tensor:
