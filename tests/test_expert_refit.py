@@ -1,5 +1,6 @@
 """Least-squares restoration of experts: streamed equals in-memory float64, whatever the groups, kills and ranks."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from faults import contents, make_job
-from masked import decoder_of, projection_inputs, separate, streamed
+from masked import decoder_of, hide_experts, mixture_of, projection_inputs, separate, streamed
 from models import load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from rank_jobs import RankJob
 from safetensors.torch import load_file
@@ -50,11 +51,15 @@ def refitted_in_memory(path: Path, record: dict[str, Any], tokens: np.ndarray) -
     model.double()
     layers = model.get_submodule(opened.family.layers)
     for i, (layer, shape, kept) in enumerate(zip(layers, opened.shapes, record["layers"], strict=True)):
+        if gone := sorted(set(range(len(shape.experts))) - set(kept.get("kept_experts", range(len(shape.experts))))):
+            hide_experts(mixture_of(layer), gone)
         for half in Sublayer:
             parts = [part for part in opened.family.parts(shape) if part.kind.name is half and part.units]
             inputs = projection_inputs(model, opened.family, opened.shapes, ids)[i] if parts else {}
             for part in parts:
                 units = np.array(kept["kept_kv_groups" if half is Sublayer.ATTENTION else "kept_neurons"])
+                if not len(part.own(units)):
+                    continue
                 own = part.kind.output.kept_indices(part.own(units), part.units, shape)
                 if len(own) < part.kind.output.size(part.units, shape):
                     is_expert = half is Sublayer.MLP and bool(shape.experts)
@@ -63,24 +68,35 @@ def refitted_in_memory(path: Path, record: dict[str, Any], tokens: np.ndarray) -
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_streaming_refit_equals_the_one_in_memory(family: str, tmp_path: Path) -> None:
+def renumbered(name: str, kept: list[int]) -> str:
+    """What a module of an expert is called where only those that are kept are left."""
+    return re.sub(r"\.each\.(\d+)\.", lambda found: f".each.{kept.index(int(found[1]))}.", name)
+
+
+WHOLE = {"metric": "fisher", "whole_experts": True, "loss_windows": 5, "min_neurons": 24, "ratio": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [*((family, {}) for family in FAMILIES), ("mixtral", WHOLE), ("qwen3_moe", WHOLE)]
+)
+def test_streaming_refit_equals_the_one_in_memory(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     tokens = random_tokens(SAMPLES, LENGTH)
     path = save(tiny_model(tiny_config(family), seed=3), tmp_path / "model")
-    options = PruneConfig(
-        ratio=0.4, calibration=(save_tokens(tmp_path / "t.npy", tokens),), samples=SAMPLES, sequence_length=LENGTH,
-        restore="least-squares", batch_size=5,
-    )  # fmt: skip
+    given = {"ratio": 0.4, "samples": SAMPLES, "sequence_length": LENGTH, "restore": "least-squares", "batch_size": 5}
+    options = PruneConfig(calibration=(save_tokens(tmp_path / "t.npy", tokens),), **{**given, **changes})
     record = flap_stream.prune(path, tmp_path / "out", options).record
+    assert ("experts" in record) == (changes == WHOLE), "experts are gone"
     expected, pruned, opened = refitted_in_memory(path, record, tokens), load(tmp_path / "out"), streamed(path)
     places = zip(*(m.get_submodule(opened.family.layers) for m in (pruned, expected)), opened.shapes, strict=True)
     compared = 0
     for (layer, wanted, shape), kept in zip(places, record["layers"], strict=True):
+        numbers = kept.get("kept_experts", list(range(len(shape.experts))))
         for part in opened.family.parts(shape):
-            if part.units:
-                units = kept["kept_kv_groups" if part.kind.name is Sublayer.ATTENTION else "kept_neurons"]
-                own = part.kind.output.kept_indices(part.own(np.array(units)), part.units, shape)
-                found, linear = (one.get_submodule(part.kind.output.name) for one in (layer, wanted))
+            units = np.array(kept["kept_kv_groups" if part.kind.name is Sublayer.ATTENTION else "kept_neurons"])
+            if len(part.own(units)):
+                name = part.kind.output.name
+                own = part.kind.output.kept_indices(part.own(units), part.units, shape)
+                found, linear = layer.get_submodule(renumbered(name, numbers)), wanted.get_submodule(name)
                 bias = torch.zeros(len(linear.weight)) if linear.bias is None else linear.bias
                 for a, b in ((found.weight, linear.weight[:, own]), (found.bias, bias)):
                     assert torch.linalg.norm(a - b) < 1e-3 * torch.linalg.norm(b) + 1e-5

@@ -326,7 +326,6 @@ def test_scores_are_added_to_a_run_whose_statistics_stay(tmp_path: Path) -> None
         ("mixtral", {}, {"structure": "ul-um"}, "only valid with --method flap --metric fisher --structure al-am"),
         ("mixtral", {}, {"whole_experts": False, "min_experts": 3}, "only valid with --whole-experts"),
         ("mixtral", {}, {"min_experts": 9}, "no layer has more than 4 experts"),
-        ("mixtral", {}, {"restore": "least-squares"}, "has experts"),
     ],
 )
 def test_what_is_not_defined_is_refused_before_any_work(

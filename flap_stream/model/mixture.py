@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +36,8 @@ class Mixture:
         """In the block, the experts are these, ascending; the module is to run with the tensors that `cut` returns."""
         counted = [module for module in router_modules(self.module) if hasattr(module, "num_experts")]
         before = [module.num_experts for module in counted]
-        self.experts.forward = partial(run_experts, [self.experts.each[number] for number in kept])
+        each = self.experts.each  # whose modules may be replaced while the block runs
+        self.experts.forward = lambda *inputs: run_experts([each[number] for number in kept], *inputs)
         for module in counted:
             module.num_experts = len(kept)
         try:

@@ -40,7 +40,10 @@ def refit_layer(
     experts = [sublayer for sublayer in sublayers if shape.experts and sublayer.part.kind.name is Sublayer.MLP]
     for sublayer in sublayers[: len(sublayers) - len(experts)]:
         refitted |= _refit_output(sublayer.with_rows_arranged(), stored, is_read or sublayer is not sublayers[-1])
-    return refitted | refit_experts(experts, stored, is_read) if experts else refitted
+    if not experts:
+        return refitted
+    with refit.model.rerouted(index, keep.neurons):
+        return refitted | refit_experts(experts, stored, is_read)
 
 
 def _refit_output(
