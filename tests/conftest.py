@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,16 +28,12 @@ os.fsync = lambda fd: None
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_protocol(item: pytest.Item) -> None:
     """Leave slow tests out of coverage, with their fixtures: tracing doubles their time, and adds three hundredths."""
     plugin = item.config.pluginmanager.getplugin("_cov")
-    controller = None if plugin is None or not item.get_closest_marker("slow") else plugin.cov_controller
-    if controller is not None:
-        controller.pause()
-    yield
-    if controller is not None:
-        controller.resume()
+    controller = None if plugin is None else plugin.cov_controller
+    if controller is not None and controller.started == bool(item.get_closest_marker("slow")):
+        (controller.pause if controller.started else controller.resume)()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

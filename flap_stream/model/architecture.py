@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count, takewhile
 from math import prod
 from typing import Any
 
@@ -205,11 +206,9 @@ def layer_shape(family: Family, config: Mapping[str, Any], tensors: Mapping[str,
     attention_rest, mlp_rest = 0 if attention is None else _rest(attention, tensors), _rest(mlp, tensors)
     experts: tuple[int, ...] = ()
     if family.experts is not None and any(name.startswith(f"{family.experts_path}.") for name in tensors):
-        mlp, count = family.experts.numbered(0), 0
-        while any(name.startswith(f"{family.experts.numbered(count).output.name}.") for name in tensors):
-            experts += (units_of(family.experts.numbered(count)),)
-            count += 1
-        mlp_rest = 0  # see expert_rest
+        held = takewhile(lambda kind: _has_output(kind, tensors), map(family.experts.numbered, count()))
+        experts = tuple(map(units_of, held))
+        mlp, mlp_rest = family.experts.numbered(0), 0  # see expert_rest
     outputs = [] if attention is None else [attention.output.name]
     outputs += [kind.output.name for kind in _experts_of(family, experts)] or [mlp.output.name]
     expert_rest, expert_added = _beside_neurons(family, tensors, mlp.output.name, len(experts)) if experts else (0, 0)
@@ -230,6 +229,11 @@ def layer_shape(family: Family, config: Mapping[str, Any], tensors: Mapping[str,
         expert_rest=expert_rest,
         expert_added=expert_added,
     )
+
+
+def _has_output(kind: UnitKind, tensors: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether anything of a kind's output projection is there; a pruning may have left its bias alone."""
+    return any(f"{kind.output.name}.{name}" in tensors for name in ("weight", "bias"))
 
 
 def _beside_neurons(

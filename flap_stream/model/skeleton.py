@@ -102,6 +102,7 @@ class Skeleton:
         self.layers = list(self._model.get_submodule(self.family.layers).children())
         self.tied: bool = self._model.config.tie_word_embeddings
         self._only: dict[int, tuple[Mixture, Sequence[int]]] = {}
+        self._shapes: dict[int, LayerShape] = {}
 
     def move_buffers(self, device: torch.device) -> None:
         """Move the buffers (rotary frequencies) to a device."""
@@ -139,8 +140,11 @@ class Skeleton:
 
     def layer_shape(self, index: int) -> LayerShape:
         """Sizes of one decoder layer."""
-        shape = layer_shape(self.family, self.config, self.layer_tensors(index))
-        return replace(shape, router_needs=self.mixture(index).needs) if shape.experts else shape
+        if index not in self._shapes:  # of many experts it takes long
+            shape = layer_shape(self.family, self.config, self.layer_tensors(index))
+            needs = self.mixture(index).needs if shape.experts else 0
+            self._shapes[index] = replace(shape, router_needs=needs)
+        return self._shapes[index]
 
     def mixture(self, index: int) -> Mixture:
         """The mixture of experts of one decoder layer that has one."""
