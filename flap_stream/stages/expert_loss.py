@@ -83,8 +83,7 @@ class MixtureRead:
     one row for each expert and token.
     """
 
-    model: StreamedModel
-    layer: int
+    mixture: Mixture
     hidden: torch.Tensor = field(init=False)
     arguments: tuple[torch.Tensor, ...] = field(init=False)
     output: torch.Tensor = field(init=False)
@@ -94,7 +93,7 @@ class MixtureRead:
 
         weights: of the layer. gradient: with respect to `output`.
         """
-        mixture, experts = self.model.skeleton.mixture(self.layer), len(self.model.shapes[self.layer].experts)
+        mixture, experts = self.mixture, len(self.mixture.experts.each)
         hidden, arguments = self.hidden.detach(), tuple(argument.detach() for argument in self.arguments)
         routing, (windows, tokens, _) = _Routing.of(arguments, experts), hidden.shape
         own = [slice(start, start + tokens) for start in range(0, windows * tokens, tokens)]
@@ -167,7 +166,7 @@ def captured_mixture(model: StreamedModel, index: int) -> Iterator[MixtureRead |
     if not model.shapes[index].experts:
         yield None
         return
-    mixture, found = model.skeleton.mixture(index), MixtureRead(model, index)
+    found = MixtureRead(mixture := model.skeleton.mixture(index))
 
     def see_hidden(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         found.hidden = inputs[0]

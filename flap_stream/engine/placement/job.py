@@ -21,7 +21,6 @@ BATCHES_BEHIND = 2  # whose moments wait on the host to be merged, beside an acc
 # Bytes per channel: seven float64 figures, those of the moments held once and all of them up to twice more.
 _STATISTIC_BYTES = 19 * 8
 
-
 ProjectionSizes = tuple[int, int, int]  # outputs, input channels and how many of those are kept
 
 
