@@ -36,7 +36,8 @@ def on_both(path: Path, text: str, place: Path, **options: Any) -> tuple[list[An
     """What each layer keeps and the perplexity, of the model as pruned on the CPU and on the GPU."""
     layers, perplexities = [], []
     for device in ("cpu", "cuda"):
-        wanted = PruneConfig(ratio=0.3, calibration=(text,), device=device, batch_size=4, **options)
+        given = {"ratio": 0.3, "calibration": (text,), "batch_size": 4, "round_neurons_to": 1, **options}
+        wanted = PruneConfig(**given, device=device)
         layers.append(flap_stream.prune(path, place / device, wanted).record["layers"])
         evaluation = flap_stream.evaluate(place / device, EvaluateConfig(text=(text,), device=device))
         perplexities.append(evaluation.perplexity)
@@ -64,6 +65,30 @@ def test_every_family_is_decided_on_cuda_as_on_the_cpu(family: str, metric: str,
     assert perplexities[1] == pytest.approx(perplexities[0], rel=0.05 if attends_to_chosen_tokens else 1e-3)
     if not attends_to_chosen_tokens:
         assert layers[0] == layers[1]
+
+
+AS_A_WHOLE: dict[str, Any] = {"ratio": 0.74, "metric": "fisher", "whole_experts": True, "loss_windows": 5, "min_neurons": 3}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v3", "nemotron_h"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        AS_A_WHOLE,
+        AS_A_WHOLE | {"restore": "reconstruct"},
+        {"method": "reap"},
+        {"restore": "least-squares"},
+    ],
+    ids=["whole experts", "reconstruction", "reap", "least squares"],
+)
+def test_experts_are_removed_and_refitted_on_cuda_as_on_the_cpu(
+    family: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    path = save(tiny_model(tiny_config(family), seed=3), tmp_path / "model")
+    text = save_tokens(tmp_path / "tokens.npy", random_tokens(24, 32))
+    layers, perplexities = on_both(path, text, tmp_path, **options)
+    assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-3)
+    assert layers[0] == layers[1]
 
 
 @pytest.mark.parametrize("kind", ["FP8 by block", "INT4 with offsets", "MXFP4", "NVFP4"])

@@ -162,8 +162,10 @@ class Check:
 def gpu_tests() -> dict[str, Any]:
     """The tests that need a CUDA device."""
     file, workers = ROOT / "tests" / "test_gpu.py", min(8, os.cpu_count() or 1)
-    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-n", str(workers), str(file)]
-    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "timeout"]
+    words += ["-p", "xdist", "-n", str(workers), str(file)]
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # others that are installed may warn
+    ended = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     return {"code": ended.returncode, "end": ended.stdout[-8000:] if ended.returncode else ended.stdout[-300:]}
 
 
