@@ -210,6 +210,16 @@ def load(path: Path, kind: Any = AutoModelForCausalLM, trust: bool = True, **opt
     return kind.from_pretrained(path, trust_remote_code=trust, dtype=torch.float32, **options).eval()
 
 
+def drawn_tokens(logits: torch.Tensor) -> torch.Tensor:
+    """The tokens that a sweep by the loss draws after all but the last of each window, int64 `[window, token - 1]`.
+
+    logits: `[window, token, word]`.
+    """
+    ends = logits[:, :-1].detach().double().softmax(dim=-1).numpy().cumsum(axis=-1)
+    draws = np.stack([np.random.default_rng(window).random(ends.shape[1]) for window in range(len(ends))])
+    return torch.from_numpy((ends <= draws[..., None] * ends[..., -1:]).sum(axis=-1))
+
+
 def random_tokens(samples: int, length: int, seed: int = 0) -> np.ndarray:
     """Tokens int64 `[sample, token]`, some of them far more frequent than others."""
     draw = np.random.default_rng(seed)

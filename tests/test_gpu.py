@@ -67,7 +67,7 @@ def test_every_family_is_decided_on_cuda_as_on_the_cpu(family: str, metric: str,
         assert layers[0] == layers[1]
 
 
-AS_A_WHOLE: dict[str, Any] = {"ratio": 0.74, "metric": "fisher", "whole_experts": True, "loss_windows": 5, "min_neurons": 3}
+AS_A_WHOLE: dict[str, Any] = {"ratio": 0.74, "metric": "fisher", "whole_experts": True, "min_neurons": 3}
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v3", "nemotron_h"])

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from flap_stream.config import EngineConfig
 from flap_stream.engine import head_gradient
-from flap_stream.engine.head_gradient import HeadGradient
+from flap_stream.engine.head_gradient import HeadGradient, drawn
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.model.opening import open_checkpoint
 
@@ -43,3 +43,18 @@ def test_divergence_and_its_gradient_are_those_of_all_logits(
         assert float(head.divergence(hidden, target)) == pytest.approx(float(expected), rel=1e-5)
         assert torch.allclose(head.of_divergence(hidden, target).double(), gradient, rtol=1e-4, atol=1e-6)
         assert float(head.divergence(hidden, hidden)) == 0 and not head.of_divergence(hidden, hidden).any()
+
+
+@pytest.mark.parametrize("words", [1, 7, 255, 256, 257, 1024, 5000])
+def test_tokens_are_drawn_from_the_distribution(words: int) -> None:
+    source = torch.Generator().manual_seed(words)
+    probabilities = torch.randn(40, words, generator=source).mul(3).softmax(dim=-1)
+    probabilities[0] = torch.nn.functional.one_hot(torch.tensor(words - 1), words)
+    probabilities[1, : words // 2] = 0  # what cannot follow is never drawn
+    draws = torch.rand(40, generator=source, dtype=torch.float64)
+    draws[:4], draws[4:8] = 0, 1 - 2**-53
+    ends = probabilities.double().cumsum(dim=-1)
+    expected = torch.searchsorted(ends, draws[:, None] * ends[:, -1:], right=True)[:, 0]
+    found = drawn(probabilities, draws)
+    assert found.tolist() == expected.clamp_max(words - 1).tolist()
+    assert (probabilities.gather(1, found[:, None]) > 0).all()

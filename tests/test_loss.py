@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import drawn_tokens, random_tokens, save, save_tokens, tiny_config, tiny_model
 from torch.nn import functional
 
 import flap_stream
 from flap_stream.config import CollectConfig, PlanConfig, SweepConfig
+from flap_stream.engine import head_gradient
 from flap_stream.engine.wide_attention import wide_attention
 from flap_stream.errors import NonFinite, RunMismatch
 from flap_stream.storage.loss import KINDS, LossScores, LossStore
@@ -69,12 +70,18 @@ class Reads:
         return terms.new_zeros(WINDOWS, terms.shape[1]).index_add(0, windows, terms)
 
 
-def scores_in_memory(model: Any, run: RunDirectory, dtype: torch.dtype) -> dict[Key, np.ndarray]:
-    """F of all units, one layer's after another; x and g in `dtype`, sums in float64."""
+def scores_in_memory(
+    model: Any, run: RunDirectory, dtype: torch.dtype, drawn: torch.Tensor | None = None
+) -> dict[Key, np.ndarray]:
+    """F of all units, one layer's after another; x and g in `dtype`, sums in float64.
+
+    drawn: the tokens of the windows' likelihoods; None draws them from this model.
+    """
     model = copy.deepcopy(model).to(dtype)
     reads, tokens = Reads(model), torch.from_numpy(TOKENS[:WINDOWS])
     logits = model(tokens).logits
-    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    drawn = drawn_tokens(logits) if drawn is None else drawn
+    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), drawn.flatten(), reduction="sum")
     gradients = torch.autograd.grad(loss, list(reads.inputs.values()))
     found: dict[Key, list[torch.Tensor]] = {}
     done: dict[Key, int] = {}
@@ -130,13 +137,18 @@ def test_attention_is_wide_only_in_half_precision_on_a_cpu() -> None:
 
 
 @pytest.mark.parametrize("scale", [2.0**-10, 256.0], ids=["tiny", "large"])
-def test_gradients_in_half_precision_neither_vanish_nor_overflow(tmp_path: Path, scale: float) -> None:
+def test_gradients_in_half_precision_neither_vanish_nor_overflow(
+    tmp_path: Path, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = torch.from_numpy(TOKENS[:WINDOWS, 1:])  # unlikely tokens, whose gradients are large
+    windows = iter(text)
+    monkeypatch.setattr(head_gradient, "drawn", lambda *_: next(windows))
     model = tiny_model(tiny_config(layers=2, vocab_size=1000))
     with torch.no_grad():
         model.lm_head.weight.mul_(scale)  # so are the gradients, and a large one's losses
     found = collected(model.half(), tmp_path)
     with RunDirectory(tmp_path / "run") as run:
-        expected = scores_in_memory(model, run, torch.float32)
+        expected = scores_in_memory(model, run, torch.float32, text)
     for key, scores in found.items():
         assert difference(scores, expected[key]) < 0.02  # half precision keeps three digits
 

@@ -8,6 +8,7 @@ from flap_stream.engine.placement.job import chunk_tokens
 from flap_stream.engine.streamed_model import StreamedModel
 
 _Slopes = Callable[[slice, torch.Tensor], torch.Tensor]
+_BLOCK = 256  # words of the vocabulary
 
 
 class HeadGradient:
@@ -20,16 +21,19 @@ class HeadGradient:
         self._skeleton, self._norm, self._head = model.skeleton, model.final_norm(), model.head_weights()
         self._chunk = chunk_tokens(model.vocab_size)
 
-    def of_likelihood(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The gradient of the summed negative log-likelihoods of all tokens but the first. tokens: int64 `[token]`."""
+    def of_drawn_tokens(self, hidden: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """The gradient of the summed negative log-likelihoods of tokens that the model draws, see `drawn`.
+
+        draws: of the tokens that follow all but the last, float64 `[token - 1]`.
+        """
 
         def slopes(rows: slice, logits: torch.Tensor) -> torch.Tensor:
-            following = tokens[1:][rows]
             found = torch.softmax(logits, dim=-1)
-            found[torch.arange(len(following), device=found.device), following] -= 1
+            tokens = drawn(found, draws[rows])
+            found[torch.arange(len(tokens), device=found.device), tokens] -= 1
             return found
 
-        return self._propagated(hidden, len(hidden) - 1, slopes)
+        return self._propagated(hidden, len(draws), slopes)
 
     def of_divergence(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The gradient of `divergence`."""
@@ -64,6 +68,30 @@ class HeadGradient:
                 logits = self._skeleton.logits(self._head, part)
             gradient[rows] = _propagated(slopes(rows, logits.detach().float()), logits, part)
         return _propagated(gradient, normed, leaf)
+
+
+def drawn(probabilities: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """A token from each distribution, int64 `[row]`: the first whose cumulated probability exceeds the draw.
+
+    probabilities: float32 `[row, token]`. draws: uniform in [0, 1), float64 `[row]`. Cumulative sums are products with
+    a triangle of ones, in float64: the same in every run on a device, which those of torch need not be.
+    """
+    width, device = probabilities.shape[1], probabilities.device
+    whole = probabilities[:, : width - width % _BLOCK].unflatten(1, (-1, _BLOCK)).sum(dim=2, dtype=torch.float64)
+    rest = probabilities[:, width - width % _BLOCK :].sum(dim=1, keepdim=True, dtype=torch.float64)
+    ends = _cumulated(torch.cat([whole, rest], dim=1))
+    wanted = draws[:, None] * ends[:, -1:]
+    block = torch.searchsorted(ends, wanted, right=True).clamp_max_(whole.shape[1])
+    columns = block * _BLOCK + torch.arange(_BLOCK, device=device)
+    own = probabilities.gather(1, columns.clamp_max(width - 1)).double().mul_(columns < width)
+    before = torch.cat([torch.zeros_like(wanted), ends], dim=1).gather(1, block)
+    token = torch.searchsorted(_cumulated(own), wanted - before, right=True).clamp_max_(_BLOCK - 1)
+    return (block * _BLOCK + token)[:, 0].clamp_max_(width - 1)
+
+
+def _cumulated(values: torch.Tensor) -> torch.Tensor:
+    """Cumulative sums of each row."""
+    return values @ torch.ones(values.shape[1], values.shape[1], dtype=values.dtype, device=values.device).triu()
 
 
 def _propagated(gradient: torch.Tensor, output: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:

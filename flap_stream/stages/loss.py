@@ -1,8 +1,10 @@
 """How much each unit affects the loss: a backward sweep over the layers, one layer's graph in memory at a time.
 
-With x the input of an output projection, `mean` its baseline and g the gradient of a window's loss with respect to x,
+The loss of a window is the negative log-likelihood of tokens that the dense model draws after each of its own. With x
+the input of an output projection, `mean` its baseline and g the gradient of a window's loss with respect to x,
 replacing unit u by its bias at token t changes the loss of window w by s_wtu = -sum (x - mean) g over the unit's
-channels, to first order; F_u = mean_w sum_t s_wtu^2 (Kwon et al. 2022, for masks; the centring is ours).
+channels, to first order; F_u = mean_w sum_t s_wtu^2 (Kwon et al. 2022, for masks, with the text's own tokens; the
+centring is ours).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,11 +62,10 @@ class BackwardPass(LayerPass):
     def begin(self) -> None:
         """Compute the gradient of the loss with respect to the last layer's output."""
         self._load_inputs(len(self.model.layers))
-        head = HeadGradient(self.model)
+        head, first = HeadGradient(self.model), 0 if self.windows is None else self.windows.start
         for start, hidden in self.inputs.stream(self.placement.batch_size):
-            tokens = torch.from_numpy(self.tokens[start : start + len(hidden)]).to(self.model.device)
             # one by one, so that the result does not depend on the batch size
-            gradients = [head.of_likelihood(*pair) for pair in zip(hidden, tokens, strict=True)]
+            gradients = [head.of_drawn_tokens(own, self._draws(first + start + i)) for i, own in enumerate(hidden)]
             found = torch.stack(gradients)
             if not all_finite([found])[0]:
                 raise NonFinite(
@@ -73,6 +74,11 @@ class BackwardPass(LayerPass):
                 )
             self.hidden[0].put(start, found)
         self.hidden[0].advance()
+
+    def _draws(self, window: int) -> torch.Tensor:
+        """What decides which tokens are drawn in a window."""
+        draws = np.random.default_rng(window).random(self.tokens.shape[1] - 1)
+        return torch.from_numpy(draws).to(self.model.device)
 
     def scores(self, index: int, weights: Mapping[str, torch.Tensor]) -> Scores:
         """Propagate the gradient through a layer; return what each window adds to F of each of its units."""

@@ -16,7 +16,8 @@ from flap_stream.storage.snapshots import SnapshotStore
 __all__ = ["KINDS", "LossScores", "LossStore"]
 
 _INPUTS, _SCORES = "loss-inputs", "loss"
-_JOB = re.compile(r"(\d+)-per-token(-with-experts)?")  # scores that were squared per window had the number alone
+# Scores of earlier versions, of the text's own tokens, have names without `drawn`.
+_JOB = re.compile(r"(\d+)-drawn(-with-experts)?")
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class LossStore:
 
 
 def _job(windows: int, of_experts: bool) -> str:
-    return f"{windows}-per-token{'-with-experts' if of_experts else ''}"
+    return f"{windows}-drawn{'-with-experts' if of_experts else ''}"
 
 
 def _layers_of(journal: Journal, job: str) -> set[str]:
