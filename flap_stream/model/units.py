@@ -54,6 +54,7 @@ class Projection:
 class UnitKind:
     """A kind of unit: all projections that are cut when one is removed. Statistics are of the last one's inputs.
 
+    expert: the number of the expert whose neurons they are; None if they are no expert's.
     norm: path, inside the decoder layer, of the norm that only they read from, in families that do not norm outputs;
     None if there is none, or it is not known.
     """
@@ -61,6 +62,7 @@ class UnitKind:
     name: Sublayer
     projections: tuple[Projection, ...]
     norm: str | None = None
+    expert: int | None = None
 
     @property
     def readers(self) -> list[Projection]:
@@ -74,7 +76,8 @@ class UnitKind:
 
     def numbered(self, number: int) -> "UnitKind":
         """The same kind for one expert, its number put into the names."""
-        return replace(self, projections=tuple(replace(p, name=p.name.format(number)) for p in self.projections))
+        projections = tuple(replace(p, name=p.name.format(number)) for p in self.projections)
+        return replace(self, projections=projections, expert=number)
 
     @property
     def module(self) -> str:

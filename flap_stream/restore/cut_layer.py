@@ -71,7 +71,7 @@ class CutLayer:
         for part, units in self._parts():
             output = part.kind.output.name
             if len(units) == 0:  # only the bias is left of such a module, and of an expert nothing
-                left = "" if "experts" in part.kind.module.split(".") else f"{output}.bias"
+                left = f"{output}.bias" if part.kind.expert is None else ""
                 found = {
                     name: tensor
                     for name, tensor in found.items()

@@ -277,22 +277,23 @@ def _summed_squares(inputs: torch.Tensor, gradient: torch.Tensor, mean: torch.Te
 @contextmanager
 def _captured(model: StreamedModel, index: int) -> Iterator[list[_Read]]:
     """What a layer's output projections read while it runs in the block."""
-    layer, parts = model.layers[index], model.family.parts(model.shapes[index])
+    layer, shape = model.layers[index], model.shapes[index]
+    number = len(shape.experts)
     reads: list[_Read] = []
     counts: list[list[list[int]]] = []  # once the router has run: [expert][window], tokens routed
 
-    def see(part: Part, expert: int) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+    def see(part: Part) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
         def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            reads.append(_Read(part, inputs[0], counts[0][expert] if inputs[0].ndim == 2 else []))
+            expert = part.kind.expert if inputs[0].ndim == 2 else None
+            reads.append(_Read(part, inputs[0], [] if expert is None else counts[0][expert]))
 
         return hook
 
-    handles, number = [], 0
-    for part in parts:
-        name, is_expert = part.kind.output.name, ".experts." in part.kind.output.name
+    handles = []
+    for part in model.family.parts(shape):
+        name = part.kind.output.name
         if f"{name}.weight" in model.layer_entries[index]:
-            handles.append(layer.get_submodule(name).register_forward_pre_hook(see(part, number)))
-        number += is_expert
+            handles.append(layer.get_submodule(name).register_forward_pre_hook(see(part)))
     if number:
         router = layer.get_submodule(model.family.experts_path)
         windows = [0]
