@@ -210,14 +210,16 @@ def load(path: Path, kind: Any = AutoModelForCausalLM, trust: bool = True, **opt
     return kind.from_pretrained(path, trust_remote_code=trust, dtype=torch.float32, **options).eval()
 
 
-def drawn_tokens(logits: torch.Tensor) -> torch.Tensor:
-    """The tokens that a sweep by the loss draws after all but the last of each window, int64 `[window, token - 1]`.
-
-    logits: `[window, token, word]`.
-    """
-    ends = logits[:, :-1].detach().double().softmax(dim=-1).numpy().cumsum(axis=-1)
-    draws = np.stack([np.random.default_rng(window).random(ends.shape[1]) for window in range(len(ends))])
-    return torch.from_numpy((ends <= draws[..., None] * ends[..., -1:]).sum(axis=-1))
+def fisher_draw(logits: torch.Tensor) -> torch.Tensor:
+    """The slopes at all logits that a sweep by the loss begins with, `[window, token, word]`; 0 for the last token."""
+    p, found = logits[:, :-1].detach().double().softmax(dim=-1), torch.zeros_like(logits)
+    for window, own in enumerate(p):
+        size = len(own), -(-own.shape[1] // 8)
+        packed = np.frombuffer(np.random.default_rng(window).bytes(size[0] * size[1]), np.uint8).reshape(size)
+        signs = np.unpackbits(packed, axis=1, bitorder="little", count=own.shape[1]) * 2.0 - 1
+        e = own.sqrt() * torch.from_numpy(signs)
+        found[window, :-1] = e - own * e.sum(dim=-1, keepdim=True)
+    return found
 
 
 def random_tokens(samples: int, length: int, seed: int = 0) -> np.ndarray:

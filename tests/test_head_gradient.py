@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from flap_stream.config import EngineConfig
 from flap_stream.engine import head_gradient
-from flap_stream.engine.head_gradient import HeadGradient, drawn
+from flap_stream.engine.head_gradient import HeadGradient, fisher_slopes
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.model.opening import open_checkpoint
 
@@ -45,16 +45,12 @@ def test_divergence_and_its_gradient_are_those_of_all_logits(
         assert float(head.divergence(hidden, hidden)) == 0 and not head.of_divergence(hidden, hidden).any()
 
 
-@pytest.mark.parametrize("words", [1, 7, 255, 256, 257, 1024, 5000])
-def test_tokens_are_drawn_from_the_distribution(words: int) -> None:
-    source = torch.Generator().manual_seed(words)
-    probabilities = torch.randn(40, words, generator=source).mul(3).softmax(dim=-1)
-    probabilities[0] = torch.nn.functional.one_hot(torch.tensor(words - 1), words)
-    probabilities[1, : words // 2] = 0  # what cannot follow is never drawn
-    draws = torch.rand(40, generator=source, dtype=torch.float64)
-    draws[:4], draws[4:8] = 0, 1 - 2**-53
-    ends = probabilities.double().cumsum(dim=-1)
-    expected = torch.searchsorted(ends, draws[:, None] * ends[:, -1:], right=True)[:, 0]
-    found = drawn(probabilities, draws)
-    assert found.tolist() == expected.clamp_max(words - 1).tolist()
-    assert (probabilities.gather(1, found[:, None]) > 0).all()
+@pytest.mark.parametrize("words", [1, 6, 8, 11])
+def test_the_covariance_of_the_draws_is_the_fisher_information(words: int) -> None:
+    logits = torch.randn(words, generator=torch.Generator().manual_seed(words)).mul(3)
+    numbers = torch.arange(1 << words)  # whose bits are all patterns of signs
+    signs = torch.stack([numbers & 255, numbers >> 8], dim=1)[:, : -(-words // 8)].to(torch.uint8)
+    draws = fisher_slopes(logits.expand(len(signs), -1), signs).double()
+    p = logits.double().softmax(dim=-1)
+    assert draws.mean(dim=0).abs().max() < 1e-6
+    assert torch.allclose(draws.T @ draws / len(draws), p.diag() - torch.outer(p, p), atol=1e-6)

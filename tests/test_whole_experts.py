@@ -9,12 +9,11 @@ import pytest
 import torch
 from fork_server import KILLED, forked_to_its_end
 from masked import decoder_of, hide_experts, masked_model, mixture_of, separate, streamed
-from models import FAMILY_EXTRAS, drawn_tokens, load, random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import FAMILY_EXTRAS, fisher_draw, load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from quantised_models import write_microscaled
 from rank_jobs import RankJob
 from test_families import _prune_until_killed
 from test_quantised import dense_model, require_the_same
-from torch.nn import functional
 
 import flap_stream
 from flap_stream.arithmetic.allocation import LayerKeep, allocate
@@ -101,8 +100,7 @@ def scores_in_memory(model: Any, dtype: torch.dtype, windows: int) -> list[np.nd
     logits = model(tokens).logits
     for handle in handles:
         handle.remove()
-    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), drawn_tokens(logits).flatten(), reduction="sum")
-    gradients = torch.autograd.grad(loss, [output for _, output in seen.values()])
+    gradients = torch.autograd.grad(logits, [output for _, output in seen.values()], fisher_draw(logits))
     found = []
     for (i, (hidden, output)), gradient in zip(seen.items(), gradients, strict=True):
         scores = []

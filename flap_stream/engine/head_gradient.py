@@ -8,7 +8,6 @@ from flap_stream.engine.placement.job import chunk_tokens
 from flap_stream.engine.streamed_model import StreamedModel
 
 _Slopes = Callable[[slice, torch.Tensor], torch.Tensor]
-_BLOCK = 256  # words of the vocabulary
 
 
 class HeadGradient:
@@ -21,19 +20,9 @@ class HeadGradient:
         self._skeleton, self._norm, self._head = model.skeleton, model.final_norm(), model.head_weights()
         self._chunk = chunk_tokens(model.vocab_size)
 
-    def of_drawn_tokens(self, hidden: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        """The gradient of the summed negative log-likelihoods of tokens that the model draws, see `drawn`.
-
-        draws: of the tokens that follow all but the last, float64 `[token - 1]`.
-        """
-
-        def slopes(rows: slice, logits: torch.Tensor) -> torch.Tensor:
-            found = torch.softmax(logits, dim=-1)
-            tokens = drawn(found, draws[rows])
-            found[torch.arange(len(tokens), device=found.device), tokens] -= 1
-            return found
-
-        return self._propagated(hidden, len(draws), slopes)
+    def of_fisher_draw(self, hidden: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+        """The gradient of logits times `fisher_slopes`, of all tokens but the last. signs: of these tokens."""
+        return self._propagated(hidden, len(signs), lambda rows, logits: fisher_slopes(logits, signs[rows]))
 
     def of_divergence(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The gradient of `divergence`."""
@@ -70,28 +59,18 @@ class HeadGradient:
         return _propagated(gradient, normed, leaf)
 
 
-def drawn(probabilities: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """A token from each distribution, int64 `[row]`: the first whose cumulated probability exceeds the draw.
+def fisher_slopes(logits: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """A draw whose covariance is the Fisher information of the tokens' distributions with respect to logits.
 
-    probabilities: float32 `[row, token]`. draws: uniform in [0, 1), float64 `[row]`. Cumulative sums are products with
-    a triangle of ones, in float64: the same in every run on a device, which those of torch need not be.
+    With p a distribution and e the signs: sqrt(p) e - p sum(sqrt(p) e), whose mean over random signs is 0 and whose
+    covariance diag(p) - p p^T. The gradient of the likelihood of a token drawn from p has the same, but varies more,
+    and jumps where the logits change by a rounding. logits: float32 `[token, word]`, as is what is returned. signs:
+    their bits, uint8 `[token, word / 8]`.
     """
-    width, device = probabilities.shape[1], probabilities.device
-    whole = probabilities[:, : width - width % _BLOCK].unflatten(1, (-1, _BLOCK)).sum(dim=2, dtype=torch.float64)
-    rest = probabilities[:, width - width % _BLOCK :].sum(dim=1, keepdim=True, dtype=torch.float64)
-    ends = _cumulated(torch.cat([whole, rest], dim=1))
-    wanted = draws[:, None] * ends[:, -1:]
-    block = torch.searchsorted(ends, wanted, right=True).clamp_max_(whole.shape[1])
-    columns = block * _BLOCK + torch.arange(_BLOCK, device=device)
-    own = probabilities.gather(1, columns.clamp_max(width - 1)).double().mul_(columns < width)
-    before = torch.cat([torch.zeros_like(wanted), ends], dim=1).gather(1, block)
-    token = torch.searchsorted(_cumulated(own), wanted - before, right=True).clamp_max_(_BLOCK - 1)
-    return (block * _BLOCK + token)[:, 0].clamp_max_(width - 1)
-
-
-def _cumulated(values: torch.Tensor) -> torch.Tensor:
-    """Cumulative sums of each row."""
-    return values @ torch.ones(values.shape[1], values.shape[1], dtype=values.dtype, device=values.device).triu()
+    bits = signs[..., None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8, device=signs.device)).bitwise_and_(1)
+    p = torch.softmax(logits, dim=-1)
+    found = p.sqrt().mul_(bits.flatten(1)[:, : p.shape[1]].view(torch.int8).mul_(2).sub_(1))
+    return found.addcmul_(p, found.sum(dim=-1, keepdim=True), value=-1)
 
 
 def _propagated(gradient: torch.Tensor, output: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,9 @@
 """How much each unit affects the loss: a backward sweep over the layers, one layer's graph in memory at a time.
 
-The loss of a window is the negative log-likelihood of tokens that the dense model draws after each of its own. With x
-the input of an output projection, `mean` its baseline and g the gradient of a window's loss with respect to x,
-replacing unit u by its bias at token t changes the loss of window w by s_wtu = -sum (x - mean) g over the unit's
-channels, to first order; F_u = mean_w sum_t s_wtu^2 (Kwon et al. 2022, for masks, with the text's own tokens; the
-centring is ours).
+With x the input of an output projection, `mean` its baseline and g the gradient with respect to x of what is drawn for
+a window (see `HeadGradient.of_fisher_draw`), s_wtu = -sum (x - mean) g over the channels of unit u, and F_u = mean_w
+sum_t s_wtu^2: the Fisher information of a mask that replaces the unit by its bias at one token (Kwon et al. 2022, who
+take the text's own tokens; the centring is ours).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,7 +64,7 @@ class BackwardPass(LayerPass):
         head, first = HeadGradient(self.model), 0 if self.windows is None else self.windows.start
         for start, hidden in self.inputs.stream(self.placement.batch_size):
             # one by one, so that the result does not depend on the batch size
-            gradients = [head.of_drawn_tokens(own, self._draws(first + start + i)) for i, own in enumerate(hidden)]
+            gradients = [head.of_fisher_draw(own, self._signs(first + start + i)) for i, own in enumerate(hidden)]
             found = torch.stack(gradients)
             if not all_finite([found])[0]:
                 raise NonFinite(
@@ -75,10 +74,11 @@ class BackwardPass(LayerPass):
             self.hidden[0].put(start, found)
         self.hidden[0].advance()
 
-    def _draws(self, window: int) -> torch.Tensor:
-        """What decides which tokens are drawn in a window."""
-        draws = np.random.default_rng(window).random(self.tokens.shape[1] - 1)
-        return torch.from_numpy(draws).to(self.model.device)
+    def _signs(self, window: int) -> torch.Tensor:
+        """The random signs of a window's tokens and words, packed; they depend on its number alone."""
+        shape = self.tokens.shape[1] - 1, -(-self.model.vocab_size // 8)
+        packed = np.frombuffer(np.random.default_rng(window).bytes(shape[0] * shape[1]), np.uint8).reshape(shape)
+        return torch.tensor(packed, device=self.model.device)
 
     def scores(self, index: int, weights: Mapping[str, torch.Tensor]) -> Scores:
         """Propagate the gradient through a layer; return what each window adds to F of each of its units."""
