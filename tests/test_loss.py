@@ -128,7 +128,7 @@ def test_attention_is_wide_only_in_half_precision_on_a_cpu() -> None:
     assert torch.equal(wide, expected) and not torch.equal(narrow, expected)
 
 
-@pytest.mark.parametrize("scale", [2.0**-10, 64.0], ids=["tiny", "large"])
+@pytest.mark.parametrize("scale", [2.0**-10, 16.0], ids=["tiny", "large"])
 def test_gradients_in_half_precision_neither_vanish_nor_overflow(tmp_path: Path, scale: float) -> None:
     model = tiny_model(tiny_config(layers=2, vocab_size=1000))
     with torch.no_grad():
