@@ -242,7 +242,7 @@ def test_a_sweep_measures_what_rewrite_writes_and_a_target_is_met(
     assert swept.perplexity == pytest.approx(measured, rel=1e-5) and swept.predicted == planned.predicted
     size = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     for name, limit in (("target_parameters", swept.parameters), ("target_size", size)):
-        record = flap_stream.plan(run, **{name: limit}, **how).target
+        record = flap_stream.plan(run, **how, **dict[str, Any]({name: limit})).target
         assert record is not None and 0.95 * limit < record["reached"] <= limit
         found = flap_stream.rewrite(run, tmp_path / name)
         size = sum(file.stat().st_size for file in (tmp_path / name).glob("*.safetensors"))
