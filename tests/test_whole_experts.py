@@ -64,11 +64,10 @@ def test_the_checkpoint_computes_what_the_dense_model_does_if_the_router_never_c
     record = flap_stream.prune(path, tmp_path / "out", options_of(tmp_path)).record
     assert removed_experts(record) and record["experts"]["after"] < record["experts"]["before"]
     ours, expected = load(tmp_path / "out"), masked_model(path, record, torch.from_numpy(TOKENS))
-    tokens = random_tokens(3, 20, seed=5)
+    tokens = random_tokens(3, 20, seed=6)
     ids = torch.from_numpy(tokens)
     with torch.no_grad():
-        wanted = expected(ids).logits
-        assert (ours(ids).logits - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
+        assert (ours(ids).logits - expected(ids).logits).abs().max() <= 1e-5
         in_memory = expected(ids, labels=ids).loss.exp().item()
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(ours.generate(ids, **settings), expected.generate(ids, **settings))

@@ -54,6 +54,11 @@ class LayerPass:
     sizes: BatchSizes = field(init=False)
     step: tuple[int, int] = field(init=False, default=(0, 0))
 
+    @property
+    def first_window(self) -> int:
+        """The number, among all windows, of this rank's first."""
+        return 0 if self.windows is None else self.windows.start
+
     def __post_init__(self) -> None:
         known = self.reductions.read() if self.reductions is not None else ()
         self.sizes = BatchSizes(self.placement.batch_size, known, self.windows)

@@ -61,7 +61,7 @@ class BackwardPass(LayerPass):
     def begin(self) -> None:
         """Compute the gradient of the loss with respect to the last layer's output."""
         self._load_inputs(len(self.model.layers))
-        head, first = HeadGradient(self.model), 0 if self.windows is None else self.windows.start
+        head, first = HeadGradient(self.model), self.first_window
         for start, hidden in self.inputs.stream(self.placement.batch_size):
             # one by one, so that the result does not depend on the batch size
             gradients = [head.of_fisher_draw(own, self._signs(first + start + i)) for i, own in enumerate(hidden)]
@@ -145,8 +145,7 @@ def keep_inputs(batches: LayerPass, store: LossStore, layer: int) -> None:
     if ranks.from_first(lambda: store.inputs_digest(layer)) is None:
         if ranks.is_first:
             files.make_directory(store.inputs_path(layer).parent)
-        first = 0 if batches.windows is None else batches.windows.start
-        own = min(max(store.windows - first, 0), len(batches.tokens))
+        own = min(max(store.windows - batches.first_window, 0), len(batches.tokens))
         digest = batches.hidden[0].save(store.inputs_path(layer), ranks, own)
         if ranks.is_first:
             store.record_inputs(layer, digest)
