@@ -14,6 +14,7 @@ from flap_stream.model.families import FAMILIES
 
 _MIXED = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _MIXED_BUT_LAST = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+LAYER_INPUTS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 90, "num_kv_shared_layers": 1}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 16}
 _LINEAR = {
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4
@@ -66,6 +67,14 @@ FAMILY_EXTRAS: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, **_MIXED},
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, **_MIXED},
+    "gemma3n_text": {
+        "head_dim": 16,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0],
+        "altup_num_inputs": 3,
+        "laurel_rank": 8,
+        **LAYER_INPUTS,
+        **_MIXED_BUT_LAST,
+    },
     "gemma4_text": {"head_dim": 16, "global_head_dim": 32, "hidden_size_per_layer_input": 0, **_MIXED_BUT_LAST},
     "glm": {"head_dim": 16},
     "glm4": {"head_dim": 16},
@@ -158,7 +167,7 @@ DENSE = [family for family in FAMILY_EXTRAS if FAMILIES[family].experts is None]
 # One family for each form of attention and MLP, for what depends on nothing else.
 FORMS = list(
     {
-        (row.attention, row.mlp, row.norms_outputs, row.is_parallel): family
+        (row.attention, row.mlp, row.norms_outputs, row.is_parallel, row.keeps_neurons): family
         for family, row in reversed(FAMILIES.items())
         if family in DENSE
     }.values()

@@ -86,7 +86,16 @@ def test_layers_of_one_size_without_biases_are_the_familys_own_class(family: str
     require_equal(out, tmp_path / "stock")
 
 
-@pytest.mark.parametrize("family", DENSE)
+def test_layers_of_many_sizes_need_no_padding_where_the_class_lists_them(tmp_path: Path) -> None:
+    out = pruned(tmp_path, "gemma3n_text", "al-am", "none", round_neurons_to=1, ratio=0.45)
+    result = export_stock(out, tmp_path / "stock", ExportStockConfig())
+    assert result.parameters_after == result.parameters_before
+    widths = json.loads((tmp_path / "stock" / "config.json").read_text())["intermediate_size"]
+    assert len(set(widths)) == 3 and max(widths) == result.neurons == 96  # of the layer that is kept whole
+    require_equal(out, tmp_path / "stock")
+
+
+@pytest.mark.parametrize("family", [family for family in DENSE if family != "gemma3n_text"])
 def test_layers_of_many_sizes_are_padded(family: str, tmp_path: Path) -> None:
     out = pruned(tmp_path, family, "al-am", "none", kv_heads=4, round_neurons_to=1, ratio=0.45)
     with pytest.raises(UnsupportedModel, match="--pad"):

@@ -40,6 +40,17 @@ CASES |= {
     "llama3-rope": ("llama", 2, True, {"rope_parameters": LLAMA3_ROPE}),
     "phi3-multi-head": ("phi3", 4, False, {}),
     "cohere-norms-per-head": ("cohere", 2, True, {"use_qk_norm": True}),
+    "gemma4-small": (
+        "gemma4_text",
+        2,
+        True,
+        {
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 97,
+            "num_kv_shared_layers": 1,
+            "use_double_wide_mlp": True,
+        },
+    ),
     "stablelm-parallel": ("stablelm", 2, False, {"use_parallel_residual": True, "qk_layernorm": True}),
     "llama-biases": ("llama", 2, False, {"attention_bias": True, "mlp_bias": True}),
     "mistral-sliding-window": ("mistral", 2, False, {"sliding_window": 7}),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from masked import mask, separate, streamed
-from models import load, random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import LAYER_INPUTS, VOCABULARY, load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
@@ -55,14 +55,11 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         text_config=tiny_config("gemma3_text", tied=True).to_dict(), image_token_index=IMAGE, boi_token_index=95,
         eoi_token_index=94, mm_tokens_per_image=4, vision_config={"model_type": "siglip_vision_model", **VISION},
     ),
-    "gemma4": lambda: Gemma4Config(
-        text_config=tiny_config("gemma4_text", tied=True).to_dict(), image_token_id=IMAGE, boi_token_id=95,
-        eoi_token_id=94, audio_config=None,
-        vision_config={
-            "model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16, "patch_size": 8,
-            "position_embedding_size": 64, "pooling_kernel_size": 2, "default_output_length": 4,
-        },
+    "gemma4": lambda: gemma4(tiny_config("gemma4_text", tied=True)),
+    "gemma4-small": lambda: gemma4(
+        tiny_config("gemma4_text", tied=True, **{**LAYER_INPUTS, "vocab_size_per_layer_input": VOCABULARY}),
+        {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 32,
+         "subsampling_conv_channels": (8, 4)},
     ),
     "mistral3": lambda: Mistral3Config(
         text_config=tiny_config("mistral", head_dim=16).to_dict(), image_token_index=IMAGE, spatial_merge_size=1,
@@ -77,6 +74,16 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen3_5": lambda: qwen(Qwen3_5Config, tiny_config("qwen3_5_text").to_dict()),
     "qwen3_5_moe": lambda: qwen(Qwen3_5MoeConfig, tiny_config("qwen3_5_moe_text").to_dict()),
 }  # fmt: skip
+
+
+def gemma4(text: Any, audio: dict[str, Any] | None = None) -> Any:
+    vision = {
+        "model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16, "patch_size": 8,
+        "position_embedding_size": 64, "pooling_kernel_size": 2, "default_output_length": 4,
+    }  # fmt: skip
+    ids: dict[str, Any] = {"image_token_id": IMAGE, "boi_token_id": 95, "eoi_token_id": 94, "audio_token_id": 93}
+    return Gemma4Config(text_config=text.to_dict(), vision_config=vision, audio_config=audio, **ids)
 
 
 def qwen(kind: Any, text: dict[str, Any]) -> Any:

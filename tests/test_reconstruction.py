@@ -25,7 +25,19 @@ from flap_stream.model.safetensors_format import read_header
 from flap_stream.restore.cut_layer import CutLayer
 from flap_stream.restore.requirements import require_refittable
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "granite", "olmo")
+FAMILIES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "mixtral",
+    "qwen3_moe",
+    "granite",
+    "olmo",
+    "gemma3n_text",
+)
 TOKENS = random_tokens(256, 32)
 UNSEEN = torch.from_numpy(random_tokens(64, 32, seed=1))
 

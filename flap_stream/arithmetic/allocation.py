@@ -179,7 +179,8 @@ def _remove_uniformly(
     keep = np.ones(len(pool.score), dtype=bool)
     for i, shape in enumerate(shapes):
         if options.structure == "ul-um":
-            groups, neurons = int(options.ratio * shape.kv_groups), int(options.ratio * shape.neurons)
+            groups = int(options.ratio * shape.kv_groups)
+            neurons = int(options.ratio * shape.neurons) if shape.neuron_cost else 0
         else:
             groups = (options.remove_heads or 0) // len(shapes) // shape.heads_per_group
             neurons = neurons_to_remove([shape], groups, options, clips)

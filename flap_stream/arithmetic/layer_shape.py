@@ -31,7 +31,7 @@ class LayerShape:
     """Sizes of one decoder layer.
 
     heads_per_group: query heads that read one KV head; 1 is multi-head attention.
-    group_cost, neuron_cost: weights that are removed with one KV group, with one neuron.
+    group_cost, neuron_cost: weights that are removed with one KV group, with one neuron; 0 if none can be removed.
     group_biases, neuron_biases: elements of biases that are removed with them.
     attention_rest, mlp_rest: elements of other tensors of the module, which are removed with its last unit.
     added_biases: elements of the output biases that a restoration adds where the model has none.

@@ -127,7 +127,7 @@ def _keep_counts(
 
     keep: bool `[block]`, True where a block is protected; changed in place.
     """
-    here = (blocks.layer >= layers.start) & (blocks.layer < layers.stop)
+    here = (blocks.layer >= layers.start) & (blocks.layer < layers.stop) & (blocks.cost > 0)
     dense, is_uniform = [shapes[i] for i in layers], options.structure == "ul-um"
     groups = sum(shape.kv_groups for shape in dense)
     removed = options.ratio * groups

@@ -49,7 +49,7 @@ class UnitPool:
                     whole = np.full(len(modules), np.inf) if own.experts is None else own.experts
                 parts.append(
                     cls(
-                        score=score,
+                        score=score if shape.unit_cost(sublayer) else np.full(size, np.inf),
                         cost=np.full(size, shape.unit_cost(sublayer)),
                         size=np.ones(size, dtype=np.int64),
                         layer=np.full(size, i),
@@ -138,6 +138,8 @@ def neurons_to_remove(shapes: Sequence[LayerShape], groups: int, options: PlanCo
     """
     prunable = sum(shape.prunable for shape in shapes)
     group_cost, neuron_cost = (max(shape.unit_cost(sublayer) for shape in shapes) for sublayer in Sublayer)
+    if not neuron_cost:
+        return 0
     removed_cost = len(shapes) * options.ratio * (prunable / len(shapes))
     neurons = int((removed_cost - groups * group_cost) / neuron_cost)
     if neurons < 0 and not clips:

@@ -42,7 +42,7 @@ class HeadGradient:
 
     @torch.no_grad()
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._skeleton.logits(self._head, self._norm(hidden)).float()
+        return self._skeleton.outer.logits(self._head, self._norm(hidden)).float()
 
     def _propagated(self, hidden: torch.Tensor, count: int, slopes: _Slopes) -> torch.Tensor:
         """The gradient at the hidden states. slopes: that at the logits of some of the first `count` tokens."""
@@ -54,7 +54,7 @@ class HeadGradient:
             rows = slice(start, min(start + self._chunk, count))
             part = normed[rows].detach().requires_grad_()
             with torch.enable_grad():
-                logits = self._skeleton.logits(self._head, part)
+                logits = self._skeleton.outer.logits(self._head, part)
             gradient[rows] = _propagated(slopes(rows, logits.detach().float()), logits, part)
         return _propagated(gradient, normed, leaf)
 

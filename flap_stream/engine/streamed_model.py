@@ -13,7 +13,8 @@ from torch import nn
 from flap_stream.config import EngineConfig
 from flap_stream.engine import memory, placement
 from flap_stream.engine.device import begin, card, choose_device, limit_memory, own_device
-from flap_stream.engine.finite import all_finite, refuse_non_finite, require_finite
+from flap_stream.engine.embedding import Embedding
+from flap_stream.engine.finite import require_finite
 from flap_stream.engine.hidden_states import HiddenStates, batches, make_hidden_states
 from flap_stream.engine.placement import Job
 from flap_stream.engine.placement.job import Refit
@@ -25,8 +26,9 @@ from flap_stream.model.checked_tensors import CheckedTensors
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.dtypes import stored_dtype
 from flap_stream.model.families import family_of
-from flap_stream.model.safetensors_format import TensorEntry, row_ranges
-from flap_stream.model.skeleton import LayerCall, Skeleton
+from flap_stream.model.outer_model import LayerCall
+from flap_stream.model.safetensors_format import TensorEntry
+from flap_stream.model.skeleton import Skeleton
 from flap_stream.progress import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,8 @@ Layer = tuple[int, dict[str, torch.Tensor]]  # its index, and its weights on the
 class StreamedModel:
     """A causal language model that has weights for one decoder layer at a time.
 
-    shapes, layer_entries, norm_entries, embedding_entry, head_entries: see `CheckedTensors`; layers: the modules.
+    shapes, layer_entries, outer_entries, embedding_entry, input_entry, head_entries: see `CheckedTensors`.
+    layers: the modules.
     ranks: the processes of the job, each of which runs a part of the windows.
     Creating one changes the process: see `device.begin`, which `device.release` undoes, `memory.keep_malloc_steady` and
     `memory.keep_few_kernels`.
@@ -59,8 +62,9 @@ class StreamedModel:
         tensors = CheckedTensors(checkpoint)
         self.skeleton, self.shapes, self.layers = tensors.skeleton, tensors.shapes, tensors.skeleton.layers
         self.skeleton.move_buffers(self.device)
-        self.layer_entries, self.norm_entries = tensors.layer_entries, tensors.norm_entries
-        self.embedding_entry, self.head_entries = tensors.embedding_entry, tensors.head_entries
+        self.layer_entries, self.outer_entries = tensors.layer_entries, tensors.outer_entries
+        self.embedding_entry, self.input_entry = tensors.embedding_entry, tensors.input_entry
+        self.head_entries = tensors.head_entries
         self.vocab_size, self.hidden_size = tensors.vocab_size, tensors.hidden_size
         stored = stored_dtype(next(iter(self.layer_entries[0].values())))
         self.dtype: torch.dtype = stored if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -91,7 +95,7 @@ class StreamedModel:
 
         directory: for files on disk. width, dtype: default to those between the layers.
         """
-        shape = (samples, tokens, self.hidden_size if width is None else width)
+        shape = (samples, tokens, self.skeleton.state.width if width is None else width)
         return make_hidden_states(place, shape, dtype or self.dtype, self.device, directory)
 
     def place(
@@ -156,13 +160,9 @@ class StreamedModel:
         copies: how many times all windows are repeated, one after another.
         Also records the arguments that the layers are called with.
         """
-        most = min(tokens[:batch_size].size, self.vocab_size) * self.embedding_entry.nbytes // self.vocab_size
-        buffer = memory.host_buffer((most,), torch.uint8)  # a new one for each batch would cost as much as reading
+        embedding = Embedding(self, tokens[:batch_size].size)
         for start, stop in batches(range(len(tokens)), batch_size):
-            unique, ids = np.unique(tokens[start:stop], return_inverse=True)
-            rows = _embedding_rows(self, unique, buffer)
-            places = torch.from_numpy(ids.reshape(stop - start, -1)).to(self.device)
-            first, self._calls[stop - start] = self.skeleton.record(self.skeleton.embed(rows, places))
+            first, self._calls[stop - start] = embedding.first(tokens[start:stop])
             for copy in range(copies):
                 hidden.put(copy * len(tokens) + start, first)
         hidden.advance()
@@ -197,7 +197,8 @@ class StreamedModel:
         host would wait for it.
         """
         if len(values) not in self._calls:
-            self._calls[len(values)] = self.skeleton.record(torch.zeros_like(values))[1]
+            embeds = values.new_zeros(*values.shape[:2], self.hidden_size)
+            self._calls[len(values)] = self.skeleton.outer.record(embeds)[1]
         output = self.skeleton.run_layer(index, weights, values, self._calls[len(values)][index], stand_ins)
         self._ends += output.detach().aminmax()
         if self.device.type == "cpu":
@@ -227,14 +228,15 @@ class StreamedModel:
 
     def final_norm(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """Load the final norm; returns a function from the last layer's output to the head's input, on the device."""
-        norm_weights = self._load(self.norm_entries)
-        return lambda hidden: self.skeleton.norm(norm_weights, hidden)
+        outer = self.load(self.outer_entries)
+        return lambda hidden: self.skeleton.outer.norm(outer, hidden)
 
     def head_weights(self) -> dict[str, torch.Tensor]:
         """Load the head's tensors, by relative name: the weight `[vocabulary, hidden]`, of some families a bias."""
-        return self._load(self.head_entries)
+        return self.load(self.head_entries)
 
-    def _load(self, entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
+    def load(self, entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
+        """Tensors on the device, in the dtype of the forward. Raises NonFinite if one holds NaN or infinity."""
         weights = load(self.checkpoint, entries, self.device, self.dtype, self.ranks)
         require_finite({entries[name].name: w for name, w in weights.items()}, self.checkpoint.source, self.ranks)
         return weights
@@ -248,19 +250,6 @@ def _finite_layers(model: StreamedModel, layers: Iterable[Layer]) -> Iterator[La
         memory.give_back_heap()  # otherwise what activations leave there grows from layer to layer
 
 
-def _embedding_rows(model: StreamedModel, ids: np.ndarray, buffer: torch.Tensor) -> torch.Tensor:
-    """Read rows of the embedding, `[id, hidden]`, to the device; on a CPU they may be the buffer itself.
-
-    ids: ascending. buffer: uint8, in host memory.
-    """
-    entry, row_bytes = model.embedding_entry, model.embedding_entry.nbytes // model.vocab_size
-    raw = buffer[: len(ids) * row_bytes]
-    model.checkpoint.read_ranges(entry, list(row_ranges(ids, row_bytes)), memoryview(raw.numpy()))
-    rows = raw.view(stored_dtype(entry)).view(len(ids), model.hidden_size).to(model.device, model.dtype)
-    refuse_non_finite([] if all(all_finite([rows])) else [entry.name], model.checkpoint.source)
-    return rows
-
-
 def _chunked_logits(
     skeleton: Skeleton, norm: Callable[[torch.Tensor], torch.Tensor], head_weights: Mapping[str, torch.Tensor]
 ) -> Logits:
@@ -269,7 +258,7 @@ def _chunked_logits(
 
     def logits_of(hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         for start in range(0, len(hidden), chunk):
-            yield start, skeleton.logits(head_weights, norm(hidden[start : start + chunk])).float()
+            yield start, skeleton.outer.logits(head_weights, norm(hidden[start : start + chunk])).float()
 
     return logits_of
 

@@ -178,7 +178,7 @@ def _cache_items(model: StreamedModel) -> int:
     """
     whole, count = model.skeleton.hf_config, len(model.layers)
     kinds = getattr(whole, "layer_types", None) or getattr(whole, "layers_block_type", None) or ["attention"] * count
-    layers = [whole.per_layer_config[i] for i in range(count)] if model.family.varies_heads else [whole] * count
+    layers = [whole.per_layer_config[i] for i in range(count)] if model.family.varies_sizes else [whole] * count
     has_cache = ("attention" in kind and "linear" not in kind for kind in kinds)
     return sum(_layer_cache_items(config) for config, has in zip(layers, has_cache, strict=True) if has)
 

@@ -87,7 +87,7 @@ class _Form:
 def gguf_tensors(model: StreamedModel, architecture: str, matrix_type: GGMLQuantizationType) -> Iterator[GgufTensor]:
     """All tensors of the file, in order."""
     form = _Form(matrix_type, _factors(model), architecture in ("llama", "deci"))
-    embedding, head, norm = model.embedding_entry, model.head_entries["weight"], next(iter(model.norm_entries.values()))
+    embedding, head, (norm, *_) = model.embedding_entry, model.head_entries["weight"], model.outer_entries.values()
     yield form.whole("token_embd.weight", embedding)
     yield form.whole("output_norm.weight", norm)
     if head != embedding or form.factors.get("token_embd", 1.0) != form.factors.get("output", 1.0):

@@ -104,7 +104,10 @@ def export_stock(
         shapes, source = model.shapes, _without_ignored(source, model.skeleton)
         if any(shape.experts for shape in shapes):
             raise UnsupportedModel(f"{out} has experts, which transformers' own classes store in another form")
-        widest = _common_shape(shapes, options.pad, str(out), model.family.prunes(Sublayer.ATTENTION))
+        if _lists_widths(source.config, model.family):
+            widest = shapes[0]
+        else:
+            widest = _common_shape(shapes, options.pad, str(out), model.family.prunes(Sublayer.ATTENTION))
         skeleton, widest = _choose_class(source, widest, options.pad)
         plan = group_shards(_padded(source, skeleton, shapes, widest), options.max_shard_bytes)
         card = model_card(record["base"]["name"], source.directory, record, stock_class=skeleton.family.causal_class)
@@ -114,7 +117,7 @@ def export_stock(
         directory=directory,
         model_class=skeleton.family.causal_class,
         kv_groups=widest.kv_groups,
-        neurons=widest.neurons,
+        neurons=max(widest.neurons, *(shape.neurons for shape in shapes)),
         parameters_before=source.parameters,
         parameters_after=plan.parameters,
         kv_cache_bytes_before=token_bytes * sum(shape.kv_groups for shape in shapes),
@@ -134,6 +137,11 @@ def _without_ignored(source: Checkpoint, skeleton: Skeleton) -> Checkpoint:
             ignored[0],
         )
     return replace(source, tensors={name: entry for name, entry in source.tensors.items() if name in held})
+
+
+def _lists_widths(config: Mapping[str, Any], family: Family) -> bool:
+    """Whether the stock class, too, gives every layer neurons of its own number."""
+    return isinstance(config.get(family.width), list)
 
 
 def _common_shape(shapes: Sequence[LayerShape], pad: bool, where: str, has_groups: bool) -> LayerShape:
@@ -209,11 +217,13 @@ def _candidates(config: Mapping[str, Any], widest: LayerShape) -> Iterator[dict[
     """Stock configs in order of preference: the family's own, with all its biases, Llama's, SeedOss's."""
     heads = widest.kv_groups * widest.heads_per_group
     family = FAMILIES[config["model_type"]]
-    sizes = {family.width: widest.neurons}
+    sizes: dict[str, Any] = {family.width: widest.neurons}
+    if _lists_widths(config, family):
+        sizes = {family.width: config["pruned_neurons"]}
     if family.prunes(Sublayer.ATTENTION):
         sizes |= {"num_attention_heads": heads, "num_key_value_heads": widest.kv_groups, "head_dim": widest.head_dim}
     uniform = {key: value for key, value in config.items() if key not in _PRUNED_KEYS}
-    if not family.varies_heads:  # else they are the dense model's
+    if not family.varies_sizes:  # else they are the dense model's
         uniform.pop("per_layer_config", None)
     own = uniform | sizes
     yield _named(own)

@@ -35,7 +35,9 @@ class Family:
     norms_outputs: whether attention and MLP outputs are normalised before the residual addition.
     width: the key of config.json for the neurons of its MLP.
     is_parallel: whether the MLP reads what attention reads, and not its output.
-    varies_heads: whether the dense model's layers have heads of different sizes, which its config names layer by layer.
+    keeps_neurons: the key of config.json that is above 0 for layers whose MLP stays whole, since whether one neuron is
+    active depends on all.
+    varies_sizes: whether the dense model's config names sizes of its own for each layer.
     refused: keys of config.json that must not be set, and what models with them do that is not supported.
     """
 
@@ -54,7 +56,8 @@ class Family:
     norms_outputs: bool = False
     is_parallel: bool = False
     width: str = "intermediate_size"
-    varies_heads: bool = False
+    keeps_neurons: str = ""
+    varies_sizes: bool = False
     refused: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -96,9 +99,12 @@ class Family:
         """Whether it has units in this half of a layer."""
         return sublayer is Sublayer.MLP or self.attention is not None
 
-    def left_whole(self, names: Iterable[str]) -> list[str]:
+    def left_whole(self, names: Iterable[str], shapes: Iterable[LayerShape]) -> list[str]:
         """What of its layers loses nothing, in the words of messages. names: of a model's tensors."""
         whole = [] if self.attention is not None else ["attention"]
+        sparse = [i for i, shape in enumerate(shapes) if shape.neurons and not shape.neuron_cost]
+        if sparse:
+            whole.append(f"MLP of layers {sparse[0]} to {sparse[-1]}, whose active neurons depend on one another")
         return [*whole, "shared experts"] if any(".shared_expert" in name for name in names) else whole
 
     def parts(self, shape: LayerShape) -> list[Part]:
@@ -174,6 +180,8 @@ def require_sizes(config: Mapping[str, Any], where: str) -> None:
     optional = [name for name in ("num_key_value_heads", "head_dim") if config.get(name) is not None]
     for name in (*_SIZES, *optional):
         value = config.get(name)
+        if name == "intermediate_size" and isinstance(value, list) and value:
+            value = min(value, key=lambda size: size if type(size) is int else 0)  # one for each layer
         if type(value) is not int or value < 1:
             raise InvalidModel(f"{where}/config.json has {name} {value!r}; expected a whole number of at least 1")
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]

@@ -14,8 +14,9 @@ class CheckedTensors:
     """The tensors of a causal language model in a checkpoint.
 
     skeleton: the model without weights. shapes: sizes of every decoder layer, from its tensors.
-    layer_entries, norm_entries: the tensors of each decoder layer and of the final norm, by relative name.
-    embedding_entry: the embedding; head_entries: the head's, by relative name, its weight the embedding if it is tied.
+    layer_entries: the tensors of each decoder layer by relative name. outer_entries: see `OuterModel.tensors`.
+    embedding_entry: the embedding; input_entry: the table of the layers' own inputs, if they have any.
+    head_entries: the head's, by relative name, its weight the embedding if it is tied.
     Raises UnsupportedModel, InvalidModel or CorruptCheckpoint if any tensor that a forward needs is missing or has
     another shape or dtype than the architecture asks for.
     """
@@ -29,8 +30,10 @@ class CheckedTensors:
         self.layer_entries = [
             self._entries_of(f"{self.family.layers}.{i}.", self.skeleton.layer_tensors(i)) for i in range(count)
         ]
-        self.norm_entries = self._entries_of(f"{self.family.norm}.", self.skeleton.norm_tensors())
-        head_tensors = {} if self.skeleton.tied else self.skeleton.head_tensors()
+        self.outer_entries = self._entries_of(f"{self.family.base_path}.", self.skeleton.outer.tensors())
+        table = self.skeleton.outer.input_embedding()
+        self.input_entry = None if table is None else self._table(*table)
+        head_tensors = {} if self.skeleton.tied else self.skeleton.outer.head_tensors()
         own = self._entries_of(f"{self.family.head_path}.", head_tensors)
         self.head_entries = own or {"weight": self.embedding_entry}
         self.shapes = [self.skeleton.layer_shape(i) for i in range(count)]
@@ -47,9 +50,16 @@ class CheckedTensors:
                 f"{where}/config.json has num_hidden_layers {layers}, but there are tensors of {len(found)} layers; "
                 "the checkpoint is incomplete or its config.json is another model's"
             )
-        self.embedding_entry = self._entry(self.family.embedding, (config["vocab_size"], config["hidden_size"]))
-        if self.embedding_entry.encoding is not None:
-            raise UnsupportedModel(f"{where} has a quantised embedding, of which single rows cannot be read")
+        self.embedding_entry = self._table(self.family.embedding, (config["vocab_size"], config["hidden_size"]))
+
+    def _table(self, name: str, shape: tuple[int, int]) -> TensorEntry:
+        """An embedding, of which only the rows of some words are read."""
+        entry = self._entry(name, shape)
+        if entry.encoding is not None:
+            raise UnsupportedModel(
+                f"{self.checkpoint.source} has a quantised embedding, of which single rows cannot be read"
+            )
+        return entry
 
     def _entries_of(self, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorEntry]:
         return {name: self._entry(prefix + name, shape) for name, shape in shapes.items()}

@@ -12,6 +12,7 @@ _RUN_AS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text"
 # Models whose config.json may hold the decoder's keys itself, and whose files name its tensors like a text model's.
 _FLAT = ("qwen2_vl", "qwen2_5_vl")
 _FLAT_PREFIX, _NESTED_PREFIX = "model.", "model.language_model."
+_BESIDE = ("vision", "visual", "multi_modal", "embed_vision", "audio", "embed_audio")  # the decoder, in newer files
 _OF_BOTH = ("architectures", "model_type", "tie_word_embeddings", "dtype", "torch_dtype", "transformers_version")
 
 
@@ -33,8 +34,7 @@ class Wrapper:
 
     def outer(self, name: str) -> str:
         """The name, in files that transformers loads, of a tensor that `inner` calls `name`."""
-        others = ("model.vision", "model.visual", "model.multi_modal", "model.embed_vision")  # of newer files
-        if name.startswith("model.") and not name.startswith(others):
+        if name.startswith("model.") and not name.startswith(tuple(f"model.{part}" for part in _BESIDE)):
             prefix = _NESTED_PREFIX if self.prefix == _FLAT_PREFIX else self.prefix
             return prefix + name.removeprefix("model.")
         return f"model.{name}" if self.prefix == _FLAT_PREFIX and name.startswith("visual.") else name

@@ -1,8 +1,4 @@
-"""The model without weights: the arguments of its layers, and running one of them with transformers' own code.
-
-The arguments of decoder layers (masks, rotary embeddings) are recorded by running the real model's `forward` with its
-layers replaced by recorders, so no family's forward is reimplemented here.
-"""
+"""The model without weights, of which one decoder layer runs at a time, with transformers' own code."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,17 +12,16 @@ from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.errors import InvalidModel, UnsupportedModel
 from flap_stream.model.architecture import Family, is_pruned, layer_shape, require_sizes
 from flap_stream.model.families import family_of
+from flap_stream.model.layer_state import LayerState
 from flap_stream.model.mixture import Mixture
 from flap_stream.model.model_code import model_class
+from flap_stream.model.outer_model import LayerCall, OuterModel, replaced
 from flap_stream.modeling import modeling_flap_stream
-
-LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -43,48 +38,11 @@ class Rotary:
     scale: float
 
 
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: records its arguments and returns its input."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.__dict__.update(_settings(layer))  # such as the type of attention, by which a model chooses the arguments
-        self.hidden_states: torch.Tensor | None = None
-        self.call: LayerCall = ((), {})
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.hidden_states, self.call = hidden_states, (args, kwargs)
-        return hidden_states
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes that are text or numbers."""
-    return {name: value for name, value in vars(module).items() if isinstance(value, str | int | float)}
-
-
-class _Output(MoeModelOutputWithPast):
-    """The base model's output: of what some models ask for besides, nothing."""
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-
-class _Returns(nn.Module):
-    """Stands in for the base model where only the head is run."""
-
-    def __init__(self, base: nn.Module, last_hidden_state: torch.Tensor) -> None:
-        super().__init__()
-        self.__dict__.update(_settings(base))  # such as a factor of the logits
-        self._output = _Output(last_hidden_state=last_hidden_state)
-
-    def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
-        return self._output
-
-
 class Skeleton:
     """The causal language model of a config.json, its parameters on the meta device, its buffers real.
 
-    layers: the decoder layer modules. tied: whether the head is the embedding.
+    layers: the decoder layer modules. tied: whether the head is the embedding. state: what layers hand
+    on. outer: what is around them.
     Raises UnsupportedModel or InvalidModel for a config that cannot be pruned.
     """
 
@@ -101,6 +59,8 @@ class Skeleton:
         setattr(self._embedding, "padding_idx", None)  # noqa: B010 (it may lie outside the rows that are loaded)
         self.layers = list(self._model.get_submodule(self.family.layers).children())
         self.tied: bool = self._model.config.tie_word_embeddings
+        self.state = LayerState.of(self._model.config)
+        self.outer = OuterModel(self._model, self.family, self.layers, self.state)
         self._only: dict[int, tuple[Mixture, Sequence[int]]] = {}
         self._shapes: dict[int, LayerShape] = {}
 
@@ -121,16 +81,6 @@ class Skeleton:
         """Relative name to shape of one decoder layer's tensors."""
         return {name: tuple(tensor.shape) for name, tensor in self.layers[index].state_dict().items()}
 
-    def norm_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Relative name to shape of the final norm's tensors."""
-        norm = self._model.get_submodule(self.family.norm)
-        return {name: tuple(tensor.shape) for name, tensor in norm.state_dict().items()}
-
-    def head_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Relative name to shape of the head's tensors: the weight `[vocabulary, hidden]`, of some families a bias."""
-        head = self._model.get_submodule(self.family.head_path)
-        return {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
-
     def dtypes(self, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
         """The dtype of a layer's tensor, by its relative name, where the model runs in `dtype`: as in transformers."""
         kept = set(self._model._keep_in_fp32_modules_strict or ()) if dtype != torch.float32 else set()
@@ -144,6 +94,8 @@ class Skeleton:
             shape = layer_shape(self.family, self.config, self.layer_tensors(index))
             needs = self.mixture(index).needs if shape.experts else 0
             self._shapes[index] = replace(shape, router_needs=needs)
+            if self._keeps_neurons(index):
+                self._shapes[index] = replace(shape, neuron_cost=0)
         return self._shapes[index]
 
     def mixture(self, index: int) -> Mixture:
@@ -161,6 +113,10 @@ class Skeleton:
             finally:
                 del self._only[index]
 
+    def _keeps_neurons(self, index: int) -> bool:
+        key = self.family.keeps_neurons
+        return bool(key and getattr(self._model.config, key)[index])
+
     @property
     def hf_config(self) -> PreTrainedConfig:
         """The config as transformers reads it, with its defaults."""
@@ -172,24 +128,6 @@ class Skeleton:
         frequencies = module.get_buffer("inv_freq").float().cpu()
         scale = float(getattr(module, "attention_scaling", 1.0))
         return Rotary(parameters.get("rope_type", "default"), parameters["rope_theta"], frequencies, scale)
-
-    def embed(self, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings `[sample, token, hidden]`. rows: a part of the table; ids: int64 `[sample, token]` into it."""
-        return functional_call(self._embedding, {"weight": rows}, (ids,))
-
-    def record(self, embeds: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
-        """The first layer's input for these embeddings `[sample, token, hidden]`, and the arguments of every layer."""
-        recorders = [_Recorder(layer) for layer in self.layers]
-        layers_name = self.family.layers.rpartition(".")[2]
-        norm_name = self.family.norm.rpartition(".")[2]
-        with ExitStack() as stack:
-            stack.enter_context(_replaced(self._base, layers_name, nn.ModuleList(recorders)))
-            if self.norm_tensors():  # a norm without weights may also be put before the first layer
-                stack.enter_context(_replaced(self._base, norm_name, nn.Identity()))
-            self._base(inputs_embeds=embeds, use_cache=False)
-        first = recorders[0].hidden_states
-        assert first is not None, "the model's forward did not call its first layer"
-        return first, [recorder.call for recorder in recorders]
 
     def ignore_values(self) -> None:
         """From now on nothing depends on values, so that a forward can be run just to measure its workspace.
@@ -213,36 +151,24 @@ class Skeleton:
         call: LayerCall,
         stand_ins: Mapping[str, nn.Module] | None = None,
     ) -> torch.Tensor:
-        """One decoder layer's forward over one batch, `[sample, token, hidden]`, by transformers' own code.
+        """The layer state `[sample, token, width]` after one decoder layer, by transformers' own code.
 
+        hidden: the state before it, of most models the hidden states alone.
         stand_ins: modules that replace some of the layer's, by path.
         """
         args, keywords = call
+        state, own = self.state, self.state.arguments(index, hidden)
         stand_ins, layer = stand_ins or {}, self.layers[index]
         used = {name: w for name, w in weights.items() if not name.startswith(tuple(f"{path}." for path in stand_ins))}
         with ExitStack() as stack:
             for path, module in stand_ins.items():
                 parent, _, name = path.rpartition(".")
-                stack.enter_context(_replaced(layer.get_submodule(parent), name, module))
+                stack.enter_context(replaced(layer.get_submodule(parent), name, module))
             if index in self._only:
                 mixture, kept = self._only[index]
                 used = mixture.cut(used, kept)
-            output = functional_call(layer, used, (hidden, *args), keywords)
-        return output[0] if isinstance(output, tuple) else output
-
-    def norm(self, norm_weights: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-        """The final norm's output, which the head reads, for the last layer's hidden states; the same shape."""
-        return functional_call(self._model.get_submodule(self.family.norm), norm_weights, (hidden,))
-
-    def logits(self, head_weights: Mapping[str, torch.Tensor], normed: torch.Tensor) -> torch.Tensor:
-        """Logits `[token, vocabulary]` for outputs of the final norm, `[token, hidden]`.
-
-        head_weights: by relative name.
-        """
-        weights = {f"{self.family.head_path}.{name}": tensor for name, tensor in head_weights.items()}
-        with _replaced(self._model, self.family.base_path, _Returns(self._base, normed[None])):
-            output = functional_call(self._model, weights, kwargs={"inputs_embeds": normed[None], "use_cache": False})
-        return output.logits[0]
+            output = functional_call(layer, used, (state.hidden(hidden), *args), {**keywords, **own})
+        return state.after(index, hidden, output[0] if isinstance(output, tuple) else output, own)
 
 
 def _build(config: Mapping[str, Any], family: Family, where: str) -> PreTrainedModel:
@@ -279,14 +205,3 @@ def _all_to_one(
     if weights is not None:
         output = output * weights[token, torch.zeros_like(token), None]
     return torch.zeros_like(hidden).index_add_(0, token, output.to(hidden.dtype))
-
-
-@contextmanager
-def _replaced(parent: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
-    """Replace a submodule within the `with` block."""
-    original = getattr(parent, name)
-    setattr(parent, name, module)
-    try:
-        yield
-    finally:
-        setattr(parent, name, original)

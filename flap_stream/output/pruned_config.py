@@ -59,14 +59,14 @@ def _with_layer_sizes(config: dict[str, Any], pruned: PrunedModel) -> dict[str, 
             str(i): _layer_sizes(pruned.family, shape, keep) for i, (shape, keep) in enumerate(pruned.layers)
         }
     }
-    if pruned.family.varies_heads:
+    if pruned.family.varies_sizes:
         layers = {"pruned_neurons": [len(keep.neurons) for _, keep in pruned.layers]}
     return {
         **config,
         **attention,
         **layers,
         **({"pruned_expert_sizes": experts} if pruned.family.experts else {}),
-        **({} if pruned.family.varies_heads else {"allow_global_per_layer_attribute_access": True}),
+        **({} if pruned.family.varies_sizes else {"allow_global_per_layer_attribute_access": True}),
         "pruned_output_bias": pruned.restore != "none" or config.get("pruned_output_bias", False),
     }
 

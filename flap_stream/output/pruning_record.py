@@ -75,7 +75,7 @@ def pruning_record(pruned: PrunedModel) -> dict[str, Any]:
     refit = pruned.restoration.how
     sizes = pruned_sizes(pruned.shapes, pruned.keeps, pruned.source.parameters, pruned.restore)
     fingerprint = fingerprint_digest(pruned.source.fingerprint)
-    whole = pruned.family.left_whole(pruned.source.tensors)
+    whole = pruned.family.left_whole(pruned.source.tensors, pruned.shapes)
     of_experts = removes_experts(pruned.options)
     came_of_it = {} if pruned.options.target is None else {"ratio": sizes.decoder_ratio}
     return {

@@ -203,7 +203,7 @@ def _begun_run(
 
 def _manifest(model: StreamedModel, options: CollectConfig, windows: Windows, batch_size: int) -> dict[str, Any]:
     """What the statistics depend on (`model`, `tokens`, `options`), and what planning needs to know of the model."""
-    sizes, whole = sizes_of(model), model.family.left_whole(model.checkpoint.tensors)
+    sizes, whole = sizes_of(model), model.family.left_whole(model.checkpoint.tensors, model.shapes)
     decides: dict[str, Any] = {"method": options.method}
     if options.method != "magnitude-sp":
         decides |= {"dtype": str(model.dtype), **device_record(model.device), "batch_size": batch_size}
@@ -220,6 +220,7 @@ def _manifest(model: StreamedModel, options: CollectConfig, windows: Windows, ba
         "parameters": model.checkpoint.parameters,
         "sizes": {
             "hidden": model.hidden_size,
+            **({} if model.skeleton.state.is_plain else {"state": model.skeleton.state.width}),
             "vocabulary": model.vocab_size,
             "weight_bytes": model.checkpoint.nbytes,
             "expert_share": model.expert_share,

@@ -23,7 +23,7 @@ def kept_input_bytes(sweep: Job | None) -> int:
     """Bytes of the layer inputs on the disk, and of the last layer's output."""
     if sweep is None:
         return 0
-    return (len(sweep.layers) + 1) * sweep.samples * sweep.tokens * sweep.hidden_size * sweep.dtype.itemsize
+    return (len(sweep.layers) + 1) * sweep.samples * sweep.tokens * sweep.state_size * sweep.dtype.itemsize
 
 
 def sweep_operations(sweep: Job, layers: int) -> int:

@@ -351,7 +351,7 @@ def _group(
         if any(group == known for _, known, _ in candidates):
             continue
         placement = model.place(options, model.job(group * len(tokens), tokens.shape[1], head=True))
-        window_bytes = tokens.shape[1] * model.hidden_size * model.dtype.itemsize
+        window_bytes = tokens.shape[1] * model.skeleton.state.width * model.dtype.itemsize
         layers_bytes = sum(model.layer_bytes(i) for i in range(len(model.layers)))
         moved = passes * layers_bytes
         if placement.hidden_place == "disk":

@@ -177,9 +177,9 @@ class RunDirectory:
         found += self.sweeps.committed()
         if self.statistics.complete_layers() < len(self.layer_shapes):
             samples, length = self.manifest["tokens"]["shape"]
-            found += self.snapshots.committed(
-                samples * length * self.manifest["sizes"]["hidden"] * _SNAPSHOT_ITEM_BYTES
-            )
+            sizes = self.manifest["sizes"]
+            width = sizes.get("state", sizes["hidden"])
+            found += self.snapshots.committed(samples * length * width * _SNAPSHOT_ITEM_BYTES)
         return found + self.refits.committed()
 
     def damaged(self) -> list[str]:

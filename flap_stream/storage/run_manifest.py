@@ -36,7 +36,8 @@ class TokensRecord(TypedDict):
 class SizesRecord(TypedDict):
     """Sizes of the model that planning needs besides those of its layers.
 
-    unit_bytes, header_bytes, expert_bytes: see `ModelSizes`; older versions did not record them.
+    unit_bytes, header_bytes, expert_bytes: see `ModelSizes`; older versions did not record them. state: elements that
+    layers hand on for each token, where that is more than hidden states.
     """
 
     hidden: int
@@ -46,6 +47,7 @@ class SizesRecord(TypedDict):
     unit_bytes: NotRequired[list[list[int]]]
     header_bytes: NotRequired[list[int]]
     expert_bytes: NotRequired[list[int]]
+    state: NotRequired[int]
 
 
 class Manifest(TypedDict):
@@ -96,6 +98,7 @@ _SIZES = {
     "unit_bytes?": [(_bytes, _bytes)],
     "header_bytes?": (_bytes, _bytes),
     "expert_bytes?": [_bytes],
+    "state?": natural,
 }
 _MANIFEST = {
     "format": str,

@@ -113,9 +113,9 @@ class Job:
     base_bytes: int | None = None
 
     @property
-    def hidden_size(self) -> int:
-        """Width of the hidden states."""
-        return self.skeleton.config["hidden_size"]
+    def state_size(self) -> int:
+        """Width of what layers hand on: of most models that of the hidden states."""
+        return self.skeleton.state.width
 
     @property
     def hidden_bytes(self) -> int:
@@ -148,10 +148,10 @@ class Job:
 
     def batch_bytes(self, windows: int) -> int:
         """Bytes of the hidden states of that many windows; in a refit, of the dense ones and the kept inputs too."""
-        width = self.hidden_size
+        width = self.state_size
         if self.refit is not None:
-            width += self.hidden_size if self.refit.fitted else self.refit.cached
-        gradient = windows * self.tokens * self.hidden_size * 4 if self.backward else 0  # float32, next to the inputs
+            width += self.state_size if self.refit.fitted else self.refit.cached
+        gradient = windows * self.tokens * self.state_size * 4 if self.backward else 0  # float32, next to the inputs
         return windows * self.tokens * width * self.dtype.itemsize + gradient
 
     def refit_bytes(self, batch_size: int) -> tuple[int, int]:

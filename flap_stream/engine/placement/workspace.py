@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from flap_stream.arithmetic.moments import window_moments
 from flap_stream.engine.memory import OWN_BLOCK_BYTES, give_back_heap
 from flap_stream.engine.wide_attention import wide_attention
-from flap_stream.model.skeleton import LayerCall, Skeleton
+from flap_stream.model.outer_model import LayerCall
+from flap_stream.model.skeleton import Skeleton
 
 Way = Literal["forward", "backward", "experts", "fit"]
 
@@ -45,10 +46,10 @@ def _workspace(config: str, batch: tuple[int, int], dtype: torch.dtype, device: 
     # The same mode on every call: what a module caches in one call must be usable in the next.
     differentiates = way != "forward"
     with torch.set_grad_enabled(differentiates), torch.inference_mode(not differentiates), _fake_mode():
-        hidden = torch.empty((*batch, skeleton.config["hidden_size"]), dtype=dtype)
-        live = _LiveBytes()
+        embeds, live = torch.empty((*batch, skeleton.config["hidden_size"]), dtype=dtype), _LiveBytes()
         with live:
-            _, calls = skeleton.record(hidden)
+            _, calls = skeleton.outer.record(embeds)
+        hidden = torch.empty((*batch, skeleton.state.width), dtype=dtype)
         for index in {widest, largest}:
             sizes = skeleton.layer_tensors(index)
             weights = {name: torch.empty(size, dtype=dtypes(name)) for name, size in sizes.items()}
