@@ -20,6 +20,7 @@ _HOST_SLACK = (36 << 20, 384 << 20)  # on a CPU, beside an accelerator
 # Most memory that lies idle in the heap, as a share of the activations and of the small tensors: malloc fills a hole
 # even with blocks large enough for a mapping of their own. Chosen with tools/memory_grid.py.
 _HEAP_HOLES, _BACKWARD_HEAP_HOLES = (0.5, 1.5), (0.0, 0.75)  # of a graph most is alive at the peak
+_STATE_HOLES = 1.25  # of small tensors, where layers hand on more than hidden states, which is cut apart and joined
 _DEVICE_SLACK = 128 << 20  # cuBLAS workspaces and the allocator's rounding; not measured separately
 _DEVICE_HOLES = 0.35  # the same on an accelerator, where torch's allocator leaves them
 
@@ -74,6 +75,7 @@ def predict(job: Job, batch_size: int, hidden_place: str, prefetch: int) -> Plac
         largest = max(prod(entry.shape) for layer in job.layers for entry in layer.values()) * job.dtype.itemsize
         small += largest if largest < OWN_BLOCK_BYTES else 0
         of_all, of_small = _BACKWARD_HEAP_HOLES if job.backward else _HEAP_HOLES
+        of_small = of_small if job.skeleton.state.is_plain else max(of_small, _STATE_HOLES)
         holes = int(of_all * activations + of_small * small)
         of_all, of_small = _BACKWARD_HEAP_HOLES
         fitted = parameters + fitting + int(of_all * fitting + of_small * small_fitting)
