@@ -17,6 +17,8 @@ from torch.nn import functional
 import flap_stream
 from flap_stream.arithmetic.layer_shape import Sublayer
 from flap_stream.config import CollectConfig, PlanConfig, SweepConfig
+from flap_stream.engine import head_gradient
+from flap_stream.engine.head_gradient import fisher_slopes
 from flap_stream.engine.wide_attention import wide_attention
 from flap_stream.errors import NonFinite, RunMismatch
 from flap_stream.storage.loss import KINDS, LossScores, LossStore
@@ -99,6 +101,7 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
 
 def collected(model: Any, place: Path, batch_size: int = 2) -> dict[Key, np.ndarray]:
     """The scores of a model, saved and collected at a place."""
+    place.mkdir(exist_ok=True)
     path, text = save(model, place / "model"), save_tokens(place / "tokens.npy", TOKENS)
     options = CollectConfig(calibration=(text,), batch_size=batch_size, loss_windows=WINDOWS)
     flap_stream.collect(path, place / "run", options)
@@ -145,6 +148,19 @@ def test_gradients_in_half_precision_neither_vanish_nor_overflow(tmp_path: Path,
         expected = scores_in_memory(model, run, torch.float32)
     for key, scores in found.items():
         assert difference(scores, expected[key]) < 0.02  # half precision keeps three digits
+
+
+@pytest.mark.parametrize("power", [-60, 60])
+def test_gradients_of_any_size_in_half_precision_give_the_same_digits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, power: int
+) -> None:
+    model = tiny_model(tiny_config(layers=2)).half()  # whose numbers are between 2^-24 and 2^16
+    plain = collected(model, tmp_path / "plain")
+    monkeypatch.setattr(
+        head_gradient, "fisher_slopes", lambda logits, signs: fisher_slopes(logits, signs).mul_(2.0**power)
+    )
+    scaled = collected(model, tmp_path / "scaled")
+    assert all(np.array_equal(scores, plain[key] * 4.0**power) for key, scores in scaled.items())
 
 
 def test_a_gradient_that_overflows_is_said_with_its_layer(tmp_path: Path) -> None:
