@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
+from models import tiny_config
 
 from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
 from flap_stream.errors import UnsupportedModel
 from flap_stream.model.architecture import layer_shape
 from flap_stream.model.families import FAMILIES, family_of
+from flap_stream.model.skeleton import Skeleton
 from flap_stream.model.units import COLUMNS, ROWS, Part, Projection, UnitKind
 
 SHAPE = LayerShape(kv_groups=3, heads_per_group=2, head_dim=4, neurons=5, group_cost=0, neuron_cost=0)
@@ -60,3 +62,9 @@ def test_other_families_are_refused_with_those_of_similar_names() -> None:
         family_of({"model_type": "gpt2"}, "somewhere")
     with pytest.raises(UnsupportedModel, match=r"'qwen3_4', .* \(of similar names: qwen3, .*; the project"):
         family_of({"model_type": "qwen3_4"}, "somewhere")
+
+
+def test_a_mixture_larger_than_the_machine_can_be_looked_at() -> None:
+    config = tiny_config("mixtral", hidden_size=1 << 16, intermediate_size=1 << 20, num_local_experts=8).to_dict()
+    shape = Skeleton(config, "here").layer_shape(1)  # whose experts' weights are 6 TiB
+    assert shape.experts == (1 << 20,) * 8 and shape.neuron_cost == 3 << 16

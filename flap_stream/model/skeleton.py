@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -22,6 +24,8 @@ from flap_stream.model.mixture import Mixture
 from flap_stream.model.model_code import model_class
 from flap_stream.model.outer_model import LayerCall, OuterModel, replaced
 from flap_stream.modeling import modeling_flap_stream
+
+_LARGE = 1 << 28  # elements of a tensor that is never made in memory, 1 GiB in float32
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ def _build(config: Mapping[str, Any], family: Family, where: str) -> PreTrainedM
     """
     try:
         kind, hf_config = model_class(config)
-        with init_empty_weights(include_buffers=False), no_init_weights():
+        with _LargeOnMeta(), init_empty_weights(include_buffers=False), no_init_weights():
             if is_pruned(config):
                 skeleton = kind._from_config(hf_config)
             else:
@@ -190,6 +194,21 @@ def _build(config: Mapping[str, Any], family: Family, where: str) -> PreTrainedM
         raise InvalidModel(f"transformers cannot build a model from {where}/config.json: {reason}") from error
     skeleton.tie_weights()
     return skeleton.eval().requires_grad_(False)
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes large empty tensors on the meta device at once: those of all experts may be more than a machine has."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.empty and kwargs.get("device") is None and _elements(args) >= _LARGE:
+            kwargs = {**kwargs, "device": "meta"}
+        return function(*args, **kwargs)
+
+
+def _elements(sizes: Sequence[Any]) -> int:
+    """Of a tensor of these sizes, given one by one or as one argument."""
+    return prod(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
 
 
 def _all_to_one(
