@@ -50,7 +50,9 @@ def decoder_of(model: Any) -> Any:
 
 
 def mixture_of(layer: Any) -> Any:
-    """The module of a decoder layer that has its router and experts, or its MLP."""
+    """The module of a decoder layer that has its router and experts, or its MLP; it may be the layer itself."""
+    if hasattr(layer, "experts"):
+        return layer
     return next((getattr(layer, name) for name in ("mlp", "feed_forward", "mixer") if hasattr(layer, name)), None)
 
 

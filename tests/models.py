@@ -14,6 +14,13 @@ from flap_stream.model.families import FAMILIES
 
 _MIXED = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _MIXED_BUT_LAST = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+# Of one with experts beside the MLP of each layer.
+GEMMA4_EXPERTS: dict[str, Any] = {
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 40,
+}
 LAYER_INPUTS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 90, "num_kv_shared_layers": 1}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 16}
 _LINEAR = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from faults import contents, make_job
 from masked import decoder_of, hide_experts, mixture_of, projection_inputs, separate, streamed
-from models import load, random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import GEMMA4_EXPERTS, load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from rank_jobs import RankJob
 from safetensors.torch import load_file
 from torch import nn
@@ -25,8 +25,9 @@ from flap_stream.restore.stand_ins import Captures
 pytestmark = pytest.mark.slow
 
 SAMPLES, LENGTH = 24, 32
-# Experts as Mixtral and Qwen have them; beside shared ones and a dense layer; with biases; routed by zeros; ungated.
-FAMILIES = ("mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3", "gpt_oss", "llama4_text", "nemotron_h")
+# Experts as Mixtral and Qwen have them; beside shared ones and a dense layer; with biases; routed by zeros; ungated;
+# beside an MLP.
+FAMILIES = ("mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3", "gpt_oss", "llama4_text", "nemotron_h", "gemma4_text")
 
 
 def fit(linear: nn.Linear, kept: torch.Tensor, inputs: torch.Tensor, of_expert: bool) -> None:
@@ -81,7 +82,8 @@ WHOLE = {"metric": "fisher", "whole_experts": True, "loss_windows": 5, "min_neur
 )
 def test_streaming_refit_equals_the_one_in_memory(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     tokens = random_tokens(SAMPLES, LENGTH)
-    path = save(tiny_model(tiny_config(family), seed=3), tmp_path / "model")
+    config = tiny_config(family, **(GEMMA4_EXPERTS if family == "gemma4_text" else {}))
+    path = save(tiny_model(config, seed=3), tmp_path / "model")
     given = {"ratio": 0.4, "samples": SAMPLES, "sequence_length": LENGTH, "restore": "least-squares", "batch_size": 5}
     options = PruneConfig(calibration=(save_tokens(tmp_path / "t.npy", tokens),), **{**given, **changes})
     record = flap_stream.prune(path, tmp_path / "out", options).record

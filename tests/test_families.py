@@ -11,7 +11,7 @@ import pytest
 import torch
 from fork_server import KILLED, forked_to_its_end
 from masked import decoder_of, masked_model
-from models import FAMILY_EXTRAS, FORMS, load, random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import FAMILY_EXTRAS, FORMS, GEMMA4_EXPERTS, load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from transformers import AutoModel
 
 import flap_stream
@@ -51,6 +51,7 @@ CASES |= {
             "use_double_wide_mlp": True,
         },
     ),
+    "gemma4-experts": ("gemma4_text", 2, True, GEMMA4_EXPERTS),
     "stablelm-parallel": ("stablelm", 2, False, {"use_parallel_residual": True, "qk_layernorm": True}),
     "llama-biases": ("llama", 2, False, {"attention_bias": True, "mlp_bias": True}),
     "mistral-sliding-window": ("mistral", 2, False, {"sliding_window": 7}),

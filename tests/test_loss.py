@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import fisher_draw, random_tokens, save, save_tokens, tiny_config, tiny_model
+from masked import mixture_of
+from models import GEMMA4_EXPERTS, fisher_draw, random_tokens, save, save_tokens, tiny_config, tiny_model
 from torch.nn import functional
 
 import flap_stream
@@ -42,8 +43,9 @@ class Reads:
         self.tokens: dict[tuple[int, str, int], torch.Tensor] = {}
         for i, layer in enumerate(model.model.layers):
             layer.self_attn.o_proj.register_forward_pre_hook(partial(self._see, (i, "attention", 0)))
-            if hasattr(layer.mlp, "experts"):
-                layer.mlp.experts.forward = partial(self._run_experts, i, layer.mlp.experts)
+            if hasattr(mixture_of(layer), "experts"):
+                experts = mixture_of(layer).experts
+                experts.forward = partial(self._run_experts, i, experts)
             else:
                 layer.mlp.down_proj.register_forward_pre_hook(partial(self._see, (i, "mlp", 0)))
 
@@ -112,10 +114,10 @@ def collected(model: Any, place: Path, batch_size: int = 2) -> dict[Key, np.ndar
 
 @pytest.mark.parametrize(
     ("family", "batch_size"),
-    [("llama", 1), ("qwen3", 2), ("gemma2", 3), ("mixtral", 4), ("llama", 5), ("gemma3n_text", 3)],
+    [("llama", 1), ("qwen3", 2), ("gemma2", 3), ("mixtral", 4), ("llama", 5), ("gemma3n_text", 3), ("gemma4_text", 2)],
 )
 def test_scores_are_those_of_autograd_through_the_whole_model(tmp_path: Path, family: str, batch_size: int) -> None:
-    model = tiny_model(tiny_config(family))
+    model = tiny_model(tiny_config(family, **(GEMMA4_EXPERTS if family == "gemma4_text" else {})))
     found = collected(model, tmp_path, batch_size)
     with RunDirectory(tmp_path / "run") as run:
         single, double = (scores_in_memory(model, run, dtype) for dtype in (torch.float32, torch.float64))
@@ -123,7 +125,8 @@ def test_scores_are_those_of_autograd_through_the_whole_model(tmp_path: Path, fa
     for key, scores in found.items():
         if not len(scores):
             continue
-        assert difference(scores, single[key]) < 1e-6
+        # transformers runs the two projections of an expert in one product, with other roundings
+        assert difference(scores, single[key]) < (2e-6 if family == "gemma4_text" else 1e-6)
         # what float32 loses by itself, whoever runs the model, is up to 3e-6 here
         assert difference(scores, double[key]) < max(1e-6, 2 * difference(single[key], double[key]))
 

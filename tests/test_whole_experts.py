@@ -9,7 +9,17 @@ import pytest
 import torch
 from fork_server import KILLED, forked_to_its_end
 from masked import decoder_of, hide_experts, masked_model, mixture_of, separate, streamed
-from models import FAMILY_EXTRAS, fisher_draw, load, random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import (
+    FAMILY_EXTRAS,
+    GEMMA4_EXPERTS,
+    fisher_draw,
+    load,
+    random_tokens,
+    save,
+    save_tokens,
+    tiny_config,
+    tiny_model,
+)
 from quantised_models import write_microscaled
 from rank_jobs import RankJob
 from test_families import _prune_until_killed
@@ -319,6 +329,7 @@ def test_scores_are_added_to_a_run_whose_statistics_stay(tmp_path: Path) -> None
     ("family", "changes", "options", "words"),
     [
         ("llama", {}, {}, "has no experts"),
+        ("gemma4_text", GEMMA4_EXPERTS, {}, "beside an MLP that all tokens go through"),
         ("glm4_moe", {"n_group": 2, "topk_group": 2}, {}, "2 groups .* leave out --whole-experts"),
         ("mixtral", {}, {"metric": "wifv"}, "only valid with --method flap --metric fisher --structure al-am"),
         ("mixtral", {}, {"structure": "ul-um"}, "only valid with --method flap --metric fisher --structure al-am"),

@@ -38,7 +38,6 @@ class Family:
     keeps_neurons: the key of config.json that is above 0 for layers whose MLP stays whole, since whether one neuron is
     active depends on all.
     varies_sizes: whether the dense model's config names sizes of its own for each layer.
-    refused: keys of config.json that must not be set, and what models with them do that is not supported.
     """
 
     causal_class: str
@@ -58,7 +57,6 @@ class Family:
     width: str = "intermediate_size"
     keeps_neurons: str = ""
     varies_sizes: bool = False
-    refused: tuple[tuple[str, str], ...] = ()
 
     @property
     def kinds(self) -> tuple[UnitKind, ...]:
@@ -83,7 +81,7 @@ class Family:
 
     @property
     def mixture_path(self) -> str:
-        """Path, inside the decoder layer, of the module that has a router and its experts."""
+        """Path, inside the decoder layer, of the module that has a router and its experts; empty for the layer."""
         return self.experts_path.rpartition(".")[0]
 
     def router_axes(self, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -91,6 +89,8 @@ class Family:
 
         tensors: relative name to shape, of a layer with experts.
         """
+        if not self.mixture_path:
+            return {}  # no expert is removed as a whole
         own = re.compile(rf"{re.escape(self.mixture_path)}\.((gate|router)\.(\w+\.)*)?\w+")
         names = [name for name in tensors if own.fullmatch(name)]
         return {n: ROWS if n.endswith(".weight") or len(tensors[n]) == 1 else COLUMNS for n in names}
@@ -102,6 +102,8 @@ class Family:
     def left_whole(self, names: Iterable[str], shapes: Iterable[LayerShape]) -> list[str]:
         """What of its layers loses nothing, in the words of messages. names: of a model's tensors."""
         whole = [] if self.attention is not None else ["attention"]
+        if self.experts is not None and not self.mixture_path:
+            whole.append("MLP beside the experts")
         sparse = [i for i, shape in enumerate(shapes) if shape.neurons and not shape.neuron_cost]
         if sparse:
             whole.append(f"MLP of layers {sparse[0]} to {sparse[-1]}, whose active neurons depend on one another")

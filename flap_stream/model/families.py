@@ -93,7 +93,6 @@ FAMILIES: dict[str, Family] = {
         attention=None,
         norms_outputs=True,
         varies_sizes=True,
-        refused=(("enable_moe_block", "its layers run an MLP and experts side by side"),),
     ),
     "glm": Family("GlmForCausalLM", mlp=FUSED_MLP),
     "glm4": Family("Glm4ForCausalLM", mlp=FUSED_MLP, norms_outputs=True),
@@ -229,6 +228,22 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Families whose models have experts, too, where a key of config.json says so.
+_WITH_EXPERTS = {
+    "gemma4_text": (
+        "enable_moe_block",
+        replace(FAMILIES["gemma4_text"], experts=mlp_kind("gate up", "down", "experts.each.{}", norm=None)),
+    )
+}
+
+
+def row_of(config: Mapping[str, Any]) -> Family | None:
+    """The table row for a config.json; None for a family that is not there."""
+    model_type = str(config.get("model_type"))
+    key, with_experts = _WITH_EXPERTS.get(model_type, ("", None))
+    return with_experts if config.get(key) else FAMILIES.get(model_type)
+
+
 def require_causal(config: Mapping[str, Any], where: str) -> None:
     """Raise UnsupportedModel if config.json names a class whose head is not a language model's."""
     named = config.get("architectures")
@@ -248,12 +263,12 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     quantisation cannot be decoded.
     """
     require_readable(config, where)
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    model_type, row = config.get("model_type"), row_of(config)
+    if row is None:
         similar = ", ".join(get_close_matches(str(model_type), FAMILIES, n=5))
         raise UnsupportedModel(
             f"{where} has model_type {model_type!r}, which is none of the {len(FAMILIES)} supported families "
             f"({f'of similar names: {similar}; ' if similar else ''}the project's README lists all)"
         )
     require_causal(config, where)
-    return FAMILIES[model_type]
+    return row

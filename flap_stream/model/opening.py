@@ -15,7 +15,7 @@ from flap_stream.errors import InvalidModel
 from flap_stream.model import hub
 from flap_stream.model.architecture import Family, dense_type, further_layers, is_pruned, with_layer_count
 from flap_stream.model.checkpoint import Checkpoint
-from flap_stream.model.families import FAMILIES, require_causal
+from flap_stream.model.families import FAMILIES, require_causal, row_of
 from flap_stream.model.fused_experts import separated
 from flap_stream.model.model_files import CONFIG_NAME, WeightFiles, has_weights, require_model, require_no_pointer
 from flap_stream.model.model_files import weight_files as weight_files_of
@@ -80,7 +80,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     wrapper = wrapper_of(config, tensors)
     require_causal(config, str(model))
     config = config if wrapper is None else text_config(config)
-    family = FAMILIES.get(str(config.get("model_type")))
+    family = row_of(config)
     rename = _renaming(family, config, wrapper)
     named = {rename(name): entry for name, entry in tensors.items()}
     tensors = {name: replace(entry, name=name) for name, entry in named.items() if not _IGNORED.match(name)}

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from flap_stream.arithmetic.layer_shape import LayerShape
-from flap_stream.errors import InvalidModel, UnsupportedModel
+from flap_stream.errors import InvalidModel
 from flap_stream.model.architecture import Family, is_pruned, layer_shape, require_sizes
 from flap_stream.model.families import family_of
 from flap_stream.model.layer_state import LayerState
@@ -55,9 +55,6 @@ class Skeleton:
         self.family = family_of(config, where)
         require_sizes(config, where)
         self._model = _build(config, self.family, where)
-        for key, reason in self.family.refused:
-            if value := getattr(self._model.config, key, None):
-                raise UnsupportedModel(f"{where}/config.json has {key} {value}: {reason}, which is not supported")
         self._base = self._model.get_submodule(self.family.base_path)
         self._embedding = self._model.get_submodule(self.family.embedding.rpartition(".")[0])
         setattr(self._embedding, "padding_idx", None)  # noqa: B010 (it may lie outside the rows that are loaded)

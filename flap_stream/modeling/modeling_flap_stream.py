@@ -252,17 +252,23 @@ def cut_router(mixture, experts):
             module.num_experts = experts
 
 
+def _experts_holder(layer):
+    """What has a layer's experts: its MLP, or the layer itself, whose MLP is then beside them; None without."""
+    mlp = getattr(layer, _first(layer, _MLPS) or "", None)
+    return next((module for module in (mlp, layer) if getattr(module, "experts", None) is not None), None)
+
+
 def separate_experts(model, sizes=None, bias=False):
     """Give a model's mixtures of experts separate ones. sizes: a layer's widths; None keeps the dense ones."""
     for layer_idx, layer in enumerate(model.layers):
-        mlp = getattr(layer, _first(layer, _MLPS) or "", None)
-        dense = getattr(mlp, "experts", None)
-        if dense is not None:
+        holder = _experts_holder(layer)
+        if holder is not None:
+            dense = holder.experts
             width = next(getattr(dense, name) for name in _EXPERT_WIDTHS if hasattr(dense, name))
             widths = [width] * dense.num_experts if sizes is None else sizes[layer_idx]
             if len(widths) < dense.num_experts:
-                cut_router(mlp, len(widths))
-            mlp.experts = SeparateExperts(dense, model.config.hidden_size, widths, bias)
+                cut_router(holder, len(widths))
+            holder.experts = SeparateExperts(dense, model.config.hidden_size, widths, bias)
 
 
 def _keep_routers_alone_in_float32(model):
@@ -286,7 +292,7 @@ class PrunedMixin:
             if not getattr(config, "attention_is_whole", False):
                 self._resize_heads(config, layer, layer_idx)
             mlp = _first(layer, _MLPS)
-            if mlp is not None and not hasattr(getattr(layer, mlp), "experts"):
+            if mlp is not None and _experts_holder(layer) is None:
                 self._resize_mlp(config, layer, layer_idx, mlp)
         separate_experts(decoder, getattr(config, "pruned_expert_sizes", None), config.pruned_output_bias)
         _keep_routers_alone_in_float32(self)

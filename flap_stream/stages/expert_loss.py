@@ -29,6 +29,11 @@ def require_removable_experts(model: StreamedModel, options: CollectConfig) -> N
     mixtures = [model.skeleton.mixture(i) for i, shape in enumerate(model.shapes) if shape.experts]
     if not mixtures:
         raise UnsupportedModel(f"{where} has no experts, for --whole-experts or --method reap to remove; leave it out")
+    if not model.family.mixture_path:
+        raise UnsupportedModel(
+            f"the experts of {where} are beside an MLP that all tokens go through, where single ones are not removed "
+            "yet; leave out --whole-experts and --method reap, which prunes the neurons of all experts"
+        )
     groups = max(mixture.groups for mixture in mixtures)
     if groups > 1:
         raise UnsupportedModel(
