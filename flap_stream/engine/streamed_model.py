@@ -75,8 +75,8 @@ class StreamedModel:
     def expert_share(self) -> float:
         """Share of a layer's experts that a token is routed to; 1 without experts."""
         config, experts = self.skeleton.hf_config, max((len(shape.experts) for shape in self.shapes), default=0)
-        chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", experts)
-        return chosen / experts if experts else 1.0
+        chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)
+        return (chosen or experts) / experts if experts else 1.0
 
     def layer_bytes(self, index: int) -> int:
         """Bytes of one decoder layer in the checkpoint."""
