@@ -129,7 +129,7 @@ def test_rounded_sizes_are_multiples_at_the_requested_ratio(structure: str, mult
 def test_the_best_scored_units_win_when_sizes_are_rounded() -> None:
     scores, keeps, _ = rounded("al-am", GROUPED, round_neurons_to=32)
     kept_means, removed_means = [], []
-    for (_, neurons, _), keep in zip(scores, keeps, strict=True):
+    for (_, neurons, *_), keep in zip(scores, keeps, strict=True):
         order = np.argsort(-neurons)
         assert set(keep.neurons) == set(order[: len(keep.neurons)])
         means = neurons[order][: 1400 // 32 * 32].reshape(-1, 32).mean(axis=1)

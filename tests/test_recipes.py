@@ -76,6 +76,7 @@ def test_a_recipe_does_what_its_options_do(place: Path) -> None:
         ],
         ["--calibration", "tokens.npy", "--statistics", "released", "--restore", "none"],
         ["--method", "magnitude-sp", "--max-shard-size", "20KB"],
+        ["--calibration", "tokens.npy", "--method", "shortgpt", "--ratio", "0.5"],
     ],
     ids=lambda options: "-".join(options[2:6:2]),
 )

@@ -179,11 +179,11 @@ def test_an_expert_is_kept_with_its_minimum_or_gone_and_as_many_as_the_router_ne
     sizes = [tuple(draw.integers(1, 9, size=count).tolist()) for count in (5, 7)]
     sizes = [tuple(options.neuron_multiple * n for n in own) if options.neuron_multiple == 3 else own for own in sizes]
     shapes = [LayerShape(4, 1, 8, sum(own), 3, 2, experts=own, expert_rest=2, router_needs=2) for own in sizes]
-    # of few values, so that many are equal
-    scores = [
-        LayerScores(*(draw.integers(0, 4, size=n).astype(float) for n in (4, shape.neurons, len(shape.experts))))
-        for shape in shapes
-    ]
+
+    def drawn(count: int) -> np.ndarray:
+        return draw.integers(0, 4, size=count).astype(float)  # of few values, so that many are equal
+
+    scores = [LayerScores(drawn(4), drawn(shape.neurons), drawn(len(shape.experts))) for shape in shapes]
     keeps = allocate(scores, shapes, options)
     for shape, own, keep in zip(shapes, scores, keeps, strict=True):
         left, least = shape.expert_sizes(keep.neurons), np.minimum(shape.experts, max(options.min_neurons, 1))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 import numpy as np
 
@@ -11,19 +12,27 @@ from flap_stream.arithmetic.scoring import LayerScores
 from flap_stream.arithmetic.targets import Target
 from flap_stream.arithmetic.unit_pool import UnitPool, nearest_prefix, neurons_to_remove
 from flap_stream.config import PlanConfig
-from flap_stream.config.options import removes_experts
+from flap_stream.config.options import removes_experts, removes_layers
 from flap_stream.errors import InvalidOption
+
+_SAME_SHARE = 1e-9  # above the float error of a sum of shares
 
 
 @dataclass(frozen=True)
 class LayerKeep:
-    """Units of one layer that are kept: ascending int64 indices into the dense model's."""
+    """Units of one layer that are kept: ascending int64 indices into the dense model's.
+
+    is_gone: whether the layer is removed as a whole, with all that belongs to no unit.
+    """
 
     kv_groups: np.ndarray
     neurons: np.ndarray
+    is_gone: bool = False
 
     def __repr__(self) -> str:
         """How many of each are kept."""
+        if self.is_gone:
+            return "LayerKeep(nothing)"
         return f"LayerKeep({len(self.kv_groups)} KV groups, {len(self.neurons)} neurons)"
 
     def of(self, sublayer: Sublayer) -> np.ndarray:
@@ -33,6 +42,11 @@ class LayerKeep:
     def cost(self, shape: LayerShape) -> int:
         """Weights that remain in the layer's pruned projections."""
         return len(self.kv_groups) * shape.group_cost + len(self.neurons) * shape.neuron_cost
+
+
+def kept_layers(keeps: Sequence[LayerKeep]) -> list[int]:
+    """Numbers of the layers that are not removed as a whole."""
+    return [number for number, keep in enumerate(keeps) if not keep.is_gone]
 
 
 def allocate(
@@ -46,6 +60,8 @@ def allocate(
     """
     if any(shape.experts for shape in shapes):
         _require_experts_suit(options)
+    if removes_layers(options):
+        return _remove_worst_layers(scores, shapes, options)
     pool = UnitPool.of(scores, shapes).without_last_experts(shapes, options)
     if target is not None:
         keep = _keep_to_target(pool, shapes, options, target)
@@ -215,6 +231,35 @@ def _remove_worst_experts(pool: UnitPool, shapes: Sequence[LayerShape], options:
         for units in own[: min(count, most)]:
             keep[units] = False
     return keep
+
+
+def _remove_worst_layers(
+    scores: Sequence[LayerScores], shapes: Sequence[LayerShape], options: PlanConfig
+) -> list[LayerKeep]:
+    """`shortgpt`: the lowest layers are removed whole, as many as do not exceed the ratio.
+
+    At least one stays, and so do layers without prunable weights, of which the ratio counts nothing.
+    Raises InvalidOption if the lowest layer alone exceeds it.
+    """
+    costs = np.array([shape.prunable for shape in shapes], dtype=np.float64)
+    values = np.array([own.layer for own in scores], dtype=np.float64)
+    order = np.argsort(np.where(costs > 0, values, np.inf), kind="stable")
+    removed = np.cumsum(costs[order]) / costs.sum()
+    most = min(int(np.count_nonzero(costs)), len(shapes) - 1)
+    count = min(int(np.count_nonzero(removed <= options.ratio * (1 + _SAME_SHARE))), most)
+    if not most:
+        raise InvalidOption("--method shortgpt removes whole layers, of which the model has one only; use another")
+    if not count:
+        needed = ceil(removed[0] * 10_000) / 10_000
+        raise InvalidOption(
+            f"--ratio {options.ratio} removes no layer: the first to go, layer {order[0]}, has {needed} of the "
+            "prunable weights; raise the ratio to that at least"
+        )
+    nothing, gone = np.zeros(0, dtype=np.int64), set(order[:count].tolist())
+    return [
+        LayerKeep(nothing, nothing, True) if i in gone else LayerKeep(np.arange(s.kv_groups), np.arange(s.neurons))
+        for i, s in enumerate(shapes)
+    ]
 
 
 def _require_left(count: int, removable: int, sublayer: Sublayer, where: str, options: PlanConfig) -> None:

@@ -39,6 +39,7 @@ class LayerShape:
     expert_rest: elements of other tensors that are removed with a whole expert: of the router, and its output bias.
     expert_added: elements of the output bias that a restoration adds to each expert.
     router_needs: the least number of experts that the router can choose among.
+    elements: of all tensors of the layer.
     """
 
     kv_groups: int
@@ -56,6 +57,7 @@ class LayerShape:
     expert_rest: int = 0
     expert_added: int = 0
     router_needs: int = 0
+    elements: int = 0
 
     @property
     def prunable(self) -> int:

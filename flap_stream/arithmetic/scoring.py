@@ -43,11 +43,13 @@ class LayerScores(NamedTuple):
     """Scores of one layer's KV groups and neurons, float64 `[group]` and `[neuron]`; higher is better.
 
     experts: those of experts as a whole, float64 `[expert]`; None where only their neurons are removed.
+    layer: that of the layer as a whole; None where only its units are removed.
     """
 
     kv_groups: np.ndarray
     neurons: np.ndarray
     experts: np.ndarray | None = None
+    layer: float | None = None
 
     def of(self, sublayer: Sublayer) -> np.ndarray:
         """Those of one sublayer."""
@@ -67,12 +69,28 @@ class ExpertStatistics:
 
 
 @dataclass(frozen=True)
+class BlockStatistics:
+    """How much one layer changes the hidden states.
+
+    count: int64 `[1]`, tokens. similarity: float64 `[1]`, the mean over them of the cosine of the angle between the
+    hidden states that enter the layer and those that leave it.
+    """
+
+    count: np.ndarray
+    similarity: np.ndarray
+
+
+@dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of both sublayers of one decoder layer. experts: only where `reap` needs them."""
+    """Statistics of both sublayers of one decoder layer.
+
+    experts, block: only where `reap` and `shortgpt` need them.
+    """
 
     attention: ChannelStatistics
     mlp: ChannelStatistics
     experts: ExpertStatistics | None = None
+    block: BlockStatistics | None = None
 
     def of(self, sublayer: Sublayer) -> ChannelStatistics:
         """Those of one sublayer."""
@@ -183,6 +201,13 @@ def reap_scores(layer: LayerStatistics, channels_per_group: int) -> LayerScores:
     assert layer.experts is not None, "they were collected for this method"
     groups = np.zeros(len(layer.attention.mean) // channels_per_group)
     return LayerScores(groups, np.zeros(len(layer.mlp.mean)), _finite(layer.experts.mean))
+
+
+def shortgpt_scores(layer: LayerStatistics, channels_per_group: int) -> LayerScores:
+    """ShortGPT: block influence, 1 - mean cosine; nothing but whole layers is scored (arXiv 2403.03853, equation 1)."""
+    assert layer.block is not None, "it was collected for this method"
+    groups, neurons = np.zeros(len(layer.attention.mean) // channels_per_group), np.zeros(len(layer.mlp.mean))
+    return LayerScores(groups, neurons, layer=float(_finite(1 - layer.block.similarity)[0]))
 
 
 def _finite(scores: np.ndarray) -> np.ndarray:

@@ -70,6 +70,8 @@ def pruned_sizes(
 
 def _added_biases(shape: LayerShape, keep: LayerKeep) -> int:
     """Elements of the output biases that a restoration adds to what is kept."""
+    if keep.is_gone:
+        return 0
     return shape.added_biases - _removed_experts(shape, keep) * shape.expert_added
 
 
@@ -80,8 +82,11 @@ def _removed_experts(shape: LayerShape, keep: LayerKeep) -> int:
 def _removed_besides(shape: LayerShape, keep: LayerKeep) -> int:
     """Elements removed besides the pruned weights.
 
-    They are biases of units, what goes with an expert, and norms of a module that loses all its units.
+    They are biases of units, what goes with an expert, norms of a module that loses all its units, and all that a whole
+    layer has.
     """
+    if keep.is_gone:
+        return shape.elements - shape.prunable
     groups, neurons = len(keep.kv_groups), len(keep.neurons)
     biases = (shape.kv_groups - groups) * shape.group_biases + (shape.neurons - neurons) * shape.neuron_biases
     biases += _removed_experts(shape, keep) * shape.expert_rest

@@ -101,9 +101,11 @@ def _inspect_output(place: Path, as_json: bool, verifies: bool) -> None:
     shared.print_sizes(record)
     shared.print_target(record)
     print("layer   KV groups        neurons")
+    kept = record.get("kept_layers", range(len(record["layers"])))
     for i, layer in enumerate(record["layers"]):
+        gone = "" if i in kept else "  (removed)"
         groups, neurons = len(layer["kept_kv_groups"]), len(layer["kept_neurons"])
-        print(f"{i:5d}   {groups:4d} of {layer['kv_groups']:<6d}  {neurons:6d} of {layer['neurons']}")
+        print(f"{i:5d}   {groups:4d} of {layer['kv_groups']:<6d}  {neurons:6d} of {layer['neurons']}{gone}")
     shared.print_left_whole(record)
     if verifies:
         print("verified: every file is unchanged since it was written")

@@ -175,9 +175,8 @@ def add_method(parser: argparse.ArgumentParser, *, one_ratio: bool = True) -> No
             metavar="SHARE",
             help="share of the prunable weights to remove, such as 0.2 or 20%% (default: %(default)s)",
         )
-    group.add_argument(
-        "--method", default=config.PlanConfig.method, choices=config.METHODS, help="how to prune (default: %(default)s)"
-    )
+    how = "how to prune; reap removes whole experts, shortgpt whole layers (default: %(default)s)"
+    group.add_argument("--method", default=config.PlanConfig.method, choices=config.METHODS, help=how)
     group.add_argument(
         "--min-heads",
         type=int,
@@ -244,7 +243,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         "--structure",
         choices=config.STRUCTURES,
         help="al-am: one ranking over all layers, attention and MLP together; al-mm: separately; ul-mm, ul-um: every "
-        "layer keeps the same numbers (default: al-am for flap, ul-um for the others)",
+        "layer keeps the same numbers (default: al-am for flap and shortgpt, ul-um for the others)",
     )
     group.add_argument(
         "--head-score",

@@ -28,6 +28,7 @@ def run(options: argparse.Namespace) -> None:
     with interruption.loading():
         from flap_stream.arithmetic.sizes import width_note
         from flap_stream.stages.plan import plan
+        from flap_stream.storage.plan import recorded_layers
 
     result = plan(options.run_directory, config)
     sizes = {**result.sizes.record(), **({} if result.target is None else {"target": result.target})}
@@ -43,12 +44,14 @@ def run(options: argparse.Namespace) -> None:
                     {"kept_kv_groups": keep.kv_groups.tolist(), "kept_neurons": keep.neurons.tolist()}
                     for keep in result.layers
                 ],
+                **recorded_layers(result.layers),
             }
         )
         return
     print("layer   KV groups        neurons")
     for i, (keep, groups, neurons) in enumerate(zip(result.layers, result.kv_groups, result.neurons, strict=True)):
-        print(f"{i:5d}   {len(keep.kv_groups):4d} of {groups:<6d}  {len(keep.neurons):6d} of {neurons}")
+        gone = "  (removed)" if keep.is_gone else ""
+        print(f"{i:5d}   {len(keep.kv_groups):4d} of {groups:<6d}  {len(keep.neurons):6d} of {neurons}{gone}")
     shared.print_sizes(sizes)
     shared.print_target(sizes)
     shared.print_left_whole(sizes)

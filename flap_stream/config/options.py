@@ -9,7 +9,7 @@ from flap_stream.errors import InvalidOption
 
 METRICS = ("wifv", "ifv", "wifn", "fisher")
 STRUCTURES = ("al-am", "al-mm", "ul-mm", "ul-um")
-METHODS = ("flap", "wanda-sp", "magnitude-sp", "reap")
+METHODS = ("flap", "wanda-sp", "magnitude-sp", "reap", "shortgpt")
 HEAD_SCORES = ("mean-z", "l2")
 STATISTICS = ("exact", "released")
 RESTORATIONS = ("bias", "none", "least-squares", "reconstruct")
@@ -35,6 +35,11 @@ def require_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 def removes_experts(options: Any) -> bool:
     """Whether experts are removed as a whole."""
     return bool(options.whole_experts) or options.method == "reap"
+
+
+def removes_layers(options: Any) -> bool:
+    """Whether layers are removed as a whole."""
+    return options.method == "shortgpt"
 
 
 def require_at_least(option: str, value: int, least: int) -> None:

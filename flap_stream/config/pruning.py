@@ -30,7 +30,7 @@ class PlanConfig(TargetConfig):
     """The decision: which KV groups and neurons are kept.
 
     ratio: share of the decoder layers' prunable weights (q k v o gate up down) to remove, for `reap` of the experts'
-    alone; 0 with a target.
+    alone; 0 with a target. `shortgpt` removes as many whole layers as do not exceed it.
     remove_heads: query heads to remove in all layers together, only for `al-mm` and `ul-mm`.
     min_heads, min_neurons: every layer keeps at least that many.
     whole_experts: experts are removed as a whole, too, with their rows of the router. min_experts: a mixture keeps at
@@ -39,7 +39,7 @@ class PlanConfig(TargetConfig):
     `FAST_MULTIPLE` neurons, or 1 with `statistics="released"`. 1 keeps what the scores say, as published; above it, KV
     groups times head_dim is a multiple of `FAST_MULTIPLE`, too.
     tensor_parallel: KV groups and neurons of every layer can be divided among this many ranks.
-    structure: None is the method's own (`al-am` for flap, `ul-um` for the baselines).
+    structure: None is the method's own (`al-am` for flap and shortgpt, `ul-um` for the other baselines).
     """
 
     method: str = "flap"
@@ -69,8 +69,9 @@ class PlanConfig(TargetConfig):
 
     def __post_init__(self) -> None:
         """Refuse values out of range and combinations that mean nothing."""
+        usual = "al-am" if self.method in ("flap", "shortgpt") else "ul-um"
         if self.structure is None:
-            object.__setattr__(self, "structure", "al-am" if self.method == "flap" else "ul-um")
+            object.__setattr__(self, "structure", usual)
         if self.round_neurons_to is None:
             object.__setattr__(self, "round_neurons_to", 1 if self.statistics == "released" else FAST_MULTIPLE)
         is_given = not isinstance(self.ratio, NotGiven)
@@ -94,9 +95,9 @@ class PlanConfig(TargetConfig):
             require_at_least(name.replace("_", "-"), getattr(self, name), 1)
         if self.rounds and self.method == "flap" and self.statistics == "released":
             raise InvalidOption("--statistics released decides as the released code does, which does not round sizes")
-        if self.method != "flap" and self.structure != "ul-um":
+        if self.method != "flap" and self.structure != usual:
             raise InvalidOption(
-                f"--structure {self.structure} is not valid with --method {self.method}, which is ul-um"
+                f"--structure {self.structure} is not valid with --method {self.method}, which is {usual}"
             )
         needs_heads = str(self.structure).endswith("-mm")
         if needs_heads and self.remove_heads is None:
@@ -118,6 +119,8 @@ class PlanConfig(TargetConfig):
                 f"--ratio {self.ratio} and {option} {getattr(self, self.target)} both say how much to remove; give one "
                 "of them"
             )
+        if self.method == "shortgpt":
+            raise InvalidOption(f"{option} is not valid with --method shortgpt, of whole layers; give --ratio")
         if self.method == "wanda-sp":
             raise InvalidOption(
                 f"{option} is not valid with --method wanda-sp, whose pruned layers feed the next while statistics are "

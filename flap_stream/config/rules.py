@@ -62,6 +62,12 @@ RULES = (
         "--method flap --metric fisher --structure al-am",
         lambda o: (o.method, o.metric, o.structure) == ("flap", "fisher", "al-am"),
     ),
+    Rule(
+        (PlanConfig,),
+        ("min_heads", "min_neurons", "round_heads_to", "round_neurons_to", "tensor_parallel"),
+        "a method that removes KV groups and neurons, which shortgpt does not",
+        lambda o: o.method != "shortgpt",
+    ),
     Rule((PlanConfig,), ("min_experts",), "--whole-experts or --method reap", removes_experts),
     Rule((CollectConfig,), ("whole_experts",), "--loss-windows N", lambda o: o.loss_windows > 0),
     Rule((SweepConfig,), ("ratio", *TARGET_FIELDS), "plan and prune; a sweep has --ratios", lambda o: False),

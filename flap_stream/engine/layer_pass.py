@@ -148,6 +148,14 @@ class LayerPass:
         for _start, output in self.run(index, weights, hidden, windows=windows):
             del output  # lest it live while the next batch runs
 
+    def pass_on(self, windows: range | None = None) -> None:
+        """Let hidden states through unchanged, as if there were no layer. windows: see `run`."""
+        hidden = self.hidden[0]
+        for start, values in hidden.stream(self.sizes.first, windows):
+            hidden.put(start, values.clone())  # the buffer is read into again while this is written
+        if windows is None:
+            hidden.advance()
+
     def _batches(
         self,
         index: int,

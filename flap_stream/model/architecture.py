@@ -238,6 +238,7 @@ def layer_shape(family: Family, config: Mapping[str, Any], tensors: Mapping[str,
         added_biases=sum(weight[ROWS] for weight in unbiased),
         expert_rest=expert_rest,
         expert_added=expert_added,
+        elements=sum(map(prod, tensors.values())),
     )
 
 

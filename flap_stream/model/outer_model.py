@@ -26,7 +26,7 @@ class _Recorder(nn.Module):
 
     def __init__(self, layer: nn.Module, output: torch.Tensor | None = None) -> None:
         super().__init__()
-        self.__dict__.update(_settings(layer))  # such as the type of attention, by which a model chooses the arguments
+        self.__dict__.update(settings(layer))  # such as the type of attention, by which a model chooses the arguments
         self.hidden_states: torch.Tensor | None = None
         self._output = output
         self.call: LayerCall = ((), {})
@@ -36,7 +36,7 @@ class _Recorder(nn.Module):
         return hidden_states if self._output is None else self._output
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
+def settings(module: nn.Module) -> dict[str, Any]:
     """A module's attributes that are text or numbers."""
     return {name: value for name, value in vars(module).items() if isinstance(value, str | int | float)}
 
@@ -53,7 +53,7 @@ class _Returns(nn.Module):
 
     def __init__(self, base: nn.Module, last_hidden_state: torch.Tensor) -> None:
         super().__init__()
-        self.__dict__.update(_settings(base))  # such as a factor of the logits
+        self.__dict__.update(settings(base))  # such as a factor of the logits
         self._output = _Output(last_hidden_state=last_hidden_state)
 
     def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:

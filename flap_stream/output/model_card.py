@@ -45,7 +45,7 @@ def model_card(
     body = f"""
 # {base_name(base)}, pruned by {record["options"]["ratio"]:.0%} with {record["options"]["method"]}
 
-{title} with whole KV groups of attention heads and MLP neurons removed, without retraining, by
+{title} with {_what_is_removed(record)} removed, without retraining, by
 [flap-stream](https://pypi.org/project/flap-stream/) (FLAP, [arXiv 2312.11983](https://arxiv.org/abs/2312.11983)).
 
 {_sizes_table(record)}
@@ -55,6 +55,11 @@ def model_card(
 {_layers_table(record)}
 """
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}"))
+
+
+def _what_is_removed(record: dict[str, Any]) -> str:
+    of_layers = record["options"]["method"] == "shortgpt"
+    return "whole decoder layers" if of_layers else "whole KV groups of attention heads and MLP neurons"
 
 
 def _sizes_table(record: dict[str, Any]) -> str:
@@ -102,8 +107,9 @@ model = {model_class}.from_pretrained(PATH{flag})
 
 
 def _layers_table(record: dict[str, Any]) -> str:
+    kept = record.get("kept_layers", range(len(record["layers"])))
     rows = (
-        f"| {i} | {len(layer['kept_kv_groups'])} of {layer['kv_groups']} | "
+        f"| {i}{'' if i in kept else ' (removed)'} | {len(layer['kept_kv_groups'])} of {layer['kv_groups']} | "
         f"{len(layer['kept_neurons'])} of {layer['neurons']} |"
         for i, layer in enumerate(record["layers"])
     )

@@ -18,9 +18,9 @@ def pruned_config(pruned: PrunedModel) -> dict[str, Any]:
     source = pruned.source
     if source.wrapper is not None:
         whole = source.wrapper.config
-        sizes = _with_layer_sizes(whole["text_config"], pruned)
+        sizes = _with_layer_sizes(whole["text_config"], pruned)  # whose layers all stay
         return {**whole, **_classes(whole, wrapper_classes(whole)), "text_config": sizes}
-    sizes = _with_layer_sizes(source.config, pruned)
+    sizes = _with_layer_sizes(source.config if pruned.config is None else pruned.config, pruned)
     return {**sizes, **_classes(source.config, pruned.family.pruned_classes)}
 
 
@@ -50,17 +50,17 @@ def _classes(config: dict[str, Any], classes: dict[str, str]) -> dict[str, Any]:
 
 def _with_layer_sizes(config: dict[str, Any], pruned: PrunedModel) -> dict[str, Any]:
     """A language model's config with each layer's own sizes."""
-    experts = [_expert_sizes(shape, keep) for shape, keep in pruned.layers]
+    experts = [_expert_sizes(shape, keep) for shape, keep in pruned.kept]
     attention = {"head_dim": pruned.shapes[0].head_dim}
     if not pruned.family.prunes(Sublayer.ATTENTION):
         attention = {"attention_is_whole": True}
     layers: dict[str, Any] = {
         "per_layer_config": {
-            str(i): _layer_sizes(pruned.family, shape, keep) for i, (shape, keep) in enumerate(pruned.layers)
+            str(i): _layer_sizes(pruned.family, shape, keep) for i, (shape, keep) in enumerate(pruned.kept)
         }
     }
     if pruned.family.varies_sizes:
-        layers = {"pruned_neurons": [len(keep.neurons) for _, keep in pruned.layers]}
+        layers = {"pruned_neurons": [len(keep.neurons) for _, keep in pruned.kept]}
     return {
         **config,
         **attention,

@@ -39,7 +39,7 @@ class PrunedModel:
     restore: one of `config.RESTORATIONS`; restoration: the values that it needs.
     calibration: what pruning.json records of the calibration. code: names of the tokenizer's own code files, where the
     user trusts them, which are copied. target: what pruning.json records of a target; None without one.
-    recipe: the contents of recipe.toml.
+    recipe: the contents of recipe.toml. config: of the dense model, for the layers that are kept; None if all are.
     """
 
     source: Checkpoint
@@ -52,11 +52,17 @@ class PrunedModel:
     code: Sequence[str] = ()
     target: dict[str, Any] | None = None
     recipe: bytes = b""
+    config: dict[str, Any] | None = None
 
     @cached_property
     def family(self) -> Family:
         """The model family of the dense checkpoint."""
         return family_of(self.source.config, self.source.source)
+
+    @property
+    def kept(self) -> list[tuple[LayerShape, LayerKeep]]:
+        """Dense sizes and kept units of the layers that are not removed as a whole."""
+        return [(shape, keep) for shape, keep in self.layers if not keep.is_gone]
 
     @property
     def layers(self) -> list[tuple[LayerShape, LayerKeep]]:

@@ -12,7 +12,7 @@ from flap_stream.errors import NotPlain, OutputConflict
 from flap_stream.model.hub import base_name
 from flap_stream.output.pruned_model import PrunedModel
 from flap_stream.storage import files
-from flap_stream.storage.plan import recorded_options
+from flap_stream.storage.plan import recorded_layers, recorded_options
 from flap_stream.storage.schema import finite, matches, natural, one_of, parse_json
 
 RECORD_NAME = "pruning.json"
@@ -31,6 +31,7 @@ _RECORD = {
             **{"experts?": [natural], "kept_experts?": [natural]},
         }
     ],
+    "kept_layers?": [natural],
     "experts?": {"before": natural, "after": natural},
     "calibration?": dict,
     "left_whole?": [str],
@@ -100,6 +101,7 @@ def pruning_record(pruned: PrunedModel) -> dict[str, Any]:
             }
             for shape, keep in pruned.layers
         ],
+        **recorded_layers(pruned.keeps),
     }
 
 

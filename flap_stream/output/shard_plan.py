@@ -97,9 +97,26 @@ def plan_shards(pruned: PrunedModel, max_shard_bytes: int) -> ShardPlan:
     outputs: list[OutputTensor] = []
     for entry in source.tensors.values():
         outputs.extend(changed.get(entry.name, [_whole(entry)]))
+    outputs = _renumbered(outputs, pruned)
     if source.wrapper is not None:
         outputs = [replace(tensor, name=source.wrapper.outer(tensor.name)) for tensor in outputs]
     return group_shards(outputs, max_shard_bytes)
+
+
+def _renumbered(outputs: list[OutputTensor], pruned: PrunedModel) -> list[OutputTensor]:
+    """The same tensors, those of the layers after one that is removed as a whole under that many numbers less."""
+    gone = [number for number, keep in enumerate(pruned.keeps) if keep.is_gone]
+    if not gone:
+        return outputs
+    family, found = pruned.family, []
+    for tensor in outputs:
+        number = family.layer_of(tensor.name)
+        if number is not None:  # also of layers that predict further ahead, which come after all others
+            own = tensor.name.removeprefix(f"{family.layers}.{number}.")
+            number -= sum(other < number for other in gone)
+            tensor = replace(tensor, name=f"{family.layers}.{number}.{own}")
+        found.append(tensor)
+    return found
 
 
 def group_shards(outputs: Iterable[OutputTensor], max_shard_bytes: int) -> ShardPlan:
@@ -139,6 +156,8 @@ def _plan_layer(pruned: PrunedModel, index: int) -> dict[str, list[OutputTensor]
     """Tensors of one layer that change: dense name to the tensors that replace it."""
     tensors, refitted = pruned.source.tensors, pruned.restoration.refitted
     prefix, (shape, keep) = f"{pruned.family.layers}.{index}.", pruned.layers[index]
+    if keep.is_gone:
+        return {name: [] for name in tensors if name.startswith(prefix)}
     changed: dict[str, list[OutputTensor]] = {}
     for part in pruned.family.parts(shape):
         if f"{prefix}{part.kind.output.name}.weight" in tensors:  # else an earlier pruning left only the bias

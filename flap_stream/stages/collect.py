@@ -27,6 +27,7 @@ from flap_stream.stages.layer_statistics import collect_statistics
 from flap_stream.stages.loss import collect_loss_scores, require_inputs
 from flap_stream.stages.loss_sizes import kept_input_bytes, sweep_job
 from flap_stream.stages.measured import Measured
+from flap_stream.stages.removable_layers import require_removable_layers
 from flap_stream.stages.same_source import absolute, require_same_weights
 from flap_stream.stages.session import Session, opened_model, opened_run
 from flap_stream.stages.targets import expected_ratio, rehearse, sizes_of
@@ -84,6 +85,7 @@ def collect_into(
         using.enter_context(in_use(model.device))
         measured.device = str(model.device)
         require_removable_experts(model, options)
+        require_removable_layers(model, options)
         if isinstance(options, PruneConfig):
             _require_possible(model, options)
         progress.header({**model_row(source, len(model.layers)), "run directory": str(run)})

@@ -24,6 +24,7 @@ from flap_stream.restore.requirements import refit_sizes, refit_stored_bytes, re
 from flap_stream.stages.expert_loss import require_removable_experts
 from flap_stream.stages.loss_sizes import kept_input_bytes, sweep_job, sweep_operations
 from flap_stream.stages.machine_rates import measure_rates
+from flap_stream.stages.removable_layers import require_removable_layers
 from flap_stream.stages.scaling import LossWork, Rates, RefitWork, Work, scale
 from flap_stream.stages.targets import expected_ratio
 from flap_stream.storage import files
@@ -121,6 +122,7 @@ def forecast(
     with source:
         streamed = StreamedModel(source, options)
         require_removable_experts(streamed, options)
+        require_removable_layers(streamed, options)
         require_minimum(streamed.shapes, options)
         warn_of_positions(source.config, options.sequence_length)
         return _forecast(streamed, Path(out), options, machines, has_headers)

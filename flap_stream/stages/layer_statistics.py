@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,8 @@ from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import CorruptCheckpoint
 from flap_stream.progress import Progress, Stage, peak_device_bytes, peak_host_bytes
-from flap_stream.stages.expert_norms import expert_norms
+from flap_stream.stages.block_similarity import BlockSimilarity, block_similarity
+from flap_stream.stages.expert_norms import ExpertNorms, expert_norms
 from flap_stream.stages.input_moments import input_moments
 from flap_stream.stages.loss import keep_inputs
 from flap_stream.storage.loss import LossStore
@@ -145,20 +146,24 @@ class _Collection:
     def measure(self, index: int, weights: Mapping[str, torch.Tensor]) -> LayerStatistics:
         """Run a layer; return the statistics of what its output projections read, over the windows of all ranks."""
         model = self.batches.model
-        is_reap = self.options.method == "reap"
-        with (
-            input_moments(model, index, weights, self.landing) as merger,
-            expert_norms(model, index) if is_reap else nullcontext() as norms,
-        ):
+        with input_moments(model, index, weights, self.landing) as merger, self._beside(index) as beside:
             for _start, output in self.batches.run(index, weights, keep_output=not self.hands_on_pruned):
                 del output  # lest it live while the next batch runs
                 merger.take_batch()
-                if norms is not None:
-                    norms.take_batch()
+                if beside is not None:
+                    beside.take_batch()
         moments = merger.finish()
         _require_same_on_all_machines(model, index)
         found = _layer_statistics(model, index, weights, moments)
-        return found if norms is None else replace(found, experts=norms.finish())
+        if isinstance(beside, ExpertNorms):
+            return replace(found, experts=beside.finish())
+        return found if beside is None else replace(found, block=beside.finish())
+
+    def _beside(self, index: int) -> AbstractContextManager[ExpertNorms | BlockSimilarity | None]:
+        """What the method needs to know of a layer that runs in the block, besides what output projections read."""
+        if self.options.method == "reap":
+            return expert_norms(self.batches.model, index)
+        return block_similarity(self.batches.model, index) if self.options.method == "shortgpt" else nullcontext()
 
     def repeat(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
         """Run a measured layer to feed the next one; for wanda-sp pruned, its removed channels set to zero."""

@@ -16,6 +16,7 @@ from flap_stream.arithmetic.scoring import (
     flap_scores,
     magnitude_scores,
     reap_scores,
+    shortgpt_scores,
     wanda_scores,
     whole_expert_score,
 )
@@ -31,7 +32,12 @@ from flap_stream.storage.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
-_BASELINES = {"wanda-sp": wanda_scores, "magnitude-sp": magnitude_scores, "reap": reap_scores}
+_BASELINES = {
+    "wanda-sp": wanda_scores,
+    "magnitude-sp": magnitude_scores,
+    "reap": reap_scores,
+    "shortgpt": shortgpt_scores,
+}
 
 
 @dataclass(frozen=True)

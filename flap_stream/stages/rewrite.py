@@ -27,6 +27,7 @@ from flap_stream.restore.refit_layers import RefitJob, refit_layers, refitted_te
 from flap_stream.restore.requirements import refit_record, refit_sizes, require_refittable
 from flap_stream.stages.job_header import engine_rows, model_row
 from flap_stream.stages.measured import Measured
+from flap_stream.stages.removable_layers import config_of_kept
 from flap_stream.stages.same_source import require_model_of
 from flap_stream.stages.session import Session, opened_model, opened_run
 from flap_stream.stages.targets import counts_of, run_target
@@ -102,7 +103,7 @@ def rewrite_from(
     plan_options, keeps = run.plan.read()
     restore = require_restoration(plan_options.method, options.restore)
     require_model_of(run, source, session.ranks)
-    restoration = Restoration()
+    config, restoration = config_of_kept(source, keeps), Restoration()
     if restore == "bias":
         restoration = Restoration([_means(run, i, plan_options.statistics) for i in range(len(keeps))])
     elif options.refit is not None:
@@ -123,6 +124,7 @@ def rewrite_from(
             code,
             None if target is None else target.record(counts_of(run.layer_shapes, keeps)),
             recipe(run, plan_options, options, source.source),
+            config,
         )
         record, measured.bytes_written = write_checkpoint(
             pruned, run, out, options.max_shard_bytes, session.progress, session.ranks

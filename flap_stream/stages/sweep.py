@@ -327,6 +327,9 @@ def perplexities(
         batches = LayerPass(model, placement, tokens, [hidden], stores=[store], copies=len(decisions))
         for i, weights in batches.layers(stage):
             for decision, windows in zip(decisions, shares, strict=True):
+                if decision is not None and decision.keeps[i].is_gone:
+                    batches.pass_on(windows)
+                    continue
                 with masked(model, i, weights, decision) as own:
                     batches.run_all(i, own, windows=windows)
             hidden.advance()

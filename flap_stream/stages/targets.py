@@ -82,7 +82,8 @@ def rehearse(model: "StreamedModel", options: PruneConfig) -> list[LayerKeep]:
     nothing = []
     for shape in shapes:
         experts = np.zeros(len(shape.experts)) if removes_experts(options) else None
-        nothing.append(LayerScores(np.zeros(shape.kv_groups), np.zeros(shape.neurons), experts))
+        # the smallest layers first, since a ratio that is less than these can be met by no scores
+        nothing.append(LayerScores(np.zeros(shape.kv_groups), np.zeros(shape.neurons), experts, float(shape.prunable)))
     return allocate(nothing, shapes, part_of(options, PlanConfig), target)
 
 

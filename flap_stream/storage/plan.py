@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
-from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.allocation import LayerKeep, kept_layers
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.config import TARGET_FIELDS, TARGETS, PlanConfig
 from flap_stream.config.options import removes_experts
@@ -69,7 +69,14 @@ def no_plan(run: Path) -> RunMismatch:
 def _contents(options: PlanConfig, layers: Sequence[LayerKeep]) -> bytes:
     """The bytes of a plan.json."""
     kept = [{"kept_kv_groups": keep.kv_groups.tolist(), "kept_neurons": keep.neurons.tolist()} for keep in layers]
-    return json.dumps({"options": recorded_options(options), "layers": kept}).encode()
+    body = {"options": recorded_options(options), "layers": kept, **recorded_layers(layers)}
+    return json.dumps(body).encode()
+
+
+def recorded_layers(keeps: Sequence[LayerKeep]) -> dict[str, list[int]]:
+    """Which layers are kept, as a plan, pruning.json and `--json` record it: only where one is removed as a whole."""
+    kept = kept_layers(keeps)
+    return {} if len(kept) == len(keeps) else {"kept_layers": kept}
 
 
 def recorded_options(options: PlanConfig) -> dict[str, Any]:
@@ -94,17 +101,26 @@ def _parse(data: bytes, shapes: Sequence[LayerShape]) -> tuple[PlanConfig, list[
 
     Raises ValueError, saying what is wrong, unless each layer's kept units exist, are listed once and in ascending
     order, and include at least one neuron of every expert or, if they are removed as a whole, of those that the router
-    needs.
+    needs. A layer that is removed as a whole keeps none; one layer stays.
     """
     body = parse_json(data)
-    if not matches(body, {"options": dict, "layers": [{"kept_kv_groups": list, "kept_neurons": list}]}):
+    layer_form = {"kept_kv_groups": list, "kept_neurons": list}
+    if not matches(body, {"options": dict, "layers": [layer_form], "kept_layers?": list}):
         raise ValueError("it does not have the form of a plan")
     if len(body["layers"]) != len(shapes):
         raise ValueError(f"it has {len(body['layers'])} layers, the model has {len(shapes)}")
     options, keeps = parse_plan_options(body["options"]), []
+    stay = _indices(body.get("kept_layers", list(range(len(shapes)))), len(shapes), "kept layers")
+    if not len(stay):
+        raise ValueError("it keeps no layer")
     for i, (layer, shape) in enumerate(zip(body["layers"], shapes, strict=True)):
         groups = _indices(layer["kept_kv_groups"], shape.kv_groups, f"KV groups of layer {i}")
         neurons = _indices(layer["kept_neurons"], shape.neurons, f"neurons of layer {i}")
+        if i not in stay:
+            if len(groups) or len(neurons):
+                raise ValueError(f"layer {i} is removed, but units of it are kept")
+            keeps.append(LayerKeep(groups, neurons, is_gone=True))
+            continue
         kept = len(shape.kept_experts(neurons))
         if kept < len(shape.experts) and not removes_experts(options):
             raise ValueError(f"an expert of layer {i} keeps no neuron")

@@ -58,8 +58,7 @@ class RunDirectory:
             raise
         self.files = RunFiles(path, self.journal)
         self.tokens = TokenStore(self.files, self.manifest)
-        of_experts = self.manifest["options"]["method"] == "reap"
-        self.statistics = StatisticsStore(self.files, self.layer_shapes, of_experts)
+        self.statistics = StatisticsStore(self.files, self.layer_shapes, self.manifest["options"]["method"])
         self.plan = PlanStore(self.files, self.layer_shapes)
         # a refitted layer may be written in a wider dtype; its header counts as any file that is read whole
         self.refits = RefitStore(self.files, 2 * self.manifest["sizes"]["weight_bytes"] + files.MAX_BYTES)

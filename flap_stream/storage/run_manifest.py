@@ -77,7 +77,8 @@ class Manifest(TypedDict):
 
 
 _channels = within(0, _MAX_CHANNELS)
-_LATER = ("expert_rest", "expert_added", "router_needs")  # fields of shapes that older versions did not record
+# Fields of shapes that older versions did not record.
+_LATER = ("expert_rest", "expert_added", "router_needs", "elements")
 SHAPE = {
     f"{field.name}?" if field.name in _LATER else field.name: [_channels] if field.name == "experts" else natural
     for field in fields(LayerShape)

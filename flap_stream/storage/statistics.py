@@ -1,12 +1,12 @@
 """The statistics of a run directory: those of each layer, and what collecting them took."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from flap_stream.arithmetic.layer_shape import LayerShape
-from flap_stream.arithmetic.scoring import ChannelStatistics, ExpertStatistics, LayerStatistics
+from flap_stream.arithmetic.scoring import BlockStatistics, ChannelStatistics, ExpertStatistics, LayerStatistics
 from flap_stream.storage import arrays
 from flap_stream.storage.journal import COST
 from flap_stream.storage.run_files import KINDS, Committed, RunFiles, layer_name
@@ -15,6 +15,8 @@ from flap_stream.storage.schema import natural
 ARRAYS = ("count", "mean", "m2", "released_fluctuation", "released_baseline", "weight_squared_norm", "weight_abs_mean")
 _ROOT = "statistics.zarr"
 _ATTRIBUTES = {kind: {"samples": natural} for kind in KINDS}
+# What is stored besides, for some methods: the field of LayerStatistics, and its type.
+_BESIDE: dict[str, tuple[str, type]] = {"reap": ("experts", ExpertStatistics), "shortgpt": ("block", BlockStatistics)}
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,12 @@ class LayerCost:
 class StatisticsStore:
     """The statistics of each layer, in statistics.zarr.
 
-    shapes: those of all layers. of_experts: whether what experts output is stored, too.
+    shapes: those of all layers. method: for which they are collected; some need more than channels.
     """
 
     run_files: RunFiles
     shapes: list[LayerShape]
-    of_experts: bool = False
+    method: str = "flap"
 
     def complete_layers(self) -> int:
         """How many layers, counted from the first, have their statistics stored."""
@@ -60,8 +62,9 @@ class StatisticsStore:
             channels = statistics.of(kind)
             values |= {f"{kind}/{array}": getattr(channels, array) for array in ARRAYS}
             attributes[kind] = {"samples": channels.samples}
-        if statistics.experts is not None:
-            values |= {f"experts/{name}": array for name, array in vars(statistics.experts).items()}
+        if self.method in _BESIDE:
+            beside, _ = _BESIDE[self.method]
+            values |= {f"{beside}/{name}": array for name, array in vars(getattr(statistics, beside)).items()}
         journal = self.run_files.journal
         if journal.find("statistics-root", "layers") is None:
             self.run_files.commit_group(_ROOT, {}, {}, groups=("layers",))
@@ -78,12 +81,14 @@ class StatisticsStore:
             raise self.run_files.incomplete(_path(layer))
         committed, specs = self._committed(layer, entry), self._array_specs(layer)
         found, attributes = self.run_files.read_group(committed, specs, _ATTRIBUTES)
-        parts = {}
-        for i, kind in enumerate(KINDS):
+        parts: dict[str, Any] = {}
+        for i, name in enumerate(KINDS):
             values: dict[str, Any] = dict(zip(ARRAYS, found[i * len(ARRAYS) :], strict=False))
-            parts[kind] = ChannelStatistics(samples=attributes[kind]["samples"], **values)
-        experts = ExpertStatistics(*found[len(KINDS) * len(ARRAYS) :]) if self.of_experts else None
-        return LayerStatistics(**parts, experts=experts)
+            parts[name] = ChannelStatistics(samples=attributes[name]["samples"], **values)
+        if self.method in _BESIDE:
+            beside, kind = _BESIDE[self.method]
+            parts[beside] = kind(*found[len(KINDS) * len(ARRAYS) :])
+        return LayerStatistics(**parts)
 
     def weights_checksums(self) -> list[str]:
         """Checksums of the weights that the complete layers were collected with, by layer."""
@@ -114,9 +119,11 @@ class StatisticsStore:
             for kind in KINDS
             for array in ARRAYS
         }
-        if self.of_experts:
-            experts = (len(shape.experts),)
-            specs |= {"experts/count": ("int64", experts), "experts/mean": ("float64", experts)}
+        if self.method in _BESIDE:
+            beside, kind = _BESIDE[self.method]
+            size = (len(shape.experts) if beside == "experts" else 1,)
+            for own in fields(kind):
+                specs[f"{beside}/{own.name}"] = "int64" if own.name == "count" else "float64", size
         return specs
 
 
