@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"] * 2},
 }
 HYBRID = ["full_attention", "linear_attention", "full_attention", "full_attention"]
+BY_LOSS: dict[str, Any] = {"method": "flap", "metric": "fisher", "depth": True, "loss_windows": 5}
 QUICK = ("llama", "gemma3_text", "qwen3_moe", "qwen3_next")
 
 
@@ -236,6 +237,10 @@ def test_a_hybrid_keeps_a_layer_whose_cache_counts_tokens(tmp_path: Path) -> Non
     [
         ({"ratio": 0.1}, "the first to go, layer 0, has 0.3334 of the prunable weights"),
         ({"target_parameters": 1000, "ratio": None}, "--target-parameters is not valid with --method shortgpt"),
+        ({**BY_LOSS, "restore": "reconstruct"}, "only valid with --restore bias or none"),
+        ({**BY_LOSS, "metric": "wifv"}, "only valid with --method flap --metric fisher --structure al-am"),
+        ({**BY_LOSS, "whole_experts": True}, "without --whole-experts"),
+        ({**BY_LOSS, "target_parameters": 1000, "ratio": None}, "--target-parameters is not valid with --depth"),
         ({"restore": "bias"}, "shortgpt is defined without a bias"),
         ({"min_neurons": 3}, "only valid with a method that removes KV groups and neurons"),
         ({"round_neurons_to": 32}, "only valid with a method that removes KV groups and neurons"),

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil
 
 import numpy as np
 
@@ -11,11 +10,12 @@ from flap_stream.arithmetic.rounded_allocation import keep_rounded, keep_rounded
 from flap_stream.arithmetic.scoring import LayerScores
 from flap_stream.arithmetic.targets import Target
 from flap_stream.arithmetic.unit_pool import UnitPool, nearest_prefix, neurons_to_remove
+from flap_stream.arithmetic.whole_layers import layers_by_loss, layers_of_least_influence
 from flap_stream.config import PlanConfig
 from flap_stream.config.options import removes_experts, removes_layers
 from flap_stream.errors import InvalidOption
 
-_SAME_SHARE = 1e-9  # above the float error of a sum of shares
+_NO_SHARE = 1e-9  # of weights: less is a float error
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def allocate(
     if any(shape.experts for shape in shapes):
         _require_experts_suit(options)
     if removes_layers(options):
-        return _remove_worst_layers(scores, shapes, options)
+        return _without_layers(scores, shapes, options)
     pool = UnitPool.of(scores, shapes).without_last_experts(shapes, options)
     if target is not None:
         keep = _keep_to_target(pool, shapes, options, target)
@@ -72,6 +72,54 @@ def allocate(
         here = keep & (pool.layer == i)
         kept.append(LayerKeep(*(pool.unit[here & pool.belongs_to(sublayer)] for sublayer in Sublayer)))
     return kept
+
+
+def _without_layers(
+    scores: Sequence[LayerScores], shapes: Sequence[LayerShape], options: PlanConfig
+) -> list[LayerKeep]:
+    """The decision where layers may go as a whole."""
+    if options.method == "shortgpt":
+        return _keep_but(layers_of_least_influence(scores, shapes, options), 0, scores, shapes, options)
+
+    def loss_without(gone: list[int], share: float) -> float:
+        try:
+            keeps = _keep_but(gone, share, scores, shapes, options)
+        except InvalidOption:  # units would go that must stay, as long as no more layers go in their place
+            return np.inf
+        return sum(map(_removed_loss, scores, shapes, keeps))
+
+    gone, share = layers_by_loss(scores, shapes, options, loss_without)
+    return _keep_but(gone, share, scores, shapes, options)
+
+
+def _keep_but(
+    gone: Sequence[int],
+    share: float,
+    scores: Sequence[LayerScores],
+    shapes: Sequence[LayerShape],
+    options: PlanConfig,
+) -> list[LayerKeep]:
+    """The decision without these layers, if the others lose this share of their prunable weights."""
+    stay = [number for number in range(len(shapes)) if number not in gone]
+    own = [shapes[number] for number in stay]
+    if share > _NO_SHARE:
+        plain = replace(options, ratio=share, depth=False)
+        kept = dict(zip(stay, allocate([scores[number] for number in stay], own, plain), strict=True))
+    else:
+        kept = {n: LayerKeep(np.arange(s.kv_groups), np.arange(s.neurons)) for n, s in zip(stay, own, strict=True)}
+    nothing = np.zeros(0, dtype=np.int64)
+    return [kept.get(number, LayerKeep(nothing, nothing, is_gone=True)) for number in range(len(shapes))]
+
+
+def _removed_loss(scores: LayerScores, shape: LayerShape, keep: LayerKeep) -> float:
+    """Sum of F of what is removed of a layer. scores: F of each unit by its cost, and F of the layer."""
+    if keep.is_gone:
+        return scores.layer or 0.0
+    total = 0.0
+    for sublayer in Sublayer:
+        values = scores.of(sublayer)
+        total += shape.unit_cost(sublayer) * float(values.sum() - values[keep.of(sublayer)].sum())
+    return total
 
 
 def keep_in_layer(scores: LayerScores, shape: LayerShape, options: PlanConfig) -> LayerKeep:
@@ -231,35 +279,6 @@ def _remove_worst_experts(pool: UnitPool, shapes: Sequence[LayerShape], options:
         for units in own[: min(count, most)]:
             keep[units] = False
     return keep
-
-
-def _remove_worst_layers(
-    scores: Sequence[LayerScores], shapes: Sequence[LayerShape], options: PlanConfig
-) -> list[LayerKeep]:
-    """`shortgpt`: the lowest layers are removed whole, as many as do not exceed the ratio.
-
-    At least one stays, and so do layers without prunable weights, of which the ratio counts nothing.
-    Raises InvalidOption if the lowest layer alone exceeds it.
-    """
-    costs = np.array([shape.prunable for shape in shapes], dtype=np.float64)
-    values = np.array([own.layer for own in scores], dtype=np.float64)
-    order = np.argsort(np.where(costs > 0, values, np.inf), kind="stable")
-    removed = np.cumsum(costs[order]) / costs.sum()
-    most = min(int(np.count_nonzero(costs)), len(shapes) - 1)
-    count = min(int(np.count_nonzero(removed <= options.ratio * (1 + _SAME_SHARE))), most)
-    if not most:
-        raise InvalidOption("--method shortgpt removes whole layers, of which the model has one only; use another")
-    if not count:
-        needed = ceil(removed[0] * 10_000) / 10_000
-        raise InvalidOption(
-            f"--ratio {options.ratio} removes no layer: the first to go, layer {order[0]}, has {needed} of the "
-            "prunable weights; raise the ratio to that at least"
-        )
-    nothing, gone = np.zeros(0, dtype=np.int64), set(order[:count].tolist())
-    return [
-        LayerKeep(nothing, nothing, True) if i in gone else LayerKeep(np.arange(s.kv_groups), np.arange(s.neurons))
-        for i, s in enumerate(shapes)
-    ]
 
 
 def _require_left(count: int, removable: int, sublayer: Sublayer, where: str, options: PlanConfig) -> None:

@@ -34,12 +34,16 @@ def predicted_rise(
 ) -> PredictedRise:
     """Half the sum of F of the removed units: the loss to second order, at its minimum, without cross terms.
 
-    Where an expert is removed as a whole, its own F stands for those of its neurons.
+    Where an expert or a layer is removed as a whole, its own F stands for those of its units.
     losses: F of each unit of each layer, nats squared, float64 `[group]`, `[neuron]`. window_tokens: tokens of a
     window, all but the first of which are predicted.
     """
     window = 0.0
     for loss, shape, keep in zip(losses, shapes, keeps, strict=True):
+        if keep.is_gone:
+            assert loss.layer is not None
+            window += loss.layer / 2
+            continue
         neurons = loss.neurons
         if loss.experts is not None:
             gone = shape.expert_sizes(keep.neurons) == 0

@@ -43,7 +43,7 @@ class LayerScores(NamedTuple):
     """Scores of one layer's KV groups and neurons, float64 `[group]` and `[neuron]`; higher is better.
 
     experts: those of experts as a whole, float64 `[expert]`; None where only their neurons are removed.
-    layer: that of the layer as a whole; None where only its units are removed.
+    layer: that of the layer as a whole, not by its cost; None where only its units are removed.
     """
 
     kv_groups: np.ndarray

@@ -193,6 +193,7 @@ def add_method(parser: argparse.ArgumentParser, *, one_ratio: bool = True) -> No
     )
     whole = "remove experts as a whole, too, where the loss says so (only --metric fisher; of a mixture of experts)"
     group.add_argument("--whole-experts", action="store_true", help=whole)
+    group.add_argument("--depth", action="store_true", help="remove whole layers, too, likewise (only --metric fisher)")
     group.add_argument(
         "--round-heads-to",
         type=int,

@@ -39,7 +39,7 @@ def removes_experts(options: Any) -> bool:
 
 def removes_layers(options: Any) -> bool:
     """Whether layers are removed as a whole."""
-    return options.method == "shortgpt"
+    return bool(options.depth) or options.method == "shortgpt"
 
 
 def require_at_least(option: str, value: int, least: int) -> None:

@@ -35,6 +35,7 @@ class PlanConfig(TargetConfig):
     min_heads, min_neurons: every layer keeps at least that many.
     whole_experts: experts are removed as a whole, too, with their rows of the router. min_experts: a mixture keeps at
     least that many; None, and the least, is what its router chooses for a token.
+    depth: layers are removed as a whole, too.
     round_heads_to, round_neurons_to: every layer keeps a multiple of this many query heads or neurons. None is
     `FAST_MULTIPLE` neurons, or 1 with `statistics="released"`. 1 keeps what the scores say, as published; above it, KV
     groups times head_dim is a multiple of `FAST_MULTIPLE`, too.
@@ -53,6 +54,7 @@ class PlanConfig(TargetConfig):
     min_neurons: int = 1
     whole_experts: bool = False
     min_experts: int | None = None
+    depth: bool = False
     round_heads_to: int = 1
     round_neurons_to: int | None = None
     tensor_parallel: int = 1
@@ -119,8 +121,9 @@ class PlanConfig(TargetConfig):
                 f"--ratio {self.ratio} and {option} {getattr(self, self.target)} both say how much to remove; give one "
                 "of them"
             )
-        if self.method == "shortgpt":
-            raise InvalidOption(f"{option} is not valid with --method shortgpt, of whole layers; give --ratio")
+        if self.method == "shortgpt" or self.depth:
+            what = "--depth" if self.depth else "--method shortgpt"
+            raise InvalidOption(f"{option} is not valid with {what}, which removes whole layers; give --ratio")
         if self.method == "wanda-sp":
             raise InvalidOption(
                 f"{option} is not valid with --method wanda-sp, whose pruned layers feed the next while statistics are "
@@ -136,7 +139,7 @@ class CollectConfig(TextConfig, EngineConfig):
     them, or one .npy). With shares of the windows, as in `prose.txt:0.7`, they are mixed.
     sequence_length: tokens in a calibration window.
     loss_windows: windows of which a gradient is swept back through the layers, for `metric="fisher"`.
-    whole_experts: the sweep scores experts as a whole, too.
+    whole_experts, depth: the sweep scores experts as a whole, or layers, too.
     ratio and the fields after it, up to tensor_parallel: only for `wanda-sp`, whose pruned layers feed the next.
     Their defaults are those of `PlanConfig`.
     snapshot_interval: layers between two snapshots of the hidden states; None chooses it by their cost.
@@ -148,6 +151,7 @@ class CollectConfig(TextConfig, EngineConfig):
     seed: int = 0
     loss_windows: int = 0
     whole_experts: bool = PlanConfig.whole_experts
+    depth: bool = PlanConfig.depth
     method: str = PlanConfig.method
     ratio: Share = PlanConfig.ratio
     min_heads: int = PlanConfig.min_heads

@@ -40,6 +40,7 @@ def recipe(run: RunDirectory, plan: PlanConfig, rewrite: RewriteConfig, source: 
         "loss_windows": plan.metric != "fisher",
         "trust_remote_code": not rewrite.trust_remote_code,
         "whole_experts": not plan.whole_experts,
+        "depth": not plan.depth,
     }
     left_out = _DECIDE_NOTHING | {name for name in idle if idle[name]}
     versions = ", ".join(f"{name} {version}" for name, version in run.manifest["versions"].items())

@@ -32,7 +32,7 @@ from flap_stream.stages.same_source import absolute, require_same_weights
 from flap_stream.stages.session import Session, opened_model, opened_run
 from flap_stream.stages.targets import expected_ratio, rehearse, sizes_of
 from flap_stream.storage import files
-from flap_stream.storage.loss import LossStore
+from flap_stream.storage.loss import LossStore, loss_job
 from flap_stream.storage.run_directory import RunDirectory, stored_bytes
 from flap_stream.storage.run_manifest import tokens_digest
 from flap_stream.text.tokenization import load_tokenizer
@@ -108,7 +108,7 @@ def collect_into(
         if ranks.is_first:
             directory.record_promise(measured.placement.host_bytes, measured.placement.device_bytes)
         with cpu_threads(directory.manifest["threads"]):
-            loss = None if sweep is None else LossStore(directory, sweep.samples, options.whole_experts)
+            loss = None if sweep is None else _loss_store(directory, sweep, options)
             collect_statistics(model, directory, options, placement, progress, loss)
             if loss is not None and sweep is not None:
                 require_inputs(model, loss, placement, progress)
@@ -117,6 +117,10 @@ def collect_into(
                 collect_loss_scores(model, loss, swept, progress, options.snapshot_interval)
     measured.of_all(ranks, source.bytes_read)
     return directory, CollectResult(run, len(model.shapes), samples, length, measured)
+
+
+def _loss_store(run: RunDirectory, sweep: Job, options: CollectConfig) -> LossStore:
+    return LossStore(run, sweep.samples, options.whole_experts, options.depth)
 
 
 def check_calibration(options: CollectConfig, model: str | Path) -> None:
@@ -174,9 +178,9 @@ def _require_space(
     written -= files.tree_bytes(files.partial_path(out))
     kept = stored_bytes(model.shapes, tokens) - files.tree_bytes(run)
     kept += 0 if refit is None else refit_stored_bytes(model, refit)
-    of_experts, layers = options.whole_experts, len(model.shapes)
-    if sweep is not None and not LossStore.is_swept(run, sweep.samples, of_experts, layers):
-        kept += kept_input_bytes(sweep)
+    if sweep is not None:
+        job = loss_job(sweep.samples, options.whole_experts, options.depth)
+        kept += 0 if LossStore.is_swept(run, job, len(model.shapes)) else kept_input_bytes(sweep)
     require_space(out, max(0, written), run, max(0, kept))
 
 

@@ -34,7 +34,7 @@ from flap_stream.storage.run_files import KINDS
 _SUMMED_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # at once, widened to float64 on a CPU; not measured
 
 # By kind of unit, sum_t s_wtu^2, float64 [window, unit]; where experts are scored as a whole, of `experts`, too, and of
-# how many tokens each was `reached`, int64.
+# how many tokens each was `reached`, int64; where layers are, of the `layer`, [window, 1].
 Scores = dict[str, torch.Tensor]
 
 
@@ -120,6 +120,9 @@ class BackwardPass(LayerPass):
         if mixture is not None:
             squares, scores["reached"] = mixture.squares(weights, gradients[-1])
             scores["experts"] = torch.ldexp(squares, 2 * shift[:, 0].cpu())
+        if self.store.of_layers:
+            squares = _layer_squares(hidden.detach(), output.detach(), gradient)
+            scores["layer"] = torch.ldexp(squares, 2 * shift[:, 0]).cpu()
         self._scores[start] = scores
         return below.float().ldexp_(shift)
 
@@ -133,7 +136,21 @@ class BackwardPass(LayerPass):
         if self.store.of_experts:
             scores["experts"] = torch.zeros(windows, len(shape.experts), dtype=torch.float64)
             scores["reached"] = scores["experts"].long()
+        if self.store.of_layers:
+            scores["layer"] = torch.zeros(windows, 1, dtype=torch.float64)
         return scores
+
+
+def _layer_squares(inputs: torch.Tensor, outputs: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Sums over a window's tokens of (g_t . (y_t - x_t))^2: what the layer adds is what goes with it.
+
+    inputs, outputs, gradient: `[window, token, hidden]`; float64 `[window, 1]`.
+    """
+    found = []
+    for x, y, g in zip(inputs, outputs, gradient, strict=True):  # so that the result does not depend on the batch size
+        changes = (y.float() - x.float()).mul_(g)
+        found.append(changes.sum(dim=-1, dtype=torch.float64).square_().sum())
+    return torch.stack(found)[:, None]
 
 
 def keep_inputs(batches: LayerPass, store: LossStore, layer: int) -> None:

@@ -148,7 +148,7 @@ def predictor(run: RunDirectory) -> Callable[[PlanResult], PredictedRise]:
     """
     loss, tokens = LossStore.of(run), run.manifest["tokens"]["shape"][1]
     found = [loss.read(i) for i in range(len(run.layer_shapes))]
-    losses = [LayerScores(layer.attention, layer.mlp, layer.experts) for layer in found]
+    losses = [LayerScores(own.attention, own.mlp, own.experts, _of_layer(own)) for own in found]
     return lambda plan: predicted_rise(losses, run.layer_shapes, plan.layers, tokens)
 
 
@@ -161,10 +161,12 @@ def unit_scores(run: RunDirectory, options: PlanConfig, target: Target | None = 
     if is_by_loss(options):
         loss = LossStore.of(run)
         _require_scored_experts(run, loss, options)
+        _require_scored_layers(run, loss, options)
         prices = [LayerPrices(s.group_cost, s.neuron_cost, expert_rest=s.expert_rest) for s in run.layer_shapes]
         prices = list(target.prices) if target is not None and target.name == "target_memory" else prices
         found = [loss.read(i) for i in range(len(prices))]
         found = found if options.whole_experts else [replace(own, experts=None) for own in found]
+        found = found if options.depth else [replace(own, layer=None) for own in found]
         least = options.min_neurons
         return [loss_scores(*own, least) for own in zip(found, run.layer_shapes, prices, strict=True)]
     scores = []
@@ -182,18 +184,35 @@ def unit_scores(run: RunDirectory, options: PlanConfig, target: Target | None = 
 def loss_scores(found: LossScores, shape: LayerShape, prices: LayerPrices, min_neurons: int) -> LayerScores:
     """F of each unit and each expert by its cost, float64 `[group]`, `[neuron]`, `[expert]`; comparable across layers.
 
+    So is F of the layer, which is not divided by its cost: that depends on which of its units go before.
+
     An expert that no token reached scores infinity and stays, with the least of neurons, which no token misses.
     prices: weights, or bytes, that are removed with one KV group, one neuron and, besides its neurons, one expert.
     """
     groups, neurons = found.attention / max(prices.group, 1), found.mlp / max(prices.neuron, 1)
     if found.experts is None or not shape.experts:
-        return LayerScores(groups, neurons, found.experts)
+        return LayerScores(groups, neurons, found.experts, _of_layer(found))
     parts = np.split(found.mlp, np.cumsum(shape.experts)[:-1])
     experts = [
         whole_expert_score(loss, own, prices.neuron, prices.expert_rest, min_neurons)
         for loss, own in zip(found.experts, parts, strict=True)
     ]
     return LayerScores(groups, neurons, np.array(experts))
+
+
+def _of_layer(found: LossScores) -> float | None:
+    return None if found.layer is None else float(found.layer[0])
+
+
+def _require_scored_layers(run: RunDirectory, loss: LossStore, options: PlanConfig) -> None:
+    """Raise RunMismatch if whole layers are to be removed, but the run does not know what they are worth."""
+    if options.depth and not all(shape.elements for shape in run.layer_shapes):
+        raise RunMismatch(f"{run.path} is of a version without whole layers; collect again, into a new directory")
+    if options.depth and not loss.of_layers:
+        raise RunMismatch(
+            f"{run.path} holds no loss scores of whole layers; collect them with flap-stream collect MODEL {run.path} "
+            f"--loss-windows {loss.windows} --depth"
+        )
 
 
 def _require_scored_experts(run: RunDirectory, loss: LossStore, options: PlanConfig) -> None:

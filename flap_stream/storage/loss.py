@@ -17,7 +17,7 @@ __all__ = ["KINDS", "LossScores", "LossStore"]
 
 _INPUTS, _SCORES = "loss-inputs", "loss"
 # Scores of earlier versions, of the text's own tokens, have names without `drawn`.
-_JOB = re.compile(r"(\d+)-drawn(-with-experts)?")
+_JOB = re.compile(r"(\d+)-drawn(-with-experts)?(-with-layers)?")
 
 
 @dataclass(frozen=True)
@@ -25,24 +25,26 @@ class LossScores:
     """Loss score F of each unit of one layer, in nats squared: float64 `[group]` and `[neuron]`.
 
     experts: of its experts as a whole, float64 `[expert]`, infinite for those that no token reached; None if the sweep
-    did not score them.
+    did not score them. layer: of the layer as a whole, float64 `[1]`; None likewise.
     """
 
     attention: np.ndarray
     mlp: np.ndarray
     experts: np.ndarray | None = None
+    layer: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class LossStore:
     """The layer inputs and the scores computed from the first `windows` calibration windows, in loss.zarr.
 
-    of_experts: whether there are scores of whole experts, too.
+    of_experts, of_layers: whether there are scores of whole experts, and of whole layers, too.
     """
 
     run: RunDirectory
     windows: int
     of_experts: bool = False
+    of_layers: bool = False
 
     @classmethod
     def of(cls, run: RunDirectory) -> "LossStore":
@@ -69,12 +71,12 @@ class LossStore:
     @classmethod
     def _of_job(cls, run: RunDirectory, job: str) -> "LossStore | None":
         found = _JOB.fullmatch(job)
-        return None if found is None else cls(run, int(found[1]), found[2] is not None)
+        return None if found is None else cls(run, int(found[1]), found[2] is not None, found[3] is not None)
 
     @property
     def job(self) -> str:
         """What determines the scores, besides what determines the statistics."""
-        return _job(self.windows, self.of_experts)
+        return loss_job(self.windows, self.of_experts, self.of_layers)
 
     @property
     def snapshots(self) -> SnapshotStore:
@@ -106,9 +108,9 @@ class LossStore:
         self.run.journal.append(_INPUTS, layer_name(layer), job=self.job, digest=digest)
 
     @staticmethod
-    def is_swept(run: Path, windows: int, of_experts: bool, layers: int) -> bool:
-        """Whether a run directory, which need not exist, holds the scores of all layers."""
-        return len(_layers_of(Journal(run / "journal"), _job(windows, of_experts))) == layers
+    def is_swept(run: Path, job: str, layers: int) -> bool:
+        """Whether a run directory, which need not exist, holds the scores of all layers. job: see `loss_job`."""
+        return len(_layers_of(Journal(run / "journal"), job)) == layers
 
     def drop_inputs(self) -> None:
         """Delete the inputs of all layers: all scores are stored."""
@@ -139,16 +141,18 @@ class LossStore:
             raise self.run.files.incomplete(name)
         specs = self._array_specs(layer)
         found, _ = self.run.files.read_group(Committed(name, entry["digest"], arrays.max_bytes(specs)), specs)
-        return LossScores(*found)
+        return LossScores(**dict(zip(specs, found, strict=True)))
 
     def _array_specs(self, layer: int) -> dict[str, arrays.ArraySpec]:
         shape = self.run.layer_shapes[layer]
         specs: dict[str, arrays.ArraySpec] = {kind: ("float64", (shape.units(kind),)) for kind in KINDS}
-        return {**specs, **({"experts": ("float64", (len(shape.experts),))} if self.of_experts else {})}
+        specs |= {"experts": ("float64", (len(shape.experts),))} if self.of_experts else {}
+        return {**specs, **({"layer": ("float64", (1,))} if self.of_layers else {})}
 
 
-def _job(windows: int, of_experts: bool) -> str:
-    return f"{windows}-drawn{'-with-experts' if of_experts else ''}"
+def loss_job(windows: int, of_experts: bool, of_layers: bool) -> str:
+    """What tells scores from others of the same run."""
+    return f"{windows}-drawn{'-with-experts' if of_experts else ''}{'-with-layers' if of_layers else ''}"
 
 
 def _layers_of(journal: Journal, job: str) -> set[str]:
