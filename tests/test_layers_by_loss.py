@@ -1,5 +1,7 @@
 """Whole layers go by the loss, among units: how they are scored, chosen and removed."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from fork_server import KILLED, forked_to_its_end
 from masked import decoder_of, masked_model, separate
-from models import fisher_draw, load, random_tokens, tiny_config
+from models import fisher_draw, load, random_tokens, save_tokens, tiny_config
 from placements import placed
 from rank_jobs import RankJob
 from test_depth import BY_LOSS, TOKENS, gone_of, made, options_of, skipping
@@ -19,10 +21,11 @@ from flap_stream.arithmetic.allocation import allocate
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.scoring import LayerScores
 from flap_stream.arithmetic.whole_layers import price
-from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, RewriteConfig, SweepConfig
-from flap_stream.errors import InvalidOption, RunMismatch
+from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, SweepConfig
+from flap_stream.errors import RunMismatch
 from flap_stream.output.digests import DIGESTS_NAME
 from flap_stream.storage.loss import LossStore
+from flap_stream.storage.refits import RefitStore
 from flap_stream.storage.run_directory import RunDirectory
 
 GEMMA = ["sliding_attention", "full_attention"] * 2
@@ -130,6 +133,36 @@ def test_the_price_of_a_layer_is_the_most_of_any_choice_of_its_units() -> None:
     assert price(scores, shape, options) == pytest.approx(best)
 
 
+def _prune_until_refits_are_killed(model: Path, out: Path, options: PruneConfig) -> None:
+    write = RefitStore.write
+
+    def write_and_die(store: RefitStore, layer: int, *arguments: Any) -> None:
+        write(store, layer, *arguments)
+        if layer == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(RefitStore, "write", write_and_die)  # noqa: B010 (in a process of its own)
+    flap_stream.prune(model, out, options)
+
+
+@pytest.mark.parametrize("restore", ["least-squares", "reconstruct"])
+def test_what_stays_is_refitted_past_removed_layers_and_goes_on_after_a_kill(restore: str, tmp_path: Path) -> None:
+    path, ids = made(tmp_path, "llama", layers=5), torch.from_numpy(random_tokens(16, 16, seed=9))
+    save_tokens(tmp_path / "tokens.npy", random_tokens(40, 16))
+    divergences = []
+    for how in ("bias", restore):
+        given = {**BY_LOSS, "ratio": 0.7, "min_neurons": 24, "restore": how, "snapshot_interval": 1}
+        options = options_of(tmp_path, **given)
+        record = flap_stream.prune(path, tmp_path / how, options).record
+        with torch.no_grad():
+            dense, ours = (load(place)(ids).logits.log_softmax(dim=-1) for place in (path, tmp_path / how))
+        divergences.append(float((dense.exp() * (dense - ours)).sum(dim=-1).mean()))
+    assert any(number < 3 for number in gone_of(record)) and divergences[1] < divergences[0]
+    assert forked_to_its_end(_prune_until_refits_are_killed, (path, tmp_path / "killed", options)) == KILLED
+    flap_stream.prune(path, tmp_path / "killed", options)
+    assert (tmp_path / "killed" / DIGESTS_NAME).read_bytes() == (tmp_path / restore / DIGESTS_NAME).read_bytes()
+
+
 @pytest.mark.parametrize("hidden_place", ["host", "disk"])
 def test_a_sweep_lets_hidden_states_past_removed_layers(
     hidden_place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -165,5 +198,3 @@ def test_what_needs_scores_of_layers_or_their_units_is_refused(tmp_path: Path) -
         kept = float(own.attention[keep.kv_groups].sum() + own.mlp[keep.neurons].sum())
         rise += float(own.layer[0]) if keep.is_gone else float(own.attention.sum() + own.mlp.sum()) - kept
     assert planned.predicted.window == pytest.approx(rise / 2)
-    with pytest.raises(InvalidOption, match="least-squares is not defined where whole layers are removed"):
-        flap_stream.rewrite(run, tmp_path / "out", RewriteConfig(restore="least-squares"))

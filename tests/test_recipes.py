@@ -77,6 +77,7 @@ def test_a_recipe_does_what_its_options_do(place: Path) -> None:
         ["--calibration", "tokens.npy", "--statistics", "released", "--restore", "none"],
         ["--method", "magnitude-sp", "--max-shard-size", "20KB"],
         ["--calibration", "tokens.npy", "--method", "shortgpt", "--ratio", "0.5"],
+        ["--calibration", "tokens.npy", "--depth", "--metric", "fisher", "--ratio", "0.8", "--min-neurons", "32"],
     ],
     ids=lambda options: "-".join(options[2:6:2]),
 )

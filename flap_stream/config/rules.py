@@ -75,7 +75,6 @@ RULES = (
         "--method flap --metric fisher --structure al-am, without --whole-experts",
         lambda o: (o.method, o.metric, o.structure, o.whole_experts) == ("flap", "fisher", "al-am", False),
     ),
-    Rule((PruneConfig,), ("depth",), "--restore bias or none", lambda o: o.refit is None),
     Rule((CollectConfig,), ("whole_experts", "depth"), "--loss-windows N", lambda o: o.loss_windows > 0),
     Rule((SweepConfig,), ("ratio", *TARGET_FIELDS), "plan and prune; a sweep has --ratios", lambda o: False),
     Rule((SweepConfig,), ("sequence_length", "samples"), "--evaluate TEXT", lambda o: bool(o.evaluate)),

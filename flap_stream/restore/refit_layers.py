@@ -94,7 +94,12 @@ def _refit_rest(refit: RefitPass, job: RefitJob, stage: Stage, complete: int) ->
     refitted_layer = reconstruct_layer if job.restore == "reconstruct" else refit_layer
     for i, weights in refit.batches.layers(stage, complete, job.snapshot_interval):
         prefix = f"{model.family.layers}.{i}."
-        if i < complete:
+        if job.keeps[i].is_gone:  # the pruned hidden states stay as they are
+            if refit.dense is not None:
+                refit.batches.run_all(i, weights, refit.dense)
+            if i >= complete:
+                _store(refit, i, prefix, {})
+        elif i < complete:
             # Copies, which lie in memory as the tensors did when they were new: products may round by that.
             loaded = load_file(run.refits.path(i)).items()
             stored = {name.removeprefix(prefix): tensor.clone() for name, tensor in loaded}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flap_stream.arithmetic.allocation import LayerKeep, kept_layers
+from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.layer_shape import Sublayer
 from flap_stream.arithmetic.scoring import baseline_input
 from flap_stream.config import RewriteConfig, require_restoration
@@ -15,7 +15,7 @@ from flap_stream.config.rules import options_of
 from flap_stream.engine.device import cpu_threads, in_use
 from flap_stream.engine.membership import joined
 from flap_stream.engine.streamed_model import StreamedModel
-from flap_stream.errors import InvalidOption, RunMismatch
+from flap_stream.errors import RunMismatch
 from flap_stream.output.carried import tell_left_out
 from flap_stream.output.destination import require_own_place
 from flap_stream.output.pruned_checkpoint import write_checkpoint
@@ -143,11 +143,6 @@ def _refitted(
 ) -> Restoration:
     """Refit with the dtype, batch size and number of threads that the statistics were collected with."""
     source, measured = session.source, session.measured
-    if len(kept := kept_layers(keeps)) < len(keeps):
-        raise InvalidOption(
-            f"--restore {restore} is not defined where whole layers are removed, and the plan keeps only layers "
-            f"{kept}; use --restore bias or none"
-        )
     model = StreamedModel(source, replace(options, dtype=_collected_dtype(run, options)), session.ranks)
     measured.device = str(model.device)
     require_refittable(model, restore)
