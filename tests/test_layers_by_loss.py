@@ -77,6 +77,7 @@ def test_layers_go_beside_units_and_the_checkpoint_computes_what_the_masked_mode
     gone = gone_of(record)
     assert 0 < len(gone) < 4 and record["realised_ratio"]["decoder"] == pytest.approx(0.7, abs=0.03)
     assert any(len(layer["kept_neurons"]) not in (0, layer["neurons"]) for layer in record["layers"])
+    assert "whole decoder layers, KV groups" in (tmp_path / "out" / "README.md").read_text()
     expected = skipping(masked_model(path, record, torch.from_numpy(TOKENS) if restore == "bias" else None), gone)
     ours, ids = load(tmp_path / "out"), torch.from_numpy(random_tokens(3, 20, seed=5))
     with torch.no_grad():

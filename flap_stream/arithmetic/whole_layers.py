@@ -29,7 +29,7 @@ def layers_of_least_influence(
     if not count:
         needed = ceil(shares[0] * 10_000) / 10_000
         raise InvalidOption(
-            f"--ratio {options.ratio} removes no layer: the first to go, layer {order[0]}, has {needed} of the "
+            f"--ratio {options.ratio} removes no layer: the first to go has {needed} of the "
             "prunable weights; raise the ratio to that at least"
         )
     return order[:count]

@@ -58,8 +58,11 @@ def model_card(
 
 
 def _what_is_removed(record: dict[str, Any]) -> str:
-    of_layers = record["options"]["method"] == "shortgpt"
-    return "whole decoder layers" if of_layers else "whole KV groups of attention heads and MLP neurons"
+    if record["options"]["method"] == "shortgpt":
+        return "whole decoder layers"
+    if "kept_layers" in record:
+        return "whole decoder layers, KV groups of attention heads and MLP neurons"
+    return "whole KV groups of attention heads and MLP neurons"
 
 
 def _sizes_table(record: dict[str, Any]) -> str:
