@@ -34,6 +34,11 @@ def renumbered_config(skeleton: Skeleton, kept: Sequence[int]) -> dict[str, Any]
     Raises UnsupportedModel if a layer would compute something else under its new number, or if no layer is left whose
     KV cache counts tokens.
     """
+    if not skeleton.state.is_plain:
+        raise UnsupportedModel(
+            f"no layers can be removed from {skeleton.where}, where they hand on more than hidden states; prune "
+            "neurons instead"
+        )
     known, count = skeleton.hf_config.to_dict(), len(skeleton.layers)
     config = {**skeleton.config, **_renumbered({**skeleton.config, **known}, kept, count)}
     cut = Skeleton(config, skeleton.where)
