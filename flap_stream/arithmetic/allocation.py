@@ -269,12 +269,13 @@ def _remove_worst_experts(pool: UnitPool, shapes: Sequence[LayerShape], options:
         own = pool.modules((pool.layer == i) & ~pool.in_attention) if shape.experts else []
         own.sort(key=lambda units: pool.whole[units[0]])
         removed = np.cumsum([0, *map(len, own)])
-        count = int(np.argmin(np.abs(removed - options.ratio * shape.neurons)))
+        counts = [n for n in range(len(own) + 1) if (len(own) - n) % options.expert_multiple == 0]
+        count = min(counts, key=lambda n: abs(removed[n] - options.ratio * shape.neurons))
         most = sum(bool(np.isfinite(pool.whole[units[0]])) for units in own)
         if count > most and not clips:
             raise InvalidOption(
                 f"--ratio {options.ratio} removes {count} of {len(own)} experts of layer {i}, but {len(own) - most} "
-                "must stay (--min-experts, or what its router chooses for a token); lower the ratio"
+                "must stay (--min-experts, what its router chooses for a token, --round-experts-to); lower the ratio"
             )
         for units in own[: min(count, most)]:
             keep[units] = False

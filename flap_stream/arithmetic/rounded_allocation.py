@@ -50,33 +50,67 @@ def keep_rounded_to_target(
 def _blocks(pool: UnitPool, shapes: Sequence[LayerShape], options: PlanConfig) -> tuple[np.ndarray, UnitPool]:
     """The block of each unit, int64 `[unit]`, -1 for units that are removed in any case; and the blocks.
 
-    Units are ranked in each module and cut into blocks of a step. The remainder, the worst units, is removed before
+    Experts that go together are one module in these, and have one first block.
+    """
+    block_of, module = np.full(len(pool.score), -1), list[int]()  # of each block
+    remainders: list[int] = []  # blocks
+    groups = _together(pool, shapes, options)
+    for number, group in enumerate(groups):
+        start, further = len(module), 0
+        for own in group:
+            ranked, blocks, has_remainder = _cut(pool, own, shapes, options)
+            block_of[ranked] = np.where(blocks == 0, start, start + further + blocks)
+            further += int(blocks[-1])
+            remainders += [start + further] if has_remainder else []
+        module += [number] * (1 + further)
+    own = np.flatnonzero(block_of >= 0)
+    own = own[np.argsort(block_of[own], kind="stable")]
+    size = np.bincount(block_of[own], minlength=len(module))
+    first = own[np.cumsum(size) - size]
+    score = np.add.reduceat(pool.score[own], np.cumsum(size) - size) / size if module else np.zeros(0)
+    of_module = np.array(module, dtype=np.int64)
+    whole = np.array([np.mean([pool.whole[own[0]] for own in group]) for group in groups])[of_module]
+    score = _with_whole_experts(score, of_module, whole)
+    score[remainders] = np.where(np.isposinf(score[remainders]), np.inf, -np.inf)
+    firsts = UnitPool(**{name: values[first] for name, values in vars(pool).items()})
+    experts = np.array(list(map(len, groups)), dtype=np.int64)[of_module]
+    found = replace(firsts, score=score, cost=firsts.cost * size, size=size)
+    return block_of, replace(found, module=of_module, whole=whole, experts=experts)
+
+
+def _together(pool: UnitPool, shapes: Sequence[LayerShape], options: PlanConfig) -> list[list[np.ndarray]]:
+    """The units of each module, listed with those of the experts that are kept or removed together with it.
+
+    The experts of a mixture that may go are ranked and grouped, from the best on. The remainder, the worst ones, is
+    missing: it is removed in any case.
+    """
+    alone, size = [[own] for own in pool.modules()], options.expert_multiple
+    if size == 1:
+        return alone
+    groups = [group for group in alone if np.isposinf(pool.whole[group[0][0]])]
+    for i in range(len(shapes)):
+        own = pool.modules((pool.layer == i) & ~np.isposinf(pool.whole))
+        own.sort(key=lambda units: -pool.whole[units[0]])
+        groups += [own[at : at + size] for at in range(0, len(own) // size * size, size)]
+    return groups
+
+
+def _cut(
+    pool: UnitPool, own: np.ndarray, shapes: Sequence[LayerShape], options: PlanConfig
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """The units of a module that may be kept, best first; the block that each is in; whether there is a remainder.
+
+    Units are ranked and cut into blocks of a step. The remainder, the worst units, is the last block, removed before
     anything else, and in any case if the requested multiple forbids keeping all. The first block of an expert that may
     go as a whole has its minimum of neurons.
     """
-    block_of, count = np.full(len(pool.score), -1), 0
-    remainders: list[int] = []  # blocks
-    for own in pool.modules():
-        step, asked = _steps(int(pool.layer[own[0]]), shapes, pool.sublayer_of(own[0]), len(own), options)
-        whole = len(own) // step
-        usable = len(own) if len(own) % step % asked == 0 else whole * step
-        ranked = own[np.argsort(-pool.score[own], kind="stable")]
-        first = ceil(options.min_neurons / step) if np.isfinite(pool.whole[own[0]]) else 1
-        blocks = np.maximum(np.arange(usable) // step - max(first - 1, 0), 0)
-        block_of[ranked[:usable]] = count + blocks
-        added = int(blocks[-1]) + 1 if usable else 0
-        if whole and usable > whole * step and added > 1:
-            remainders.append(count + added - 1)
-        count += added
-    own = np.flatnonzero(block_of >= 0)
-    own = own[np.argsort(block_of[own], kind="stable")]
-    size = np.bincount(block_of[own], minlength=count)
-    first = own[np.cumsum(size) - size]
-    score = np.add.reduceat(pool.score[own], np.cumsum(size) - size) / size if count else np.zeros(0)
-    score = _with_whole_experts(score, pool.module[first], pool.whole[first])
-    score[remainders] = np.where(np.isposinf(score[remainders]), np.inf, -np.inf)
-    firsts = UnitPool(**{name: values[first] for name, values in vars(pool).items()})
-    return block_of, replace(firsts, score=score, cost=firsts.cost * size, size=size)
+    step, asked = _steps(int(pool.layer[own[0]]), shapes, pool.sublayer_of(own[0]), len(own), options)
+    whole = len(own) // step
+    usable = len(own) if len(own) % step % asked == 0 else whole * step
+    ranked = own[np.argsort(-pool.score[own], kind="stable")]
+    first = ceil(options.min_neurons / step) if np.isfinite(pool.whole[own[0]]) else 1
+    blocks = np.maximum(np.arange(usable) // step - max(first - 1, 0), 0)
+    return ranked[:usable], blocks, bool(whole and usable > whole * step and blocks[-1] > 0)
 
 
 def _with_whole_experts(score: np.ndarray, module: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -143,7 +143,9 @@ class Target:
         added[first] += rests[layer[first], sublayer[first]]
         _, first = np.unique(pool.module[order], return_index=True)
         of_experts = np.array([layer.expert_rest for layer in self.prices], dtype=np.int64)
-        added[first] += np.where(pool.in_attention[order][first], 0, of_experts[layer[first]])
+        added[first] += np.where(
+            pool.in_attention[order][first], 0, of_experts[layer[first]] * pool.experts[order][first]
+        )
         return added
 
 

@@ -18,7 +18,8 @@ class UnitPool:
 
     layer, in_attention: the sublayer of each. unit: its index there, or that of a block's first unit. size: units in
     each. module: ascending number of what it belongs to: the attention or the MLP of a layer, or an expert. whole: the
-    score of that module as a whole; infinite where it is not removed as one.
+    score of that module as a whole; infinite where it is not removed as one, -inf where it must be. experts: how many
+    are kept or removed together in a module; 1 where it is none.
     """
 
     score: np.ndarray
@@ -29,6 +30,7 @@ class UnitPool:
     in_attention: np.ndarray
     module: np.ndarray
     whole: np.ndarray
+    experts: np.ndarray
 
     @classmethod
     def of(cls, scores: Sequence[LayerScores], shapes: Sequence[LayerShape]) -> "UnitPool":
@@ -57,6 +59,7 @@ class UnitPool:
                         in_attention=np.full(size, sublayer is Sublayer.ATTENTION),
                         module=np.repeat(np.arange(module, module + len(modules)), modules),
                         whole=np.repeat(whole, modules),
+                        experts=np.ones(size, dtype=np.int64),
                     )
                 )
                 module += len(modules)
@@ -65,14 +68,21 @@ class UnitPool:
     def without_last_experts(self, shapes: Sequence[LayerShape], options: PlanConfig) -> "UnitPool":
         """The same where the best experts of each mixture, up to the minimum that it keeps, do not go as a whole.
 
-        Nor do those that score infinity, which are not among the best: tokens may reach none of them.
+        Nor do those that score infinity, which are not among the best: tokens may reach none of them. As many of the
+        best are added as make all of these a multiple of what is asked for. If that forbids keeping all, the last ones
+        of infinite score must go.
+        Raises InvalidOption if a mixture has too few experts for that multiple.
         """
         whole = self.whole.copy()
         for i, shape in enumerate(shapes):
             own = self.modules((self.layer == i) & ~self.in_attention) if shape.experts else []
             own.sort(key=lambda units: -self.whole[units[0]] if np.isfinite(self.whole[units[0]]) else np.inf)
-            for units in own[: max(options.min_experts or 0, shape.router_needs)]:
+            known = sum(bool(np.isfinite(self.whole[units[0]])) for units in own)
+            best, unknown = _experts_that_stay(i, shape, len(own) - known, options)
+            for units in own[:best]:
                 whole[units] = np.inf
+            for units in own[known + unknown :]:
+                whole[units] = -np.inf
         return replace(self, whole=whole)
 
     def belongs_to(self, sublayer: Sublayer) -> np.ndarray:
@@ -107,6 +117,25 @@ class UnitPool:
             ranked = own[np.argsort(-self.score[own], kind="stable")]
             protected[ranked[np.cumsum(self.size[ranked]) - self.size[ranked] < least]] = True
         return protected
+
+
+def _experts_that_stay(layer: int, shape: LayerShape, unknown: int, options: PlanConfig) -> tuple[int, int]:
+    """How many of a mixture's best experts stay in any case, and how many of the `unknown` ones, which score infinity.
+
+    Raises InvalidOption if no multiple of what is asked for is as many as must stay.
+    """
+    count, multiple = len(shape.experts), options.expert_multiple
+    least = min(max(options.min_experts or 0, shape.router_needs), count)
+    most = count // multiple * multiple
+    if most < least:
+        raise InvalidOption(
+            f"layer {layer} has {count} experts, of which at least {least} must stay, but --round-experts-to asks for "
+            f"a multiple of {multiple}; lower it"
+        )
+    best = min(least, count - unknown)
+    stay = min(ceil((best + unknown) / multiple) * multiple, most)
+    best = max(best, stay - unknown)
+    return best, stay - best
 
 
 def nearest_prefix(pool: UnitPool, protected: np.ndarray, budget: float, options: PlanConfig) -> np.ndarray:
@@ -161,6 +190,7 @@ def rounding_options(options: PlanConfig) -> str:
     multiples = {
         "--round-heads-to": options.round_heads_to,
         "--round-neurons-to": options.neuron_multiple,
+        "--round-experts-to": options.expert_multiple,
         "--tensor-parallel": options.tensor_parallel,
     }
     return ", ".join(f"{name} {multiple}" for name, multiple in multiples.items() if multiple > 1)

@@ -262,6 +262,12 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         "--min-experts", type=int, metavar="N", help="experts that every mixture keeps (default: what a token needs)"
     )
     group.add_argument(
+        "--round-experts-to",
+        type=int,
+        metavar="N",
+        help="keep a multiple of N experts in each mixture; with N above half of them, exactly N (default: 1)",
+    )
+    group.add_argument(
         "--remove-heads", type=int, metavar="N", help="query heads to remove in total (only al-mm and ul-mm)"
     )
 

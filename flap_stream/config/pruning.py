@@ -34,7 +34,8 @@ class PlanConfig(TargetConfig):
     remove_heads: query heads to remove in all layers together, only for `al-mm` and `ul-mm`.
     min_heads, min_neurons: every layer keeps at least that many.
     whole_experts: experts are removed as a whole, too, with their rows of the router. min_experts: a mixture keeps at
-    least that many; None, and the least, is what its router chooses for a token.
+    least that many; None, and the least, is what its router chooses for a token. round_experts_to: a mixture keeps a
+    multiple of this many; exactly this many if it is more than half of them. None is 1.
     depth: layers are removed as a whole, too.
     round_heads_to, round_neurons_to: every layer keeps a multiple of this many query heads or neurons. None is
     `FAST_MULTIPLE` neurons, or 1 with `statistics="released"`. 1 keeps what the scores say, as published; above it, KV
@@ -54,6 +55,7 @@ class PlanConfig(TargetConfig):
     min_neurons: int = 1
     whole_experts: bool = False
     min_experts: int | None = None
+    round_experts_to: int | None = None
     depth: bool = False
     round_heads_to: int = 1
     round_neurons_to: int | None = None
@@ -62,12 +64,17 @@ class PlanConfig(TargetConfig):
     @property
     def rounds(self) -> bool:
         """Whether sizes are rounded."""
-        return max(self.round_heads_to, self.neuron_multiple, self.tensor_parallel) > 1
+        return max(self.round_heads_to, self.neuron_multiple, self.expert_multiple, self.tensor_parallel) > 1
 
     @property
     def neuron_multiple(self) -> int:
         """The multiple in force."""
         return self.round_neurons_to or FAST_MULTIPLE
+
+    @property
+    def expert_multiple(self) -> int:
+        """What the number of experts of a mixture is a multiple of."""
+        return self.round_experts_to or 1
 
     def __post_init__(self) -> None:
         """Refuse values out of range and combinations that mean nothing."""
@@ -91,8 +98,9 @@ class PlanConfig(TargetConfig):
             object.__setattr__(self, "ratio", _RATIO if self.target is None else NotGiven(0))
         require_at_least("min-heads", self.min_heads, 0)
         require_at_least("min-neurons", self.min_neurons, 0)
-        if self.min_experts is not None:
-            require_at_least("min-experts", self.min_experts, 1)
+        for name in ("min_experts", "round_experts_to"):
+            if getattr(self, name) is not None:
+                require_at_least(option_name(name), getattr(self, name), 1)
         for name in ("round_heads_to", "round_neurons_to", "tensor_parallel"):
             require_at_least(name.replace("_", "-"), getattr(self, name), 1)
         if self.rounds and self.method == "flap" and self.statistics == "released":

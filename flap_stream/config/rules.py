@@ -68,7 +68,7 @@ RULES = (
         "a method that removes KV groups and neurons, which shortgpt does not",
         lambda o: o.method != "shortgpt",
     ),
-    Rule((PlanConfig,), ("min_experts",), "--whole-experts or --method reap", removes_experts),
+    Rule((PlanConfig,), ("min_experts", "round_experts_to"), "--whole-experts or --method reap", removes_experts),
     Rule(
         (PlanConfig,),
         ("depth",),

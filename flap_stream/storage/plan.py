@@ -87,7 +87,7 @@ def recorded_options(options: PlanConfig) -> dict[str, Any]:
     values = asdict(options)
     left_out = [name for name in TARGET_FIELDS if values[name] is None] + ([] if options.target is None else ["ratio"])
     left_out += [name for name in ("whole_experts", "depth") if not values[name]]
-    left_out += [] if options.min_experts is not None else ["min_experts"]
+    left_out += [name for name in ("min_experts", "round_experts_to") if values[name] is None]
     return {name: value for name, value in values.items() if name not in left_out}
 
 
