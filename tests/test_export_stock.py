@@ -4,6 +4,7 @@ import json
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 import flap_stream
 from flap_stream.cli import main
-from flap_stream.config import ExportStockConfig
+from flap_stream.config import ExportStockConfig, PruneConfig
 from flap_stream.errors import OutputConflict, UnsupportedModel
 from flap_stream.export.stock import export_stock
 from flap_stream.model.families import FAMILIES
@@ -39,6 +40,8 @@ WITH_BIASES = {
     "starcoder2": "Starcoder2ForCausalLM",
 }
 BESIDE = tempfile.TemporaryDirectory(prefix="flap-stream-stock-")
+MIXTURES = [family for family, row in FAMILIES.items() if row.experts is not None]
+FUSED = ("gpt_oss", "llama4_text")  # whose dense checkpoints have all experts of a layer in one tensor
 ALL_HEADS = ("helium",)  # families whose class has no other number of heads, which padding restores
 
 
@@ -149,8 +152,69 @@ def test_what_is_there_already_stays(tmp_path: Path) -> None:
     assert (tmp_path / "stock" / "precious").exists() and (tmp_path / "other.partial" / "precious").exists()
 
 
+# --- mixtures of experts ---
+
+
+def mixture(place: Path, family: str, **options: Any) -> Path:
+    """A pruned mixture of experts."""
+    model = save(tiny_model(tiny_config(family), seed=3), place / "model")
+    text = save_tokens(place / "tokens.npy", random_tokens(8, 24))
+    given = {"ratio": 0.5, "calibration": (text,), "max_shard_bytes": 60_000}
+    flap_stream.prune(model, place / "out", PruneConfig(**{**given, **options}))
+    return place / "out"
+
+
+def names_in(place: Path) -> set[str]:
+    return {name for path in place.glob("*.safetensors") for name in load_file(path)}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_what_reap_leaves_is_the_familys_own_class(family: str, tmp_path: Path) -> None:
+    out = mixture(tmp_path, family, method="reap")
+    if family in FUSED:
+        with pytest.raises(UnsupportedModel, match=r"reads from one tensor for all; .* trust_remote_code=True"):
+            export_stock(out, tmp_path / "stock")
+        return
+    result = export_stock(out, tmp_path / "stock", ExportStockConfig(max_shard_bytes=60_000))
+    assert result.model_class == FAMILIES[family].causal_class and result.parameters_after == result.parameters_before
+    assert names_in(tmp_path / "stock") <= names_in(tmp_path / "model")  # as dense checkpoints have them
+    config = json.loads((tmp_path / "stock" / "config.json").read_text())
+    counts = {config[key] for key in config if key.endswith(("num_experts", "num_local_experts", "n_routed_experts"))}
+    assert counts == {result.experts} == {3 if family == "qwen3_moe" else 2}
+    require_equal(out, tmp_path / "stock")
+
+
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])
-def test_experts_are_refused(family: str, tmp_path: Path) -> None:
-    out = pruned(tmp_path, family, "ul-um", "none")
-    with pytest.raises(UnsupportedModel, match="has experts"):
-        export_stock(out, tmp_path / "stock", ExportStockConfig(pad=True))
+def test_experts_of_many_sizes_are_padded(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = mixture(tmp_path, family, structure="ul-um", restore="none", round_neurons_to=1)
+    with pytest.raises(UnsupportedModel, match=r"experts of \d+ to \d+ neurons.*; add --pad .*prune with --method r"):
+        export_stock(out, tmp_path / "stock")
+    assert main(["export-stock", str(out), str(tmp_path / "stock"), "--pad", "--quiet"]) == 0
+    experts, width = (6, 40) if family == "qwen3_moe" else (4, 96)
+    assert f"{experts} experts of " in capsys.readouterr().out
+    require_equal(out, tmp_path / "stock")
+    stock = load(tmp_path / "stock", trust=False).config
+    assert max(getattr(stock, "moe_intermediate_size", 0), stock.intermediate_size) >= width // 2
+
+
+def test_mixtures_of_one_number_of_experts_are_written_and_others_refused(tmp_path: Path) -> None:
+    by_loss: dict[str, Any] = {"metric": "fisher", "whole_experts": True, "loss_windows": 5, "restore": "none"}
+    for multiple in (None, 3):
+        place = tmp_path / str(multiple)
+        out = mixture(place, "mixtral", ratio=0.6, min_neurons=28, round_experts_to=multiple, **by_loss)
+        kept = [len(layer["kept_experts"]) for layer in json.loads((out / "pruning.json").read_text())["layers"]]
+        if multiple is None:
+            assert len(set(kept)) > 1
+            with pytest.raises(UnsupportedModel, match=r"has \d experts, others up to \d, .* --round-experts-to N, of"):
+                export_stock(out, place / "stock", pad=True)
+        else:
+            assert set(kept) == {multiple}
+            assert export_stock(out, place / "stock", pad=True).experts == multiple
+            require_equal(out, place / "stock")
+
+
+def test_shared_experts_that_a_class_has_as_wide_as_the_others_are_not(tmp_path: Path) -> None:
+    out = mixture(tmp_path, "dots1", ratio=0.6, restore="none")
+    assert max(width for layer in load(out).config.pruned_expert_sizes for width in layer) < 40
+    with pytest.raises(UnsupportedModel, match="dots1 accepts 4 experts of 16 neurons beside what else is in its lay"):
+        export_stock(out, tmp_path / "stock", pad=True)

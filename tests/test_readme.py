@@ -10,7 +10,7 @@ from test_bad_input import test_weights_that_are_not_finite_stop_with_their_name
 from test_campaign import test_a_kill_at_any_file_operation_changes_nothing as killed
 from test_campaign import test_a_power_cut_at_any_fsync_changes_nothing as power_cut
 from test_export_gguf import WRITTEN
-from test_export_stock import ALL_HEADS, WITH_BIASES
+from test_export_stock import ALL_HEADS, FUSED, WITH_BIASES
 from test_families import CASES
 from test_faults import CORRUPTIONS, FAULTS
 from test_faults import test_a_clock_set_back_and_short_reads_and_writes_change_nothing as clock_and_short_io
@@ -78,7 +78,7 @@ def corruptions_table() -> str:
 
 def stock_cell(family: str) -> str:
     if family not in DENSE:
-        return "no"
+        return "no" if family in FUSED else "REAP"
     cell = "yes" if family in WITH_BIASES else "no biases"
     return f"{cell}, padded" if family in ALL_HEADS else cell
 

@@ -36,9 +36,9 @@ def run(options: argparse.Namespace) -> None:
         shared.print_json(asdict(result) | {"directory": str(result.directory)})
         return
     before, after = result.kv_cache_bytes_before, result.kv_cache_bytes_after
-    print(
-        f"class        {result.model_class}, {result.kv_groups} KV groups and {result.neurons} neurons in every layer"
-    )
+    mixtures = f"{result.experts} experts of {result.expert_neurons} neurons" if result.experts else ""
+    sizes = " or ".join(filter(None, (f"{result.neurons} neurons" if result.neurons else "", mixtures)))
+    print(f"class        {result.model_class}, {result.kv_groups} KV groups and {sizes} in every layer")
     print(f"parameters   {result.parameters_before:,} -> {result.parameters_after:,}")
     print(f"KV cache     {format_bytes(before)} -> {format_bytes(after)} per token")
     shared.show(f"result       {result.directory}")

@@ -142,11 +142,34 @@ class Family:
             name = re.sub(pattern, replacement, name)
         return name
 
+    def dense_name(self, name: str) -> str:
+        """A name that dense checkpoints have for a tensor of the pruned class; the inverse of `canonical`."""
+        found = name
+        for pattern, replacement in self.renames:
+            tried = _replaced_back(pattern, replacement, found)
+            found = tried if self.canonical(tried) == name else found
+        return found
+
     @property
     def pruned_classes(self) -> dict[str, str]:
         """Auto class to the class in `modeling/`, as `auto_map` has them."""
         base = self.base_class or self.causal_class.removesuffix("ForCausalLM") + "Model"
         return {"AutoModel": f"Pruned{base}", "AutoModelForCausalLM": f"Pruned{self.causal_class}"}
+
+
+def _replaced_back(pattern: str, replacement: str, name: str) -> str:
+    """The name of which `re.sub(pattern, replacement, ...)` makes this one; it itself if there is none.
+
+    pattern: of text without special meaning, groups, and `^` in front.
+    """
+    groups = re.findall(r"\([^)]*\)", pattern)
+    parts = re.split(r"\\(\d)", replacement)  # text and numbers of groups in turn
+    inverse = "".join(re.escape(part) if i % 2 == 0 else groups[int(part) - 1] for i, part in enumerate(parts))
+    before = pattern.removeprefix("^")
+    for number, group in enumerate(groups):
+        before = before.replace(group, rf"\{number + 1}", 1)
+    anchor = "^" if pattern.startswith("^") else ""
+    return re.sub(anchor + inverse, re.sub(r"\\\.", ".", before), name)
 
 
 def is_pruned(config: Mapping[str, Any]) -> bool:
