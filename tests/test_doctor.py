@@ -80,6 +80,7 @@ def test_a_machine_without_a_card(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "flap_stream", "doctor", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert "no CUDA device" in done.stdout and "CPU threads" in done.stdout
+    assert "decodes FP8 checkpoints while loading" in done.stdout
 
 
 def test_an_old_zarr_and_a_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

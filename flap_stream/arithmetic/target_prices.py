@@ -2,13 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import ceil, gcd
 
 from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
 from flap_stream.arithmetic.targets import LayerPrices, Target
-from flap_stream.config import RewriteConfig, TargetConfig
+from flap_stream.config import FP8_BLOCK, PlanConfig, RewriteConfig, TargetConfig
 from flap_stream.errors import InvalidOption
 
+_FP8_ITEM = 1 + Fraction(4, FP8_BLOCK**2)  # bytes of a code and its part of a scale
 _SHARD_BYTES = 48  # at most: of the header of one more shard, without its tensors
+
+
+@dataclass(frozen=True)
+class Fp8Sizes:
+    """Sizes of a dense checkpoint if its linears were written in FP8, all blocks whole.
+
+    rest_bytes: of the tensors that belong to no units. unit_bytes, header_bytes: as in `ModelSizes`.
+    """
+
+    rest_bytes: int
+    unit_bytes: Sequence[tuple[int, int]]
+    header_bytes: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -17,7 +32,9 @@ class ModelSizes:
 
     parameters, weight_bytes: of all tensors. unit_bytes: of each layer's KV groups and neurons, biases included.
     header_bytes: of the headers of weight files, as if there were one file, without and with added biases.
-    expert_bytes: of what goes with each layer's experts besides their neurons.
+    expert_bytes: of what goes with each layer's experts besides their neurons. fp8: see `in_fp8`; None if the model
+    allows none, or an older version did not record it.
+    written_bytes: unit_bytes in the files that are written; None is the same.
     """
 
     parameters: int
@@ -25,6 +42,37 @@ class ModelSizes:
     unit_bytes: Sequence[tuple[int, int]]
     header_bytes: tuple[int, int]
     expert_bytes: Sequence[int]
+    fp8: Fp8Sizes | None = None
+    written_bytes: Sequence[tuple[int, int]] | None = None
+
+    def in_fp8(self, shapes: Sequence[LayerShape], options: PlanConfig) -> "ModelSizes":
+        """The sizes of weights that are written in FP8; at most these, whatever the scores.
+
+        Units whose number need not fill blocks count as in the dense model's dtype.
+        """
+        assert self.fp8 is not None
+        written, weight_bytes = [], self.fp8.rest_bytes
+        for shape, dense, packed in zip(shapes, self.unit_bytes, self.fp8.unit_bytes, strict=True):
+            own = [
+                p if is_whole else d for is_whole, p, d in zip(_fill_blocks(shape, options), packed, dense, strict=True)
+            ]
+            written.append((own[0], own[1]))
+            weight_bytes += shape.kv_groups * own[0] + shape.neurons * own[1]
+        return replace(self, weight_bytes=weight_bytes, header_bytes=self.fp8.header_bytes, written_bytes=written)
+
+
+def fp8_bytes(elements: int) -> int:
+    """Bytes of so many values in FP8, with their part of the scales, rounded up."""
+    return ceil(elements * _FP8_ITEM)
+
+
+def _fill_blocks(shape: LayerShape, options: PlanConfig) -> tuple[bool, bool]:
+    """Whether any number of KV groups, and of neurons, that a layer may keep fills blocks of FP8."""
+    groups = options.round_heads_to // gcd(options.round_heads_to, shape.heads_per_group)
+    neurons = [options.neuron_multiple]
+    if options.method == "reap":  # which removes whole experts and nothing else
+        groups, neurons = shape.kv_groups, list(shape.experts or (shape.neurons,))
+    return groups * shape.head_dim % FP8_BLOCK == 0, all(count % FP8_BLOCK == 0 for count in neurons)
 
 
 def target_of(
@@ -62,7 +110,8 @@ def target_of(
             )
         tokens = 0 if name == "target_size" else (options.context or 0) * (options.batch or 1)
         layers = list(zip(shapes, sizes.unit_bytes, strict=True))
-        prices = [_byte_prices(shape, own, tokens) for shape, own in layers]
+        written = sizes.written_bytes or sizes.unit_bytes
+        prices = [_byte_prices(*own, units, tokens) for own, units in zip(layers, written, strict=True)]
         with_rest = zip(prices, layers, sizes.expert_bytes, strict=True)
         prices = [replace(p, expert_rest=rest + _expert_bias_bytes(*own, restore)) for p, own, rest in with_rest]
         dense = sizes.weight_bytes + sum(shape.kv_groups * _cache_bytes(shape, own, tokens) for shape, own in layers)
@@ -88,12 +137,12 @@ def _expert_bias_bytes(shape: LayerShape, unit_bytes: tuple[int, int], restore: 
     return 0 if restore == "none" else shape.expert_added * _item_bytes(shape, unit_bytes)[1]
 
 
-def _byte_prices(shape: LayerShape, unit_bytes: tuple[int, int], tokens: int) -> LayerPrices:
-    """Prices in bytes. tokens: in the KV cache."""
+def _byte_prices(shape: LayerShape, unit_bytes: tuple[int, int], written: tuple[int, int], tokens: int) -> LayerPrices:
+    """Prices in bytes. written: of units in the files; unit_bytes: in the dense ones. tokens: in the KV cache."""
     attention, mlp = _item_bytes(shape, unit_bytes)
     return LayerPrices(
-        unit_bytes[0] + _cache_bytes(shape, unit_bytes, tokens),
-        unit_bytes[1],
+        written[0] + _cache_bytes(shape, unit_bytes, tokens),
+        written[1],
         attention * shape.attention_rest,
         mlp * shape.mlp_rest,
     )

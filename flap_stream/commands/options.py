@@ -261,12 +261,8 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--min-experts", type=int, metavar="N", help="experts that every mixture keeps (default: what a token needs)"
     )
-    group.add_argument(
-        "--round-experts-to",
-        type=int,
-        metavar="N",
-        help="keep a multiple of N experts in each mixture; with N above half of them, exactly N (default: 1)",
-    )
+    experts = "keep a multiple of N experts in each mixture; with N above half of them, exactly N (default: 1)"
+    group.add_argument("--round-experts-to", type=int, metavar="N", help=experts)
     group.add_argument(
         "--remove-heads", type=int, metavar="N", help="query heads to remove in total (only al-mm and ul-mm)"
     )
@@ -281,6 +277,8 @@ def add_rewrite(parser: argparse.ArgumentParser) -> None:
         help="how to compensate for what was removed: by a bias, by refitting output projections, or by fitting whole "
         "layers to the dense model's hidden states (default: bias for flap, none for the others)",
     )
+    fp8 = "fp8: the layers' matrices in FP8, by blocks of 128 x 128; prune then rounds neurons to 128 (default: auto)"
+    group.add_argument("--output-dtype", default="auto", choices=config.OUTPUT_DTYPES, help=fp8)
     group.add_argument("--refit-target", type=_removed_target, help=argparse.SUPPRESS)
     group.add_argument(
         "--max-shard-size",

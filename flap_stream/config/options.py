@@ -18,10 +18,12 @@ SWEPT_RESTORATIONS = ("bias", "none")  # those that masked_layers.py can put int
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 BOS = CHAT_TEMPLATE = ("auto", "always", "never")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+OUTPUT_DTYPES = ("auto", "fp8")
 
 LOSS_WINDOWS = 256  # windows that `prune` differentiates for the metric fisher unless told otherwise
 # In fp16 and bf16 that is 16 bytes, which a GPU's matrix units need; larger multiples gained nothing on an H200.
 FAST_MULTIPLE = 8
+FP8_BLOCK = 128  # rows and columns of a matrix in FP8 that share a scale, as kernels expect it
 
 _Part = TypeVar("_Part")
 

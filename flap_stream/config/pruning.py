@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 from flap_stream.config.options import (
     FAST_MULTIPLE,
+    FP8_BLOCK,
     HEAD_SCORES,
     LOSS_WINDOWS,
     METHODS,
     METRICS,
+    OUTPUT_DTYPES,
     REFITS,
     RESTORATIONS,
     STATISTICS,
@@ -192,10 +194,13 @@ class RewriteConfig(EngineConfig):
     restore: `bias` adds W[:, removed]·mean[removed]; `least-squares` refits what o_proj and down_proj keep, running
     the layers again (the engine's options are for that); `reconstruct` fits all that a layer keeps to the dense
     model's hidden states, by gradients; None is the method's own (`bias` for flap, else `none`).
+    output_dtype: `fp8` writes the matrices of the decoder layers as codes with a scale for each block of `FP8_BLOCK`
+    rows and columns, where both are multiples of that; `auto` writes all tensors in the dtypes that they have.
     max_shard_bytes: no shard is larger, except one that holds a single larger tensor.
     """
 
     restore: str | None = None
+    output_dtype: str = "auto"
     max_shard_bytes: Size = 5 * 10**9
 
     @property
@@ -208,6 +213,7 @@ class RewriteConfig(EngineConfig):
         super().__post_init__()
         if self.restore is not None:
             require_choice("restore", self.restore, RESTORATIONS)
+        require_choice("output-dtype", self.output_dtype, OUTPUT_DTYPES)
         require_at_least("max-shard-size", self.max_shard_bytes, 1)
 
 
@@ -227,13 +233,15 @@ class PruneConfig(PlanConfig, CollectConfig, RewriteConfig):
     """The whole job: all options of the three stages.
 
     `statistics="released"` runs one window at a time unless a batch size is given, and adds no beginning-of-text
-    token, as the released code does.
+    token, as the released code does. `output_dtype="fp8"` rounds neurons to `FP8_BLOCK` unless told otherwise.
     """
 
     keep_run: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values out of range, and a restoration that the method has no statistics for."""
+        if self.output_dtype == "fp8" and self.round_neurons_to is None and self.statistics != "released":
+            object.__setattr__(self, "round_neurons_to", FP8_BLOCK)
         super().__post_init__()
         require_restoration(self.method, self.restore)
         if self.metric == "fisher" and not self.loss_windows:

@@ -1,10 +1,12 @@
 """Where the output is written: checks that it can be put there and that the disk has room."""
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.arithmetic.target_prices import fp8_bytes
 from flap_stream.errors import InsufficientSpace, OutputConflict
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.storage import files, places
@@ -62,6 +64,12 @@ def _disk_of(path: Path) -> int:
     return files.existing_directory(path.absolute()).stat().st_dev
 
 
-def estimated_bytes(source: Checkpoint, shapes: Sequence[LayerShape], ratio: float) -> int:
-    """Estimated size of the output, before a plan exists."""
-    return int(source.nbytes - ratio * sum(shape.prunable for shape in shapes) * source.nbytes / source.parameters)
+def estimated_bytes(
+    source: Checkpoint, shapes: Sequence[LayerShape], ratio: float, linears: frozenset[str] | None = None
+) -> int:
+    """Estimated size of the output, before a plan exists. linears: see `PrunedModel`."""
+    nbytes, removed = float(source.nbytes), ratio * sum(shape.prunable for shape in shapes)
+    if linears is None:
+        return int(nbytes - removed * source.nbytes / source.parameters)
+    packed = (entry for name, entry in source.tensors.items() if name in linears)
+    return int(nbytes - sum(entry.nbytes - fp8_bytes(prod(entry.shape)) for entry in packed)) - fp8_bytes(int(removed))

@@ -50,7 +50,7 @@ def model_card(
 
 {_sizes_table(record)}
 
-{_options_sentence(record)} {_loading(stock_class, multimodal)}
+{_options_sentence(record)} {_loading(stock_class, multimodal)}{"" if stock_class else _fp8_note(record)}
 
 {_layers_table(record)}
 """
@@ -107,6 +107,17 @@ model = {model_class}.from_pretrained(PATH{flag})
 ```
 
 {kept}"""
+
+
+def _fp8_note(record: dict[str, Any]) -> str:
+    """What a user of a checkpoint in FP8 must know."""
+    if record.get("output_dtype") != "fp8":
+        return ""
+    return """
+
+Matrices of the decoder layers are in FP8 (E4M3, with a float32 scale for each block of 128 x 128). transformers runs
+them so on GPUs of compute capability 8.9 or later; elsewhere it decodes them while loading, as
+`quantization_config=FineGrainedFP8Config(dequantize=True)` does anywhere."""
 
 
 def _layers_table(record: dict[str, Any]) -> str:

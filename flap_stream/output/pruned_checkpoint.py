@@ -15,6 +15,7 @@ from flap_stream.model.model_files import INDEX_NAME
 from flap_stream.output.carried import carried_files
 from flap_stream.output.destination import begun_jobs, require_own_place, require_space
 from flap_stream.output.digests import DIGESTS_NAME, digests_file
+from flap_stream.output.fp8_config import fp8_config, tell_unconverted
 from flap_stream.output.model_card import model_card
 from flap_stream.output.pruned_config import pruned_config
 from flap_stream.output.pruned_model import PrunedModel
@@ -68,6 +69,7 @@ def write_checkpoint(
     Raises OutputConflict or InsufficientSpace before anything is written.
     """
     job = _Job(pruned, run, out, plan_shards(pruned, max_shard_bytes), pruning_record(pruned))
+    tell_unconverted(pruned, job.plan, warns=ranks.is_first)
     found = ranks.from_first(lambda: read_record(out))
     if found is not None:
         if without_name(found) == without_name(job.record):
@@ -166,5 +168,6 @@ def _small_files(job: _Job) -> list[tuple[str, bytes | Iterable[bytes]]]:
     index = job.plan.index()
     if index is not None:
         contents.append((INDEX_NAME, index))
-    contents.append(("config.json", json.dumps(pruned_config(job.pruned), indent=2).encode() + b"\n"))
+    config = {**pruned_config(job.pruned), **fp8_config(job.pruned, job.plan)}
+    contents.append(("config.json", json.dumps(config, indent=2).encode() + b"\n"))
     return contents

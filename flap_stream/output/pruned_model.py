@@ -40,6 +40,8 @@ class PrunedModel:
     calibration: what pruning.json records of the calibration. code: names of the tokenizer's own code files, where the
     user trusts them, which are copied. target: what pruning.json records of a target; None without one.
     recipe: the contents of recipe.toml. config: of the dense model, for the layers that are kept; None if all are.
+    linears: names of the weights that are written in FP8 if their sizes allow it; None writes all tensors in the dtypes
+    that they have.
     """
 
     source: Checkpoint
@@ -53,6 +55,7 @@ class PrunedModel:
     target: dict[str, Any] | None = None
     recipe: bytes = b""
     config: dict[str, Any] | None = None
+    linears: frozenset[str] | None = None
 
     @cached_property
     def family(self) -> Family:

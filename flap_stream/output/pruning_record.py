@@ -66,6 +66,11 @@ def options_record(options: PlanConfig) -> dict[str, Any]:
     return json.loads(json.dumps(recorded_options(options)))
 
 
+def output_dtype_record(is_fp8: bool) -> dict[str, str]:
+    """What a pruning.json records of the output's dtype."""
+    return {"output_dtype": "fp8"} if is_fp8 else {}
+
+
 def fingerprint_digest(fingerprint: dict[str, Any]) -> str:
     """One sha256 over everything that identifies a model."""
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
@@ -87,6 +92,7 @@ def pruning_record(pruned: PrunedModel) -> dict[str, Any]:
         **({} if pruned.target is None else {"target": pruned.target}),
         "restore": pruned.restore,
         **({} if refit is None else {"refit": refit}),
+        **output_dtype_record(pruned.linears is not None),
         "calibration": pruned.calibration,
         **sizes.record(),
         **({"left_whole": whole} if whole else {}),

@@ -27,6 +27,7 @@ def resolved_options(run: RunDirectory, plan: PlanConfig, rewrite: RewriteConfig
         **windows,
         calibration=tuple(run.manifest["calibration"].get("sources", PruneConfig.calibration)),
         restore=require_restoration(plan.method, rewrite.restore),
+        output_dtype=rewrite.output_dtype,
         max_shard_bytes=rewrite.max_shard_bytes,
         trust_remote_code=rewrite.trust_remote_code,
     )
@@ -41,6 +42,7 @@ def recipe(run: RunDirectory, plan: PlanConfig, rewrite: RewriteConfig, source: 
         "trust_remote_code": not rewrite.trust_remote_code,
         "whole_experts": not plan.whole_experts,
         "depth": not plan.depth,
+        "output_dtype": rewrite.output_dtype == "auto",
     }
     left_out = _DECIDE_NOTHING | {name for name in idle if idle[name]}
     versions = ", ".join(f"{name} {version}" for name, version in run.manifest["versions"].items())

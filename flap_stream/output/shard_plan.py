@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 
 from flap_stream.arithmetic.layer_shape import LayerShape
+from flap_stream.config import FP8_BLOCK
 from flap_stream.model.architecture import Family
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.model_files import SINGLE_NAME
@@ -23,7 +24,7 @@ class OutputTensor:
 
     source: the dense tensor it is copied or cut from; None for a bias that pruning adds, or for zeros.
     axis, keep: int64 rows or columns of the source that are kept, HOLE for zeros; None keeps everything.
-    shift: what is added to a bias.
+    shift: what is added to a bias. codes_of, scales_of: the tensor of values whose FP8 codes or scales these are.
     """
 
     name: str
@@ -34,6 +35,8 @@ class OutputTensor:
     axis: int | None = None
     keep: np.ndarray | None = None
     shift: "BaselineShift | None" = None
+    codes_of: "OutputTensor | None" = None
+    scales_of: "OutputTensor | None" = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ def plan_shards(pruned: PrunedModel, max_shard_bytes: int) -> ShardPlan:
     outputs: list[OutputTensor] = []
     for entry in source.tensors.values():
         outputs.extend(changed.get(entry.name, [_whole(entry)]))
+    if pruned.linears is not None:
+        outputs = list(in_fp8(outputs, pruned.linears))
     outputs = _renumbered(outputs, pruned)
     if source.wrapper is not None:
         outputs = [replace(tensor, name=source.wrapper.outer(tensor.name)) for tensor in outputs]
@@ -119,6 +124,25 @@ def _renumbered(outputs: list[OutputTensor], pruned: PrunedModel) -> list[Output
     return found
 
 
+def in_fp8(outputs: Iterable[OutputTensor], linears: frozenset[str]) -> Iterator[OutputTensor]:
+    """The same tensors where those of these names whose blocks are whole are FP8 codes, followed by their scales.
+
+    Others stay, for transformers would decode them with blocks of another size.
+    """
+    for tensor in outputs:
+        if tensor.name not in linears or any(size % FP8_BLOCK for size in tensor.shape):
+            yield tensor
+            continue
+        grid = tuple(size // FP8_BLOCK for size in tensor.shape)
+        yield OutputTensor(tensor.name, "F8_E4M3", tensor.shape, prod(tensor.shape), None, codes_of=tensor)
+        yield OutputTensor(f"{tensor.name}_scale_inv", "F32", grid, 4 * prod(grid), None, scales_of=tensor)
+
+
+def _filled(entry: TensorEntry, linears: frozenset[str]) -> tuple[int, ...]:
+    """A tensor's shape, in whole blocks where it is in FP8."""
+    return tuple(-(-n // FP8_BLOCK) * FP8_BLOCK for n in entry.shape) if entry.name in linears else entry.shape
+
+
 def group_shards(outputs: Iterable[OutputTensor], max_shard_bytes: int) -> ShardPlan:
     """Fill files with these tensors in order; none is larger than the limit unless it holds a single tensor."""
     groups: list[list[OutputTensor]] = [[]]
@@ -136,10 +160,17 @@ def group_shards(outputs: Iterable[OutputTensor], max_shard_bytes: int) -> Shard
     )
 
 
-def header_bytes(source: Checkpoint, family: Family, shapes: Sequence[LayerShape]) -> tuple[int, int]:
-    """Size of the header if all tensors were in one file, and of one with the output biases that pruning adds."""
-    names = [source.wrapper.outer(name) if source.wrapper else name for name in source.tensors]
-    dense = [replace(_whole(entry), name=name) for name, entry in zip(names, source.tensors.values(), strict=True)]
+def header_bytes(
+    source: Checkpoint, family: Family, shapes: Sequence[LayerShape], linears: frozenset[str] = frozenset()
+) -> tuple[int, int]:
+    """Size of the header if all tensors were in one file, and of one with the output biases that pruning adds.
+
+    linears: the weights that are in FP8, as if all of their blocks were whole.
+    """
+    filled = (replace(_whole(entry), shape=_filled(entry, linears)) for entry in source.tensors.values())
+    dense = list(in_fp8(filled, linears))
+    if source.wrapper is not None:
+        dense = [replace(tensor, name=source.wrapper.outer(tensor.name)) for tensor in dense]
     added = []
     for i, shape in enumerate(shapes):
         for part in family.parts(shape):

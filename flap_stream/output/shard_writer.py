@@ -1,6 +1,6 @@
 """Writing shards: their bytes, streamed tensor by tensor from the dense checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from flap_stream.arithmetic.fp8 import fp8_blocks
 from flap_stream.arithmetic.surgery import baseline_shift, select_columns
+from flap_stream.config import FP8_BLOCK
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.dtypes import stored_dtype, torch_dtype
 from flap_stream.model.safetensors_format import TensorEntry, row_ranges
@@ -38,22 +40,65 @@ def _shard_chunks(checkpoint: Checkpoint, shard: Shard) -> Iterator[bytes | memo
     yield shard.header
     shifts = {tensor.shift.weight.name: tensor.shift for tensor in shard.tensors if tensor.shift is not None}
     sums: dict[str, torch.Tensor] = {}  # computed while the weight is streamed; its bias comes after it
+    scales: dict[str, list[torch.Tensor]] = {}  # in the same way
     for tensor in shard.tensors:
-        if tensor.shift is not None:
-            shift_sum = sums.pop(tensor.shift.weight.name, None)
-            shift_sum = _shift_sum(checkpoint, tensor.shift) if shift_sum is None else shift_sum
-            yield _bias_bytes(checkpoint, tensor, shift_sum)
-        elif tensor.source is None:
-            yield from _zeros(tensor.nbytes)
-        elif tensor.axis == COLUMNS and tensor.keep is not None:
-            shift = shifts.get(tensor.source.name)
-            if shift is not None:
-                sums[tensor.source.name] = torch.zeros(tensor.source.shape[0], dtype=torch.float64)
-            yield from _column_blocks(checkpoint, tensor.source, tensor.keep, shift, sums.get(tensor.source.name))
-        elif tensor.keep is not None:
-            yield from _padded_row_blocks(checkpoint, tensor.source, tensor.keep)
+        if tensor.codes_of is not None:
+            scales[tensor.name] = []
+            values = _values(checkpoint, tensor.codes_of, shifts, sums)
+            for rows in _block_rows(values, tensor.codes_of):
+                codes, scale = fp8_blocks(rows)
+                scales[tensor.name].append(scale)
+                yield memoryview(codes.view(torch.uint8).numpy()).cast("B")
+        elif tensor.scales_of is not None:
+            found = scales.pop(tensor.scales_of.name, None)
+            found = _scales(checkpoint, tensor.scales_of) if found is None else found
+            yield memoryview(torch.cat(found).view(torch.uint8).numpy())
         else:
-            yield from _copied(checkpoint, tensor.source)
+            yield from _values(checkpoint, tensor, shifts, sums)
+
+
+def _values(
+    checkpoint: Checkpoint, tensor: OutputTensor, shifts: Mapping[str, BaselineShift], sums: dict[str, torch.Tensor]
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a tensor that is no codes or scales.
+
+    shifts: of biases that come after their weights. sums: those computed so far, by weight.
+    """
+    if tensor.shift is not None:
+        shift_sum = sums.pop(tensor.shift.weight.name, None)
+        shift_sum = _shift_sum(checkpoint, tensor.shift) if shift_sum is None else shift_sum
+        yield _bias_bytes(checkpoint, tensor, shift_sum)
+    elif tensor.source is None:
+        yield from _zeros(tensor.nbytes)
+    elif tensor.axis == COLUMNS and tensor.keep is not None:
+        shift = shifts.get(tensor.source.name)
+        if shift is not None:
+            sums[tensor.source.name] = torch.zeros(tensor.source.shape[0], dtype=torch.float64)
+        yield from _column_blocks(checkpoint, tensor.source, tensor.keep, shift, sums.get(tensor.source.name))
+    elif tensor.keep is not None:
+        yield from _padded_row_blocks(checkpoint, tensor.source, tensor.keep)
+    else:
+        yield from _copied(checkpoint, tensor.source)
+
+
+def _block_rows(chunks: Iterable[bytes | memoryview], tensor: OutputTensor) -> Iterator[torch.Tensor]:
+    """A matrix `[FP8_BLOCK, column]` by matrix, each valid until the next one. chunks: the bytes of all its values."""
+    raw = torch.empty(FP8_BLOCK * tensor.nbytes // tensor.shape[0], dtype=torch.uint8)
+    buffer, filled = memoryview(raw.numpy()), 0
+    for chunk in chunks:
+        left = memoryview(chunk)
+        while len(left):
+            count = min(len(left), len(buffer) - filled)
+            buffer[filled : filled + count] = left[:count]
+            filled, left = filled + count, left[count:]
+            if filled == len(buffer):
+                yield raw.view(torch_dtype(tensor.dtype)).view(FP8_BLOCK, tensor.shape[1])
+                filled = 0
+
+
+def _scales(checkpoint: Checkpoint, tensor: OutputTensor) -> list[torch.Tensor]:
+    """The scales of a tensor's values, whose codes are in another shard."""
+    return [fp8_blocks(rows)[1] for rows in _block_rows(_values(checkpoint, tensor, {}, {}), tensor)]
 
 
 def _copied(checkpoint: Checkpoint, entry: TensorEntry) -> Iterator[memoryview]:

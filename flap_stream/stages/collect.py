@@ -19,6 +19,7 @@ from flap_stream.engine.placement import Job
 from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.output.destination import estimated_bytes, require_space
+from flap_stream.output.fp8_config import fp8_linears
 from flap_stream.progress import Progress
 from flap_stream.restore.requirements import refit_sizes, refit_stored_bytes, require_refittable
 from flap_stream.stages.expert_loss import require_removable_experts
@@ -141,6 +142,7 @@ def calibration_record(options: CollectConfig) -> dict[str, Any]:
 def _require_possible(model: StreamedModel, options: PruneConfig) -> None:
     """Raise what planning and refitting would raise for this model whatever the scores."""
     require_minimum(model.shapes, options)
+    fp8_linears(model.checkpoint, options, model.skeleton)
     rehearse(model, options)
     if options.refit is not None:
         require_refittable(model, options.refit)
@@ -173,8 +175,10 @@ def _require_space(
 ) -> None:
     """Raise InsufficientSpace unless OUT and the run directory fit; what an interrupted call has written counts."""
     refit = _refit(options)
-    ratio = expected_ratio(model, options) if isinstance(options, PruneConfig) else options.ratio
-    written = estimated_bytes(model.checkpoint, model.shapes, ratio)
+    ratio, linears = options.ratio, None
+    if isinstance(options, PruneConfig):
+        ratio, linears = expected_ratio(model, options), fp8_linears(model.checkpoint, options, model.skeleton)
+    written = estimated_bytes(model.checkpoint, model.shapes, ratio, linears)
     written -= files.tree_bytes(files.partial_path(out))
     kept = stored_bytes(model.shapes, tokens) - files.tree_bytes(run)
     kept += 0 if refit is None else refit_stored_bytes(model, refit)
@@ -233,6 +237,7 @@ def _manifest(model: StreamedModel, options: CollectConfig, windows: Windows, ba
             "unit_bytes": [list(own) for own in sizes.unit_bytes],
             "header_bytes": list(sizes.header_bytes),
             **({"expert_bytes": list(sizes.expert_bytes)} if any(sizes.expert_bytes) else {}),
+            **({} if sizes.fp8 is None else {"fp8": asdict(sizes.fp8)}),
         },
         **({"left_whole": whole} if whole else {}),
         "layers": [asdict(shape) for shape in model.shapes],

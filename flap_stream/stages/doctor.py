@@ -24,6 +24,7 @@ from flap_stream.storage.run_lock import acquire_lock
 
 _LEAST_DISK = 1 << 30  # free bytes below which hardly any model fits
 _SLOW_DISK = 100e6  # bytes per second: the layers of a 65B model then take 20 minutes to read
+_RUNS_FP8 = (8, 9)  # compute capability; see FineGrainedFP8HfQuantizer of transformers
 _EXTRAS = {
     "gguf": "export-gguf",
     "plots": "report",
@@ -49,6 +50,7 @@ def examine(directory: Path, root: Path = Path("/")) -> Iterator[Finding]:
     yield from _packages()
     yield from _clock()
     yield from _device()
+    yield _fp8()
     yield _memory(root)
     yield from _folder(directory)
     yield from _hub()
@@ -100,6 +102,17 @@ def _device() -> Iterator[Finding]:
         yield Finding("note", "device", text)
     else:
         yield Finding("ok", "device", f"{found[0]}: {format_bytes(free_bytes(device))} free")
+
+
+def _fp8() -> Finding:
+    """Whether transformers runs FP8 checkpoints as they are here."""
+    device = choose_device("auto")
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if capability >= _RUNS_FP8:
+        return Finding("ok", "FP8", "transformers runs FP8 checkpoints as they are")
+    least = ".".join(map(str, _RUNS_FP8))
+    text = f"no GPU of compute capability {least} or later: transformers decodes FP8 checkpoints while loading"
+    return Finding("note", "FP8", text)
 
 
 def _memory(root: Path) -> Finding:

@@ -20,6 +20,7 @@ from flap_stream.model.opening import has_shards, open_checkpoint, read_config
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.model.units import ROWS
 from flap_stream.output.destination import estimated_bytes
+from flap_stream.output.fp8_config import fp8_linears
 from flap_stream.restore.requirements import refit_sizes, refit_stored_bytes, require_refittable
 from flap_stream.stages.expert_loss import require_removable_experts
 from flap_stream.stages.loss_sizes import kept_input_bytes, sweep_job, sweep_operations
@@ -250,7 +251,7 @@ def work_of(
         if refit is not None or projection.axis == ROWS
         if (entry := layer.get(f"{projection.name}.weight")) is not None
     )
-    written = estimated_bytes(source, model.shapes, ratio)
+    written = estimated_bytes(source, model.shapes, ratio, fp8_linears(source, options, model.skeleton))
     operations, refit_work = _operations(model, samples, options.sequence_length), None
     if refit is not None:
         moments, solving = refit.operations(ratio, samples * options.sequence_length)

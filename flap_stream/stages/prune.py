@@ -13,7 +13,12 @@ from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.families import family_of
 from flap_stream.output.carried import tell_left_out
 from flap_stream.output.destination import require_own_place
-from flap_stream.output.pruning_record import fingerprint_digest, options_record, read_record
+from flap_stream.output.pruning_record import (
+    fingerprint_digest,
+    options_record,
+    output_dtype_record,
+    read_record,
+)
 from flap_stream.progress import Progress
 from flap_stream.restore.requirements import refit_record
 from flap_stream.stages.collect import calibration_record, check_calibration, collect_into
@@ -90,6 +95,7 @@ def _require_same_job(source: Checkpoint, out: Path, record: dict[str, Any], opt
         **({} if options.refit is None else {"refit": refit_record(options.refit, family)}),
         "options": options_record(part_of(options, PlanConfig)),
         "restore": require_restoration(options.method, options.restore),
+        **output_dtype_record(options.output_dtype == "fp8"),
         "calibration": _known_to(record.get("calibration"), calibration_record(options)),
         "base": {"name": Path(source.source).name, "fingerprint": fingerprint_digest(source.fingerprint)},
     }

@@ -18,6 +18,7 @@ from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import RunMismatch
 from flap_stream.output.carried import tell_left_out
 from flap_stream.output.destination import require_own_place
+from flap_stream.output.fp8_config import fp8_linears
 from flap_stream.output.pruned_checkpoint import write_checkpoint
 from flap_stream.output.pruned_model import PrunedModel, Restoration
 from flap_stream.output.pruning_record import read_record
@@ -125,6 +126,7 @@ def rewrite_from(
             None if target is None else target.record(counts_of(run.layer_shapes, keeps)),
             recipe(run, plan_options, options, source.source),
             config,
+            fp8_linears(source, options),
         )
         record, measured.bytes_written = write_checkpoint(
             pruned, run, out, options.max_shard_bytes, session.progress, session.ranks

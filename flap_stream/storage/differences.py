@@ -63,7 +63,8 @@ def model_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def output_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """How two records of pruned checkpoints differ in what was requested; None if they do not.
 
-    before, now: `base`, `options`, `restore`, `calibration` and, if there is one, `refit`, as in pruning.json.
+    before, now: `base`, `options`, `restore`, `calibration` and, if there are any, `refit` and `output_dtype`, as in
+    pruning.json.
     Returns what follows "was pruned ".
     """
     models = [part.get("base", {}) for part in (before, now)]
@@ -77,6 +78,7 @@ def output_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str
         {
             **_asked(part["options"]),
             "restore": part["restore"],
+            "output_dtype": part.get("output_dtype", "auto"),
             **(part.get("refit", {}) if is_same else {}),
             **part.get("calibration", {}),
         }

@@ -12,7 +12,7 @@ from typing import Any, NotRequired, TypedDict, cast
 import numpy as np
 
 from flap_stream.arithmetic.layer_shape import LayerShape
-from flap_stream.arithmetic.target_prices import ModelSizes
+from flap_stream.arithmetic.target_prices import Fp8Sizes, ModelSizes
 from flap_stream.config import DTYPES, METHODS
 from flap_stream.errors import CorruptRun, RunMismatch
 from flap_stream.storage import files
@@ -36,8 +36,8 @@ class TokensRecord(TypedDict):
 class SizesRecord(TypedDict):
     """Sizes of the model that planning needs besides those of its layers.
 
-    unit_bytes, header_bytes, expert_bytes: see `ModelSizes`; older versions did not record them. state: elements that
-    layers hand on for each token, where that is more than hidden states.
+    unit_bytes, header_bytes, expert_bytes, fp8: see `ModelSizes`; older versions did not record them. state: elements
+    that layers hand on for each token, where that is more than hidden states.
     """
 
     hidden: int
@@ -48,6 +48,7 @@ class SizesRecord(TypedDict):
     header_bytes: NotRequired[list[int]]
     expert_bytes: NotRequired[list[int]]
     state: NotRequired[int]
+    fp8: NotRequired[dict[str, Any]]
 
 
 class Manifest(TypedDict):
@@ -100,6 +101,7 @@ _SIZES = {
     "header_bytes?": (_bytes, _bytes),
     "expert_bytes?": [_bytes],
     "state?": natural,
+    "fp8?": {"rest_bytes": _bytes, "unit_bytes": [(_bytes, _bytes)], "header_bytes": (_bytes, _bytes)},
 }
 _MANIFEST = {
     "format": str,
@@ -164,6 +166,7 @@ def _is_possible(manifest: Manifest) -> bool:
     shapes = layer_shapes(manifest)
     sizes = manifest["sizes"]
     has_units = len(sizes.get("unit_bytes", shapes)) == len(sizes.get("expert_bytes", shapes)) == len(shapes)
+    has_units = has_units and len(sizes.get("fp8", {}).get("unit_bytes", shapes)) == len(shapes)
     has_units = has_units and all(map(_is_possible_shape, shapes)) and sum(shape.prunable for shape in shapes) > 0
     return has_options and has_units and samples * length <= _MAX_TOKENS
 
@@ -215,4 +218,7 @@ def model_sizes(manifest: Manifest) -> ModelSizes:
     header_bytes = sizes.get("header_bytes") or [plain, plain + _BIAS_HEADER_BYTES * biases]
     units = [(group, neuron) for group, neuron in unit_bytes]
     expert_bytes = sizes.get("expert_bytes") or [0] * len(shapes)
-    return ModelSizes(parameters, weight_bytes, units, (header_bytes[0], header_bytes[1]), expert_bytes)
+    found, fp8 = sizes.get("fp8"), None
+    if found is not None:
+        fp8 = Fp8Sizes(found["rest_bytes"], found["unit_bytes"], found["header_bytes"])
+    return ModelSizes(parameters, weight_bytes, units, (header_bytes[0], header_bytes[1]), expert_bytes, fp8)
