@@ -78,7 +78,7 @@ def common_sizes(shapes: Sequence[LayerShape], pad: bool, where: str, has_groups
         raise UnsupportedModel(
             f"layer {fewer} of {where} has {len(shapes[fewer].experts)} experts, others up to {sizes.experts}, but no "
             "class of transformers has mixtures of different sizes; prune with --method reap, or with "
-            "--round-experts-to N, of which every mixture keeps exactly N if that is more than half of its experts"
+            "--round-experts-to N, N above half of the dense model's experts, so that every mixture keeps N"
         )
     odd = next((i for i, shape in enumerate(shapes) if sizes.of(shape) != shape), None)
     if odd is not None and not pad:
