@@ -324,7 +324,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     small = model_of(tmp_path / "small", hidden_size=64, intermediate_size=96)
     for call in (
         lambda: flap_stream.prune(small, tmp_path / "out", options_of(tmp_path / "small")),
-        lambda: forecast(small, tmp_path / "out", options_of(tmp_path / "small")),
+        lambda: forecast(small, tmp_path / "out", options_of(tmp_path / "small", target_size=10_000)),
     ):
         with pytest.raises(InvalidOption, match=r"multiples of 128, but the hidden size of .* is 64; leave it out"):
             call()

@@ -53,11 +53,10 @@ class ModelSizes:
         assert self.fp8 is not None
         written, weight_bytes = [], self.fp8.rest_bytes
         for shape, dense, packed in zip(shapes, self.unit_bytes, self.fp8.unit_bytes, strict=True):
-            own = [
-                p if is_whole else d for is_whole, p, d in zip(_fill_blocks(shape, options), packed, dense, strict=True)
-            ]
-            written.append((own[0], own[1]))
-            weight_bytes += shape.kv_groups * own[0] + shape.neurons * own[1]
+            groups_fill, neurons_fill = _fill_blocks(shape, options)
+            group, neuron = (packed if groups_fill else dense)[0], (packed if neurons_fill else dense)[1]
+            written.append((group, neuron))
+            weight_bytes += shape.kv_groups * group + shape.neurons * neuron
         return replace(self, weight_bytes=weight_bytes, header_bytes=self.fp8.header_bytes, written_bytes=written)
 
 

@@ -1,4 +1,4 @@
-"""What config.json of a checkpoint in FP8 says of that, as transformers and vLLM read it."""
+"""Which matrices of a checkpoint are written in FP8, and what config.json says of that, as transformers reads it."""
 
 import logging
 from collections.abc import Iterator

@@ -125,6 +125,7 @@ def forecast(
         require_removable_experts(streamed, options)
         require_removable_layers(streamed, options)
         require_minimum(streamed.shapes, options)
+        fp8_linears(source, options, streamed.skeleton)
         warn_of_positions(source.config, options.sequence_length)
         return _forecast(streamed, Path(out), options, machines, has_headers)
 
