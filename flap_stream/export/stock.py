@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
+from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.config import EngineConfig, ExportStockConfig
 from flap_stream.config.rules import options_of
 from flap_stream.engine.streamed_model import StreamedModel
@@ -83,12 +83,12 @@ def export_stock(
         tell_left_out(source.directory)
         model = StreamedModel(source, EngineConfig(device="cpu"))
         shapes, source = model.shapes, _without_ignored(source, model.skeleton)
-        if model.family.transposed_experts:
+        if model.family.experts is not None and not model.family.renames:
             raise UnsupportedModel(
                 f"{out} has experts, which {model.family.causal_class} of transformers reads from one tensor for all; "
                 "that is not written, so load it with trust_remote_code=True"
             )
-        sizes = common_sizes(shapes, options.pad, str(out), model.family.prunes(Sublayer.ATTENTION))
+        sizes = common_sizes(source, model.family, shapes, options.pad)
         skeleton, sizes = choose_class(source, shapes, sizes, options.pad)
         plan = group_shards(_padded(source, skeleton, shapes, sizes), options.max_shard_bytes)
         card = model_card(record["base"]["name"], source.directory, record, stock_class=skeleton.family.causal_class)

@@ -42,13 +42,16 @@ _EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size")
 class StockSizes:
     """Sizes that a stock class has in every layer.
 
-    kv_groups, neurons: of a layer. experts, expert_neurons: of a mixture of experts, and of each of them; 0 without.
+    kv_groups, neurons: of a layer. lists_neurons: whether every layer has neurons of its own number all the same, as
+    its config.json lists; `neurons` is then that of the widest.
+    experts, expert_neurons: of a mixture of experts, and of each of them; 0 without.
     """
 
     kv_groups: int
     neurons: int
     experts: int = 0
     expert_neurons: int = 0
+    lists_neurons: bool = False
 
     def of(self, shape: LayerShape) -> LayerShape:
         """A layer in these sizes; one of a mixture model that has no MLP gets none."""
@@ -56,14 +59,13 @@ class StockSizes:
             experts = (self.expert_neurons,) * self.experts
             return replace(shape, kv_groups=self.kv_groups, neurons=sum(experts), experts=experts)
         neurons = 0 if self.experts and not shape.neurons else self.neurons
+        neurons = shape.neurons if self.lists_neurons else neurons
         return replace(shape, kv_groups=self.kv_groups, neurons=neurons)
 
 
-def common_sizes(shapes: Sequence[LayerShape], pad: bool, where: str, has_groups: bool) -> StockSizes:
-    """The sizes that all layers have, or will have when padded. Raises UnsupportedModel if there are none.
-
-    has_groups: whether KV groups are counted; attention is left whole otherwise.
-    """
+def common_sizes(source: Checkpoint, family: Family, shapes: Sequence[LayerShape], pad: bool) -> StockSizes:
+    """The sizes that all layers have, or will have when padded. Raises UnsupportedModel if there are none."""
+    where, has_groups = source.source, family.prunes(Sublayer.ATTENTION)
     mixtures = [shape.experts for shape in shapes if shape.experts]
     widths = {width for experts in mixtures for width in experts}
     step = FAST_MULTIPLE if pad and len(widths) > 1 else 1  # torch multiplies all experts at once only if so aligned
@@ -72,6 +74,7 @@ def common_sizes(shapes: Sequence[LayerShape], pad: bool, where: str, has_groups
         neurons=max((shape.neurons for shape in shapes if not shape.experts), default=0),
         experts=max(map(len, mixtures), default=0),
         expert_neurons=-(-max(widths, default=0) // step) * step,
+        lists_neurons=isinstance(source.config.get(family.width), list),
     )
     fewer = next((i for i, shape in enumerate(shapes) if 0 < len(shape.experts) < sizes.experts), None)
     if fewer is not None:
@@ -188,10 +191,12 @@ def _candidates(config: Mapping[str, Any], sizes: StockSizes, layer: LayerShape)
     heads = sizes.kv_groups * layer.heads_per_group
     family = FAMILIES[config["model_type"]]
     own_sizes: dict[str, Any] = {family.width: sizes.neurons} if sizes.neurons else {}
+    if sizes.lists_neurons:
+        own_sizes = {family.width: config["pruned_neurons"]}
     if family.prunes(Sublayer.ATTENTION):
         own_sizes |= {"num_attention_heads": heads, "num_key_value_heads": sizes.kv_groups, "head_dim": layer.head_dim}
     uniform = {key: value for key, value in config.items() if key not in _PRUNED_KEYS}
-    if not family.varies_heads:  # else they are the dense model's
+    if not family.varies_sizes:  # else they are the dense model's
         uniform.pop("per_layer_config", None)
     own = uniform | own_sizes
     if sizes.experts:

@@ -12,5 +12,6 @@ def linear_weights(skeleton: Skeleton) -> frozenset[str]:
         linears = {f"{path}.weight" for path, module in layer.named_modules() if type(module) is nn.Linear}
         if skeleton.family.experts is not None:
             linears -= skeleton.family.router_axes(skeleton.layer_tensors(i)).keys()
+            linears = {name for name in linears if "router" not in name.split(".")}
         found |= {f"{skeleton.family.layers}.{i}.{name}" for name in linears}
     return frozenset(found)

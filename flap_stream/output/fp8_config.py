@@ -81,7 +81,7 @@ def _unit_weights(pruned: PrunedModel) -> set[str]:
     outer = str if pruned.source.wrapper is None else pruned.source.wrapper.outer
     names = {
         f"{pruned.family.layers}.{i}.{projection.name}.weight"
-        for i, shape in enumerate(pruned.shapes)
+        for i, (shape, _) in enumerate(pruned.kept)
         for part in pruned.family.parts(shape)
         for projection in part.kind.projections
     }
@@ -116,7 +116,7 @@ def _not_converted(pruned: PrunedModel, plan: ShardPlan) -> list[str]:
         if last != "weight" or tensor.codes_of is not None or len(tensor.shape) < 2:
             continue
         index = family.layer_of(inner(tensor.name))
-        if index is None or index >= len(pruned.shapes):
+        if index is None or index >= len(pruned.kept):
             module = _apart_from(module.split("."), layers)
             if wrapper is not None:  # whose files may leave out what transformers puts in front
                 found.add(f"model.{module}")
