@@ -8,6 +8,8 @@ import signal
 import tempfile
 from pathlib import Path
 
+from temporary_files import remove_at_exit
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="flap-stream-tests-modules-")
 
@@ -19,6 +21,11 @@ from transformers.utils import logging as transformers_logging
 import flap_stream
 from flap_stream.config import PruneConfig
 
+# Files that take the longest, which are begun first: no worker is left alone with one at the end.
+LONGEST = (
+    *("families", "ranks", "prediction", "interruption", "reconstruction", "export_stock", "faults", "campaign"),
+    *("simulated_device", "gpu_check", "whole_experts", "model_code", "quantised", "expert_refit", "export_gguf"),
+)
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
@@ -36,7 +43,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> None:
         (controller.pause if controller.started else controller.resume)()
 
 
+def _place_of(file: str) -> int:
+    return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _place_of(item.path.stem.removeprefix("test_")))
     if torch.cuda.is_available():
         return
     for item in items:
@@ -48,6 +60,12 @@ def pytest_collection_finish() -> None:
     """Spare the collector what was imported: it took a third of the time of a job of two layers."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """Leave the files of what failed, to be looked at."""
+    if exitstatus == 0:
+        remove_at_exit()
 
 
 @pytest.fixture(autouse=True)

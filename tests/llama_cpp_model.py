@@ -23,7 +23,7 @@ def llama_model(path: Path, tokens: int = 128) -> Iterator[llama_cpp.Llama]:
 
     with patch.object(llama_cpp.llama_cpp, "llama_model_default_params", without_repacking):
         model = llama_cpp.Llama(
-            str(path), n_ctx=tokens, logits_all=True, n_threads=2, type_k=_F32, type_v=_F32, verbose=False
+            str(path), n_ctx=tokens, logits_all=True, n_threads=1, type_k=_F32, type_v=_F32, verbose=False
         )
     try:
         yield model
