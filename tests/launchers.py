@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rank_jobs import meeting
+from warm_commands import WarmProcess
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -46,6 +48,17 @@ def finish(launcher: Sequence[str], arguments: Sequence[str]) -> dict[str, Any]:
         out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return json.loads(out)
+
+
+def finish_warm(ranks: int, arguments: Sequence[str]) -> dict[str, Any]:
+    """The same of a command alone, or of ranks that this starts as a launcher would, forked when all is imported."""
+    _store, environments = meeting(ranks) if ranks > 1 else (None, [{}])
+    command = [sys.executable, "-m", "flap_stream", *arguments, "--json", "--quiet"]
+    with ExitStack() as stack:
+        processes = [stack.enter_context(WarmProcess(command, env={**os.environ, **own})) for own in environments]
+        said = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0] * ranks, said
+    return json.loads(said[0][0])
 
 
 def ranks_of(launcher: int) -> dict[int, int]:

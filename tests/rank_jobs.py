@@ -71,20 +71,21 @@ class Ended:
         return [line for text in self.said for line in text.splitlines() if "flap-stream: " in line]
 
 
+def meeting(ranks: int, nodes: int = 1) -> tuple[TCPStore, list[dict[str, str]]]:
+    """The store where ranks meet, as long as it is held, and what a launcher puts in the environment of each."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    size = -(-ranks // nodes)
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    common["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    own = [{"RANK": str(r), "LOCAL_RANK": str(r % size), "GROUP_RANK": str(r // size)} for r in range(ranks)]
+    return store, [{**common, **one} for one in own]
+
+
 def launch(
     place: Path, ranks: int, action: Callable[[], Any], *, nodes: int = 1, kill: tuple[int, float] | None = None
 ) -> Ended:
     """Start that many ranks and wait for all. kill: which one to kill, after how many seconds."""
-    if ranks == 1:
-        environments: list[dict[str, str]] = [{}]
-    else:
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        size = -(-ranks // nodes)
-        common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-        common["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-        environments = [
-            {**common, "RANK": str(r), "LOCAL_RANK": str(r % size), "GROUP_RANK": str(r // size)} for r in range(ranks)
-        ]
+    _store, environments = meeting(ranks, nodes) if ranks > 1 else (None, [{}])
     said = [place.with_name(f"{place.name}.said.{rank}") for rank in range(ranks)]
     children = []
     for rank, environment in enumerate(environments):

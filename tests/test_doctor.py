@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 from test_control_groups import V2, add_group, made, mount
+from warm_commands import run_warm
 
 from flap_stream.cli import main
 from flap_stream.stages.doctor import Finding, examine
@@ -78,7 +78,7 @@ def test_a_control_group_with_a_limit(tmp_path: Path) -> None:
 def test_a_machine_without_a_card(tmp_path: Path) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "flap_stream", "doctor", str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run_warm(command, env=environment)
     assert "no CUDA device" in done.stdout and "CPU threads" in done.stdout
     assert "decodes FP8 checkpoints while loading" in done.stdout
 

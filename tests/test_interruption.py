@@ -1,6 +1,5 @@
 """Real processes, really killed: the same command resumes, and the output is the same byte for byte."""
 
-import os
 import re
 import shutil
 import signal
@@ -15,6 +14,7 @@ import pytest
 from faults import LAYERS, Job, contents, make_job
 from fork_server import KILLED
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from warm_commands import WarmProcess, run_warm
 
 import flap_stream
 from flap_stream.errors import RunMismatch
@@ -150,16 +150,10 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     ]
 
 
-def _start(command: list[str], out: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, str(out)], text=True, stderr=subprocess.PIPE, env=environment)
-
-
 def _finish(command: list[str], out: Path) -> str:
-    with _start(command, out) as process:
-        _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return errors
+    done = run_warm([*command, str(out)])
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -169,12 +163,14 @@ def uninterrupted(command: list[str], tmp_path_factory: pytest.TempPathFactory) 
     return contents(out)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("sent", "start"), [(signal.SIGINT, subprocess.Popen), (signal.SIGTERM, WarmProcess)], ids=["2", "15"]
+)
 def test_an_interrupted_command_exits_130_and_the_same_command_completes_it(
-    command: list[str], uninterrupted: dict[str, bytes], tmp_path: Path, sent: signal.Signals
+    command: list[str], uninterrupted: dict[str, bytes], tmp_path: Path, sent: signal.Signals, start: Any
 ) -> None:
     out = tmp_path / "out"
-    with _start(command, out) as process:
+    with start([*command, str(out)], text=True, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("collect: 4/"):

@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from models import DEMO, put_bos_before_texts
+from warm_commands import run_warm
 
 pytestmark = [
     pytest.mark.slow,
@@ -98,7 +98,7 @@ def test_the_command_line_knows_the_model(pruned_demo: Path, tasks: Path, tmp_pa
     ]
     command += ["--model_args", f"pretrained={pruned_demo},host_memory=4GiB", "--include_path", str(tasks)]
     command += ["--output_path", str(tmp_path / "results.json"), "--device", "cpu"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
+    result = run_warm(command, env={**os.environ, "COLUMNS": "200"})
     assert result.returncode == 0, result.stderr[-3000:]
     assert "|choices|" in result.stdout and "acc_norm" in result.stdout
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from masked import mixture_of
 from models import GEMMA4_EXPERTS, fisher_draw, random_tokens, save, save_tokens, tiny_config, tiny_model
 from torch.nn import functional
+from warm_commands import run_warm
 
 import flap_stream
 from flap_stream.arithmetic.layer_shape import Sublayer
@@ -235,7 +235,7 @@ def test_the_graph_of_one_layer_is_in_memory_whatever_the_depth(tmp_path: Path) 
         path = save(tiny_model(tiny_config(layers=layers, **sizes)), tmp_path / f"model-{layers}", "20MB")
         command = [sys.executable, "-m", "flap_stream", "collect", str(path), str(tmp_path / f"run-{layers}"), "--json"]
         command += ["--quiet", "--calibration", text, "--samples", "16", "--loss-windows", "16", "--batch-size", "8"]
-        measured = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)["measured"]
+        measured = json.loads(run_warm(command).stdout)["measured"]
         peaks.append(measured["peak_host_bytes"])
         assert 0.9 < peaks[-1] / measured["placement"]["host_bytes"] <= 1
     assert abs(peaks[1] - peaks[0]) < 16 << 20  # the graph of one takes twice that

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from models import DEMO, random_tokens, save, save_tokens, tiny_config, tiny_model
 from transformers import LlamaConfig
+from warm_commands import run_warm
 
 import flap_stream
 from flap_stream.cli import main
@@ -176,10 +176,10 @@ def test_the_harness_runs_nothing_that_comes_with_a_model(place: Path) -> None:
     for name in ("custom_generate", "our file and a line more", "a tokenizer"):
         PAYLOADS[name](place / "out")
     code = "from flap_stream.integrations.lm_eval import FlapStreamLM; FlapStreamLM('out')"
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    done = run_warm([sys.executable, "-c", code])
     assert "allow it with --trust-remote-code" in done.stderr and not Path("ran").exists()
     (place / "out" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    done = run_warm([sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr
     assert not Path("ran").exists()
 

@@ -4,8 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fork_server import forked_to_its_end
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from warm_commands import run_warm
 
 import flap_stream
 from flap_stream.arithmetic.allocation import LayerKeep
@@ -112,22 +110,10 @@ def test_long_windows_that_do_not_fit_are_told_to_be_shorter(model: Path) -> Non
         place(job, memory.Limits(memory.resident_bytes() + 100 * MIB, 0))
 
 
-def prune(model: Path, out: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+def prune(model: Path, out: Path, *extra: str, is_warm: bool) -> subprocess.CompletedProcess[str]:
+    """A job alone in its process, which imports everything first or, warm, has done so, as most of a small job is."""
     command = [sys.executable, "-m", "flap_stream", "prune", str(model), str(out), "--quiet", *extra]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def _run(arguments: Sequence[str], stdout: Path, stderr: Path) -> None:
-    torch.set_num_threads(1)
-    with open(stdout, "w") as said, open(stderr, "w") as told, redirect_stdout(said), redirect_stderr(told):
-        sys.exit(main(arguments))
-
-
-def prune_in_fork(model: Path, out: Path, *extra: str) -> subprocess.CompletedProcess[str]:
-    """The same in a process that has imported everything, which takes most of the time of a small job."""
-    stdout, stderr = (out.with_suffix(name) for name in (".stdout", ".stderr"))
-    code = forked_to_its_end(_run, (["prune", str(model), str(out), "--quiet", *extra], stdout, stderr))
-    return subprocess.CompletedProcess([], code, stdout.read_text(), stderr.read_text())
+    return run_warm(command) if is_warm else subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
@@ -141,14 +127,13 @@ def test_the_limit_that_a_refusal_names_works_and_is_kept(model: Path, tmp_path:
     windows = 64 if fits else 128
     tokens = save_tokens(tmp_path / "tokens.npy", np.repeat(random_tokens(8, 512), windows // 8, axis=0))
     text = ("--calibration", tokens, "--samples", str(windows), "--sequence-length", "512", "--json", *how)
-    start = prune_in_fork if how else prune
-    refused = start(model, tmp_path / "out", *text, "--host-memory", "50MiB")
+    refused = prune(model, tmp_path / "out", *text, "--host-memory", "50MiB", is_warm=bool(how))
     assert refused.returncode == 2 and refused.stdout == ""
     assert not (tmp_path / "out.run").exists()
     named = re.search(r"--host-memory (\d+)MiB", refused.stderr)
     assert named is not None
     limit = int(named[1]) * MIB
-    fitting = start(model, tmp_path / "out", *text, "--host-memory", f"{limit}B")
+    fitting = prune(model, tmp_path / "out", *text, "--host-memory", f"{limit}B", is_warm=bool(how))
     assert fitting.returncode == 0, fitting.stderr
     body = json.loads(fitting.stdout)
     assert body["peak_host_bytes"] <= body["placement"]["host_bytes"] <= limit
@@ -227,7 +212,7 @@ def test_what_a_mixture_takes_is_predicted(restore: str, tmp_path: Path) -> None
     path = save(tiny_model(config), tmp_path / "model", dtype=torch.bfloat16)  # of which oneDNN compiles the products
     tokens = save_tokens(tmp_path / "tokens.npy", random_tokens(64, 64))
     text = ("--calibration", tokens, "--samples", "64", "--sequence-length", "64", "--json", "--restore", restore)
-    result = prune(path, tmp_path / "out", *text)
+    result = prune(path, tmp_path / "out", *text, is_warm=restore != "bias")
     assert result.returncode == 0, result.stderr
     body = json.loads(result.stdout)
     assert body["peak_host_bytes"] <= body["placement"]["host_bytes"]

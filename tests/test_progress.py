@@ -8,10 +8,12 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from warm_commands import WarmProcess
 
 import flap_stream
 from flap_stream.config import CollectConfig, PruneConfig
@@ -27,13 +29,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def _on_a_terminal(*arguments: object) -> str:
-    """What a command prints on a terminal of 120 columns, its stdout aside."""
+def _on_a_terminal(start: Any, *arguments: object) -> str:
+    """What a command prints on a terminal of 120 columns, its stdout aside. start: as `subprocess.Popen`."""
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "flap_stream", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=environment) as process:
+    with start(command, stdout=subprocess.DEVNULL, stderr=theirs, env=environment) as process:
         os.close(theirs)
         printed = b""
         try:
@@ -49,7 +51,7 @@ def _on_a_terminal(*arguments: object) -> str:
 @pytest.mark.slow
 def test_a_terminal_shows_a_word_a_header_and_a_bar_for_the_whole_job(place: Path, tmp_path: Path) -> None:
     options = ("--calibration", place / "tokens.npy", "--max-shard-size", "100KB")
-    printed = _on_a_terminal("prune", place / "model", tmp_path / "out", *options)
+    printed = _on_a_terminal(subprocess.Popen, "prune", place / "model", tmp_path / "out", *options)
     assert printed.index("loading torch") < printed.index("run directory  ") < printed.index("collect: ")
     jobs = [int(found[1]) for found in re.finditer(r"job: +(\d+)%", printed)]
     assert jobs == sorted(jobs) and jobs[0] == 0 and jobs[-1] == 100 and len(set(jobs)) >= 7
@@ -60,7 +62,8 @@ def test_a_terminal_shows_a_word_a_header_and_a_bar_for_the_whole_job(place: Pat
 def test_a_bar_that_goes_on_begins_where_it_was(place: Path, tmp_path: Path) -> None:
     text = (str(place / "tokens.npy"),)
     flap_stream.collect(place / "model", tmp_path / "out.run", CollectConfig(calibration=text, ratio=0.3))
-    printed = _on_a_terminal("prune", place / "model", tmp_path / "out", "--calibration", *text, "--ratio", 0.3)
+    arguments = ("prune", place / "model", tmp_path / "out", "--calibration", *text, "--ratio", 0.3)
+    printed = _on_a_terminal(WarmProcess, *arguments)
     assert "collect: 5 of 5 layers already done" in printed
     shares = [int(found[1]) for found in re.finditer(r"job: +(\d+)%", printed)]
     assert min(share for share in shares if share) > 50

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fork_server import KILLED
-from launchers import ALONE, accelerate, finish, ranks_of, start, torchrun, two_hosts, wait_for
+from launchers import accelerate, finish, finish_warm, ranks_of, start, torchrun, two_hosts, wait_for
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 from rank_jobs import LENGTH, WINDOWS, RankJob, contents, launch
 
@@ -50,15 +50,16 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     tokens = save_tokens(place / "tokens.npy", random_tokens(WINDOWS, LENGTH))
     arguments = ["prune", str(place / "model"), "--calibration", tokens, "--samples", str(WINDOWS), "--ratio", "0.3"]
     arguments += ["--sequence-length", str(LENGTH), "--batch-size", "4", "--max-shard-size", "100KB"]
-    said = finish(ALONE, [*arguments, str(place / "out")])
+    said = finish_warm(1, [*arguments, str(place / "out")])
     return Command(arguments, contents(place / "out"), said)
 
 
-@pytest.mark.parametrize("launcher", [torchrun(2), torchrun(4), accelerate(2)], ids=["2", "4", "accelerate"])
+@pytest.mark.parametrize("launcher", [torchrun(2), 4, accelerate(2)], ids=["2", "4", "accelerate"])
 def test_launched_ranks_write_what_one_process_writes_and_read_no_more(
-    command: Command, tmp_path: Path, launcher: list[str]
+    command: Command, tmp_path: Path, launcher: list[str] | int
 ) -> None:
-    said = finish(launcher, [*command.arguments, str(tmp_path / "out")])
+    run: Any = finish_warm if isinstance(launcher, int) else finish
+    said = run(launcher, [*command.arguments, str(tmp_path / "out")])
     assert contents(tmp_path / "out") == command.expected
     assert said["node_bytes_read"] == [command.said["bytes_read"]]
     assert said["bytes_written"] == command.said["bytes_written"]
@@ -313,7 +314,7 @@ def test_torchrun_and_the_other_ranks_end_when_one_is_killed(command: Command, t
     assert time.monotonic() - started < 15
     sentences = [line for line in said.splitlines() if line.startswith("flap-stream: ")]
     assert len(sentences) == 1 and "rank 1 of 2 exited unexpectedly" in sentences[0]
-    finish(ALONE, arguments)
+    finish_warm(1, arguments)
     assert contents(tmp_path / "out") == command.expected
 
 

@@ -84,6 +84,7 @@ class Check:
     """The stages that have run, and what they found.
 
     only: names of the stages to run; None runs all. restorations: those that refit. samples: of the bundled text.
+    start: how commands are started.
     """
 
     out: Path
@@ -93,6 +94,7 @@ class Check:
     only: tuple[str, ...] | None = None
     restorations: tuple[str, ...] = REFITS
     samples: int = 128
+    start: Callable[..., Any] = subprocess.Popen
     started: float = field(default_factory=time.monotonic)
     found: dict[str, Any] = field(default_factory=dict)
 
@@ -132,7 +134,7 @@ class Check:
                     said.append(line)
                     log.write(f"{time.monotonic() - began:7.2f} {line}")
 
-        with subprocess.Popen(words, **pipes, errors="replace", env=environment) as process:
+        with self.start(words, **pipes, errors="replace", env=environment) as process:
             assert process.stdout is not None and process.stderr is not None
             listener = threading.Thread(target=listen, args=(process.stderr,))
             listener.start()
