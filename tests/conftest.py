@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from temporary_files import remove_at_exit
@@ -89,6 +90,14 @@ def place(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     shutil.copytree(original, tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
     return tmp_path / "place"
+
+
+@pytest.fixture
+def on_disk() -> Iterator[Path]:
+    """A folder where folders take room, too, which they do not in memory."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        (Path(folder) / "place").mkdir()
+        yield Path(folder) / "place"
 
 
 @pytest.fixture(scope="session")

@@ -129,26 +129,26 @@ def test_no_temporary_folder_is_needed(job: Job, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("moment", ["layers/0002.partial", "model-00003", "out.partial/config.json"])
-def test_the_run_directory_takes_no_more_than_was_said(moment: str, job: Job) -> None:
-    place = job.place(f"said-{moment[:5]}")
-    said = forecast(job.model, place / "out", job.options)
-    assert job.run(place, job.first_step(moment)) == KILLED
-    taken = files.tree_bytes(place / "out.run")
+def test_the_run_directory_takes_no_more_than_was_said(moment: str, job: Job, on_disk: Path) -> None:
+    said = forecast(job.model, on_disk / "out", job.options)
+    assert job.run(on_disk, job.first_step(moment)) == KILLED
+    taken = files.tree_bytes(on_disk / "out.run")
     assert 0.3 * said.run_directory_bytes < taken <= said.run_directory_bytes
-    assert files.tree_bytes(place) <= said.disk_bytes + 3 * said.run_directory_bytes
+    assert files.tree_bytes(on_disk) <= said.disk_bytes + 3 * said.run_directory_bytes
 
 
-def test_what_an_interrupted_call_has_written_needs_no_room_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = job.place("tight")
-    assert job.run(place, job.first_step("model-00004")) == KILLED
-    there = sum(files.tree_bytes(place / name) for name in ("out.partial", "out.run"))
-    left = forecast(job.model, place / "out", job.options).disk_bytes - there
+def test_what_an_interrupted_call_has_written_needs_no_room_again(
+    job: Job, on_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert job.run(on_disk, job.first_step("model-00004")) == KILLED
+    there = sum(files.tree_bytes(on_disk / name) for name in ("out.partial", "out.run"))
+    left = forecast(job.model, on_disk / "out", job.options).disk_bytes - there
     monkeypatch.setattr(files, "free_bytes", lambda _path: left + destination._MARGIN_BYTES - 60_000)
     with pytest.raises(InsufficientSpace, match="the output and the run directory need"):
-        flap_stream.prune(job.model, place / "out", job.options)
+        flap_stream.prune(job.model, on_disk / "out", job.options)
     monkeypatch.setattr(files, "free_bytes", lambda _path: left + destination._MARGIN_BYTES)
-    flap_stream.prune(job.model, place / "out", job.options)
-    assert contents(place / "out") == job.expected
+    flap_stream.prune(job.model, on_disk / "out", job.options)
+    assert contents(on_disk / "out") == job.expected
 
 
 # --- the model changes under the run ---

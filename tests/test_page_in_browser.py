@@ -57,7 +57,7 @@ def browser() -> Iterator[Any]:
         yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # root has none
 
 
-@pytest.fixture(params=["written", "watched"])
+@pytest.fixture(scope="module", params=["written", "watched"])
 def url(request: pytest.FixtureRequest, run: Path) -> Iterator[str]:
     if request.param == "written":
         flap_stream.write_report(run, run.parent / "report.html")
