@@ -144,7 +144,7 @@ def test_device_map_auto_loads(pruned: Pruned) -> None:
 
 
 def test_streaming_perplexity_equals_the_in_memory_one(pruned: Pruned) -> None:
-    tokens = random_tokens(7, 20, seed=10)
+    tokens = random_tokens(7, 24, seed=10)
     text, ids = save_tokens(pruned.place / "evaluation.npy", tokens), torch.from_numpy(tokens)
     with torch.no_grad():
         in_memory = pruned.expected(ids, labels=ids).loss.exp().item()
@@ -154,7 +154,8 @@ def test_streaming_perplexity_equals_the_in_memory_one(pruned: Pruned) -> None:
 
 def test_the_pruned_checkpoint_can_be_pruned_again(pruned: Pruned, tmp_path: Path) -> None:
     tokens, out = random_tokens(8, 24), pruned.place / "out"
-    options = PruneConfig(ratio=0.25, calibration=(str(pruned.place / "tokens.npy"),))
+    # Batches of the size above, of which it is known how much memory they take.
+    options = PruneConfig(ratio=0.25, calibration=(str(pruned.place / "tokens.npy"),), batch_size=2)
     record = flap_stream.prune(out, tmp_path / "again", options).record
     expected, ids = masked_model(out, record, torch.from_numpy(tokens)), torch.from_numpy(random_tokens(3, 20, seed=11))
     with torch.no_grad():
