@@ -364,3 +364,18 @@ def test_a_run_without_sizes_in_fp8_meets_no_target_in_it(tmp_path: Path) -> Non
     with pytest.raises(RunMismatch, match=r"no sizes in FP8, for --output-dtype fp8: .* collect again"):
         flap_stream.rewrite(run, tmp_path / "out", output_dtype="fp8")
     assert flap_stream.rewrite(run, tmp_path / "out").record["target"]["reached"] <= 2_500_000
+
+
+def test_layers_that_got_new_numbers_are_in_fp8_too(tmp_path: Path) -> None:
+    path, options = model_of(tmp_path, num_hidden_layers=4), options_of(tmp_path, method="shortgpt", ratio=0.5)
+    record = flap_stream.prune(path, tmp_path / "out", options).record
+    assert len(record["kept_layers"]) == 2
+    flap_stream.prune(path, tmp_path / "plain", plain(options))
+    stored, values = tensors_in(tmp_path / "out"), tensors_in(tmp_path / "plain")
+    packed = {name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert packed == {name for name in values if "_proj." in name and name.endswith("weight")}
+    ids = torch.from_numpy(random_tokens(2, 12, seed=5))
+    with torch.no_grad():
+        found = load_in_bf16(tmp_path / "out")
+        found.load_state_dict(decoded(tmp_path / "out"))
+        assert load_in_bf16(tmp_path / "out")(ids).logits.equal(found(ids).logits)

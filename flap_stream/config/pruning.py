@@ -240,7 +240,8 @@ class PruneConfig(PlanConfig, CollectConfig, RewriteConfig):
 
     def __post_init__(self) -> None:
         """Refuse values out of range, and a restoration that the method has no statistics for."""
-        if self.output_dtype == "fp8" and self.round_neurons_to is None and self.statistics != "released":
+        takes_rounding = self.statistics != "released" and self.method != "shortgpt"
+        if self.output_dtype == "fp8" and self.round_neurons_to is None and takes_rounding:
             object.__setattr__(self, "round_neurons_to", FP8_BLOCK)
         super().__post_init__()
         require_restoration(self.method, self.restore)
