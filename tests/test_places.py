@@ -82,7 +82,7 @@ def test_rewriting_into_the_run_directory_is_refused_at_once(place: Path, capsys
 def test_a_directory_that_may_not_be_written_is_told_of_at_once() -> None:
     # root may write anywhere; another user need not be able to read what is imported, so import first
     another_user = "os.setgroups([]); os.setuid(65534)" if os.geteuid() == 0 else "pass"
-    with tempfile.TemporaryDirectory() as closed:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as closed:  # which another user may enter
         Path(closed).chmod(0o555)
         code = (
             "import os; from pathlib import Path; from flap_stream.storage.places import require_place; "

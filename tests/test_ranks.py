@@ -285,6 +285,30 @@ def test_ranks_end_alike_when_one_is_killed_while_all_leave(job: RankJob, rank: 
     assert job.difference(name) is None
 
 
+class KilledOnConnecting:
+    """The job, of which one rank is killed after it has said where it listens, before others connect to it."""
+
+    def __init__(self, action: Callable[[], None], rank: int) -> None:
+        self.action, self.rank = action, rank
+
+    def __call__(self) -> None:
+        def die(*arguments: Any, **keywords: Any) -> None:
+            if keywords["rank"] == self.rank:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.3)  # gloo finds nobody there, which it says after three tries
+            raise RuntimeError("Gloo connectFullMesh failed with timed out connecting: SO_ERROR: Connection refused")
+
+        setattr(torch.distributed, "init_process_group", die)  # noqa: B010 (in a process of its own)
+        self.action()
+
+
+def test_a_rank_that_is_killed_while_others_connect_to_it_is_said(job: RankJob) -> None:
+    ended = launch(job.place("connecting"), 3, KilledOnConnecting(job.action("connecting"), 1))
+    assert ended.codes == [RankLost.exit_code, -signal.SIGKILL, RankLost.exit_code]
+    (sentence,) = ended.sentences
+    assert "rank 1 of 3" in sentence
+
+
 @pytest.mark.timeout(200)
 def test_whichever_rank_is_killed_the_others_end_and_any_number_goes_on_to_the_same_bytes(job: RankJob) -> None:
     found = [job.trouble_after_kill(number, 10) for number in range(KILLS)]

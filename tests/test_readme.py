@@ -112,4 +112,5 @@ def test_the_pages_show_what_was_seen_of_faults(made: Callable[[], str]) -> None
 
 def test_the_readme_and_the_page_of_models_show_the_families() -> None:
     assert set(FAMILIES) <= set(CASES)  # each was pruned, loaded and run
+    assert f"models of {len(FAMILIES)} families" in README.read_text()
     assert short_table() in README.read_text() and table() in MODELS.read_text()

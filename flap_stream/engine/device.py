@@ -178,6 +178,12 @@ def card(device: torch.device) -> tuple[str, str] | None:
     return _KINDS[device.type].card(device) if device.type in _KINDS else None
 
 
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of an NVIDIA GPU, major and minor; (0, 0) of anything else."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if is_nvidia else (0, 0)
+
+
 def device_record(device: torch.device) -> dict[str, str]:
     """What a run's results depend on: the kind of device, and the model of an accelerator, to the last bit."""
     found = card(device)

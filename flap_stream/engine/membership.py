@@ -81,13 +81,13 @@ class _Membership:
         )
         self._watch = Watchdog(self._store.clone(), self._rank, nodes, [process["pid"] for process in processes])
         self._watch.start()
-        if self._owns_group:
-            dist.init_process_group(
-                "gloo", store=self._store, rank=self._rank, world_size=self._world, timeout=_NO_TIMEOUT
-            )
-        groups = [
-            dist.new_group(list(ranks), timeout=_NO_TIMEOUT, backend="gloo") for ranks in (range(self._world), *nodes)
-        ]
+        members = (range(self._world), *nodes)
+        with peer_errors():  # one may be killed while others connect to it
+            if self._owns_group:
+                dist.init_process_group(
+                    "gloo", store=self._store, rank=self._rank, world_size=self._world, timeout=_NO_TIMEOUT
+                )
+            groups = [dist.new_group(list(ranks), timeout=_NO_TIMEOUT, backend="gloo") for ranks in members]
         node = next(number for number, ranks in enumerate(nodes) if self._rank in ranks)
         return Ranks(self._rank, nodes, groups[0], groups[1 + node])
 

@@ -15,7 +15,7 @@ import torch
 from packaging.requirements import Requirement
 
 from flap_stream.engine import control_groups
-from flap_stream.engine.device import card, choose_device, free_bytes
+from flap_stream.engine.device import card, choose_device, compute_capability, free_bytes
 from flap_stream.errors import FlapStreamError
 from flap_stream.progress import format_bytes
 from flap_stream.stages.machine_rates import disk_rates
@@ -106,9 +106,7 @@ def _device() -> Iterator[Finding]:
 
 def _fp8() -> Finding:
     """Whether transformers runs FP8 checkpoints as they are here."""
-    device = choose_device("auto")
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if capability >= _RUNS_FP8:
+    if compute_capability(choose_device("auto")) >= _RUNS_FP8:
         return Finding("ok", "FP8", "transformers runs FP8 checkpoints as they are")
     least = ".".join(map(str, _RUNS_FP8))
     text = f"no GPU of compute capability {least} or later: transformers decodes FP8 checkpoints while loading"
