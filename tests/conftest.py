@@ -25,7 +25,8 @@ from flap_stream.config import PruneConfig
 # Files that take the longest, which are begun first: no worker is left alone with one at the end.
 LONGEST = (
     *("families", "ranks", "prediction", "interruption", "reconstruction", "export_stock", "faults", "campaign"),
-    *("simulated_device", "gpu_check", "whole_experts", "model_code", "quantised", "expert_refit", "export_gguf"),
+    *("depth", "simulated_device", "fp8_output", "gpu_check", "whole_experts", "model_code", "quantised"),
+    *("expert_refit", "export_gguf"),
 )
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny models: threads cost more than they give

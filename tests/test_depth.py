@@ -118,6 +118,7 @@ def test_the_checkpoint_computes_what_the_dense_model_does_without_the_layers(fa
     assert streamed == pytest.approx(in_memory, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3_next"])
 def test_the_checkpoint_is_pruned_again(family: str, tmp_path: Path) -> None:
     path = made(tmp_path, family, layers=4, **({"layer_types": HYBRID} if family == "qwen3_next" else {}))

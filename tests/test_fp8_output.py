@@ -159,6 +159,7 @@ def test_shards_ranks_and_kills_change_no_value(tmp_path: Path) -> None:
     assert job.trouble("two", 2) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restore", ["none", "least-squares", "reconstruct"])
 def test_any_restoration_is_written_in_fp8(restore: str, tmp_path: Path) -> None:
     path, options = model_of(tmp_path), options_of(tmp_path, restore=restore)
@@ -170,6 +171,7 @@ def test_any_restoration_is_written_in_fp8(restore: str, tmp_path: Path) -> None
         assert torch.equal(stored[name].view(torch.uint8), expected[name].view(torch.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"method": "reap"}, {"metric": "fisher", "whole_experts": True, "ratio": 0.7}])
 def test_experts_that_are_numbered_anew_keep_their_scales(changes: dict[str, Any], tmp_path: Path) -> None:
     path, options = model_of(tmp_path, "qwen3_moe"), options_of(tmp_path, **changes)
@@ -191,6 +193,7 @@ def test_experts_that_are_numbered_anew_keep_their_scales(changes: dict[str, Any
 # --- who reads it ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_a_gpu_transformers_finds_every_code_and_scale(family: str, tmp_path: Path) -> None:
     path, options = model_of(tmp_path, family), options_of(tmp_path, ratio=0.4)
@@ -267,6 +270,7 @@ def test_of_a_multimodal_model_the_text_decoder_is_in_fp8(tmp_path: Path) -> Non
 # --- sizes ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_sizes_are_known_before(family: str, tmp_path: Path) -> None:
     path, options = model_of(tmp_path, family), options_of(tmp_path)
@@ -278,6 +282,7 @@ def test_sizes_are_known_before(family: str, tmp_path: Path) -> None:
     assert foreseen[0] < 0.55 * foreseen[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize("changes", [{}, {"restore": "none", "max_shard_bytes": 10**9}])
 def test_a_target_size_is_met_in_fp8(family: str, changes: dict[str, Any], tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ def _prune_until_refits_are_killed(model: Path, out: Path, options: PruneConfig)
     flap_stream.prune(model, out, options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restore", ["least-squares", "reconstruct"])
 def test_what_stays_is_refitted_past_removed_layers_and_goes_on_after_a_kill(restore: str, tmp_path: Path) -> None:
     path, ids = made(tmp_path, "llama", layers=5), torch.from_numpy(random_tokens(16, 16, seed=9))
