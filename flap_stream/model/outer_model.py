@@ -74,13 +74,16 @@ class OuterModel:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name to shape of the base model's tensors outside its layers and embeddings: of most, the final norm's."""
-        tensors = {name: tuple(tensor.shape) for name, tensor in self._base.state_dict().items()}
         paths = [self._within_base(self._family.norm)]
         if not self._state.is_plain:
             embedding = self._within_base(self._family.embedding.rpartition(".")[0])
             inside = (self._within_base(self._family.layers), embedding, self._input_path)
             paths = [name for name, _ in self._base.named_children() if name not in inside]
-        return {name: shape for name, shape in tensors.items() if name.startswith(tuple(f"{p}." for p in paths))}
+        return {  # without a look at the layers, of which mixtures have many tensors
+            f"{path}.{name}": tuple(tensor.shape)
+            for path in paths
+            for name, tensor in self._base.get_submodule(path).state_dict().items()
+        }
 
     def input_embedding(self) -> tuple[str, tuple[int, int]] | None:
         """Name and shape of the table of the layers' own inputs, `[word, layer * size]`; None without."""
