@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fork_server import KILLED, forked_to_its_end
+from killed_jobs import require_same_after_a_kill
 from masked import decoder_of, masked_model
 from models import load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from rank_jobs import RankJob
-from test_families import _prune_until_killed
 from torch.nn import functional
 
 import flap_stream
@@ -21,7 +20,6 @@ from flap_stream.cli import main
 from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, SweepConfig
 from flap_stream.errors import CorruptRun, InvalidOption, UnsupportedModel
 from flap_stream.model.families import FAMILIES
-from flap_stream.output.digests import DIGESTS_NAME
 from flap_stream.storage.run_directory import RunDirectory
 
 LAYERS = 6
@@ -153,9 +151,7 @@ def test_neither_the_batch_size_nor_the_number_of_ranks_changes_a_byte(tmp_path:
 def test_a_killed_job_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     path, options = made(tmp_path, "gemma3_text"), options_of(tmp_path)
     flap_stream.prune(path, tmp_path / "whole", options)
-    assert forked_to_its_end(_prune_until_killed, (path, tmp_path / "out", options)) == KILLED
-    flap_stream.prune(path, tmp_path / "out", options)
-    assert (tmp_path / "out" / DIGESTS_NAME).read_bytes() == (tmp_path / "whole" / DIGESTS_NAME).read_bytes()
+    require_same_after_a_kill(path, tmp_path / "whole", options, tmp_path / "out")
 
 
 # --- the decision ---

@@ -1,7 +1,5 @@
 """One suite for every family: the pruned checkpoint computes what the masked dense model with biases computes."""
 
-import os
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fork_server import KILLED, forked_to_its_end
+from killed_jobs import require_same_after_a_kill
 from masked import decoder_of, masked_model
 from models import FAMILY_EXTRAS, FORMS, GEMMA4_EXPERTS, load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from transformers import AutoModel
@@ -20,9 +18,7 @@ from flap_stream.cli import main
 from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
 from flap_stream.errors import InvalidOption, UnsupportedModel
 from flap_stream.model.families import FAMILIES
-from flap_stream.output.digests import DIGESTS_NAME
 from flap_stream.storage.run_directory import RunDirectory
-from flap_stream.storage.statistics import StatisticsStore
 
 pytestmark = pytest.mark.slow
 
@@ -162,24 +158,9 @@ def test_the_pruned_checkpoint_can_be_pruned_again(pruned: Pruned, tmp_path: Pat
         assert (load(tmp_path / "again")(ids).logits - expected(ids).logits).abs().max() <= 1e-5
 
 
-def _prune_until_killed(model: Path, out: Path, options: PruneConfig) -> None:
-    write = StatisticsStore.write
-
-    def write_and_die(store: StatisticsStore, layer: int, *arguments: Any) -> None:
-        write(store, layer, *arguments)
-        if layer == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    setattr(StatisticsStore, "write", write_and_die)  # noqa: B010 (in a process of its own)
-    flap_stream.prune(model, out, options)
-
-
 def test_a_killed_job_goes_on_to_the_same_bytes(pruned: Pruned, tmp_path: Path) -> None:
-    model, options = pruned.place / "model", options_of(pruned.place)
-    code = forked_to_its_end(_prune_until_killed, (model, tmp_path / "out", options))
-    assert code == KILLED and (tmp_path / "out.run").exists()
-    flap_stream.prune(model, tmp_path / "out", options)
-    assert (tmp_path / "out" / DIGESTS_NAME).read_bytes() == (pruned.place / "out" / DIGESTS_NAME).read_bytes()
+    options = options_of(pruned.place)
+    require_same_after_a_kill(pruned.place / "model", pruned.place / "out", options, tmp_path / "out")
 
 
 def test_the_table_and_the_suite_have_the_same_families() -> None:

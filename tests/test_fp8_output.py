@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from fork_server import KILLED, forked_to_its_end
+from killed_jobs import require_same_after_a_kill
 from models import load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from quantised_models import write_quantised
 from rank_jobs import RankJob
 from safetensors.torch import load_file
-from test_families import _prune_until_killed
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -152,9 +151,7 @@ def test_shards_ranks_and_kills_change_no_value(tmp_path: Path) -> None:
     apart = tensors_in(tmp_path / "apart")
     assert apart.keys() == whole.keys() and len(list((tmp_path / "apart").glob("*.safetensors"))) == len(whole)
     assert all(torch.equal(apart[name].view(torch.uint8), whole[name].view(torch.uint8)) for name in whole)
-    assert forked_to_its_end(_prune_until_killed, (path, tmp_path / "killed", options)) == KILLED
-    flap_stream.prune(path, tmp_path / "killed", options)
-    assert (tmp_path / "killed" / DIGESTS_NAME).read_bytes() == (tmp_path / "out" / DIGESTS_NAME).read_bytes()
+    require_same_after_a_kill(path, tmp_path / "out", options, tmp_path / "killed")
     job = RankJob(tmp_path / "ranks", tiny_config("llama", layers=2, **SIZES, head_dim=128), output_dtype="fp8")
     assert job.trouble("two", 2) is None
 

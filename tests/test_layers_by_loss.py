@@ -1,29 +1,25 @@
 """Whole layers go by the loss, among units: how they are scored, chosen and removed."""
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fork_server import KILLED, forked_to_its_end
+from killed_jobs import require_same_after_a_kill
 from masked import decoder_of, masked_model, separate
 from models import fisher_draw, load, random_tokens, save_tokens, tiny_config
 from placements import placed
 from rank_jobs import RankJob
 from test_depth import BY_LOSS, TOKENS, gone_of, made, options_of, skipping
-from test_families import _prune_until_killed
 
 import flap_stream
 from flap_stream.arithmetic.allocation import allocate
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.scoring import LayerScores
 from flap_stream.arithmetic.whole_layers import price
-from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, SweepConfig
+from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, SweepConfig
 from flap_stream.errors import RunMismatch
-from flap_stream.output.digests import DIGESTS_NAME
 from flap_stream.storage.loss import LossStore
 from flap_stream.storage.refits import RefitStore
 from flap_stream.storage.run_directory import RunDirectory
@@ -94,9 +90,7 @@ def test_neither_batches_nor_ranks_nor_a_kill_change_what_the_loss_says(tmp_path
         shards = (tmp_path / f"out-{batch_size}").glob("*.safetensors")
         sums.add(tuple(file.read_bytes() for file in sorted(shards)))
     assert len(sums) == 1 and gone_of(record)
-    assert forked_to_its_end(_prune_until_killed, (path, tmp_path / "killed", options)) == KILLED
-    flap_stream.prune(path, tmp_path / "killed", options)
-    assert (tmp_path / "killed" / DIGESTS_NAME).read_bytes() == (tmp_path / "out-5" / DIGESTS_NAME).read_bytes()
+    require_same_after_a_kill(path, tmp_path / "out-5", options, tmp_path / "killed")
     job = RankJob(tmp_path / "ranks", tiny_config("llama", layers=4), **given)
     assert job.trouble("two", 2) is None
 
@@ -134,18 +128,6 @@ def test_the_price_of_a_layer_is_the_most_of_any_choice_of_its_units() -> None:
     assert price(scores, shape, options) == pytest.approx(best)
 
 
-def _prune_until_refits_are_killed(model: Path, out: Path, options: PruneConfig) -> None:
-    write = RefitStore.write
-
-    def write_and_die(store: RefitStore, layer: int, *arguments: Any) -> None:
-        write(store, layer, *arguments)
-        if layer == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    setattr(RefitStore, "write", write_and_die)  # noqa: B010 (in a process of its own)
-    flap_stream.prune(model, out, options)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("restore", ["least-squares", "reconstruct"])
 def test_what_stays_is_refitted_past_removed_layers_and_goes_on_after_a_kill(restore: str, tmp_path: Path) -> None:
@@ -160,9 +142,7 @@ def test_what_stays_is_refitted_past_removed_layers_and_goes_on_after_a_kill(res
             dense, ours = (load(place)(ids).logits.log_softmax(dim=-1) for place in (path, tmp_path / how))
         divergences.append(float((dense.exp() * (dense - ours)).sum(dim=-1).mean()))
     assert any(number < 3 for number in gone_of(record)) and divergences[1] < divergences[0]
-    assert forked_to_its_end(_prune_until_refits_are_killed, (path, tmp_path / "killed", options)) == KILLED
-    flap_stream.prune(path, tmp_path / "killed", options)
-    assert (tmp_path / "killed" / DIGESTS_NAME).read_bytes() == (tmp_path / restore / DIGESTS_NAME).read_bytes()
+    require_same_after_a_kill(path, tmp_path / restore, options, tmp_path / "killed", RefitStore, 2)
 
 
 @pytest.mark.parametrize("hidden_place", ["host", "disk"])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fork_server import KILLED, forked_to_its_end
+from killed_jobs import require_same_after_a_kill
 from masked import decoder_of, hide_experts, masked_model, mixture_of, separate, streamed
 from models import (
     FAMILY_EXTRAS,
@@ -22,7 +22,6 @@ from models import (
 )
 from quantised_models import write_microscaled
 from rank_jobs import RankJob
-from test_families import _prune_until_killed
 from test_quantised import dense_model, require_the_same
 
 import flap_stream
@@ -36,7 +35,6 @@ from flap_stream.model.architecture import with_layer_count
 from flap_stream.model.families import FAMILIES
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.modeling.modeling_flap_stream import router_modules
-from flap_stream.output.digests import DIGESTS_NAME
 from flap_stream.storage.loss import LossStore
 from flap_stream.storage.run_directory import RunDirectory
 
@@ -157,9 +155,7 @@ def test_neither_the_batch_size_nor_the_number_of_ranks_changes_a_byte(tmp_path:
 def test_a_killed_job_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     path, options = made(tmp_path, "mixtral"), options_of(tmp_path)
     flap_stream.prune(path, tmp_path / "whole", options)
-    assert forked_to_its_end(_prune_until_killed, (path, tmp_path / "out", options)) == KILLED
-    flap_stream.prune(path, tmp_path / "out", options)
-    assert (tmp_path / "out" / DIGESTS_NAME).read_bytes() == (tmp_path / "whole" / DIGESTS_NAME).read_bytes()
+    require_same_after_a_kill(path, tmp_path / "whole", options, tmp_path / "out")
 
 
 # --- the decision ---
