@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 from temporary_files import remove_at_exit
@@ -28,6 +29,8 @@ LONGEST = (
     *("depth", "simulated_device", "fp8_output", "gpu_check", "whole_experts", "model_code", "quantised"),
     *("expert_refit", "export_gguf"),
 )
+SPARE_EVERY = 50  # tests
+_finished = count(1)
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
@@ -58,10 +61,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-def pytest_collection_finish() -> None:
-    """Spare the collector what was imported: it took a third of the time of a job of two layers."""
+def spare_collector() -> None:
+    """Have no collection look again at what lives now: what was imported took a third of the time of a tiny job."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    spare_collector()
+
+
+def pytest_runtest_logfinish() -> None:
+    """As models are imported and torch remembers operations, a collection gets five times as long in 300 tests."""
+    if next(_finished) % SPARE_EVERY == 0:
+        spare_collector()
 
 
 def pytest_sessionfinish(exitstatus: int) -> None:

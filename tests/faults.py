@@ -5,7 +5,6 @@ affordable. A fault happens at a step, counted from the start of the process.
 """
 
 import errno
-import gc
 import io
 import json
 import os
@@ -180,7 +179,6 @@ def _child(
 ) -> None:
     if seconds is not None:
         threading.Timer(seconds, kill, [""]).start()
-    gc.freeze()  # what the server imported need not be looked through again
     torch.set_num_threads(1)
     power = cuts(out.parent) if cuts is not None else None
     steps, layers = Steps(out.parent, fault, power.sync if power is not None else None), _record_layers()

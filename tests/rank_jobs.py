@@ -4,7 +4,6 @@ What a launcher does for its ranks is done here: it tells each its number, and h
 torchrun this one ends no rank when another dies: they have to notice by themselves.
 """
 
-import gc
 import json
 import logging
 import os
@@ -42,7 +41,6 @@ def _rank(environment: dict[str, str], said: Path, action: Callable[[], Any], ki
         timer = threading.Timer(kill_after, os.kill, [os.getpid(), signal.SIGKILL])
         timer.daemon = True
         timer.start()
-    gc.freeze()  # what the server imported need not be looked through again
     torch.set_num_threads(1)
     with open(said, "w", buffering=1) as file, redirect_stderr(file):
         logging.basicConfig(level=logging.ERROR, format="flap-stream: %(message)s", stream=file)
