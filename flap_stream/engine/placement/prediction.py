@@ -14,9 +14,10 @@ from flap_stream.engine.weight_stream import (
 )
 
 # What lazy imports, thread stacks, kernels compiled on first use and freed but unreturned memory add to the buffers.
-# Predictions are checked with tools/memory_grid.py.
+# Predictions are checked with tools/memory_grid.py. On a CPU seven equal runs of 22 layers of hidden 2048 took 812 to
+# 865 MiB; 44 MiB are enough for all of them.
 # Beside an accelerator mostly kernels, which are loaded on first use: up to 300 MiB on an H200.
-_HOST_SLACK = (36 << 20, 384 << 20)  # on a CPU, beside an accelerator
+_HOST_SLACK = (44 << 20, 384 << 20)  # on a CPU, beside an accelerator
 # Most memory that lies idle in the heap, as a share of the activations and of the small tensors: malloc fills a hole
 # even with blocks large enough for a mapping of their own. Chosen with tools/memory_grid.py.
 _HEAP_HOLES, _BACKWARD_HEAP_HOLES = (0.5, 1.5), (0.0, 0.75)  # of a graph most is alive at the peak
