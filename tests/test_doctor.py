@@ -17,6 +17,7 @@ from test_control_groups import V2, add_group, made, mount
 from warm_commands import run_warm
 
 from flap_stream.cli import main
+from flap_stream.stages import doctor
 from flap_stream.stages.doctor import Finding, examine
 
 
@@ -81,6 +82,13 @@ def test_a_machine_without_a_card(tmp_path: Path) -> None:
     done = run_warm(command, env=environment)
     assert "no CUDA device" in done.stdout and "CPU threads" in done.stdout
     assert "decodes FP8 checkpoints while loading" in done.stdout
+
+
+@pytest.mark.parametrize(("there", "words"), [(True, "as they are"), (False, "pip install kernels")])
+def test_a_card_that_has_fp8(there: bool, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "compute_capability", lambda device: (9, 0))
+    monkeypatch.setattr(doctor, "is_kernels_available", lambda: there)
+    assert words in only(found_by(tmp_path), "FP8", "ok" if there else "note")
 
 
 def test_an_old_zarr_and_a_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,10 @@ def test_pruning_on_cuda_gives_a_checkpoint_like_the_cpus(dtype: str, tmp_path: 
 @pytest.mark.parametrize("metric", ["wifv", "fisher"])
 @pytest.mark.parametrize("family", [family for family in FAMILY_EXTRAS if family in CONFIG_MAPPING])
 def test_every_family_is_decided_on_cuda_as_on_the_cpu(family: str, metric: str, tmp_path: Path) -> None:
-    path = save(tiny_model(tiny_config(family)), tmp_path / "model")
+    config = tiny_config(family)
+    if getattr(config, "num_kv_shared_layers", 0) and not hasattr(config, "kv_sharing_modes"):
+        pytest.skip("needs transformers 5.23 or later")
+    path = save(tiny_model(config), tmp_path / "model")
     text = save_tokens(tmp_path / "tokens.npy", random_tokens(9, 24))
     layers, perplexities = on_both(path, text, tmp_path, metric=metric)
     attends_to_chosen_tokens = family == "deepseek_v32"  # whose scores tie at zero; devices choose others of a tie

@@ -11,6 +11,7 @@ from models import LAYER_INPUTS, VOCABULARY, random_tokens, save, save_tokens, t
 import flap_stream
 from flap_stream.config import CollectConfig, EngineConfig, PlanConfig
 from flap_stream.engine.streamed_model import StreamedModel
+from flap_stream.errors import UnsupportedModel
 from flap_stream.model.layer_state import LayerState
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.storage.run_directory import RunDirectory
@@ -24,14 +25,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def test_of_a_plain_model_it_is_the_hidden_states() -> None:
-    state, hidden = LayerState.of(tiny_config("llama")), torch.randn(2, 3, 64)
+    state, hidden = LayerState.of(tiny_config("llama"), "the model"), torch.randn(2, 3, 64)
     assert state.is_plain and state.width == 64
     assert state.first(hidden, []) is state.after(0, hidden, hidden, {}) is hidden
     assert torch.equal(state.hidden(hidden), hidden) and state.arguments(1, hidden) == {}
 
 
+def test_a_transformers_that_does_not_tell_which_layers_share_is_refused() -> None:
+    config = tiny_config("llama")  # has no modes, as Gemma 3n's had none before 5.23
+    config.num_kv_shared_layers = 1
+    with pytest.raises(UnsupportedModel, match=r"layers of ./model read keys .* needs transformers 5\.23 or later; "):
+        LayerState.of(config, "./model")
+
+
 def test_everything_comes_back_from_it() -> None:
-    state = LayerState.of(tiny_config("gemma3n_text"))
+    state = LayerState.of(tiny_config("gemma3n_text"), "the model")
     streams, inputs = torch.randn(3, 2, 5, 64), [torch.randn(2, 5, 8) for _ in range(3)]
     assert state.width == 3 * 64 + 3 * 8 + 2 * 2 * 2 * 16  # of two types, keys and values of two heads
     first = state.first(streams, inputs)

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
+
+from flap_stream.errors import UnsupportedModel
 
 _INPUT, _SHARED = "per_layer_input", "shared_kv_states"  # arguments of transformers' layers
 RECOMPUTED = (_INPUT, _SHARED)  # which are found in the layer state rather than in what a layer was called with
@@ -32,8 +35,16 @@ class LayerState:
     types: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, config: Any) -> "LayerState":
-        """That of a model. config: as transformers reads it."""
+    def of(cls, config: Any, where: str) -> "LayerState":
+        """That of a model. config: as transformers reads it. where: the model is, for messages.
+
+        Raises UnsupportedModel if layers share keys and values, and transformers is too old to say which.
+        """
+        if getattr(config, "num_kv_shared_layers", 0) and not hasattr(config, "kv_sharing_modes"):
+            raise UnsupportedModel(
+                f"layers of {where} read keys and values of earlier ones, which needs transformers 5.23 or later; "
+                f"{transformers.__version__} is installed: pip install 'transformers>=5.23,<6'"
+            )
         modes = tuple(getattr(config, "kv_sharing_modes", ()))
         types = tuple(config.layer_types) if modes else ()
         shared = []

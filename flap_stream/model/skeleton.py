@@ -60,7 +60,7 @@ class Skeleton:
         setattr(self._embedding, "padding_idx", None)  # noqa: B010 (it may lie outside the rows that are loaded)
         self.layers = list(self._model.get_submodule(self.family.layers).children())
         self.tied: bool = self._model.config.tie_word_embeddings
-        self.state = LayerState.of(self._model.config)
+        self.state = LayerState.of(self._model.config, where)
         self.outer = OuterModel(self._model, self.family, self.layers, self.state)
         self._only: dict[int, tuple[Mixture, Sequence[int]]] = {}
         self._shapes: dict[int, LayerShape] = {}
