@@ -14,8 +14,8 @@ from flap_stream.engine.weight_stream import (
 )
 
 # What lazy imports, thread stacks, kernels compiled on first use and freed but unreturned memory add to the buffers.
-# Predictions are checked with tools/memory_grid.py. On a CPU seven equal runs of 22 layers of hidden 2048 took 812 to
-# 865 MiB; 44 MiB are enough for all of them.
+# Predictions are checked with tools/memory_grid.py. On a CPU seven runs of the same job (22 layers of hidden 2048)
+# reached 810 to 865 MiB; 44 MiB are enough for all of them.
 # Beside an accelerator mostly kernels, which are loaded on first use: up to 300 MiB on an H200.
 _HOST_SLACK = (44 << 20, 384 << 20)  # on a CPU, beside an accelerator
 # Most memory that lies idle in the heap, as a share of the activations and of the small tensors: malloc fills a hole
