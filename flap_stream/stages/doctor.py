@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 from packaging.requirements import Requirement
-from transformers.utils.import_utils import is_kernels_available
+from transformers.utils.import_utils import KERNELS_MIN_VERSION, is_kernels_available
 
 from flap_stream.engine import control_groups
 from flap_stream.engine.device import card, choose_device, compute_capability, free_bytes
@@ -109,7 +109,8 @@ def _fp8() -> Finding:
     """Whether transformers runs FP8 checkpoints as they are here."""
     if compute_capability(choose_device("auto")) >= _RUNS_FP8:
         if not is_kernels_available():
-            text = "for FP8 checkpoints transformers needs the package kernels, which is not here: pip install kernels"
+            package = f"kernels=={KERNELS_MIN_VERSION}"
+            text = f"for FP8 checkpoints transformers needs a package that is not here: pip install {package}"
             return Finding("note", "FP8", text)
         return Finding("ok", "FP8", "transformers runs FP8 checkpoints as they are")
     least = ".".join(map(str, _RUNS_FP8))
