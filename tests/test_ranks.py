@@ -99,6 +99,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> RankJob:
         ({}, {"restore": "least-squares", "length": REFIT_LENGTH}),
         ({}, {"restore": "least-squares", "dtype": "bfloat16", "length": REFIT_LENGTH}),
         ({"family": "qwen3_moe"}, {}),
+        ({}, {"restore": "reconstruct"}),
         ({"family": "mixtral"}, {"metric": "fisher", "loss_windows": 11}),
         ({"intermediate_size": 1000, "hidden_size": 128}, {"batch_size": 8}),
     ],
@@ -110,6 +111,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> RankJob:
         "least-squares",
         "least-squares in bf16",
         "experts",
+        "reconstruct",
         "loss",
         "wide",
     ],
@@ -317,8 +319,9 @@ def test_whichever_rank_is_killed_the_others_end_and_any_number_goes_on_to_the_s
 
 
 @pytest.mark.timeout(200)
-def test_killed_while_they_refit_any_number_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    job = RankJob(tmp_path, tiny_config(layers=2), length=REFIT_LENGTH, restore="least-squares")
+@pytest.mark.parametrize("restore", ["least-squares", "reconstruct"])
+def test_killed_while_they_refit_any_number_goes_on_to_the_same_bytes(tmp_path: Path, restore: str) -> None:
+    job = RankJob(tmp_path, tiny_config(layers=2), length=REFIT_LENGTH, restore=restore)
     found = [job.trouble_after_kill(number, 10) for number in range(REFIT_KILLS)]
     assert [one for one in found if one[0] not in ("went on", "done before the kill")] == []
 

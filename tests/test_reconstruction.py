@@ -17,13 +17,8 @@ from placements import placed
 
 import flap_stream
 from flap_stream import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
-from flap_stream.engine.ranks import Ranks
-from flap_stream.engine.streamed_model import StreamedModel
-from flap_stream.errors import InvalidOption
-from flap_stream.model.opening import open_checkpoint
 from flap_stream.model.safetensors_format import read_header
 from flap_stream.restore.cut_layer import CutLayer
-from flap_stream.restore.requirements import require_refittable
 
 FAMILIES = (
     "llama",
@@ -139,13 +134,6 @@ def test_a_killed_reconstruction_goes_on_to_the_same_bytes(tmp_path: Path) -> No
     points = sorted({*range(begun - 3, ended, 11), *(n + 1 for n in job.records() if begun < n < ended)})
     assert len(points) > 6
     assert job.troubles(points) == []
-
-
-def test_several_ranks_are_refused(tmp_path: Path) -> None:
-    with open_checkpoint(save(tiny_model(tiny_config()), tmp_path / "model")) as checkpoint:
-        model = StreamedModel(checkpoint, EvaluateConfig(), Ranks(0, ((0, 1),)))
-        with pytest.raises(InvalidOption, match="--restore reconstruct runs in one process, not in 2"):
-            require_refittable(model, "reconstruct")
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from models import tiny_config
 
 from flap_stream.cli import main
-from flap_stream.stages.scaling import Rates, Work, scale
+from flap_stream.stages.scaling import Rates, RefitWork, Work, scale
 
 WORK = Work(
     layers=10,
@@ -41,6 +41,11 @@ def test_cores_of_a_node_are_shared() -> None:
     rates = replace(RATES, node_product=20)
     assert [scale(WORK, rates, n).seconds["collect"] for n in (1, 2, 4)] == [800, 400, 400]
     assert scale(WORK, rates, 4, nodes=2).seconds["collect"] == 200
+
+
+def test_a_reconstruction_is_not_divided() -> None:
+    refits = [replace(WORK, refit=RefitWork(16_000, 0, 0, is_shared)) for is_shared in (True, False)]
+    assert [[scale(work, RATES, n).seconds["refit"] for n in (1, 4)] for work in refits] == [[1600, 400], [1600, 1600]]
 
 
 def test_nodes_share_a_file_system_and_each_reads_the_model() -> None:

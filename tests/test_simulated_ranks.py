@@ -26,8 +26,8 @@ class OnSimulatedDevice:
 
 @pytest.mark.parametrize(
     "how",
-    [{"metric": "fisher", "loss_windows": 5}, {"restore": "least-squares"}],
-    ids=["by the loss", "least-squares"],
+    [{"metric": "fisher", "loss_windows": 5}, {"restore": "least-squares"}, {"restore": "reconstruct"}],
+    ids=["by the loss", "least-squares", "reconstruct"],
 )
 def test_ranks_with_a_device_each_write_what_one_process_writes(tmp_path: Path, how: dict[str, Any]) -> None:
     model = save(tiny_model(tiny_config()), tmp_path / "model")

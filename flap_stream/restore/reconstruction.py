@@ -38,7 +38,10 @@ def reconstruct_layer(
     stored: Mapping[str, torch.Tensor] | None = None,
     is_read: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Run one layer as pruned; returns all its tensors but routers, fitted. Arguments as of `sublayer.refit_layer`."""
+    """Run one layer as pruned; returns all its tensors but routers, fitted. Arguments as of `sublayer.refit_layer`.
+
+    Only rank 0 has windows to fit it to; the others take part in what all ranks do together, and return nothing.
+    """
     assert refit.dense is not None, "the dense model's hidden states are the target"
     layer = CutLayer(refit.model, index, weights, keep)
     refit.batches.run_all(index, weights, refit.dense)
@@ -103,7 +106,9 @@ class _Fit:
         self._at_once = min(self._step, refit.sizes.first)
 
     def run(self) -> dict[str, torch.Tensor]:
-        """What is kept of the layer's tensors after the fit."""
+        """What is kept of the layer's tensors after the fit; nothing without windows."""
+        if not self._refit.hidden.samples:
+            return {}
         statistics = self._refit.run.statistics.read(self._layer.index)
         start = self._layer.with_bias({kind: statistics.of(kind).mean for kind in Sublayer})
         kept = self._layer.cut(start)

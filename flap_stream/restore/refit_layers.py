@@ -3,7 +3,9 @@
 The calibration windows run through the model again, this time through its pruned layers (`sublayer.py`). The refitted
 tensors of each layer are stored in the run directory, so that an interrupted refit can be resumed.
 
-With several ranks, each runs its share of the windows, and rank 0 solves from the sums over all of them.
+With several ranks, each runs its share of the windows, and rank 0 solves from the sums over all of them. A
+reconstruction is fitted by rank 0 alone, on all windows: a step of so few tokens takes less time than sending a layer's
+gradients.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,6 +74,8 @@ def _refit_pass(model: StreamedModel, run: RunDirectory, job: RefitJob, stack: E
     tokens, placement = run.tokens.read(), job.placement
     samples, length = tokens.shape
     own = model.ranks.share(samples, product_windows(placement.batch_size, length))
+    if job.restore == "reconstruct":
+        own = range(samples if model.ranks.is_first else 0)
     stores = [run.refits.pruned_snapshots] + ([run.refits.dense_snapshots] if job.restore == "reconstruct" else [])
     hidden = [
         stack.enter_context(model.hidden_states(placement.hidden_place, len(own), length, run.path)) for _ in stores

@@ -9,7 +9,7 @@ from flap_stream.arithmetic.layer_shape import Sublayer
 from flap_stream.arithmetic.least_squares import DAMPING, EXPERT_DAMPING
 from flap_stream.engine.placement.job import ProjectionSizes, Refit
 from flap_stream.engine.streamed_model import StreamedModel
-from flap_stream.errors import InvalidOption, UnsupportedModel
+from flap_stream.errors import UnsupportedModel
 from flap_stream.model.architecture import Family
 from flap_stream.model.units import ROWS
 
@@ -20,12 +20,7 @@ EPOCHS, STEP_TOKENS, LEARNING_RATE, HELD_OUT = 3, 1024, 0.015, 8
 
 def require_refittable(model: StreamedModel, restore: str) -> None:
     """Raise UnsupportedModel for models that a refit is not defined for. restore: one of config.REFITS."""
-    if restore == "reconstruct":
-        if model.ranks.world > 1:
-            raise InvalidOption(
-                f"--restore reconstruct runs in one process, not in {model.ranks.world}; rewrite without torchrun"
-            )
-    elif model.family.is_parallel:
+    if restore != "reconstruct" and model.family.is_parallel:
         raise UnsupportedModel(
             f"{model.checkpoint.source} runs attention and MLP side by side, where least squares, which refits one "
             "after the other, is not defined; use --restore reconstruct or bias"

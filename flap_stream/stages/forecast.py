@@ -257,7 +257,7 @@ def work_of(
     if refit is not None:
         moments, solving = refit.operations(ratio, samples * options.sequence_length)
         forwards = operations * (2 if refit.fitted else 1)
-        refit_work = RefitWork(moments + forwards, solving, refit.sum_bytes(ratio))
+        refit_work = RefitWork(moments + forwards, solving, refit.sum_bytes(ratio), is_shared=not refit.fitted)
     return Work(
         layers=len(model.layers),
         samples=samples,

@@ -75,13 +75,14 @@ class LossWork:
 class RefitWork:
     """What refitting consists of, besides reading the layers once more.
 
-    operations: for layers and moments, divided among ranks. solving: operations on rank 0 while the others wait.
-    sum_bytes: the sums that every rank sends to rank 0.
+    operations: for layers and moments, divided among ranks if they are shared. solving: operations on rank 0 while the
+    others wait. sum_bytes: the sums that every rank sends to rank 0.
     """
 
     operations: int
     solving: int
     sum_bytes: int
+    is_shared: bool = True
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def scale(work: Work, rates: Rates, ranks: int = 1, nodes: int = 1) -> Scaled:
     if work.refit is not None:
         sent = work.refit.sum_bytes if nodes > 1 else 0
         leaving += sent
-        refitting = max(work.refit.operations * largest_share / product, reading)
+        fitted = largest_share / product if work.refit.is_shared else 1 / rates.product
+        refitting = max(work.refit.operations * fitted, reading)
         seconds["refit"] = refitting + work.refit.solving / rates.product + sent / rates.network + rest
     return Scaled(
         ranks=ranks,

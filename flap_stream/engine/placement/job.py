@@ -123,7 +123,9 @@ class Job:
         return self.batch_bytes(self.samples)
 
     def share(self, batch_size: int) -> int:
-        """Most windows that one rank has."""
+        """Most windows that one rank has; rank 0 alone fits layers with gradients."""
+        if self.refit is not None and self.refit.fitted:
+            return self.samples
         together = batch_size if self.refit is None else product_windows(batch_size, self.tokens)
         return max(map(len, window_shares(self.samples, together, self.ranks)))
 
