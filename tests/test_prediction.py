@@ -22,6 +22,7 @@ from flap_stream.engine import memory
 from flap_stream.engine.placement import Job
 from flap_stream.engine.placement.choice import place
 from flap_stream.engine.placement.prediction import predict
+from flap_stream.engine.placement.workspace import Way, layer_workspace
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InsufficientMemory, InvalidOption
 from flap_stream.model.opening import open_checkpoint
@@ -216,3 +217,12 @@ def test_what_a_mixture_takes_is_predicted(restore: str, tmp_path: Path) -> None
     assert result.returncode == 0, result.stderr
     body = json.loads(result.stdout)
     assert body["peak_host_bytes"] <= body["placement"]["host_bytes"]
+
+
+@pytest.mark.parametrize("way", ["forward", "backward", "fit"])
+def test_weights_do_not_count_as_workspace(way: Way) -> None:
+    """They are counted elsewhere. One token through weights of 2 MiB; a fit has gradients as large."""
+    config = tiny_config(layers=1, hidden_size=256, intermediate_size=512)
+    weights = (3 * 256 * 512 + 3 * 256 * 256) * 2
+    peak, _ = layer_workspace({**config.to_dict(), "dtype": "bfloat16"}, (1, 1), torch.bfloat16, "cpu", way)
+    assert peak < (1.1 * weights if way == "fit" else weights / 20)

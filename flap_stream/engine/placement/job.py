@@ -175,9 +175,10 @@ class Job:
             return 0
         if not self.backward:
             return self.head.nbytes + _HEAD_WORKSPACE
-        # Logits and their gradient in both dtypes, log-probabilities and theirs.
-        chunk = self._chunk_bytes(self.tokens, 16 + 2 * self.dtype.itemsize)
-        return self.head.nbytes + chunk + 2 * self.batch_bytes(batch_size) + 8 * self.batch_bytes(1)
+        # Logits and their gradient in both dtypes, log-probabilities and theirs, beside what a norm keeps of a window;
+        # after the last chunk the gradient of that norm.
+        chunk, window = self._chunk_bytes(self.tokens, 16 + 2 * self.dtype.itemsize), self.batch_bytes(1)
+        return self.head.nbytes + 2 * self.batch_bytes(batch_size) + max(chunk + 3 * window, 8 * window)
 
     def _chunk_bytes(self, tokens: int, each: int) -> int:
         """Bytes of a chunk of logits of so many tokens at most, `each` per logit."""

@@ -25,7 +25,7 @@ Way = Literal["forward", "backward", "experts", "fit"]
 def layer_workspace(
     config: Mapping[str, Any], batch: tuple[int, int], dtype: torch.dtype, device: str, way: Way
 ) -> tuple[int, int]:
-    """Peak bytes alive, weights and hidden states excluded, while one batch runs through any layer.
+    """Peak bytes alive, without weights but with the batch itself, while one batch runs through any layer.
 
     Only the widest and the largest layer are tried. What was found is remembered.
     config: of config.json. batch: windows and tokens of each. device: the type of the one that the job is for.
@@ -49,7 +49,7 @@ def _workspace(config: str, batch: tuple[int, int], dtype: torch.dtype, device: 
         embeds, live = torch.empty((*batch, skeleton.config["hidden_size"]), dtype=dtype), _LiveBytes()
         with live:
             _, calls = skeleton.outer.record(embeds)
-        hidden = torch.empty((*batch, skeleton.state.width), dtype=dtype)
+            hidden = torch.empty((*batch, skeleton.state.width), dtype=dtype)
         for index in {widest, largest}:
             sizes = skeleton.layer_tensors(index)
             weights = {name: torch.empty(size, dtype=dtypes(name)) for name, size in sizes.items()}
@@ -143,6 +143,8 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))
+        if any(value.alias_info is not None for value in function._schema.returns):
+            return output  # a view takes no memory, even if what it is of has not been seen, such as a weight
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self._seen:
                 storage = tensor.untyped_storage()
