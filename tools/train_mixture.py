@@ -1,7 +1,8 @@
 """Train a tiny mixture of experts on Python's standard library, and compare ways to prune it.
 
-Prints Markdown: held-out perplexity where a share of the prunable weights is removed as neurons and KV groups, as whole
-experts, as both in one order, and as whole experts by REAP. A mixture that PLACE holds already is used.
+Prints Markdown: held-out perplexity where a share of the prunable weights is removed as neurons, as neurons and KV
+groups, as whole experts, as all of them in one order, and as whole experts by REAP. A mixture that PLACE holds already
+is used.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from train_demo_model import SETTINGS, Split, train, train_tokenizer
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import flap_stream
 from flap_stream import CollectConfig, SweepConfig
@@ -20,6 +21,7 @@ from flap_stream import CollectConfig, SweepConfig
 _HELD_OUT = 12  # of so many files in a row, one is for calibration and one for evaluation
 _FILE_CHARACTERS = 20_000  # of each at most, so that no file dominates
 _WINDOW = 128  # tokens
+_NEURONS = 96  # of each expert
 
 
 def standard_library() -> Split[str]:
@@ -34,8 +36,11 @@ def standard_library() -> Split[str]:
     return Split(*("\n\n".join(part) for part in parts.values()))
 
 
-def trained(place: Path, minutes: float, experts: int) -> Path:
-    """The mixture in `place`, trained if it is not there, its calibration and evaluation texts beside it."""
+def trained(place: Path, minutes: float, experts: int, groups: int) -> Path:
+    """The mixture in `place`, trained if it is not there, its calibration and evaluation texts beside it.
+
+    experts, groups: of each layer; of the KV groups.
+    """
     model_path = place / "model"
     if model_path.exists():
         return model_path
@@ -43,8 +48,9 @@ def trained(place: Path, minutes: float, experts: int) -> Path:
     text = standard_library()
     kind: Any = Qwen3MoeConfig
     config = kind(
-        vocab_size=1024, hidden_size=128, moe_intermediate_size=96, num_hidden_layers=4, max_position_embeddings=512,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=experts, num_experts_per_tok=2,
+        vocab_size=1024, hidden_size=128, moe_intermediate_size=_NEURONS, num_hidden_layers=4, head_dim=32,
+        num_attention_heads=max(4, groups), num_key_value_heads=groups, num_experts=experts, num_experts_per_tok=2,
+        max_position_embeddings=512,
         norm_topk_prob=True, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2,
         output_router_logits=True, router_aux_loss_coef=0.01,
     )  # fmt: skip
@@ -71,9 +77,11 @@ def table(model: Path, place: Path, ratios: tuple[float, ...], loss_windows: int
     flap_stream.collect(model, runs["reap"], CollectConfig(method="reap", **common))
     by_loss: dict[str, Any] = {"metric": "fisher", "round_neurons_to": 1}
     whole: dict[str, Any] = {**by_loss, "whole_experts": True}
-    only_whole = {**whole, "min_heads": 4, "min_neurons": 96}  # all of them
+    all_heads = {"min_heads": AutoConfig.from_pretrained(model).num_attention_heads}
+    only_whole = {**whole, **all_heads, "min_neurons": _NEURONS}
     methods: list[tuple[str, str, dict[str, Any]]] = [
-        ("neurons, KV groups", "loss", by_loss), ("whole experts", "loss", only_whole),
+        ("neurons", "loss", {**by_loss, **all_heads}), ("neurons, KV groups", "loss", by_loss),
+        ("whole experts", "loss", only_whole),
         ("neurons, KV groups, whole experts", "loss", whole), ("whole experts, by REAP", "reap", {"method": "reap"}),
     ]  # fmt: skip
     rows = [f"| | {' | '.join(f'{ratio:.0%}' for ratio in ratios)} |", "|---" * (len(ratios) + 1) + "|"]
@@ -96,10 +104,11 @@ def main() -> None:
     parser.add_argument("place", type=Path, metavar="PLACE", help="where the mixture, its texts and its runs are kept")
     parser.add_argument("--minutes", type=float, default=7.5, help="training time on the wall clock (default 7.5)")
     parser.add_argument("--experts", type=int, default=16, help="of each layer (default 16)")
+    parser.add_argument("--kv-groups", type=int, default=2, help="of each layer (default 2)")
     parser.add_argument("--loss-windows", type=int, default=256, help="that are swept (default 256)")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5], help="(default 0.3 0.5)")
     options = parser.parse_args()
-    model = trained(options.place, options.minutes, options.experts)
+    model = trained(options.place, options.minutes, options.experts, options.kv_groups)
     print(table(model, options.place, tuple(options.ratios), options.loss_windows))
 
 
