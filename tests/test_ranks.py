@@ -319,9 +319,13 @@ def test_whichever_rank_is_killed_the_others_end_and_any_number_goes_on_to_the_s
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("restore", ["least-squares", "reconstruct"])
-def test_killed_while_they_refit_any_number_goes_on_to_the_same_bytes(tmp_path: Path, restore: str) -> None:
-    job = RankJob(tmp_path, tiny_config(layers=2), length=REFIT_LENGTH, restore=restore)
+@pytest.mark.parametrize(
+    "options",
+    [{"restore": "least-squares", "length": REFIT_LENGTH}, {"restore": "reconstruct"}],
+    ids=["least-squares", "reconstruct"],
+)
+def test_killed_while_they_refit_any_number_goes_on_to_the_same_bytes(tmp_path: Path, options: dict[str, Any]) -> None:
+    job = RankJob(tmp_path, tiny_config(layers=2), **options)
     found = [job.trouble_after_kill(number, 10) for number in range(REFIT_KILLS)]
     assert [one for one in found if one[0] not in ("went on", "done before the kill")] == []
 
