@@ -14,6 +14,7 @@ from transformers import AutoModel
 
 import flap_stream
 from flap_stream.arithmetic.allocation import LayerKeep
+from flap_stream.arithmetic.layer_shape import Sublayer
 from flap_stream.cli import main
 from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
 from flap_stream.errors import InvalidOption, UnsupportedModel
@@ -96,6 +97,13 @@ def test_layers_get_sizes_of_their_own(pruned: Pruned) -> None:
     sizes = {(len(layer["kept_kv_groups"]), len(layer["kept_neurons"])) for layer in pruned.record["layers"]}
     assert len(sizes) > 1
     assert abs(pruned.record["realised_ratio"]["decoder"] - 0.3) < 0.02
+
+
+def test_a_config_has_layers_of_its_own_only_where_heads_are_removed(pruned: Pruned) -> None:
+    """vLLM takes latent attention only from a config whose layers are alike."""
+    ours, dense = pruned.ours.config, pruned.expected.config
+    removes_heads = FAMILIES[ours.model_type].prunes(Sublayer.ATTENTION)
+    assert ours.is_heterogeneous == (removes_heads or dense.is_heterogeneous)
 
 
 def test_logits_equal_the_masked_dense_models(pruned: Pruned) -> None:

@@ -3,12 +3,14 @@
 Run with the project's python; `--vllm-python` names that of an environment with vLLM and flap-stream in it
 (`check_vllm.sh` makes one). For each way to run a checkpoint it prints the largest difference of the prompts'
 log-probabilities, in float32, and whether 32 greedy tokens are equal; it fails if they are not, or at a difference of
-1e-3.
+1e-3. With `--families` it runs one tiny checkpoint of each family, or of those named, through the Transformers backend;
+there a family fails only if vLLM runs its dense model rightly.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "HF_HUB_OFFLINE": "1",
 }
+BACKEND = {"trust_remote_code": True, "model_impl": "transformers"}
 ENGINE = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True}
 
 
@@ -37,7 +40,6 @@ def checkpoints(place: Path) -> dict[str, Path]:
     text = (str(demo / "calibration.txt"),)
     made = {"demo": place / "demo"}
     flap_stream.prune(demo / "model", made["demo"], PruneConfig(ratio=0.3, calibration=text, **common))
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 
     tokens = (save_tokens(place / "tokens.npy", random_tokens(8, 24)),)
@@ -57,6 +59,27 @@ def checkpoints(place: Path) -> dict[str, Path]:
         record = flap_stream.prune(place / "llama-dense", made[name], options).record
         assert any(not layer["kept_kv_groups"] for layer in record["layers"])
     return made
+
+
+def tiny_pruned(family: str, place: Path) -> tuple[Path, Path]:
+    """A tiny random model of a family, in sizes that vLLM has kernels for, and the same pruned."""
+    from models import FAMILY_EXTRAS, random_tokens, save, save_tokens, tiny_config, tiny_model
+
+    import flap_stream
+    from flap_stream.config import PruneConfig
+
+    sizes: dict[str, Any] = {"hidden_size": 128, "eos_token_id": None}
+    if "head_dim" in FAMILY_EXTRAS[family]:
+        sizes["head_dim"] = 32
+    if "kv_lora_rank" in FAMILY_EXTRAS[family]:
+        sizes |= {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+        sizes["head_dim"] = 64
+    if "mamba_n_heads" in FAMILY_EXTRAS[family]:
+        sizes["mamba_n_heads"] = 16
+    dense = save(tiny_model(tiny_config(family, **sizes), seed=3), place / f"{family}-dense")
+    tokens = (save_tokens(place / "tokens.npy", random_tokens(8, 24)),)
+    flap_stream.prune(dense, place / family, PruneConfig(ratio=0.4, calibration=tokens, samples=8))
+    return dense, place / family
 
 
 def reference(path: Path, prompts: list[list[int]]) -> dict[str, Any]:
@@ -124,14 +147,23 @@ def ask_server(python: str, model: Path, prompts: list[list[int]], port: int = 8
     return {"scores": scores, "continuations": continuations}
 
 
+class VllmFailedError(Exception):
+    """What vLLM wrote when it failed."""
+
+    def reason(self) -> str:
+        """The first error in it."""
+        errors = (line for line in str(self).splitlines() if re.search(r"Error: .", line) and "Engine" not in line)
+        return re.sub(r"^.*?(?=\w+Error: )", "", next(errors, str(self)[-200:]))
+
+
 def in_vllm(python: str, model: Path, prompts: list[list[int]], **engine: Any) -> dict[str, Any]:
-    """`run_vllm` in a process of vLLM's environment."""
+    """`run_vllm` in a process of vLLM's environment. Raises VllmFailedError."""
     job = json.dumps({"model": str(model), "prompts": prompts, **engine})
     result = subprocess.run(
         [python, __file__, "--job", job], env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False
     )
     if result.returncode:
-        sys.exit(result.stderr[-4000:])
+        raise VllmFailedError(result.stdout + result.stderr)
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -144,35 +176,64 @@ def compare(name: str, expected: dict[str, Any], found: dict[str, Any]) -> bool:
     return difference <= BOUND and equal
 
 
+def prompts_for(model: Path) -> list[list[int]]:
+    """Three prompts of 20 to 40 tokens."""
+    vocabulary = json.loads((model / "config.json").read_bytes())["vocab_size"]
+    return [[3 + (7 * i + i * i * k) % (vocabulary - 3) for i in range(20 + 10 * k)] for k in range(3)]
+
+
+def check_ways(python: str, place: Path) -> bool:
+    """Whether every way to run the bundled model and the plugin's families holds the bounds."""
+    holds = []
+    for name, path in checkpoints(place).items():
+        prompts = prompts_for(path)
+        expected = reference(path, prompts)
+        ways = {"plugin, no trust flag": in_vllm(python, path, prompts)}
+        if name == "demo":
+            ways["Transformers backend"] = in_vllm(python, path, prompts, **BACKEND)
+            ways["plugin, two tensor-parallel ranks"] = in_vllm(python, path, prompts, tensor_parallel_size=2)
+            ways["OpenAI-compatible server"] = ask_server(python, path, prompts)
+        holds += [compare(f"{name}, {way}", expected, found) for way, found in ways.items()]
+    return all(holds)
+
+
+def check_families(python: str, place: Path, names: list[str]) -> bool:
+    """Whether the Transformers backend runs each family's pruned model as far as it runs the dense one."""
+    holds = []
+    for name in names:
+        dense, pruned = tiny_pruned(name, place)
+        holds.append(_runs(python, name, pruned) or not _runs(python, f"{name}, dense", dense))
+    return all(holds)
+
+
+def _runs(python: str, name: str, model: Path) -> bool:
+    prompts = prompts_for(model)
+    try:
+        return compare(name, reference(model, prompts), in_vllm(python, model, prompts, **BACKEND))
+    except VllmFailedError as failure:
+        print(f"{name:44s} {failure.reason()}", flush=True)
+        return False
+
+
 def main() -> None:
     """Prune, run, compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vllm-python", help="python of an environment with vLLM and flap-stream")
+    parser.add_argument("--families", nargs="*", metavar="NAME", help="of each family, or of these")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
         print(json.dumps(run_vllm(**json.loads(options.job))))
         return
-    holds = []
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     with tempfile.TemporaryDirectory() as directory:
-        made = checkpoints(Path(directory))
-        for name, path in made.items():
-            vocabulary = json.loads((path / "config.json").read_bytes())["vocab_size"]
-            prompts = [[3 + (7 * i + i * i * k) % (vocabulary - 3) for i in range(20 + 10 * k)] for k in range(3)]
-            expected = reference(path, prompts)
+        if options.families is None:
+            holds = check_ways(options.vllm_python, Path(directory))
+        else:
+            from models import FAMILY_EXTRAS
 
-            def check(way: str, found: dict[str, Any], name: str = name, expected: dict[str, Any] = expected) -> None:
-                holds.append(compare(f"{name}, {way}", expected, found))
-
-            python = options.vllm_python
-            check("plugin, no trust flag", in_vllm(python, path, prompts))
-            if name != "demo":
-                continue
-            remote = {"trust_remote_code": True, "model_impl": "transformers"}
-            check("Transformers backend", in_vllm(python, path, prompts, **remote))
-            check("plugin, two tensor-parallel ranks", in_vllm(python, path, prompts, tensor_parallel_size=2))
-            check("OpenAI-compatible server", ask_server(python, path, prompts))
-    sys.exit(0 if all(holds) else "some bound does not hold")
+            holds = check_families(options.vllm_python, Path(directory), options.families or sorted(FAMILY_EXTRAS))
+    sys.exit(0 if holds else "some bound does not hold")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes an environment with vLLM for CPUs and this package in it, and runs check_vllm.py against it.
-# Usage: tools/check_vllm.sh [DIR]   (DIR: where the environment goes or is already; the project's python is `python`)
+# Usage: tools/check_vllm.sh [DIR [--families [NAME ...]]]
+# DIR: where the environment goes or is already. The project's python is `python`.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 place=${1:-$(mktemp -d)}
@@ -11,4 +12,4 @@ if [ ! -x "$place/bin/python" ]; then
   "$place/bin/pip" uninstall -q -y torchvision torchaudio torchcodec  # not built for that torch
 fi
 "$place/bin/pip" install -q --no-deps "$root"
-exec python "$root/tools/check_vllm.py" --vllm-python "$place/bin/python"
+exec python "$root/tools/check_vllm.py" --vllm-python "$place/bin/python" "${@:2}"

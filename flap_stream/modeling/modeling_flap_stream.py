@@ -7,8 +7,8 @@ This file travels with the checkpoint (`auto_map` in config.json) and needs torc
 - `pruned_output_bias`: whether the output projections (o_proj, down_proj) have the bias that pruning adds.
 - `pruned_expert_sizes`, of a mixture of experts: for every layer the neurons of each expert, none for a dense MLP;
   where there are fewer than in the dense model, the router chooses among these;
-- `pruned_neurons`, where the dense model has a `per_layer_config` of its own: the neurons of every layer;
-- `attention_is_whole`, if what mixes tokens (attention of any kind, a state space) is as in the dense model.
+- `attention_is_whole`, if what mixes tokens (attention of any kind, a state space) is as in the dense model, with
+  `pruned_neurons`, those of every layer, in place of `per_layer_config`.
 
 A layer may have lost its attention or its MLP altogether; the bias of the output projection is then all that is left.
 No class here is named after attention: transformers looks for such names when it switches implementations.

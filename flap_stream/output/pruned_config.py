@@ -4,7 +4,7 @@ from typing import Any
 
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
-from flap_stream.model.architecture import PRUNED_TYPE, Family
+from flap_stream.model.architecture import PRUNED_TYPE
 from flap_stream.model.model_code import MODELING_NAME
 from flap_stream.output.pruned_model import PrunedModel
 
@@ -51,31 +51,33 @@ def _classes(config: dict[str, Any], classes: dict[str, str]) -> dict[str, Any]:
 def _with_layer_sizes(config: dict[str, Any], pruned: PrunedModel) -> dict[str, Any]:
     """A language model's config with each layer's own sizes."""
     experts = [_expert_sizes(shape, keep) for shape, keep in pruned.kept]
-    attention = {"head_dim": pruned.shapes[0].head_dim}
-    if not pruned.family.prunes(Sublayer.ATTENTION):
-        attention = {"attention_is_whole": True}
-    layers: dict[str, Any] = {
-        "per_layer_config": {
-            str(i): _layer_sizes(pruned.family, shape, keep) for i, (shape, keep) in enumerate(pruned.kept)
-        }
-    }
-    if pruned.family.varies_sizes:
-        layers = {"pruned_neurons": [len(keep.neurons) for _, keep in pruned.kept]}
     return {
         **config,
-        **attention,
-        **layers,
+        **_own_sizes(pruned),
         **({"pruned_expert_sizes": experts} if pruned.family.experts else {}),
-        **({} if pruned.family.varies_sizes else {"allow_global_per_layer_attribute_access": True}),
         "pruned_output_bias": pruned.restore != "none" or config.get("pruned_output_bias", False),
     }
 
 
-def _layer_sizes(family: Family, shape: LayerShape, keep: LayerKeep) -> dict[str, int]:
-    sizes = {}
-    if family.prunes(Sublayer.ATTENTION):
-        sizes["num_attention_heads"] = len(keep.kv_groups) * shape.heads_per_group
-        sizes["num_key_value_heads"] = len(keep.kv_groups)
+def _own_sizes(pruned: PrunedModel) -> dict[str, Any]:
+    """Each layer's sizes.
+
+    Where attention is whole, a plain list: programs that ask a config for its layers' sizes then find the dense
+    model's attention, and vLLM runs latent attention only if they do not vary.
+    """
+    if not pruned.family.prunes(Sublayer.ATTENTION):
+        return {"attention_is_whole": True, "pruned_neurons": [len(keep.neurons) for _, keep in pruned.kept]}
+    layers = {str(i): _layer_sizes(shape, keep) for i, (shape, keep) in enumerate(pruned.kept)}
+    return {
+        "head_dim": pruned.shapes[0].head_dim,
+        "per_layer_config": layers,
+        "allow_global_per_layer_attribute_access": True,
+    }
+
+
+def _layer_sizes(shape: LayerShape, keep: LayerKeep) -> dict[str, int]:
+    groups = len(keep.kv_groups)
+    sizes = {"num_attention_heads": groups * shape.heads_per_group, "num_key_value_heads": groups}
     return sizes if shape.experts else {**sizes, "intermediate_size": len(keep.neurons)}
 
 

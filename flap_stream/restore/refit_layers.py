@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from flap_stream.arithmetic.allocation import LayerKeep
-from flap_stream.arithmetic.least_squares import product_windows
 from flap_stream.engine.device import device_record
 from flap_stream.engine.layer_pass import LayerPass
+from flap_stream.engine.placement.job import undivided_windows
 from flap_stream.engine.placement.prediction import Placement
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import CorruptRun
@@ -73,10 +73,9 @@ def _refit_pass(model: StreamedModel, run: RunDirectory, job: RefitJob, stack: E
     """A pass over this rank's windows. stack: closes their hidden states."""
     tokens, placement = run.tokens.read(), job.placement
     samples, length = tokens.shape
-    own = model.ranks.share(samples, product_windows(placement.batch_size, length))
-    if job.restore == "reconstruct":
-        own = range(samples if model.ranks.is_first else 0)
-    stores = [run.refits.pruned_snapshots] + ([run.refits.dense_snapshots] if job.restore == "reconstruct" else [])
+    fits = job.restore == "reconstruct"
+    own = model.ranks.share(samples, undivided_windows((samples, length), placement.batch_size, fits))
+    stores = [run.refits.pruned_snapshots] + ([run.refits.dense_snapshots] if fits else [])
     hidden = [
         stack.enter_context(model.hidden_states(placement.hidden_place, len(own), length, run.path)) for _ in stores
     ]

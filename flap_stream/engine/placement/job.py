@@ -123,10 +123,10 @@ class Job:
         return self.batch_bytes(self.samples)
 
     def share(self, batch_size: int) -> int:
-        """Most windows that one rank has; rank 0 alone fits layers with gradients."""
-        if self.refit is not None and self.refit.fitted:
-            return self.samples
-        together = batch_size if self.refit is None else product_windows(batch_size, self.tokens)
+        """Most windows that one rank has."""
+        together = batch_size
+        if self.refit is not None:
+            together = undivided_windows((self.samples, self.tokens), batch_size, fits=bool(self.refit.fitted))
         return max(map(len, window_shares(self.samples, together, self.ranks)))
 
     def waiting_bytes(self, batch_size: int) -> int:
@@ -217,6 +217,16 @@ class Job:
 
     def _workspace(self, batch_size: int, way: Way) -> tuple[int, int]:
         return layer_workspace(self.skeleton.config, (batch_size, self.tokens), self.dtype, self.device, way)
+
+
+def undivided_windows(shape: tuple[int, int], batch_size: int, fits: bool) -> int:
+    """How many windows of a refit are not divided among ranks.
+
+    shape: all windows, and the tokens of one. fits: whether layers are fitted with gradients, which the first rank does
+    alone, on all windows.
+    """
+    samples, tokens = shape
+    return samples if fits else product_windows(batch_size, tokens)
 
 
 def chunk_tokens(vocabulary: int) -> int:
