@@ -74,6 +74,8 @@ def tiny_pruned(family: str, place: Path) -> tuple[Path, Path]:
     if "kv_lora_rank" in FAMILY_EXTRAS[family]:
         sizes |= {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
         sizes["head_dim"] = 64
+    if "index_head_dim" in FAMILY_EXTRAS[family]:
+        sizes["index_head_dim"] = 128
     if "mamba_n_heads" in FAMILY_EXTRAS[family]:
         sizes["mamba_n_heads"] = 16
     dense = save(tiny_model(tiny_config(family, **sizes), seed=3), place / f"{family}-dense")

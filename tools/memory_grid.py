@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from random_checkpoint import add_shape_arguments, config_of, make
+from transformers import AutoModelForCausalLM
 
 SHARES = (0.0, 0.1, 0.3, 0.6, 1.0)
 
@@ -48,6 +49,16 @@ def smallest_limit(model: Path, tokens: Path, place: Path, *extra: str) -> int:
     return int(found[1]) << 20
 
 
+def quantised(dense: Path, kind: str, place: Path) -> Path:
+    """The same checkpoint in a quantised format. kind: one of `quantised_models`."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from quantised_models import write_quantised
+
+    AutoModelForCausalLM.from_pretrained(dense).save_pretrained(place / "one-file", max_shard_size="1TB")
+    write_quantised(kind, place / "one-file", place / "quantised", place / "decoded")
+    return place / "quantised"
+
+
 def main() -> None:
     """Print a line a setting; the exit code is 1 if a limit or a prediction was exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,18 +68,22 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 2048])
     parser.add_argument("--loss-windows", type=int, default=0, help="swept by the loss; 0 is no sweep")
     parser.add_argument("--restore", default="bias", help="what makes up for what was removed (default bias)")
+    parser.add_argument("--quantised", metavar="KIND", help="the checkpoint's format, such as 'FP8 by block'")
     options = parser.parse_args()
     extra = ["--restore", options.restore]
     extra += ["--metric", "fisher", "--loss-windows", str(options.loss_windows)] if options.loss_windows else []
     exceeded = False
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        make(place / "model", config_of(options, options.layers), getattr(torch, options.dtype))
+        model = place / "model"
+        make(model, config_of(options, options.layers), getattr(torch, options.dtype))
+        if options.quantised:
+            model = quantised(model, options.quantised, place)
         print("length    limit MiB  predicted  measured  predicted/measured  batch  hidden states  prefetch")
         for length in options.lengths:
             shape = (options.tokens // length, length)
             np.save(place / "tokens.npy", np.random.default_rng(0).integers(0, options.vocabulary, shape))
-            job = (place / "model", place / "tokens.npy", place)
+            job = (model, place / "tokens.npy", place)
             free = measure(*job, *extra)
             smallest, largest = smallest_limit(*job, *extra), free["placement"]["host_bytes"]
             runs: list[tuple[int | None, dict[str, Any]]] = [(None, free)]
