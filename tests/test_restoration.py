@@ -60,30 +60,45 @@ def perplexity(model: Any, tokens: np.ndarray) -> float:
     return float(functional.cross_entropy(logits(model, tokens)[:, :-1].flatten(0, 1).double(), targets).exp())
 
 
-def fit(linear: nn.Linear, dense: nn.Linear, kept: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-    """Refit the kept columns and the bias to what they should give, both `[token, channel]`."""
-    x, y = inputs[:, kept] - inputs[:, kept].mean(0), outputs - outputs.mean(0)
+def fit(linear: nn.Linear, kept: torch.Tensor, inputs: torch.Tensor, target: torch.Tensor, after: torch.Tensor) -> None:
+    """Refit the kept columns and the bias, all `[token, channel]`. after: the dense model's hidden states."""
+    exponents = torch.frexp(after.square().mean(1).sqrt()).exponent
+    scales = 2.0 ** (exponents.double().mean().round() - exponents).clamp(-9, 2)[:, None]
+    own, weights = inputs[:, kept], scales.square() / scales.square().sum()
+    mean_in, mean_out = (weights * own).sum(0), (weights * target).sum(0)
+    x, y = (own - mean_in) * scales, (target - mean_out) * scales
     gram = x.T @ x
     damping = DAMPING * gram.diagonal().mean() * torch.eye(len(kept), dtype=torch.float64)
-    weight = torch.linalg.solve(gram + damping, x.T @ y + damping @ dense.weight[:, kept].T).T
-    bias = outputs.mean(0) - weight @ inputs[:, kept].mean(0)
+    weight = torch.linalg.solve(gram + damping, x.T @ y + damping @ linear.weight[:, kept].T).T
     linear.weight.zero_()
     linear.weight[:, kept] = weight
-    linear.bias = nn.Parameter(bias)
+    linear.bias = nn.Parameter(mean_out - weight @ mean_in)
+
+
+def residual_streams(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """The hidden states before and after each attention and MLP, `[token, hidden]`."""
+    streams = []
+    for layer in model.model.layers:
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        streams += [captured(model, norm, tokens)[0] for norm in norms]
+    return [*streams, captured(model, model.model.norm, tokens)[0]]
 
 
 @torch.no_grad()
 def refitted_in_memory(dense: Any, keeps: list[LayerKeep], tokens: torch.Tensor) -> Any:
     """The model with refitted weights, zeros in the columns that go, everything in float64."""
     dense = copy.deepcopy(dense).double()
-    model, config = copy.deepcopy(dense), dense.config
-    for layer, keep in zip(model.model.layers, keeps, strict=True):
+    model, config, streams = copy.deepcopy(dense), dense.config, residual_streams(dense, tokens)
+    for i, (layer, keep) in enumerate(zip(model.model.layers, keeps, strict=True)):
         per_group = config.num_attention_heads // config.num_key_value_heads * layer.self_attn.head_dim
         head_channels = (torch.from_numpy(keep.kv_groups)[:, None] * per_group + torch.arange(per_group)).flatten()
-        for linear, kept in (
+        for half, (linear, kept) in enumerate((
             (layer.self_attn.o_proj, head_channels), (layer.mlp.down_proj, torch.from_numpy(keep.neurons)),
-        ):  # fmt: skip
-            fit(linear, copy.deepcopy(linear), kept, *captured(model, linear, tokens))
+        )):  # fmt: skip
+            after, (inputs, output) = streams[2 * i + half + 1], captured(model, linear, tokens)
+            missing = after - residual_streams(model, tokens)[2 * i + half] - output
+            share = 0.8 * len(inputs) / (len(inputs) + 16 * len(kept))
+            fit(linear, kept, inputs, output + share * missing, after)
     return model
 
 
@@ -152,7 +167,7 @@ def test_a_layer_is_its_attention_and_its_mlp_one_after_the_other(tmp_path: Path
         whole, halves = (model.hidden_states("host", *tokens.shape) for _ in range(2))
         placement = model.place(EvaluateConfig(batch_size=3), model.job(*tokens.shape))
         batches = LayerPass(model, placement, tokens, [whole, halves])
-        refit = RefitPass(batches, cast(RunDirectory, None), len(tokens))
+        refit = RefitPass(batches, cast(RunDirectory, None), len(tokens), 0)
         for i, weights in batches.layers(Stage("test", len(model.layers))):
             batches.run_all(i, weights, whole)
             for other in reversed(Sublayer):

@@ -2,10 +2,12 @@
 
 FLAP's bias restores the mean contribution of removed inputs. This also recovers whatever the kept inputs can predict of
 the remainder. With G the second moments about the mean, P the kept inputs, R the removed ones, and
-D = damping * mean(diag(G[P, P])) * I, the projection's dense output is approached best by
+D = damping * mean(diag(G[P, P])) * I, what comes nearest to
 
-    W_new = W[:, P] + W[:, R] G[R, P] (G[P, P] + D)^-1
-    b_new = b + W mean - W_new mean[P]
+    the projection's dense output:  W_new = W[:, P] + W[:, R] G[R, P] (G[P, P] + D)^-1
+                                    b_new = b + W mean - W_new mean[P]
+    any other target T:             W_new = (G[T, P] + W[:, P] D) (G[P, P] + D)^-1
+                                    b_new = mean[T] - W_new mean[P]
 
 The damping pulls towards the dense columns, not towards zero: a channel that calibration leaves silent keeps its
 weights, and no fit is worse than a bias on the tokens that it was made of. An expert is fitted to the tokens that are
@@ -25,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 DAMPING = 1e-3  # of the mean second moment; other values were not measured
 EXPERT_DAMPING = 0.1  # the same, times kept inputs for each token, of an expert, where that is more; see restore/
+# How far to follow what earlier layers have left of an error, of which fits to few tokens know little: this share times
+# n / (n + inputs * FOLLOW_TOKENS), for n tokens and so many kept inputs. See restore/README.md.
+FOLLOW_SHARE, FOLLOW_TOKENS = 0.8, 16
 PRODUCT_TOKENS = 4096  # tokens in one float32 product: few enough to round little, many enough to add up rarely
 BLOCK_CHANNELS = 512  # rows of the symmetric part that are held and multiplied together; not measured
 GROUP_BYTES = 1 << 30  # of the sums of experts that are accumulated together; not measured
@@ -44,8 +49,8 @@ class KeptMoments:
 
     Those of a kept channel that is the same for all tokens, as far as the sums tell, are zero.
 
-    count: tokens. mean: float64 `[kept + other]`. kept: float32 `[kept, kept]`, only its upper triangle is set.
-    cross: float32 `[kept, other]`.
+    count: tokens, or their weight. mean: float64 `[kept + other]`. kept: float32 `[kept, kept]`, only its upper
+    triangle is set. cross: float32 `[kept, other]`.
     """
 
     count: int
@@ -62,7 +67,7 @@ def product_windows(batch_size: int, tokens: int) -> int:
 class MomentSums:
     """Sums over tokens from which `KeptMoments` are computed.
 
-    kept: how many channels are kept; the others, removed inputs, follow them.
+    kept: how many channels are kept; the others, removed inputs or a target, follow them.
     squares: float64 `[kept + other]`, rough sums of squares over all `tokens`. They are known before any token, are the
     same on every rank, and decide only how finely sums are rounded.
     block_tokens: after this many, a new product begins; None for blocks of any number of tokens, see `add_block`.
@@ -97,16 +102,29 @@ class MomentSums:
         # Channels first: CPU products are then 7 % faster, which more than pays for the copy.
         width = 0 if block_tokens is None else PRODUCT_TOKENS
         self._pending = torch.empty(self.channels, width, dtype=self._dtype, device=device)
+        self._scales: torch.Tensor | None = None
         self._waiting, self._block_tokens, self._left = 0, block_tokens or 0, block_tokens or 0
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Add tokens, `[token, kept + other]`; the sums do not depend on how they are split over calls."""
-        while len(inputs):
-            part = inputs[: min(PRODUCT_TOKENS - self._waiting, self._left)]
-            self._pending[:, self._waiting : self._waiting + len(part)].copy_(part.T)
-            self._waiting += len(part)
-            self._left -= len(part)
-            inputs = inputs[len(part) :]
+    def add(self, *channels: torch.Tensor, scales: torch.Tensor | None = None) -> None:
+        """Add tokens; the sums do not depend on how they are split over calls.
+
+        channels: the kept ones and the others side by side, `[token, channel]` each. scales: the roots of the tokens'
+        weights, float32 `[token]`, powers of two; None in all calls counts every token once.
+        """
+        done = 0
+        while done < len(channels[0]):
+            count = min(PRODUCT_TOKENS - self._waiting, self._left, len(channels[0]) - done)
+            window, tokens, at = slice(self._waiting, self._waiting + count), slice(done, done + count), 0
+            for part in channels:
+                self._pending[at : at + part.shape[1], window].copy_(part[tokens].T)
+                at += part.shape[1]
+            if scales is not None:
+                self._scales = self._pending.new_empty(PRODUCT_TOKENS) if self._scales is None else self._scales
+                self._scales[window].copy_(scales[tokens])
+                self._pending[:, window].mul_(self._scales[window])
+            self._waiting += count
+            self._left -= count
+            done += count
             if self._waiting == PRODUCT_TOKENS or not self._left:
                 self._multiply_waiting()
                 self._left = self._left or self._block_tokens
@@ -117,13 +135,18 @@ class MomentSums:
             self._multiply(part.T.to(self._dtype).contiguous())
 
     def _multiply_waiting(self) -> None:
-        self._multiply(self._pending[:, : self._waiting])
+        scales = None if self._scales is None else self._scales[: self._waiting]
+        self._multiply(self._pending[:, : self._waiting], scales)
         self._waiting = 0
 
-    def _multiply(self, block: torch.Tensor) -> None:
-        """Add the products of `[channel, token]`."""
-        self._total[-1] += block.shape[1]
-        column_sums = block.sum(dim=1, dtype=torch.float32)
+    def _multiply(self, block: torch.Tensor, scales: torch.Tensor | None = None) -> None:
+        """Add the products of `[channel, token]`, which have been scaled."""
+        if scales is None:
+            self._total[-1] += block.shape[1]
+            column_sums = block.sum(dim=1, dtype=torch.float32)
+        else:
+            self._total[-1] += scales.double().square().sum()
+            column_sums = _product(block, scales[None])[:, 0]
         _add_rounded(self._total[None, :-1], column_sums[None], self._many, self._sizes)
         with _units_for_bf16(self._is_bf16):
             for i, row in enumerate(self._rows):
@@ -204,7 +227,7 @@ def solve_for_dense_output(weight: torch.Tensor, moments: KeptMoments, damping: 
     """
     kept = moments.kept.shape[0]
     dense, removed = weight[:, :kept].float(), weight[:, kept:].float()
-    factor = _cholesky_factor(moments.kept, damping)
+    factor, _ = _cholesky_factor(moments.kept, damping)
     if removed.shape[1] <= len(weight):
         predicts = torch.cholesky_solve(moments.cross, factor, upper=True)  # [kept, removed]
         return torch.addmm(dense, removed, predicts.T)
@@ -212,8 +235,18 @@ def solve_for_dense_output(weight: torch.Tensor, moments: KeptMoments, damping: 
     return dense + torch.cholesky_solve(shift, factor, upper=True).T
 
 
-def _cholesky_factor(kept: torch.Tensor, damping: float) -> torch.Tensor:
-    """Upper Cholesky factor of a matrix whose upper triangle is given, once its diagonal is damped.
+def solve_for_target(kept_weight: torch.Tensor, moments: KeptMoments, damping: float = DAMPING) -> torch.Tensor:
+    """The kept columns whose output comes nearest to a target; float32 `[out, kept]`.
+
+    kept_weight: `[out, kept]`, any floating dtype. moments: their other channels are the target `[out]`; used up.
+    """
+    factor, added = _cholesky_factor(moments.kept, damping)
+    wanted = moments.cross.add_(kept_weight.T.float(), alpha=added)
+    return torch.cholesky_solve(wanted, factor, upper=True).T
+
+
+def _cholesky_factor(kept: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+    """Upper Cholesky factor of a matrix whose upper triangle is given, and what was added to its diagonal.
 
     A damping that does not suffice is raised, with a warning.
     """
@@ -224,7 +257,7 @@ def _cholesky_factor(kept: torch.Tensor, damping: float) -> torch.Tensor:
         diagonal.copy_(before + damping * scale)
         factor, info = torch.linalg.cholesky_ex(kept, upper=True)
         if int(info) == 0:
-            return factor
+            return factor, damping * scale
         logger.warning("second moments are not positive definite with damping %.0e; raising it", damping)
         damping *= _HARDER
 
@@ -262,19 +295,26 @@ def groups(sizes: Sequence[tuple[int, int]]) -> list[range]:
     return [range(*ends) for ends in zip(starts, [*starts[1:], len(sizes)], strict=True) if ends[0] < ends[1]]
 
 
-def workspace_bytes(out: int, channels: int, kept: int, item_bytes: int, on_cpu: bool) -> tuple[int, int]:
+def workspace_bytes(
+    sizes: tuple[int, int, int], item_bytes: int, on_cpu: bool, has_target: bool = False
+) -> tuple[int, int]:
     """Upper bound on the bytes that fitting one projection `[out, channel]` takes, besides its weight and kept inputs.
 
+    sizes: outputs, channels, and how many of these are kept. has_target: whether it is fitted to something else than
+    its dense output.
     Returns two figures: while moments are summed, and while the fit is solved. Both are largest if all are kept.
     """
-    sums = sum_bytes(channels, kept)
-    adding = sums + PRODUCT_TOKENS * channels * (4 if on_cpu else item_bytes)
-    adding += (4 * BLOCK_CHANNELS + 24 * _ROUNDED_ROWS[not on_cpu]) * channels
-    matrices = 4 * kept * channels
+    out, channels, kept = sizes
+    other = out if has_target else channels - kept
+    width = kept + other
+    sums = sum_bytes(width, kept)
+    adding = sums + PRODUCT_TOKENS * width * (4 if on_cpu else item_bytes)
+    adding += (4 * BLOCK_CHANNELS + 24 * _ROUNDED_ROWS[not on_cpu]) * width
+    matrices = 4 * kept * width
     weights = out * channels * (item_bytes + 4)
     # LAPACK factors into a separate copy, and cuSOLVER takes up to as much again.
     copies = 2 if on_cpu else 3
-    solving = weights + matrices + copies * 4 * kept * kept + 4 * kept * (2 * min(channels - kept, out) + out)
+    solving = weights + matrices + copies * 4 * kept * kept + 4 * kept * (2 * min(other, out) + out)
     return adding, max(sums + matrices, solving)
 
 
@@ -291,7 +331,7 @@ def experts_workspace_bytes(
     for group in groups([sizes[1:] for sizes in experts]):
         own = experts[group.start : group.stop]
         sums = sum(sum_bytes(*sizes[1:]) for sizes in own)
-        alone = [workspace_bytes(*sizes, item_bytes, on_cpu) for sizes in own]
+        alone = [workspace_bytes(sizes, item_bytes, on_cpu) for sizes in own]
         product = max(added - sum_bytes(*sizes[1:]) for (added, _), sizes in zip(alone, own, strict=True))
         # One expert's inputs are put together, then in order, before they are multiplied.
         copies = min(choices, len(own)) + 2

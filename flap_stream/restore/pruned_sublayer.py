@@ -14,6 +14,11 @@ from flap_stream.model.units import Part
 from flap_stream.restore.refit_pass import RefitPass
 
 
+def size_exponents(hidden: torch.Tensor) -> torch.Tensor:
+    """The power of two next above the root mean square of each token, int32 `[sample, token]`."""
+    return torch.frexp(hidden.float().square().mean(dim=-1).sqrt()).exponent
+
+
 @dataclass(frozen=True)
 class PrunedSublayer:
     """Attention or MLP of layer `index`, of which the units `units` are kept (ascending int64).
@@ -64,10 +69,25 @@ class PrunedSublayer:
             tensors.setdefault(f"{name}.bias", torch.zeros_like(tensors[f"{name}.weight"][:, 0]))
         return tensors
 
+    @property
+    def is_before_any_cut(self) -> bool:
+        """Whether it gets what it gets in the dense model."""
+        return self.index < self.refit.first_cut
+
     def forward(self, stand_ins: Mapping[str, nn.Module], *, keep_output: bool = True) -> Iterator[Batch]:
         """Run the layer on the pruned model's hidden states, the other sublayer silent, batch by batch."""
         weights, modules = {**self.weights, **self.arranged}, {**self.silent, **stand_ins}
         return self.refit.batches.run(self.index, weights, keep_output=keep_output, stand_ins=modules)
+
+    def run_dense(self) -> int:
+        """Run it on the dense model's hidden states, which advance; returns the mean exponent of what they become."""
+        refit, total, tokens = self.refit, torch.zeros((), dtype=torch.int64, device=self.refit.model.device), 0
+        for _start, output in refit.batches.run(self.index, self.weights, refit.dense, stand_ins=self.silent):
+            total += size_exponents(output).sum()
+            tokens += output.shape[0] * output.shape[1]
+            del output  # lest it live while the next batch runs
+        totals, counts = zip(*refit.model.ranks.gathered((int(total), tokens)), strict=True)
+        return round(sum(totals) / sum(counts))
 
     def run_all(self, stand_ins: Mapping[str, nn.Module]) -> None:
         """`forward`, only for the hidden states."""

@@ -27,7 +27,7 @@ from flap_stream.output.shard_plan import OutputTensor
 from flap_stream.progress import Progress, Stage
 from flap_stream.restore.reconstruction import reconstruct_layer
 from flap_stream.restore.refit_pass import RefitPass
-from flap_stream.restore.requirements import refit_record
+from flap_stream.restore.requirements import follows_dense, refit_record
 from flap_stream.restore.sublayer import refit_layer
 from flap_stream.storage.run_directory import RunDirectory
 
@@ -75,7 +75,9 @@ def _refit_pass(model: StreamedModel, run: RunDirectory, job: RefitJob, stack: E
     samples, length = tokens.shape
     fits = job.restore == "reconstruct"
     own = model.ranks.share(samples, undivided_windows((samples, length), placement.batch_size, fits))
-    stores = [run.refits.pruned_snapshots] + ([run.refits.dense_snapshots] if fits else [])
+    stores = [run.refits.pruned_snapshots]
+    if follows_dense(job.restore, model.family):
+        stores.append(run.refits.dense_snapshots)
     hidden = [
         stack.enter_context(model.hidden_states(placement.hidden_place, len(own), length, run.path)) for _ in stores
     ]
@@ -88,7 +90,9 @@ def _refit_pass(model: StreamedModel, run: RunDirectory, job: RefitJob, stack: E
         reductions=run.batch_reductions("restore"),
         windows=own,
     )
-    return RefitPass(batches, run, samples)
+    sizes = zip(job.keeps, model.shapes, strict=True)
+    cut = (i for i, (keep, shape) in enumerate(sizes) if keep.is_gone or keep.cost(shape) < shape.prunable)
+    return RefitPass(batches, run, samples, next(cut, len(job.keeps)))
 
 
 def _refit_rest(refit: RefitPass, job: RefitJob, stage: Stage, complete: int) -> None:

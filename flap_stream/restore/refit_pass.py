@@ -16,11 +16,11 @@ class RefitPass:
     """The pass of the hidden states through the pruned layers, together with the dense ones where they are the target.
 
     batches: runs the layers; its first hidden states are the pruned model's, its second, if any, the dense model's.
-    samples: windows of all ranks.
+    samples: windows of all ranks. first_cut: the first layer that loses anything.
     """
 
-    def __init__(self, batches: LayerPass, run: RunDirectory, samples: int) -> None:
-        self.batches, self.run, self.samples = batches, run, samples
+    def __init__(self, batches: LayerPass, run: RunDirectory, samples: int, first_cut: int) -> None:
+        self.batches, self.run, self.samples, self.first_cut = batches, run, samples, first_cut
         self.model, self.placement, self.sizes = batches.model, batches.placement, batches.sizes
         self.hidden, self.dense = batches.hidden[0], batches.hidden[1] if len(batches.hidden) > 1 else None
 
@@ -50,10 +50,13 @@ class RefitPass:
                 found |= {part.kind.module: Supplies(half), **self.without_norm(part)}
         return found
 
-    def targets(self, windows: range, batch_size: int) -> Feed:
-        """The dense hidden states of some windows, read alongside the pruned ones."""
+    def targets(self, windows: range | None = None, batch_size: int | None = None) -> Feed:
+        """The dense hidden states, of some windows or all, read alongside the pruned ones.
+
+        batch_size: None is the largest of this pass.
+        """
         assert self.dense is not None
-        return Feed(self.dense, batch_size, windows)
+        return Feed(self.dense, batch_size or self.sizes.first, windows)
 
     def sums(self, kept: int, squares: torch.Tensor, of_expert: bool) -> MomentSums:
         """Empty sums for all windows. squares: float64 `[channel]`, the expected sum of squares of each.

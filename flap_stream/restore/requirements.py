@@ -6,7 +6,7 @@ from typing import Any
 
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.layer_shape import Sublayer
-from flap_stream.arithmetic.least_squares import DAMPING, EXPERT_DAMPING
+from flap_stream.arithmetic.least_squares import DAMPING, EXPERT_DAMPING, FOLLOW_SHARE, FOLLOW_TOKENS
 from flap_stream.engine.placement.job import ProjectionSizes, Refit
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import UnsupportedModel
@@ -27,6 +27,15 @@ def require_refittable(model: StreamedModel, restore: str) -> None:
         )
 
 
+def follows_dense(restore: str, family: Family) -> bool:
+    """Whether a refit needs the dense model's hidden states, which run through the layers beside the pruned model's.
+
+    Least squares goes without them where what a projection outputs is normalised before it is added to the hidden
+    states, and in mixtures, whose experts could not make up for what earlier layers have left.
+    """
+    return restore == "reconstruct" or not (family.norms_outputs or family.experts)
+
+
 def refit_sizes(model: StreamedModel, restore: str, keeps: Sequence[LayerKeep] | None = None) -> Refit:
     """Upper bounds on the sizes of all refits, for the placement.
 
@@ -34,7 +43,7 @@ def refit_sizes(model: StreamedModel, restore: str, keeps: Sequence[LayerKeep] |
     """
     if restore == "reconstruct":
         fitted = tuple(_fitted(model, i) for i in range(len(model.shapes)))
-        return Refit(fitted=fitted, epochs=EPOCHS, step_tokens=STEP_TOKENS)
+        return Refit(follows_dense=True, fitted=fitted, epochs=EPOCHS, step_tokens=STEP_TOKENS)
     projections, mixtures, arranged = list[ProjectionSizes](), list[tuple[ProjectionSizes, ...]](), 0
     for i, shape in enumerate(model.shapes):
         experts = list[ProjectionSizes]()
@@ -49,7 +58,7 @@ def refit_sizes(model: StreamedModel, restore: str, keeps: Sequence[LayerKeep] |
             projections.append((model.hidden_size, *sizes))
         mixtures += [tuple(experts)] if experts else []
     choices = round(model.expert_share * max(map(len, mixtures), default=0))
-    return Refit(tuple(projections), arranged, tuple(mixtures), choices)
+    return Refit(tuple(projections), arranged, tuple(mixtures), choices, follows_dense(restore, model.family))
 
 
 def _fitted(model: StreamedModel, index: int) -> int:
@@ -77,4 +86,7 @@ def refit_record(restore: str, family: Family) -> dict[str, Any]:
     if restore == "reconstruct":
         fit = {"epochs": EPOCHS, "step_tokens": STEP_TOKENS, "learning_rate": LEARNING_RATE, "held_out": HELD_OUT}
         return {**fit, "last_layer": "logits"}
-    return {"target": "own", "damping": DAMPING, **({"expert_damping": EXPERT_DAMPING} if family.experts else {})}
+    found: dict[str, Any] = {"target": "own", "damping": DAMPING}
+    if follows_dense(restore, family):
+        found |= {"target": "dense", "follow": [FOLLOW_SHARE, FOLLOW_TOKENS]}
+    return {**found, **({"expert_damping": EXPERT_DAMPING} if family.experts else {})}

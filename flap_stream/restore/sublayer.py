@@ -1,10 +1,12 @@
 """Decoder layers as least squares runs them: attention and MLP one after the other, each refitted in between.
 
-For each of the two, its output projection is refitted and its outputs become the hidden states. Nothing is cut: modules
-stand in for the layer's own (`stand_ins.py`). A mixture's experts are refitted together (`experts.py`).
+For each of the two, its output projection is refitted and its outputs become the hidden states, beside which those of
+the dense model run, in most families, as the target. Nothing is cut: modules stand in for the layer's own
+(`stand_ins.py`). A mixture's experts are refitted together (`experts.py`).
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -51,7 +53,10 @@ def _refit_output(
 ) -> dict[str, torch.Tensor]:
     """Refit the output projection, and hand the pruned model's hidden states on."""
     refit, output = sublayer.refit, OutputProjection.of(sublayer)
-    if output is None or output.is_whole:
+    if refit.dense is not None:
+        exponent = sublayer.run_dense()
+        output = None if output is None else replace(output, exponent=exponent)
+    if output is None or (output.is_whole and (refit.dense is None or sublayer.is_before_any_cut)):
         sublayer.run_all({})
         return sublayer.unchanged_output()
     if stored is None and not is_read:

@@ -256,7 +256,7 @@ def work_of(
     operations, refit_work = _operations(model, samples, options.sequence_length), None
     if refit is not None:
         moments, solving = refit.operations(ratio, samples * options.sequence_length)
-        forwards = operations * (2 if refit.fitted else 1)
+        forwards = operations * (1 + refit.follows_dense)
         refit_work = RefitWork(moments + forwards, solving, refit.sum_bytes(ratio), is_shared=not refit.fitted)
     return Work(
         layers=len(model.layers),

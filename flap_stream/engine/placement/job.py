@@ -32,14 +32,16 @@ class Refit:
     them may keep almost all channels.
     experts: those of each layer that has experts. choices: how many of them a token is routed to.
     arranged: most parameters that read hidden states in one part of a layer, which are copied, kept rows first.
+    follows_dense: whether the hidden states of the dense model are carried along as the target.
     fitted: parameters of each layer that are fitted with gradients, in `epochs` passes over the windows and steps of
-    `step_tokens`. The hidden states of the dense model are carried along as the target.
+    `step_tokens`.
     """
 
     projections: tuple[ProjectionSizes, ...] = ()
     arranged: int = 0
     experts: tuple[tuple[ProjectionSizes, ...], ...] = ()
     choices: int = 0
+    follows_dense: bool = False
     fitted: tuple[int, ...] = ()
     epochs: int = 0
     step_tokens: int = 0
@@ -63,9 +65,10 @@ class Refit:
         moments = solving = 0.0
         for out, channels, share in self._seen():
             stays = (1 - ratio) * channels
-            goes = channels - stays
-            moments += share * tokens * stays * (stays + 2 * goes)
-            solving += stays**3 / 3 + 2 * stays**2 * min(goes, out)
+            beside = out if self.follows_dense else channels - stays
+            moments += share * tokens * stays * (stays + 2 * beside)
+            moments += 2 * share * tokens * out * channels * self.follows_dense
+            solving += stays**3 / 3 + 2 * stays**2 * min(beside, out)
         moments += (3 * self.epochs + 1) * tokens * sum(self.fitted)
         return int(moments), int(solving)
 
@@ -79,9 +82,9 @@ class Refit:
     def sum_bytes(self, ratio: float) -> int:
         """Bytes of the sums of all projections that one rank accumulates."""
         total = 0.0
-        for _, channels, _ in self._seen():
+        for out, channels, _ in self._seen():
             stays = (1 - ratio) * channels
-            total += 8 * stays * (stays / 2 + channels - stays)
+            total += 8 * stays * (stays / 2 + (out if self.follows_dense else channels - stays))
         return int(total)
 
 
@@ -152,7 +155,7 @@ class Job:
         """Bytes of the hidden states of that many windows; in a refit, of the dense ones and the kept inputs too."""
         width = self.state_size
         if self.refit is not None:
-            width += self.state_size if self.refit.fitted else self.refit.cached
+            width += self.refit.cached + self.refit.follows_dense * self.state_size
         gradient = windows * self.tokens * self.state_size * 4 if self.backward else 0  # float32, next to the inputs
         return windows * self.tokens * width * self.dtype.itemsize + gradient
 
@@ -161,7 +164,8 @@ class Job:
         if self.refit is None or self.refit.fitted:
             return 0, 0
         item, on_cpu = self.dtype.itemsize, self.device == "cpu"
-        of = [workspace_bytes(*sizes, item, on_cpu) for sizes in self.refit.projections]
+        has_target = self.refit.follows_dense
+        of = [workspace_bytes(sizes, item, on_cpu, has_target) for sizes in self.refit.projections]
         block = product_windows(batch_size, self.tokens) * self.tokens
         of += [
             experts_workspace_bytes(experts, block, self.refit.choices, item, on_cpu)
