@@ -61,6 +61,32 @@ def test_blocks_taken_apart_in_any_order_add_up_to_the_same_bits(guess: float) -
     assert float(whole[0][-1]) == len(values)
 
 
+def test_tokens_count_by_their_weight_and_add_up_to_the_same_bits() -> None:
+    values = tokens_of(3)
+    scales = torch.pow(2.0, torch.arange(len(values)) % 12 - 9.0)
+    squares = (values * scales[:, None]).double().square().sum(0)
+    totals: list[list[torch.Tensor]] = []
+    for portion in (777, BLOCK):
+        blocks = []
+        for part, own in zip(values.split(BLOCK), scales.split(BLOCK), strict=True):
+            sums = MomentSums(KEPT, squares, len(values), BLOCK, values.dtype, values.device)
+            for some, weights in zip(part.split(portion), own.split(portion), strict=True):
+                sums.add(some[:, :KEPT], some[:, KEPT:], scales=weights)
+            blocks.append(sums)
+        moments = blocks[0]
+        for sums in reversed(blocks[1:]):
+            for total, more in zip(moments.parts(), sums.parts(), strict=True):
+                total += more
+        totals.append(moments.parts())
+    assert all(torch.equal(a, b) for a, b in zip(*totals, strict=True))
+    found, weights = moments.finish(), scales.double().square()[:, None]
+    mean = (weights * values).sum(0) / weights.sum()
+    about_mean = (values - mean) * weights.sqrt()
+    wanted = about_mean[:, :KEPT].T @ about_mean[:, KEPT:]
+    assert torch.allclose(found.mean, mean, rtol=1e-5, atol=1e-9)
+    assert float((found.cross - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+
+
 def fitted(values: torch.Tensor, weight: torch.Tensor, kept: int, damping: float) -> torch.Tensor:
     """The kept columns, fitted to `[token, channel]` as those of an expert are."""
     sums = MomentSums(kept, values.double().square().sum(0), len(values), None, values.dtype, values.device)

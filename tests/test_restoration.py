@@ -176,7 +176,7 @@ def test_a_layer_is_its_attention_and_its_mlp_one_after_the_other(tmp_path: Path
             assert torch.equal(whole.values, halves.values)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "granite", "phi3", "qwen2"])
+@pytest.mark.parametrize("family", ["gemma2", "granite", "hyperclovax", "minicpm3", "phi3", "qwen2", "qwen3_5_text"])
 def test_refitted_families_load_and_are_nearer_to_the_dense_model(tmp_path: Path, family: str) -> None:
     dense, tokens = tiny_model(tiny_config(family)), random_tokens(64, 24)
     save(dense, tmp_path / "model")
