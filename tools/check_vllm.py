@@ -154,8 +154,10 @@ class VllmFailedError(Exception):
 
     def reason(self) -> str:
         """The first error in it."""
-        errors = (line for line in str(self).splitlines() if re.search(r"Error: .", line) and "Engine" not in line)
-        return re.sub(r"^.*?(?=\w+Error: )", "", next(errors, str(self)[-200:]))
+        errors = (
+            re.search(r"[A-Z]\w*Error: .+", line) for line in str(self).splitlines() if "EngineCore init" not in line
+        )
+        return next((found[0] for found in errors if found), str(self)[-200:])
 
 
 def in_vllm(python: str, model: Path, prompts: list[list[int]], **engine: Any) -> dict[str, Any]:
