@@ -308,7 +308,7 @@ def workspace_bytes(
     other = out if has_target else channels - kept
     width = kept + other
     sums = sum_bytes(width, kept)
-    adding = sums + PRODUCT_TOKENS * width * (4 if on_cpu else item_bytes)
+    adding = sums + PRODUCT_TOKENS * width * (4 if on_cpu else item_bytes) + has_target * out * channels * item_bytes
     adding += (4 * BLOCK_CHANNELS + 24 * _ROUNDED_ROWS[not on_cpu]) * width
     matrices = 4 * kept * width
     weights = out * channels * (item_bytes + 4)

@@ -101,8 +101,9 @@ class OutputProjection:
         To the sums all are added or, where hidden states are the target, the kept ones and what they should give.
         """
         refit = self.sublayer.refit
-        captures, ordered = Captures(refit.model.hidden_size), self.weight[:, self.order]
-        dense = None if refit.dense is None or sums is None else refit.targets()
+        captures, dense = Captures(refit.model.hidden_size), None
+        if refit.dense is not None and sums is not None:
+            dense, ordered = refit.targets(), self.weight[:, self.order]
         for start, entering in self.sublayer.forward({self.name: captures}, keep_output=False):
             inputs = captures.inputs
             kept = inputs[..., : self.kept]
@@ -127,7 +128,8 @@ class OutputProjection:
         output: the dense output. entering: the pruned model's hidden states before it. wanted: the dense model's after.
         """
         refit = self.sublayer.refit
-        missing = (wanted.float() - entering.float()).div_(residual_scale(refit.model.skeleton.hf_config)).sub_(output)
+        missing = wanted.to(torch.float32, copy=True).sub_(entering)
+        missing.div_(residual_scale(refit.model.skeleton.hf_config)).sub_(output)
         share = FOLLOW_SHARE * refit.tokens / (refit.tokens + FOLLOW_TOKENS * self.kept)
         scale = (self.exponent - size_exponents(wanted)).clamp_(*_SCALES)
         return missing.mul_(share).add_(output), torch.ldexp(torch.ones(scale.shape, device=scale.device), scale)

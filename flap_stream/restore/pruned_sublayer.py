@@ -16,7 +16,8 @@ from flap_stream.restore.refit_pass import RefitPass
 
 def size_exponents(hidden: torch.Tensor) -> torch.Tensor:
     """The power of two next above the root mean square of each token, int32 `[sample, token]`."""
-    return torch.frexp(hidden.float().square().mean(dim=-1).sqrt()).exponent
+    norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
+    return torch.frexp(norms / hidden.shape[-1] ** 0.5).exponent
 
 
 @dataclass(frozen=True)

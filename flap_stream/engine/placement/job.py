@@ -171,7 +171,9 @@ class Job:
             experts_workspace_bytes(experts, block, self.refit.choices, item, on_cpu)
             for experts in set(self.refit.experts)
         ]
-        return max(adding for adding, _ in of), max(solving for _, solving in of)
+        # Beside the sums, what a batch's outputs lack of the target, in float32, and what it is computed from.
+        missing = has_target * (8 + item) * batch_size * self.tokens * self.state_size
+        return max(adding for adding, _ in of) + missing, max(solving for _, solving in of)
 
     def head_bytes(self, batch_size: int) -> int:
         """Most bytes that the head and what it computes take at once, while no layer is in memory."""
