@@ -149,6 +149,6 @@ def test_it_restores_most_on_a_trained_model(tmp_path: Path) -> None:
         flap_stream.rewrite(tmp_path / "run", tmp_path / restore, RewriteConfig(restore=restore))
         rise[restore] = np.log(flap_stream.evaluate(tmp_path / restore, measure).perplexity / dense)
     assert rise["least-squares"] < 0.6 * rise["bias"]
-    assert rise["reconstruct"] < 0.95 * rise["least-squares"]
+    assert rise["reconstruct"] < 0.9 * rise["least-squares"]
     tensors = [entry for file in (tmp_path / "reconstruct").glob("*.safetensors") for entry in read_header(file)[0]]
     assert {entry.dtype for entry in tensors} == {"BF16"}  # though it ran in float32
