@@ -40,12 +40,18 @@ os.fsync = lambda fd: None
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _is_measured(item: pytest.Item) -> bool:
+    """Whether coverage looks: not at slow tests, nor at what a test does with other parameters than its first."""
+    case = getattr(item, "callspec", None)
+    return not item.get_closest_marker("slow") and not (case and any(case.indices.values()))
+
+
 def pytest_runtest_protocol(item: pytest.Item) -> None:
-    """Leave slow tests out of coverage, with their fixtures: tracing doubles their time, and adds three hundredths."""
+    """Leave most tests out of coverage, with their fixtures: tracing doubles their time, and adds few lines."""
     plugin = item.config.pluginmanager.getplugin("_cov")
     controller = None if plugin is None else plugin.cov_controller
-    if controller is not None and controller.started == bool(item.get_closest_marker("slow")):
-        (controller.pause if controller.started else controller.resume)()
+    if controller is not None and controller.started != _is_measured(item):
+        (controller.resume if _is_measured(item) else controller.pause)()
 
 
 def _place_of(file: str) -> int:

@@ -123,7 +123,8 @@ def prune(model: Path, out: Path, *extra: str, is_warm: bool) -> subprocess.Comp
     [(), ("--restore", "least-squares"), ("--restore", "reconstruct"), ("--metric", "fisher", "--loss-windows", "32")],
     ids=["bias", "refit", "reconstruct", "loss"],
 )
-def test_the_limit_that_a_refusal_names_works_and_is_kept(model: Path, tmp_path: Path, how: tuple[str, ...]) -> None:
+def test_the_limit_that_a_refusal_names_works_and_is_kept(tmp_path: Path, how: tuple[str, ...]) -> None:
+    model = save(tiny_model(tiny_config(layers=2)), tmp_path / "model")
     fits = "reconstruct" in how  # which takes more than a collection with its hidden states on the host, and longer
     windows = 64 if fits else 128
     tokens = save_tokens(tmp_path / "tokens.npy", np.repeat(random_tokens(8, 512), windows // 8, axis=0))
