@@ -40,7 +40,7 @@ def jobs(sizes: tuple[int, int, int], tokens: int, target: str | None, device: s
     ) as made:
         model = StreamedModel(made, EngineConfig(device="cpu"))
         first = replace(model.job(1, tokens), device=device, base_bytes=BASE)
-        then = [] if target is None else [model.refit_after(first, refit_sizes(model, target))]
+        then = [] if target is None else [model.refit_after(first, refit_sizes(model, target, tokens))]
     return [first, *then]
 
 

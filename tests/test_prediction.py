@@ -97,7 +97,8 @@ def test_a_plan_narrows_what_a_refit_is_said_to_take(model: Path) -> None:
             for part in (1, 2)
         )
         unplanned, kept, planned = (
-            streamed.job(64, 128, refit=refit_sizes(streamed, "least-squares", keeps)) for keeps in (None, whole, half)
+            streamed.job(64, 128, refit=refit_sizes(streamed, "least-squares", 64 * 128, keeps))
+            for keeps in (None, whole, half)
         )
     assert kept.refit == unplanned.refit
     assert all(less < most for less, most in zip(planned.refit_bytes(8), unplanned.refit_bytes(8), strict=True))

@@ -21,7 +21,7 @@ from flap_stream.engine.wide_attention import wide_attention
 from flap_stream.errors import InsufficientMemory
 from flap_stream.restore.cut_layer import CutLayer
 from flap_stream.restore.refit_pass import RefitPass
-from flap_stream.restore.requirements import EPOCHS, HELD_OUT, LEARNING_RATE, STEP_TOKENS
+from flap_stream.restore.requirements import HELD_OUT, LEARNING_RATE, STEP_TOKENS, epochs
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ class _Fit:
         self._is_last = layer.index + 1 == len(self._model.layers)
         self._objective: _Objective = _Divergence(HeadGradient(self._model)) if self._is_last else _Squares()
         samples, tokens, _ = refit.hidden.shape
+        self._passes = epochs(samples * tokens)
         held_out = max(1, samples // HELD_OUT)
         self._fitted, self._held_out = range(samples - held_out), range(samples - held_out, samples)
         self._step = max(1, STEP_TOKENS // tokens)  # windows
@@ -128,7 +129,7 @@ class _Fit:
 
     def _epochs(self, parameters: Mapping[str, torch.Tensor], scale: float) -> Iterator[None]:
         """Fit the parameters in place; yields after each pass over the windows that are fitted."""
-        steps = EPOCHS * -(-len(self._fitted) // self._step)
+        steps = self._passes * -(-len(self._fitted) // self._step)
         groups = [
             {"params": [tensor], "lr": LEARNING_RATE * _size(parameters, name)} for name, tensor in parameters.items()
         ]
@@ -138,7 +139,7 @@ class _Fit:
             return min(1.0, (step + 1) / max(1.0, _WARM_UP * steps)) * (1 - step / steps)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(adam, rate)
-        for _ in range(EPOCHS):
+        for _ in range(self._passes):
             waiting = 0
             for start, output, target in self._run(parameters, self._fitted, fits=True):
                 gradient = self._objective.gradient(output.detach(), target)

@@ -13,9 +13,15 @@ from flap_stream.errors import UnsupportedModel
 from flap_stream.model.architecture import Family
 from flap_stream.model.units import ROWS
 
-# Of a reconstruction: passes over the windows, tokens of a step, the largest step of a weight as a share of the root
-# mean square of its matrix, and which share of the windows is held out. README.md has what else was tried.
-EPOCHS, STEP_TOKENS, LEARNING_RATE, HELD_OUT = 3, 1024, 0.015, 8
+# Of a reconstruction: tokens of a step, the largest step of a weight as a share of the root mean square of its matrix,
+# and which share of the windows is held out. README.md has what else was tried.
+STEP_TOKENS, LEARNING_RATE, HELD_OUT = 1024, 0.015, 8
+LEAST_EPOCHS, MOST_EPOCHS, SEEN_TOKENS = 3, 6, 3 << 17
+
+
+def epochs(tokens: int) -> int:
+    """Passes of a reconstruction over its windows, of so many tokens: more over fewer, for as many steps."""
+    return min(MOST_EPOCHS, max(LEAST_EPOCHS, -(-SEEN_TOKENS // max(1, tokens))))
 
 
 def require_refittable(model: StreamedModel, restore: str) -> None:
@@ -36,14 +42,14 @@ def follows_dense(restore: str, family: Family) -> bool:
     return restore == "reconstruct" or not (family.norms_outputs or family.experts)
 
 
-def refit_sizes(model: StreamedModel, restore: str, keeps: Sequence[LayerKeep] | None = None) -> Refit:
+def refit_sizes(model: StreamedModel, restore: str, tokens: int, keeps: Sequence[LayerKeep] | None = None) -> Refit:
     """Upper bounds on the sizes of all refits, for the placement.
 
-    keeps: of each layer; without them every layer is assumed to keep all its units.
+    tokens: of all windows. keeps: of each layer; without them every layer is assumed to keep all its units.
     """
     if restore == "reconstruct":
         fitted = tuple(_fitted(model, i) for i in range(len(model.shapes)))
-        return Refit(follows_dense=True, fitted=fitted, epochs=EPOCHS, step_tokens=STEP_TOKENS)
+        return Refit(follows_dense=True, fitted=fitted, epochs=epochs(tokens), step_tokens=STEP_TOKENS)
     projections, mixtures, arranged = list[ProjectionSizes](), list[tuple[ProjectionSizes, ...]](), 0
     for i, shape in enumerate(model.shapes):
         experts = list[ProjectionSizes]()
@@ -84,8 +90,9 @@ def refit_stored_bytes(model: StreamedModel, restore: str) -> int:
 def refit_record(restore: str, family: Family) -> dict[str, Any]:
     """What determines a refit besides the plan and how layers are run, as journal and pruning.json hold it."""
     if restore == "reconstruct":
-        fit = {"epochs": EPOCHS, "step_tokens": STEP_TOKENS, "learning_rate": LEARNING_RATE, "held_out": HELD_OUT}
-        return {**fit, "last_layer": "logits"}
+        passes = {"epochs": [LEAST_EPOCHS, MOST_EPOCHS], "seen_tokens": SEEN_TOKENS}
+        fit = {"step_tokens": STEP_TOKENS, "learning_rate": LEARNING_RATE, "held_out": HELD_OUT}
+        return {**passes, **fit, "last_layer": "logits"}
     found: dict[str, Any] = {"target": "own", "damping": DAMPING}
     if follows_dense(restore, family):
         found |= {"target": "dense", "follow": [FOLLOW_SHARE, FOLLOW_TOKENS]}

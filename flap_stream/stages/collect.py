@@ -191,7 +191,7 @@ def _require_space(
 def _place(model: StreamedModel, options: CollectConfig, windows: Windows, run: Path, sweep: Job | None) -> Placement:
     """How to run the layers, such that what follows fits into memory as well: a sweep, a refit whatever the plan."""
     refit, job = _refit(options), model.job(*windows.tokens.shape)
-    then = [] if refit is None else [model.refit_after(job, refit_sizes(model, refit))]
+    then = [] if refit is None else [model.refit_after(job, refit_sizes(model, refit, windows.tokens.size))]
     then += [] if sweep is None else [sweep]
     return model.place(options, job, then=then, recorded=RunDirectory.recorded_batch_size(run))
 

@@ -184,7 +184,7 @@ def _refit(model: StreamedModel, options: PruneConfig) -> Refit | None:
     if options.refit is None:
         return None
     require_refittable(model, options.refit)
-    return refit_sizes(model, options.refit)
+    return refit_sizes(model, options.refit, options.samples * options.sequence_length)
 
 
 def _sweep(model: StreamedModel, options: PruneConfig, job: Job) -> Job | None:

@@ -149,7 +149,7 @@ def _refitted(
     measured.device = str(model.device)
     require_refittable(model, restore)
     samples, length = run.manifest["tokens"]["shape"]
-    refit = refit_sizes(model, restore, keeps)
+    refit = refit_sizes(model, restore, samples * length, keeps)
     collected = measured.placement  # of a collection in this process: the slack in it covers what it left in memory
     whole = replace(
         model.job(samples, length, refit=refit), base_bytes=None if collected is None else collected.base_bytes
