@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from train_demo_model import SETTINGS, Split, train, train_tokenizer
-from transformers import AutoConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import flap_stream
 from flap_stream import CollectConfig, SweepConfig
@@ -36,28 +36,49 @@ def standard_library() -> Split[str]:
     return Split(*("\n\n".join(part) for part in parts.values()))
 
 
-def trained(place: Path, minutes: float, experts: int, groups: int) -> Path:
+def untrained(experts: int, groups: int) -> PreTrainedModel:
+    """A mixture of so many experts and KV groups in each layer, two experts for a token where there are as many."""
+    kind: Any = Qwen3MoeConfig
+    config = kind(
+        vocab_size=1024, hidden_size=128, moe_intermediate_size=_NEURONS, num_hidden_layers=4, head_dim=32,
+        num_attention_heads=max(4, groups), num_key_value_heads=groups,
+        num_experts=experts, num_experts_per_tok=min(2, experts), max_position_embeddings=512,
+        norm_topk_prob=True, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        output_router_logits=True, router_aux_loss_coef=0.01,
+    )  # fmt: skip
+    model: PreTrainedModel = Qwen3MoeForCausalLM(config)
+    print(f"{experts} experts a layer, {model.num_parameters():,} parameters", file=sys.stderr)
+    return model
+
+
+def upcycle(dense: PreTrainedModel, mixture: PreTrainedModel) -> None:
+    """Give all experts the weights of the one in `dense` ("sparse upcycling", arXiv 2212.05055), and no router any."""
+    weights = mixture.state_dict()
+    for name, tensor in dense.state_dict().items():
+        if not name.endswith("mlp.gate.weight"):
+            weights[name].copy_(tensor.expand_as(weights[name]))
+
+
+def trained(place: Path, minutes: float, experts: int, groups: int, upcycled: bool) -> Path:
     """The mixture in `place`, trained if it is not there, its calibration and evaluation texts beside it.
 
-    experts, groups: of each layer; of the KV groups.
+    experts, groups: of each layer; of the KV groups. upcycled: four fifths of the time go to a model of one expert, of
+    which all the mixture's start as copies.
     """
     model_path = place / "model"
     if model_path.exists():
         return model_path
     torch.manual_seed(SETTINGS["seed"])
     text = standard_library()
-    kind: Any = Qwen3MoeConfig
-    config = kind(
-        vocab_size=1024, hidden_size=128, moe_intermediate_size=_NEURONS, num_hidden_layers=4, head_dim=32,
-        num_attention_heads=max(4, groups), num_key_value_heads=groups, num_experts=experts, num_experts_per_tok=2,
-        max_position_embeddings=512,
-        norm_topk_prob=True, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-        output_router_logits=True, router_aux_loss_coef=0.01,
-    )  # fmt: skip
-    tokenizer = train_tokenizer(text.training, config.vocab_size)
+    model = untrained(experts, groups)
+    tokenizer = train_tokenizer(text.training, model.config.vocab_size)
     tokens = Split(*(torch.tensor(tokenizer(part, verbose=False)["input_ids"]) for part in text))
-    model: Any = Qwen3MoeForCausalLM(config)
-    print(f"{model.num_parameters():,} parameters, {len(tokens.training):,} tokens", file=sys.stderr)
+    print(f"{len(tokens.training):,} tokens", file=sys.stderr)
+    if upcycled:
+        dense = untrained(1, groups)
+        train(dense, tokens, None, 0.8 * minutes)
+        upcycle(dense, model)
+        minutes *= 0.2
     train(model, tokens, None, minutes)
     model.config.output_router_logits = False  # it served the balance of experts in training
     place.mkdir(parents=True, exist_ok=True)
@@ -105,10 +126,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.5, help="training time on the wall clock (default 7.5)")
     parser.add_argument("--experts", type=int, default=16, help="of each layer (default 16)")
     parser.add_argument("--kv-groups", type=int, default=2, help="of each layer (default 2)")
+    parser.add_argument(
+        "--upcycled", action="store_true", help="start from copies of one expert, trained for 0.8 of the time"
+    )
     parser.add_argument("--loss-windows", type=int, default=256, help="that are swept (default 256)")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5], help="(default 0.3 0.5)")
     options = parser.parse_args()
-    model = trained(options.place, options.minutes, options.experts, options.kv_groups)
+    model = trained(options.place, options.minutes, options.experts, options.kv_groups, options.upcycled)
     print(table(model, options.place, tuple(options.ratios), options.loss_windows))
 
 
