@@ -182,14 +182,23 @@ def magnitude_scores(layer: LayerStatistics, channels_per_group: int) -> LayerSc
     return LayerScores(groups, np.sqrt(layer.mlp.weight_squared_norm))
 
 
+def as_sum_over_units(experts: np.ndarray, neurons: np.ndarray, together: float) -> np.ndarray:
+    """F of whole experts in what a sum of F over units counts, float64 `[expert]`.
+
+    A token feels all that is removed at once, which F of an expert includes and a sum of F leaves out.
+    experts, neurons: F of each, of one layer. together: F of all these neurons, removed at once.
+    """
+    return experts * (neurons.sum() / together) if together > 0 else experts
+
+
 def whole_expert_score(loss: float, neurons: np.ndarray, price: int, rest: int, least: int) -> float:
     """F of a whole expert by what is removed with it, once its neurons are gone for which that costs less.
 
     Removing more of them would leave less to gain with the expert: (F_e - sum of F_u of those gone) / (cost of what is
     left) rises as long as the next neuron costs less by weight than that, and falls after. So where one order is cut at
     a price, an expert is gone if that is worth more at this price than any choice of its neurons.
-    loss: F of the expert. neurons: F of its neurons, float64 `[neuron]`. price, rest: cost of one neuron, and of what
-    else goes with the expert. least: neurons that it keeps as long as it stays.
+    loss: F of the expert, as a sum over units. neurons: F of its neurons, float64 `[neuron]`. price, rest: cost of one
+    neuron, and of what else goes with the expert. least: neurons that it keeps as long as it stays.
     """
     gone = np.concatenate([[0.0], np.cumsum(np.sort(neurons))])[: max(len(neurons) - max(least, 1), 0) + 1]
     left = (len(neurons) - np.arange(len(gone))) * price + rest

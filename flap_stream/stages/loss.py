@@ -33,8 +33,9 @@ from flap_stream.storage.run_files import KINDS
 
 _SUMMED_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # at once, widened to float64 on a CPU; not measured
 
-# By kind of unit, sum_t s_wtu^2, float64 [window, unit]; where experts are scored as a whole, of `experts`, too, and of
-# how many tokens each was `reached`, int64; where layers are, of the `layer`, [window, 1].
+# By kind of unit, sum_t s_wtu^2, float64 [window, unit]; where experts are scored as a whole, of `experts`, too, of how
+# many tokens each was `reached`, int64, and of all their neurons `together`, sum_t (sum_u s_wtu)^2, [window, 1]; where
+# layers are, of the `layer`, [window, 1].
 Scores = dict[str, torch.Tensor]
 
 
@@ -113,13 +114,16 @@ class BackwardPass(LayerPass):
                 f"--dtype float32 (it ran in {self.model.dtype})"
             )
         scores = self._zeros(index, len(values))
+        together = torch.zeros(hidden.shape[:2], dtype=torch.float64, device=hidden.device)
         for read, found in zip(reads, gradients[: len(reads)], strict=True):
             own = slice(read.part.first, read.part.first + read.part.units)
-            squares = read.squares(self._means[read.part.kind.output.name], found)
+            squares = read.squares(self._means[read.part.kind.output.name], found, together)
             scores[read.part.kind.name][:, own] = torch.ldexp(squares, 2 * shift[:, 0]).cpu()
         if mixture is not None:
             squares, scores["reached"] = mixture.squares(weights, gradients[-1])
             scores["experts"] = torch.ldexp(squares, 2 * shift[:, 0].cpu())
+            squares = together.square_().sum(dim=1, keepdim=True)
+            scores["together"] = torch.ldexp(squares, 2 * shift[:, 0]).cpu()
         if self.store.of_layers:
             squares = _layer_squares(hidden.detach(), output.detach(), gradient)
             scores["layer"] = torch.ldexp(squares, 2 * shift[:, 0]).cpu()
@@ -135,7 +139,7 @@ class BackwardPass(LayerPass):
         scores: Scores = {kind: torch.zeros(windows, shape.units(kind), dtype=torch.float64) for kind in KINDS}
         if self.store.of_experts:
             scores["experts"] = torch.zeros(windows, len(shape.experts), dtype=torch.float64)
-            scores["reached"] = scores["experts"].long()
+            scores["together"], scores["reached"] = torch.zeros(windows, 1).double(), scores["experts"].long()
         if self.store.of_layers:
             scores["layer"] = torch.zeros(windows, 1, dtype=torch.float64)
         return scores
@@ -259,35 +263,46 @@ def _baselines(model: StreamedModel, run: RunDirectory, index: int) -> dict[str,
 class _Read:
     """What an output projection read.
 
-    inputs: `[window, token, channel]`; for an expert `[routed token, channel]`, with `counts` of them per window.
+    inputs: `[window, token, channel]`; for an expert `[routed token, channel]`, those of each window in `routed`.
     """
 
     part: Part
     inputs: torch.Tensor
-    counts: list[int]
+    routed: list[torch.Tensor]
 
-    def squares(self, mean: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    def squares(self, mean: torch.Tensor, gradient: torch.Tensor, together: torch.Tensor) -> torch.Tensor:
         """Sums over a window's tokens of the squared sums of (x - mean) g over a unit's channels.
 
-        float64 `[window, unit]`.
+        float64 `[window, unit]`. Adds an expert's sums over all its units to `together`, float64 `[window, token]`.
         """
-        inputs, gradients = (
-            values if values.ndim == 3 else values.split(self.counts) for values in (self.inputs.detach(), gradient)
-        )
-        units = self.part.units
-        return torch.stack([_summed_squares(x, g, mean, units) for x, g in zip(inputs, gradients, strict=True)])
+        inputs, units, found = self.inputs.detach(), self.part.units, []
+        if not self.routed:
+            return torch.stack([_summed_squares(x, g, mean, units)[0] for x, g in zip(inputs, gradient, strict=True)])
+        counts = [len(tokens) for tokens in self.routed]
+        for window, (x, g) in enumerate(zip(inputs.split(counts), gradient.split(counts), strict=True)):
+            squares, sums = _summed_squares(x, g, mean, units)
+            together[window].index_add_(0, self.routed[window], sums)
+            found.append(squares)
+        return torch.stack(found)
 
 
-def _summed_squares(inputs: torch.Tensor, gradient: torch.Tensor, mean: torch.Tensor, units: int) -> torch.Tensor:
-    """The same for the tokens of one window, float64 `[unit]`. inputs, gradient: `[token, channel]`."""
+def _summed_squares(
+    inputs: torch.Tensor, gradient: torch.Tensor, mean: torch.Tensor, units: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for the tokens of one window, float64 `[unit]`, and the sums over all units, float64 `[token]`.
+
+    inputs, gradient: `[token, channel]`.
+    """
     rows = max(1, _SUMMED_ELEMENTS[inputs.device.type] // inputs.shape[1])
     total = torch.zeros(units, dtype=torch.float64, device=inputs.device)
+    sums = []
     for x, g in zip(inputs.split(rows), gradient.split(rows), strict=True):
         changes = (x.float() - mean).mul_(g)
         is_own = changes.shape[1] == units  # one channel a unit, which need not be summed
         of_units = changes.double() if is_own else changes.unflatten(-1, (units, -1)).sum(dim=-1, dtype=torch.float64)
+        sums.append(of_units.sum(dim=1))
         total += of_units.square_().sum(dim=0)
-    return total
+    return total, torch.cat(sums)
 
 
 @contextmanager
@@ -296,12 +311,12 @@ def _captured(model: StreamedModel, index: int) -> Iterator[list[_Read]]:
     layer, shape = model.layers[index], model.shapes[index]
     number = len(shape.experts)
     reads: list[_Read] = []
-    counts: list[list[list[int]]] = []  # once the router has run: [expert][window], tokens routed
+    routed: list[list[torch.Tensor]] = []  # once the router has run: of each expert those of each window
 
     def see(part: Part) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
         def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             expert = part.kind.expert if inputs[0].ndim == 2 else None
-            reads.append(_Read(part, inputs[0], [] if expert is None else counts[0][expert]))
+            reads.append(_Read(part, inputs[0], [] if expert is None else routed[expert]))
 
         return hook
 
@@ -315,7 +330,9 @@ def _captured(model: StreamedModel, index: int) -> Iterator[list[_Read]]:
         windows = [0]
         handles.append(layer.register_forward_pre_hook(lambda _module, inputs: windows.append(len(inputs[0]))))
         handles.append(
-            router.register_forward_pre_hook(lambda _module, inputs: counts.append(_rows(inputs, number, windows[-1])))
+            router.register_forward_pre_hook(
+                lambda _module, inputs: routed.extend(_routed(inputs, number, windows[-1]))
+            )
         )
     try:
         yield reads
@@ -324,8 +341,8 @@ def _captured(model: StreamedModel, index: int) -> Iterator[list[_Read]]:
             handle.remove()
 
 
-def _rows(inputs: tuple[torch.Tensor, ...], experts: int, windows: int) -> list[list[int]]:
-    """How many tokens of each window are routed to each expert, `[expert][window]`.
+def _routed(inputs: tuple[torch.Tensor, ...], experts: int, windows: int) -> list[list[torch.Tensor]]:
+    """The numbers of the tokens of each window that are routed to each expert, `[expert][window]`.
 
     inputs: of all experts, see `SeparateExperts`.
     """
@@ -333,5 +350,6 @@ def _rows(inputs: tuple[torch.Tensor, ...], experts: int, windows: int) -> list[
         chosen = inputs[0].unflatten(0, (experts, -1)).ne(0).any(dim=-1).T
     else:
         ids = torch.arange(experts, device=inputs[1].device)
-        chosen = (inputs[1][..., None] == ids).sum(dim=1)  # [token, expert]
-    return chosen.unflatten(0, (windows, -1)).sum(dim=1).T.tolist()
+        chosen = (inputs[1][..., None] == ids).any(dim=1)  # [token, expert]
+    own = chosen.unflatten(0, (windows, -1)).permute(2, 0, 1)
+    return [[tokens.nonzero()[:, 0] for tokens in of_expert] for of_expert in own]

@@ -16,8 +16,8 @@ from flap_stream.storage.snapshots import SnapshotStore
 __all__ = ["KINDS", "LossScores", "LossStore"]
 
 _INPUTS, _SCORES = "loss-inputs", "loss"
-# Scores of earlier versions, of the text's own tokens, have names without `drawn`.
-_JOB = re.compile(r"(\d+)-drawn(-with-experts)?(-with-layers)?")
+# Scores of earlier versions, of the text's own tokens, have names without `drawn`, or of experts without `whole`.
+_JOB = re.compile(r"(\d+)-drawn(-with-whole-experts)?(-with-layers)?")
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,14 @@ class LossScores:
     """Loss score F of each unit of one layer, in nats squared: float64 `[group]` and `[neuron]`.
 
     experts: of its experts as a whole, float64 `[expert]`, infinite for those that no token reached; None if the sweep
-    did not score them. layer: of the layer as a whole, float64 `[1]`; None likewise.
+    did not score them. together: of all neurons of all experts at once, float64 `[1]`. layer: of the layer as a whole,
+    float64 `[1]`; None likewise.
     """
 
     attention: np.ndarray
     mlp: np.ndarray
     experts: np.ndarray | None = None
+    together: np.ndarray | None = None
     layer: np.ndarray | None = None
 
 
@@ -146,13 +148,14 @@ class LossStore:
     def _array_specs(self, layer: int) -> dict[str, arrays.ArraySpec]:
         shape = self.run.layer_shapes[layer]
         specs: dict[str, arrays.ArraySpec] = {kind: ("float64", (shape.units(kind),)) for kind in KINDS}
-        specs |= {"experts": ("float64", (len(shape.experts),))} if self.of_experts else {}
+        if self.of_experts:
+            specs |= {"experts": ("float64", (len(shape.experts),)), "together": ("float64", (1,))}
         return {**specs, **({"layer": ("float64", (1,))} if self.of_layers else {})}
 
 
 def loss_job(windows: int, of_experts: bool, of_layers: bool) -> str:
     """What tells scores from others of the same run."""
-    return f"{windows}-drawn{'-with-experts' if of_experts else ''}{'-with-layers' if of_layers else ''}"
+    return f"{windows}-drawn{'-with-whole-experts' if of_experts else ''}{'-with-layers' if of_layers else ''}"
 
 
 def _layers_of(journal: Journal, job: str) -> set[str]:
