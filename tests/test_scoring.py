@@ -6,6 +6,7 @@ import pytest
 from flap_stream.arithmetic.scoring import (
     ChannelStatistics,
     LayerStatistics,
+    as_sum_over_neurons,
     baseline_input,
     channel_metric,
     flap_scores,
@@ -84,6 +85,12 @@ def test_statistics_that_overflowed_are_refused() -> None:
     broken = statistics([1, np.inf], [0, 0], [1, 1], [1, 1])
     with pytest.raises(NonFinite):
         flap_scores(LayerStatistics(broken, FOUR), "wifv", "exact", "mean-z", 2)
+
+
+def test_whole_experts_count_as_sums_over_neurons_do() -> None:
+    losses, neurons = np.array([2.0, np.inf, 6.0]), np.array([1.0, 2.0, 0.0, 0.0, 3.0, 4.0])
+    np.testing.assert_allclose(as_sum_over_neurons(losses, neurons, np.array([20.0])), [1.0, np.inf, 3.0])
+    np.testing.assert_array_equal(as_sum_over_neurons(losses, np.zeros(6), np.zeros(1)), losses)
 
 
 def test_an_expert_is_gone_at_a_price_if_that_is_worth_more_than_any_choice_of_its_neurons() -> None:

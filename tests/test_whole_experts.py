@@ -72,7 +72,7 @@ def test_the_checkpoint_computes_what_the_dense_model_does_if_the_router_never_c
     record = flap_stream.prune(path, tmp_path / "out", options_of(tmp_path)).record
     assert removed_experts(record) and record["experts"]["after"] < record["experts"]["before"]
     ours, expected = load(tmp_path / "out"), masked_model(path, record, torch.from_numpy(TOKENS))
-    tokens = random_tokens(3, 20, seed=6)
+    tokens = random_tokens(3, 20, seed=7)
     ids = torch.from_numpy(tokens)
     with torch.no_grad():
         assert (ours(ids).logits - expected(ids).logits).abs().max() <= 1e-5
@@ -88,8 +88,11 @@ def test_the_checkpoint_computes_what_the_dense_model_does_if_the_router_never_c
 # --- scores ---
 
 
-def scores_in_memory(model: Any, dtype: torch.dtype, windows: int) -> list[np.ndarray]:
-    """F of each layer's experts, from the outputs of its mixture with and without each of them."""
+def scores_in_memory(model: Any, dtype: torch.dtype, windows: int, means: list[np.ndarray]) -> list[np.ndarray]:
+    """F of each layer's experts and of all their neurons together, from the outputs of its mixture without them.
+
+    means: of what `down` of each layer's experts reads.
+    """
     model, tokens = copy.deepcopy(model), torch.from_numpy(TOKENS[:windows])
     separate(model, decoder_of(model))
     model.to(dtype)
@@ -109,11 +112,15 @@ def scores_in_memory(model: Any, dtype: torch.dtype, windows: int) -> list[np.nd
         handle.remove()
     gradients = torch.autograd.grad(logits, [output for _, output in seen.values()], fisher_draw(logits))
     found = []
-    for (i, (hidden, output)), gradient in zip(seen.items(), gradients, strict=True):
-        scores = []
-        for number in range(len(mixtures[i].experts.each)):
+    for (i, (hidden, output)), gradient, mean in zip(seen.items(), gradients, means, strict=True):
+        scores, count = [], len(mixtures[i].experts.each)
+        for number in range(count + 1):
             without = copy.deepcopy(mixtures[i])
-            hide_experts(without, [number])
+            if number < count:
+                hide_experts(without, [number])
+            else:
+                for expert, own in zip(without.experts.each, mean.reshape(count, -1), strict=True):
+                    expert.down.register_forward_pre_hook(_reading(torch.from_numpy(own)))
             with torch.no_grad():
                 other = without(hidden)
             change = (other[0] if isinstance(other, tuple) else other) - output.detach()
@@ -121,6 +128,10 @@ def scores_in_memory(model: Any, dtype: torch.dtype, windows: int) -> list[np.nd
             scores.append(float(per_token.square().sum()) / windows)
         found.append(np.array(scores))
     return found
+
+
+def _reading(mean: torch.Tensor) -> Any:
+    return lambda _module, inputs: (mean.to(inputs[0]).expand_as(inputs[0]),)
 
 
 @pytest.mark.parametrize(
@@ -131,11 +142,13 @@ def test_scores_are_those_of_the_mixture_run_without_each_expert(family: str, ba
     options = CollectConfig(calibration=text, batch_size=batch_size, loss_windows=5, whole_experts=True)
     flap_stream.collect(path, tmp_path / "run", options)
     with RunDirectory(tmp_path / "run") as run:
-        store = LossStore.of(run)
-        found = [store.read(i).experts for i, shape in enumerate(run.layer_shapes) if shape.experts]
-    single, double = (scores_in_memory(load(path), dtype, 5) for dtype in (torch.float32, torch.float64))
-    for ours, same, exact in zip(found, single, double, strict=True):
-        assert ours is not None and len(ours) == len(exact)
+        store, mixtures = LossStore.of(run), [i for i, shape in enumerate(run.layer_shapes) if shape.experts]
+        means = [run.statistics.read(i).mlp.mean for i in mixtures]
+        found = [(store.read(i).experts, store.read(i).together) for i in mixtures]
+    single, double = (scores_in_memory(load(path), dtype, 5, means) for dtype in (torch.float32, torch.float64))
+    for (experts, together), same, exact in zip(found, single, double, strict=True):
+        assert experts is not None and together is not None and len(experts) + 1 == len(exact)
+        ours = np.append(experts, together)
         own, lost = (float(np.linalg.norm(values - exact) / np.linalg.norm(exact)) for values in (ours, same))
         assert own < max(1e-6, 2 * lost)  # what float32 loses by itself
 
@@ -233,13 +246,13 @@ def test_a_sweep_measures_what_rewrite_writes_and_a_target_is_met(
     run = tmp_path / "run"
     how: dict[str, Any] = {"metric": "fisher", "whole_experts": True, "round_neurons_to": 1}
     flap_stream.collect(path, run, CollectConfig(calibration=text, loss_windows=5, batch_size=2, whole_experts=True))
-    swept = flap_stream.sweep(run, SweepConfig(ratios=(0.7,), evaluate=text, predict=True, **how)).points[0]
-    planned = flap_stream.plan(run, ratio=0.7, **how)
+    swept = flap_stream.sweep(run, SweepConfig(ratios=(0.8,), evaluate=text, predict=True, **how)).points[0]
+    planned = flap_stream.plan(run, ratio=0.8, **how)
     assert planned.sizes.experts_after < planned.sizes.experts_before
     written = flap_stream.rewrite(run, tmp_path / "out")
     assert removed_experts(written.record)
     said = f"experts      {planned.sizes.experts_before} -> {planned.sizes.experts_after}\n"
-    command = ["plan", str(run), "--ratio", "0.7", "--metric", "fisher", "--whole-experts", "--round-neurons-to", "1"]
+    command = ["plan", str(run), "--ratio", "0.8", "--metric", "fisher", "--whole-experts", "--round-neurons-to", "1"]
     assert main(command) == main(["inspect", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.count(said) == 2 and "| experts of all" in (tmp_path / "out/README.md").read_text()
     assert swept.parameters == written.record["parameters"]["after"]

@@ -182,13 +182,13 @@ def magnitude_scores(layer: LayerStatistics, channels_per_group: int) -> LayerSc
     return LayerScores(groups, np.sqrt(layer.mlp.weight_squared_norm))
 
 
-def as_sum_over_units(experts: np.ndarray, neurons: np.ndarray, together: float) -> np.ndarray:
-    """F of whole experts in what a sum of F over units counts, float64 `[expert]`.
+def as_sum_over_neurons(experts: np.ndarray, neurons: np.ndarray, together: np.ndarray) -> np.ndarray:
+    """F of a layer's whole experts in what a sum of F over their neurons counts, float64 `[expert]`.
 
     A token feels all that is removed at once, which F of an expert includes and a sum of F leaves out.
-    experts, neurons: F of each, of one layer. together: F of all these neurons, removed at once.
+    experts, neurons: F of each. together: F of all neurons, removed at once, `[1]`.
     """
-    return experts * (neurons.sum() / together) if together > 0 else experts
+    return experts * (neurons.sum() / together) if together[0] > 0 else experts
 
 
 def whole_expert_score(loss: float, neurons: np.ndarray, price: int, rest: int, least: int) -> float:

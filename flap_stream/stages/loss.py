@@ -114,16 +114,17 @@ class BackwardPass(LayerPass):
                 f"--dtype float32 (it ran in {self.model.dtype})"
             )
         scores = self._zeros(index, len(values))
-        together = torch.zeros(hidden.shape[:2], dtype=torch.float64, device=hidden.device)
+        together = torch.zeros_like(hidden[..., 0], dtype=torch.float64)  # of experts' neurons
         for read, found in zip(reads, gradients[: len(reads)], strict=True):
             own = slice(read.part.first, read.part.first + read.part.units)
-            squares = read.squares(self._means[read.part.kind.output.name], found, together)
+            squares, sums = read.squares(self._means[read.part.kind.output.name], found, hidden.shape[1])
             scores[read.part.kind.name][:, own] = torch.ldexp(squares, 2 * shift[:, 0]).cpu()
+            together += sums if read.routed else 0
         if mixture is not None:
-            squares, scores["reached"] = mixture.squares(weights, gradients[-1])
-            scores["experts"] = torch.ldexp(squares, 2 * shift[:, 0].cpu())
             squares = together.square_().sum(dim=1, keepdim=True)
             scores["together"] = torch.ldexp(squares, 2 * shift[:, 0]).cpu()
+            squares, scores["reached"] = mixture.squares(weights, gradients[-1])
+            scores["experts"] = torch.ldexp(squares, 2 * shift[:, 0].cpu())
         if self.store.of_layers:
             squares = _layer_squares(hidden.detach(), output.detach(), gradient)
             scores["layer"] = torch.ldexp(squares, 2 * shift[:, 0]).cpu()
@@ -139,7 +140,8 @@ class BackwardPass(LayerPass):
         scores: Scores = {kind: torch.zeros(windows, shape.units(kind), dtype=torch.float64) for kind in KINDS}
         if self.store.of_experts:
             scores["experts"] = torch.zeros(windows, len(shape.experts), dtype=torch.float64)
-            scores["together"], scores["reached"] = torch.zeros(windows, 1).double(), scores["experts"].long()
+            scores["reached"] = scores["experts"].long()
+            scores["together"] = torch.zeros(windows, 1, dtype=torch.float64)
         if self.store.of_layers:
             scores["layer"] = torch.zeros(windows, 1, dtype=torch.float64)
         return scores
@@ -270,20 +272,21 @@ class _Read:
     inputs: torch.Tensor
     routed: list[torch.Tensor]
 
-    def squares(self, mean: torch.Tensor, gradient: torch.Tensor, together: torch.Tensor) -> torch.Tensor:
+    def squares(self, mean: torch.Tensor, gradient: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums over a window's tokens of the squared sums of (x - mean) g over a unit's channels.
 
-        float64 `[window, unit]`. Adds an expert's sums over all its units to `together`, float64 `[window, token]`.
+        float64 `[window, unit]`; and the sums over all channels, float64 `[window, token]`. tokens: in each window.
         """
-        inputs, units, found = self.inputs.detach(), self.part.units, []
-        if not self.routed:
-            return torch.stack([_summed_squares(x, g, mean, units)[0] for x, g in zip(inputs, gradient, strict=True)])
-        counts = [len(tokens) for tokens in self.routed]
-        for window, (x, g) in enumerate(zip(inputs.split(counts), gradient.split(counts), strict=True)):
-            squares, sums = _summed_squares(x, g, mean, units)
-            together[window].index_add_(0, self.routed[window], sums)
-            found.append(squares)
-        return torch.stack(found)
+        inputs, gradients = (
+            values if values.ndim == 3 else values.split([len(own) for own in self.routed])
+            for values in (self.inputs.detach(), gradient)
+        )
+        units = self.part.units
+        found = [_summed_squares(x, g, mean, units) for x, g in zip(inputs, gradients, strict=True)]
+        sums = torch.zeros(len(found), tokens, dtype=torch.float64, device=mean.device)
+        for window, (_, own) in enumerate(found):
+            sums[window, self.routed[window] if self.routed else slice(None)] = own
+        return torch.stack([squares for squares, _ in found]), sums
 
 
 def _summed_squares(
@@ -351,5 +354,6 @@ def _routed(inputs: tuple[torch.Tensor, ...], experts: int, windows: int) -> lis
     else:
         ids = torch.arange(experts, device=inputs[1].device)
         chosen = (inputs[1][..., None] == ids).any(dim=1)  # [token, expert]
-    own = chosen.unflatten(0, (windows, -1)).permute(2, 0, 1)
-    return [[tokens.nonzero()[:, 0] for tokens in of_expert] for of_expert in own]
+    own = chosen.unflatten(0, (windows, -1)).permute(2, 0, 1)  # [expert, window, token]
+    tokens = own.nonzero()[:, 2].split(own.sum(dim=-1).flatten().tolist())
+    return [list(tokens[first : first + windows]) for first in range(0, len(tokens), windows)]

@@ -13,7 +13,7 @@ from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.predicted_loss import PredictedRise, predicted_rise
 from flap_stream.arithmetic.scoring import (
     LayerScores,
-    as_sum_over_units,
+    as_sum_over_neurons,
     flap_scores,
     magnitude_scores,
     reap_scores,
@@ -193,9 +193,9 @@ def loss_scores(found: LossScores, shape: LayerShape, prices: LayerPrices, min_n
     groups, neurons = found.attention / max(prices.group, 1), found.mlp / max(prices.neuron, 1)
     if found.experts is None or not shape.experts:
         return LayerScores(groups, neurons, found.experts, _of_layer(found))
-    assert found.together is not None, "whole experts are scored with their neurons together"
+    assert found.together is not None, "it is stored with the scores of experts"
     parts = np.split(found.mlp, np.cumsum(shape.experts)[:-1])
-    losses = as_sum_over_units(found.experts, found.mlp, float(found.together[0]))
+    losses = as_sum_over_neurons(found.experts, found.mlp, found.together)
     experts = [
         whole_expert_score(loss, own, prices.neuron, prices.expert_rest, min_neurons)
         for loss, own in zip(losses, parts, strict=True)

@@ -16,7 +16,7 @@ from flap_stream.storage.snapshots import SnapshotStore
 __all__ = ["KINDS", "LossScores", "LossStore"]
 
 _INPUTS, _SCORES = "loss-inputs", "loss"
-# Scores of earlier versions, of the text's own tokens, have names without `drawn`, or of experts without `whole`.
+# Names of earlier versions lack `drawn` (scores of the text's own tokens) or `whole` (nothing of experts together).
 _JOB = re.compile(r"(\d+)-drawn(-with-whole-experts)?(-with-layers)?")
 
 
@@ -25,8 +25,8 @@ class LossScores:
     """Loss score F of each unit of one layer, in nats squared: float64 `[group]` and `[neuron]`.
 
     experts: of its experts as a whole, float64 `[expert]`, infinite for those that no token reached; None if the sweep
-    did not score them. together: of all neurons of all experts at once, float64 `[1]`. layer: of the layer as a whole,
-    float64 `[1]`; None likewise.
+    did not score them. together: of all neurons of all experts at once, float64 `[1]`; None likewise. layer: of the
+    layer as a whole, float64 `[1]`; None likewise.
     """
 
     attention: np.ndarray
