@@ -275,37 +275,34 @@ class _Read:
     def squares(self, mean: torch.Tensor, gradient: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums over a window's tokens of the squared sums of (x - mean) g over a unit's channels.
 
-        float64 `[window, unit]`; and the sums over all channels, float64 `[window, token]`. tokens: in each window.
+        float64 `[window, unit]`; and an expert's over all its channels, float64 `[window, token]`. tokens: of a window.
         """
         inputs, gradients = (
             values if values.ndim == 3 else values.split([len(own) for own in self.routed])
             for values in (self.inputs.detach(), gradient)
         )
-        units = self.part.units
-        found = [_summed_squares(x, g, mean, units) for x, g in zip(inputs, gradients, strict=True)]
-        sums = torch.zeros(len(found), tokens, dtype=torch.float64, device=mean.device)
-        for window, (_, own) in enumerate(found):
-            sums[window, self.routed[window] if self.routed else slice(None)] = own
-        return torch.stack([squares for squares, _ in found]), sums
+        squares = torch.zeros(len(inputs), self.part.units, dtype=torch.float64, device=mean.device)
+        sums = torch.zeros(len(inputs), tokens if self.routed else 0, dtype=torch.float64, device=mean.device)
+        for window, (x, g) in enumerate(zip(inputs, gradients, strict=True)):
+            own = []
+            for changes in _changes(x, g, mean, self.part.units):
+                own += [changes.sum(dim=1)] if self.routed else []
+                squares[window] += changes.square_().sum(dim=0)
+            if self.routed:
+                sums[window, self.routed[window]] = torch.cat(own)
+        return squares, sums
 
 
-def _summed_squares(
-    inputs: torch.Tensor, gradient: torch.Tensor, mean: torch.Tensor, units: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for the tokens of one window, float64 `[unit]`, and the sums over all units, float64 `[token]`.
+def _changes(inputs: torch.Tensor, gradient: torch.Tensor, mean: torch.Tensor, units: int) -> Iterator[torch.Tensor]:
+    """Sums of (x - mean) g over a unit's channels, float64 `[token, unit]`, of some tokens of one window at a time.
 
     inputs, gradient: `[token, channel]`.
     """
     rows = max(1, _SUMMED_ELEMENTS[inputs.device.type] // inputs.shape[1])
-    total = torch.zeros(units, dtype=torch.float64, device=inputs.device)
-    sums = []
     for x, g in zip(inputs.split(rows), gradient.split(rows), strict=True):
         changes = (x.float() - mean).mul_(g)
         is_own = changes.shape[1] == units  # one channel a unit, which need not be summed
-        of_units = changes.double() if is_own else changes.unflatten(-1, (units, -1)).sum(dim=-1, dtype=torch.float64)
-        sums.append(of_units.sum(dim=1))
-        total += of_units.square_().sum(dim=0)
-    return total, torch.cat(sums)
+        yield changes.double() if is_own else changes.unflatten(-1, (units, -1)).sum(dim=-1, dtype=torch.float64)
 
 
 @contextmanager
