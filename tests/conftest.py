@@ -50,8 +50,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> None:
     """Leave most tests out of coverage, with their fixtures: tracing doubles their time, and adds few lines."""
     plugin = item.config.pluginmanager.getplugin("_cov")
     controller = None if plugin is None else plugin.cov_controller
-    if controller is not None and controller.started != _is_measured(item):
-        (controller.resume if _is_measured(item) else controller.pause)()
+    if controller is not None and controller.started != (measures := _is_measured(item)):
+        (controller.resume if measures else controller.pause)()
 
 
 def _place_of(file: str) -> int:

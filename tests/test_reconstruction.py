@@ -153,7 +153,6 @@ def test_it_restores_most_on_a_trained_model(tmp_path: Path) -> None:
     for restore in ("bias", "least-squares", "reconstruct"):
         flap_stream.rewrite(tmp_path / "run", tmp_path / restore, RewriteConfig(restore=restore))
         rise[restore] = np.log(flap_stream.evaluate(tmp_path / restore, measure).perplexity / dense)
-    print("RISE", rise)
     assert rise["least-squares"] < 0.6 * rise["bias"]
     assert rise["reconstruct"] < 0.9 * rise["least-squares"]
     tensors = [entry for file in (tmp_path / "reconstruct").glob("*.safetensors") for entry in read_header(file)[0]]

@@ -14,7 +14,8 @@ from flap_stream.model.architecture import Family
 from flap_stream.model.units import ROWS
 
 # Of a reconstruction: tokens of a step, the largest step of a weight as a share of the root mean square of its matrix,
-# and which share of the windows is held out. README.md has what else was tried.
+# which share of the windows is held out; fewest and most passes over them, and how many tokens all passes are to see if
+# that allows. README.md has what else was tried.
 STEP_TOKENS, LEARNING_RATE, HELD_OUT = 1024, 0.015, 8
 LEAST_EPOCHS, MOST_EPOCHS, SEEN_TOKENS = 3, 6, 3 << 17
 

@@ -114,13 +114,12 @@ class BackwardPass(LayerPass):
                 f"--dtype float32 (it ran in {self.model.dtype})"
             )
         scores = self._zeros(index, len(values))
-        together = torch.zeros_like(hidden[..., 0], dtype=torch.float64)  # of experts' neurons
+        together = None if mixture is None else torch.zeros_like(hidden[..., 0], dtype=torch.float64)
         for read, found in zip(reads, gradients[: len(reads)], strict=True):
             own = slice(read.part.first, read.part.first + read.part.units)
-            squares, sums = read.squares(self._means[read.part.kind.output.name], found, hidden.shape[1])
+            squares = read.squares(self._means[read.part.kind.output.name], found, together)
             scores[read.part.kind.name][:, own] = torch.ldexp(squares, 2 * shift[:, 0]).cpu()
-            together += sums if read.routed else 0
-        if mixture is not None:
+        if mixture is not None and together is not None:
             squares = together.square_().sum(dim=1, keepdim=True)
             scores["together"] = torch.ldexp(squares, 2 * shift[:, 0]).cpu()
             squares, scores["reached"] = mixture.squares(weights, gradients[-1])
@@ -272,25 +271,25 @@ class _Read:
     inputs: torch.Tensor
     routed: list[torch.Tensor]
 
-    def squares(self, mean: torch.Tensor, gradient: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def squares(self, mean: torch.Tensor, gradient: torch.Tensor, together: torch.Tensor | None) -> torch.Tensor:
         """Sums over a window's tokens of the squared sums of (x - mean) g over a unit's channels.
 
-        float64 `[window, unit]`; and an expert's over all its channels, float64 `[window, token]`. tokens: of a window.
+        float64 `[window, unit]`. together: gets an expert's sums over all channels added, float64 `[window, token]`.
         """
         inputs, gradients = (
             values if values.ndim == 3 else values.split([len(own) for own in self.routed])
             for values in (self.inputs.detach(), gradient)
         )
         squares = torch.zeros(len(inputs), self.part.units, dtype=torch.float64, device=mean.device)
-        sums = torch.zeros(len(inputs), tokens if self.routed else 0, dtype=torch.float64, device=mean.device)
         for window, (x, g) in enumerate(zip(inputs, gradients, strict=True)):
-            own = []
+            sums = []
             for changes in _changes(x, g, mean, self.part.units):
-                own += [changes.sum(dim=1)] if self.routed else []
+                if self.routed and together is not None:
+                    sums.append(changes.sum(dim=1))
                 squares[window] += changes.square_().sum(dim=0)
-            if self.routed:
-                sums[window, self.routed[window]] = torch.cat(own)
-        return squares, sums
+            if together is not None and sums:
+                together[window, self.routed[window]] += torch.cat(sums)
+        return squares
 
 
 def _changes(inputs: torch.Tensor, gradient: torch.Tensor, mean: torch.Tensor, units: int) -> Iterator[torch.Tensor]:
