@@ -209,7 +209,7 @@ def test_the_host_waits_a_few_times_a_layer_and_never_in_a_batch(
         ("engine/finite.py:all_finite", "copy to host"),
         ("arithmetic/moments.py:column_norms", "copy to host"),
     )
-    embedding = [("engine/streamed_model.py:embed", "copy from host"), ("engine/embedding.py:read", "copy from host")]
+    embedding = [(f"engine/streamed_model.py:{name}", "copy from host") for name in ("embed", "read")]
     # Once a run, every batch is embedded: its rows are copied to the device, and must be finite.
     assert more.keys() <= {finite, *embedding, ("model/outer_model.py:record", "value")} and more[finite] == 2
     assert (many[norms], many[finite]) == (2 * LAYERS, LAYERS + 5)
