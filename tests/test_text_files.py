@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from flap_stream.errors import InvalidText
-from flap_stream.text.documents import Reading
+from flap_stream.text.rows import Reading
 from flap_stream.text.sources import joined
 from flap_stream.text.sources import text_files as files_of
 
@@ -99,7 +99,7 @@ def test_packed_files_are_read(tmp_path: Path, suffix: str, pack: Callable[[byte
 def test_json_is_read_as_rows(tmp_path: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.json").write_text(body)
     assert documents(tmp_path / "a.json") == ["one", "two"]
-    monkeypatch.setattr("flap_stream.text.documents._PIECE_CHARS", 3)  # whatever comes at once
+    monkeypatch.setattr("flap_stream.text.rows._READ_CHARS", 3)  # whatever comes at once
     assert documents(tmp_path / "a.json") == ["one", "two"]
 
 
@@ -189,7 +189,7 @@ def test_an_empty_text_file_is_a_document_as_before(tmp_path: Path) -> None:
 
 
 def test_a_long_text_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flap_stream.text.documents._PIECE_CHARS", 10)
+    monkeypatch.setattr("flap_stream.text.sources._PIECE_CHARS", 10)
     (tmp_path / "a.txt").write_text("äöü\r\n" * 50)
     pieces = list(joined([str(tmp_path / "a.txt")] * 2, True, Reading()))
     assert max(map(len, pieces)) <= 10 and "".join(pieces) == "äöü\n" * 50 + "\n\n" + "äöü\n" * 50

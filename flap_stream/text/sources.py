@@ -1,45 +1,39 @@
-"""The texts that options name: files, folders of files, and data sets on the Hub, as one stream of pieces."""
+"""The texts that options name, files and folders and data sets on the Hub, as one stream of pieces of text.
 
+Files are unpacked and decoded. At most a piece of a .txt file, or one row of another kind, is in memory at once (of
+.parquet, a batch of rows).
+"""
+
+import bz2
+import codecs
+import gzip
+import io
 import json
-import tempfile
-from array import array
-from collections.abc import Iterator, Sequence
+import lzma
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, TextIO
 
 from flap_stream.errors import InvalidText
-from flap_stream.text.documents import Piece, Reading, file_pieces
-from flap_stream.text.text_files import KINDS, PACKINGS, kind_of, open_bytes
+from flap_stream.storage import files
+from flap_stream.text.hub_datasets import DATASETS, fetched
+from flap_stream.text.rows import Reading, json_documents, parquet_documents
 
-DATASETS = ("wikitext2", "c4", "ptb")
+KINDS = (".txt", ".jsonl", ".json", ".parquet")
+PACKINGS = (".gz", ".bz2", ".xz", ".zst")
 
+_SAME_KIND = {".ndjson": ".jsonl"}
 _NOT_TEXT = ("readme", "license", "licence", "notice", "citation", "dataset_info", "state.json")
 _C4_EVALUATION_DOCUMENTS = 1100  # as in the released code
+_PIECE_CHARS = 1 << 16  # not measured
+_BUFFER_BYTES = 1 << 16  # not measured
 
-
-class _HubFile(NamedTuple):
-    """A file of a data set on the Hub, and its text column."""
-
-    repository: str
-    name: str
-    column: str
-    revision: str | None = None
-
-
-# Splits for calibration and for evaluation: lib/data.py of the released code.
-_WIKITEXT = "Salesforce/wikitext", "wikitext-2-raw-v1/{}-00000-of-00001.parquet", "text"
-_PTB = "ptb-text-only/ptb_text_only", "penn_treebank/{}/0000.parquet", "sentence"
-_HUB_FILES = {
-    "wikitext2": [_HubFile(_WIKITEXT[0], _WIKITEXT[1].format(split), _WIKITEXT[2]) for split in ("train", "test")],
-    "ptb": [
-        _HubFile(_PTB[0], _PTB[1].format(split), _PTB[2], "refs/convert/parquet") for split in ("train", "validation")
-    ],
-    "c4": [
-        _HubFile("allenai/c4", f"en/c4-{split}.json.gz", "text")
-        for split in ("train.00000-of-01024", "validation.00000-of-00008")
-    ],
-}
+Piece = tuple[bool, str]  # whether it begins a document; its text
 
 
 def check_sources(sources: Sequence[str], evaluation: bool) -> None:
@@ -49,13 +43,6 @@ def check_sources(sources: Sequence[str], evaluation: bool) -> None:
             raise InvalidText("c4 is sampled document by document; it must be the only --calibration text")
         if source not in DATASETS:
             text_files(Path(source))
-
-
-def fetch(sources: Sequence[str], evaluation: bool) -> None:
-    """Download the named Hub data sets to its cache; they are small compared with a model."""
-    for source in sources:
-        if source in DATASETS:
-            _fetched(source, evaluation)
 
 
 def joined(sources: Sequence[str], evaluation: bool, reading: Reading) -> Iterator[str]:
@@ -83,7 +70,7 @@ def text_files(path: Path) -> list[Path]:
         return found
     if not path.exists():
         raise InvalidText(f"no such text: {path} is neither a file, a directory, nor one of {', '.join(DATASETS)}")
-    if kind_of(path) is None:
+    if _kind_of(path) is None:
         raise InvalidText(
             f"{path} is not a {', '.join(KINDS)} file (plain or {', '.join(PACKINGS)}), .npy file or directory; "
             "convert it to one"
@@ -97,60 +84,103 @@ def _is_text_of(folder: Path, file: Path) -> bool:
     inner = file.relative_to(folder).parts
     is_hidden = any(part.startswith(".") for part in inner)
     is_about = file.name.lower().startswith(_NOT_TEXT)
-    return kind_of(file) is not None and not is_hidden and not is_about and file.is_file()
+    return _kind_of(file) is not None and not is_hidden and not is_about and file.is_file()
 
 
 def _pieces(source: str, evaluation: bool, reading: Reading) -> Iterator[Piece]:
     if source not in DATASETS:
         for path in text_files(Path(source)):
-            yield from file_pieces(path, reading)
+            yield from _file_pieces(path, reading)
         return
-    path, column = _fetched(source, evaluation)
-    rows = file_pieces(path, Reading(column))
+    path, column = fetched(source, evaluation)
+    rows = _file_pieces(path, Reading(column))
     yield from islice(rows, _C4_EVALUATION_DOCUMENTS) if source == "c4" else rows
 
 
-def _fetched(source: str, evaluation: bool) -> tuple[Path, str]:
-    """The local file of a Hub data set, downloaded if necessary, and its text column."""
-    from huggingface_hub import hf_hub_download
+def _file_pieces(path: Path, reading: Reading) -> Iterator[Piece]:
+    """Yield the documents of a file in pieces. Raises InvalidText if the file cannot be read as text."""
+    kind = _kind_of(path)
+    if kind == ".parquet":
+        yield from ((True, document) for document in parquet_documents(path, reading))
+        return
+    with _opened(path) as file:
+        if kind != ".txt":
+            yield from ((True, document) for document in json_documents(file, path, kind == ".jsonl", reading))
+            return
+        begins = True
+        while (piece := file.read(_PIECE_CHARS)) or begins:
+            yield begins, piece
+            begins = False
 
-    file = _HUB_FILES[source][evaluation]
-    try:
-        found = hf_hub_download(file.repository, file.name, repo_type="dataset", revision=file.revision)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InvalidText(
-            f"{source} could not be downloaded from the Hub ({reason}); give a local text file instead"
-        ) from error
-    return Path(found), file.column
+
+def _kind_of(path: Path) -> str | None:
+    """One of KINDS, from the file's name without its compression suffix; None for anything else."""
+    *_, kind = ["", *(_SAME_KIND.get(suffix.lower(), suffix.lower()) for suffix in _unpacked(path).suffixes)]
+    packed = _unpacked(path) != path
+    return kind if kind in KINDS and not (packed and kind == ".parquet") else None
 
 
-class C4Documents(Sequence[str]):
-    """Random access to the documents of the C4 file that the released code samples.
+def _unpacked(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix.lower() in PACKINGS else path
 
-    They are unpacked to a nameless file in the Hub's cache directory, about 0.8 GB.
+
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """Open a text file, uncompressed and decoded: UTF-8, UTF-16 or UTF-32, as its first bytes tell, BOM or not.
+
+    Raises InvalidText if it is not one or is damaged.
     """
+    try:
+        with _open_bytes(path) as raw, io.BufferedReader(raw, _BUFFER_BYTES) as data:  # type: ignore[type-var]
+            encoding = json.detect_encoding(data.peek(4)[:4])
+            codecs.lookup(encoding)
+            yield io.TextIOWrapper(data, encoding)
+    except UnicodeDecodeError as error:
+        raise InvalidText(
+            f"{path} cannot be read as UTF-8 or UTF-16 text ({error.reason}: {error.object[error.start :][:1]!r}); "
+            "convert it to UTF-8"
+        ) from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise InvalidText(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
 
-    def __init__(self) -> None:
-        from huggingface_hub.constants import HF_HUB_CACHE
 
-        path, _ = _fetched("c4", evaluation=False)
-        self._file = tempfile.TemporaryFile(dir=HF_HUB_CACHE)  # noqa: SIM115
-        self._starts = array("q", [0])
-        with open_bytes(path) as packed:
-            for line in packed:
-                self._file.write(line)
-                self._starts.append(self._starts[-1] + len(line))
+def _open_bytes(path: Path) -> BinaryIO:
+    """Open a text file, uncompressed. Raises InvalidText if it is not a regular file."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for a writer
+        raise InvalidText(f"{path} is not a plain file; save the text to one first")
+    packing = path.suffix.lower()
+    if packing == ".zst":
+        import pyarrow
 
-    def __enter__(self) -> "C4Documents":
-        return self
+        _require_whole_frames(path)
+        return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+    files.require_plain(path, may_have_holes=False)
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(packing, open)(path, "rb")
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
-    def __getitem__(self, index: Any) -> str:
-        self._file.seek(self._starts[index])
-        return json.loads(self._file.readline())["text"]
+def _require_whole_frames(path: Path) -> None:
+    """Raise EOFError for a truncated .zst, which pyarrow reads without an error (RFC 8878, section 3.1)."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if not size:
+            raise EOFError("it is empty")
+        while file.tell() < size:
+            magic = int.from_bytes(file.read(4), "little")
+            if magic & ~0xF == 0x184D2A50:  # a skippable frame
+                file.seek(int.from_bytes(file.read(4), "little"), os.SEEK_CUR)
+                continue
+            if magic != 0xFD2FB528:
+                raise EOFError("it is not a Zstandard file")
+            described = int.from_bytes(file.read(1), "little")
+            is_single, has_checksum = described >> 5 & 1, described >> 2 & 1
+            content_size = (is_single, 2, 4, 8)[described >> 6]
+            file.seek((not is_single) + (0, 1, 2, 4)[described & 3] + content_size, os.SEEK_CUR)
+            is_last = 0
+            while not is_last and file.tell() < size:
+                block = int.from_bytes(file.read(3), "little")
+                is_last = block & 1
+                file.seek(1 if block >> 1 & 3 == 1 else block >> 3, os.SEEK_CUR)
+            file.seek(4 * has_checksum, os.SEEK_CUR)
+            if not is_last or file.tell() > size:
+                raise EOFError("it is truncated")

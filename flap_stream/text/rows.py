@@ -1,30 +1,24 @@
-"""The documents in a text file, in pieces of bounded size.
-
-A document is a whole .txt file, or a row of any other kind. At most a piece of a .txt file, or one row, is in memory
-at once (of .parquet, a batch of rows).
-"""
+"""The documents in the rows of JSON Lines, JSON and Parquet files."""
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from flap_stream.errors import InvalidText
-from flap_stream.text.text_files import kind_of, opened
 
 logger = logging.getLogger(__name__)
 
 CONVERSATIONS = ("messages", "conversations")
 
 _TEXT_COLUMNS = ("text", "content")
-_PIECE_CHARS = 1 << 16  # not measured
+_READ_CHARS = 1 << 16  # not measured
 _LONGEST_ROW = 1 << 26  # characters; far beyond any document, so that a file without line ends is refused early
 _PARQUET_ROWS = 256  # per batch; not measured
 
 Render = Callable[[list[dict[str, Any]]], str]
-Piece = tuple[bool, str]  # whether it begins a document; its text
 
 
 @dataclass(frozen=True)
@@ -40,24 +34,27 @@ class Reading:
     render: Render | None = None
 
 
-def file_pieces(path: Path, reading: Reading) -> Iterator[Piece]:
-    """Yield the documents of a file in pieces. Raises InvalidText if the file cannot be read as text."""
-    kind = kind_of(path)
-    if kind == ".txt":
-        with opened(path) as file:
-            begins = True
-            while (piece := file.read(_PIECE_CHARS)) or begins:
-                yield begins, piece
-                begins = False
-        return
-    for document in _documents(path, kind, reading):
-        yield True, document
+def json_documents(file: TextIO, path: Path, is_lines: bool, reading: Reading) -> Iterator[str]:
+    """Yield the documents of an open JSON file. is_lines: whether each line holds a row. path: for messages.
+
+    Raises InvalidText if rows are not JSON objects or strings, or have no text where it is looked for.
+    """
+    rows = _json_lines(file, path) if is_lines else _json_rows(file, path)
+    return _documents(_json_values(rows, path, "line" if is_lines else "row", reading), path, reading)
 
 
-def _documents(path: Path, kind: str | None, reading: Reading) -> Iterator[str]:
-    """Yield a document for each row, or for each string of a row that is a list; rows without a value are skipped."""
+def parquet_documents(path: Path, reading: Reading) -> Iterator[str]:
+    """Yield the documents of a Parquet file. Raises InvalidText as `json_documents` does."""
+    return _documents(_parquet_values(path, reading), path, reading)
+
+
+def _documents(values: Iterable[tuple[str, Any]], path: Path, reading: Reading) -> Iterator[str]:
+    """Yield a document for each row, or for each string of a row that is a list; rows without a value are skipped.
+
+    values: where each row is, and what its text column holds.
+    """
     left_out = 0
-    for where, value in _parquet_values(path, reading) if kind == ".parquet" else _json_values(path, kind, reading):
+    for where, value in values:
         found = _texts_of(value, where, reading)
         left_out += not found
         yield from found
@@ -124,22 +121,21 @@ def _column(names: dict[str, bool], where: str, path: Path, reading: Reading) ->
     raise InvalidText(f'{where} has no "{wanted}" field, but {there}; name the column to read with --text-column')
 
 
-def _json_values(path: Path, kind: str | None, reading: Reading) -> Iterator[tuple[str, Any]]:
+def _json_values(rows: Iterable[tuple[int, Any]], path: Path, unit: str, reading: Reading) -> Iterator[tuple[str, Any]]:
     """Yield where each row is, and the value of its text column, or the row itself if it is a string."""
     column = None
-    with opened(path) as file:
-        for number, row in _json_lines(file, path) if kind == ".jsonl" else _json_rows(file, path):
-            where = f"{path} {'line' if kind == '.jsonl' else 'row'} {number}"
-            if isinstance(row, str):
-                yield where, row
-                continue
-            if not isinstance(row, dict):
-                raise InvalidText(f'{where} is not a JSON object with a "text" field')
-            if column is None:
-                column = _column({name: isinstance(row[name], str) for name in row}, where, path, reading)
-            if column not in row:
-                raise InvalidText(f'{where} has no "{column}" field, which earlier rows have')
-            yield f'{where}: "{column}"', row[column]
+    for number, row in rows:
+        where = f"{path} {unit} {number}"
+        if isinstance(row, str):
+            yield where, row
+            continue
+        if not isinstance(row, dict):
+            raise InvalidText(f'{where} is not a JSON object with a "text" field')
+        if column is None:
+            column = _column({name: isinstance(row[name], str) for name in row}, where, path, reading)
+        if column not in row:
+            raise InvalidText(f'{where} has no "{column}" field, which earlier rows have')
+        yield f'{where}: "{column}"', row[column]
 
 
 def _json_lines(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
@@ -158,7 +154,7 @@ def _json_lines(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
 def _json_rows(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the elements of an array, or consecutive values, decoding one at a time."""
     decoder, buffer, number, in_array = json.JSONDecoder(), "", 0, False
-    size = _PIECE_CHARS
+    size = _READ_CHARS
     while True:
         buffer = buffer.lstrip(" \t\r\n,") if in_array or not number else buffer.lstrip(" \t\r\n")
         if not number and not in_array and buffer.startswith("["):
@@ -171,7 +167,7 @@ def _json_rows(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
         except (ValueError, RecursionError):
             value, end = None, 0
         if end:
-            number, buffer, size = number + 1, buffer[end:], _PIECE_CHARS
+            number, buffer, size = number + 1, buffer[end:], _READ_CHARS
             yield number, value
             continue
         more = file.read(size)

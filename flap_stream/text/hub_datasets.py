@@ -1,0 +1,90 @@
+"""The data sets on the Hub that the released code uses."""
+
+import gzip
+import json
+import tempfile
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flap_stream.errors import InvalidText
+
+DATASETS = ("wikitext2", "c4", "ptb")
+
+
+class _HubFile(NamedTuple):
+    """A file of a data set on the Hub, and its text column."""
+
+    repository: str
+    name: str
+    column: str
+    revision: str | None = None
+
+
+# Splits for calibration and for evaluation: lib/data.py of the released code.
+_WIKITEXT = "Salesforce/wikitext", "wikitext-2-raw-v1/{}-00000-of-00001.parquet", "text"
+_PTB = "ptb-text-only/ptb_text_only", "penn_treebank/{}/0000.parquet", "sentence"
+_HUB_FILES = {
+    "wikitext2": [_HubFile(_WIKITEXT[0], _WIKITEXT[1].format(split), _WIKITEXT[2]) for split in ("train", "test")],
+    "ptb": [
+        _HubFile(_PTB[0], _PTB[1].format(split), _PTB[2], "refs/convert/parquet") for split in ("train", "validation")
+    ],
+    "c4": [
+        _HubFile("allenai/c4", f"en/c4-{split}.json.gz", "text")
+        for split in ("train.00000-of-01024", "validation.00000-of-00008")
+    ],
+}
+
+
+def fetch(sources: Sequence[str], evaluation: bool) -> None:
+    """Download the named Hub data sets to its cache; they are small compared with a model."""
+    for source in sources:
+        if source in DATASETS:
+            fetched(source, evaluation)
+
+
+def fetched(source: str, evaluation: bool) -> tuple[Path, str]:
+    """The local file of a Hub data set, downloaded if necessary, and its text column."""
+    from huggingface_hub import hf_hub_download
+
+    file = _HUB_FILES[source][evaluation]
+    try:
+        found = hf_hub_download(file.repository, file.name, repo_type="dataset", revision=file.revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InvalidText(
+            f"{source} could not be downloaded from the Hub ({reason}); give a local text file instead"
+        ) from error
+    return Path(found), file.column
+
+
+class C4Documents(Sequence[str]):
+    """Random access to the documents of the C4 file that the released code samples.
+
+    They are unpacked to a nameless file in the Hub's cache directory, about 0.8 GB.
+    """
+
+    def __init__(self) -> None:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        path, _ = fetched("c4", evaluation=False)
+        self._file = tempfile.TemporaryFile(dir=HF_HUB_CACHE)  # noqa: SIM115
+        self._starts = array("q", [0])
+        with gzip.open(path) as packed:
+            for line in packed:
+                self._file.write(line)
+                self._starts.append(self._starts[-1] + len(line))
+
+    def __enter__(self) -> "C4Documents":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: Any) -> str:
+        self._file.seek(self._starts[index])
+        return json.loads(self._file.readline())["text"]
