@@ -1,6 +1,7 @@
 """Faults at every moment of a whole `prune` of a tiny model of three layers: more than the test suite has time for.
 
-    python tools/fault_campaign.py [--only NAME] [--restore least-squares] [--metric fisher]
+    python tools/fault_campaign.py [--only NAME] [--restore least-squares] [--metric fisher [--depth]]
+    python tools/fault_campaign.py --family qwen3_moe [--method reap | --metric fisher --whole-experts]
 
 Each time the same command is called again and must give the same bytes, of the output and of the statistics. Prints
 counts; the exit code is 1 if any failed.
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import campaign
 from faults import Job, make_job
 
-from flap_stream.config import METRICS, RESTORATIONS
+from flap_stream.config import METHODS, METRICS, RESTORATIONS
 
 CAMPAIGNS: dict[str, Callable[[Job, Job], list[str]]] = {
     "killed at every file operation": campaign.kills_at_operations,
@@ -35,10 +36,15 @@ def main() -> int:
     """Run the campaigns; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=CAMPAIGNS)
-    parser.add_argument("--restore", choices=RESTORATIONS, default="bias")
+    parser.add_argument("--family", default="llama", help="of the tiny model (default llama)")
+    parser.add_argument("--method", choices=METHODS, default="flap")
+    parser.add_argument("--restore", choices=RESTORATIONS)
     parser.add_argument("--metric", choices=METRICS, default="wifv", help="fisher has the sweep by the loss")
+    parser.add_argument("--whole-experts", action="store_true")
+    parser.add_argument("--depth", action="store_true")
+    parser.add_argument("--ratio", type=float, default=0.3)
     options = parser.parse_args()
-    only, how = options.only, {name: getattr(options, name) for name in ("restore", "metric")}
+    how = {name: value for name, value in vars(options).items() if name != "only"}
     if options.metric == "fisher":
         how["loss_windows"] = 5
     with tempfile.TemporaryDirectory() as directory:
@@ -49,7 +55,7 @@ def main() -> int:
         print(f"a job of {len(job.steps)} file operations, {syncs} of them fsyncs; {len(removing.steps)} with removal")
         failed = 0
         for name, run in CAMPAIGNS.items():
-            if only not in (None, name) or ("sweep" in name and options.metric != "fisher"):
+            if options.only not in (None, name) or ("sweep" in name and options.metric != "fisher"):
                 continue
             started = time.monotonic()
             found = Counter(run(job, removing))
