@@ -46,6 +46,8 @@ def test_the_command_shows_both(pruned_demo: Path, capsys: pytest.CaptureFixture
     assert [one["model"] for one in found["generations"]] == [str(DEMO / "model"), str(pruned_demo)]
     assert main(["try", str(pruned_demo), "--new-tokens", "0"]) == 2
     assert "--new-tokens is 0" in capsys.readouterr().err
+    assert main(["try", str(pruned_demo), "--device", "cpu", "--device-memory", "8GiB"]) == 2
+    assert "--device-memory is the limit of a GPU" in capsys.readouterr().err
 
 
 def test_a_prompt_is_a_message_where_there_is_a_template(pruned_demo: Path, tmp_path: Path) -> None:

@@ -80,9 +80,8 @@ def _fits(model: StreamedModel, options: TryConfig) -> bool:
     if model.checkpoint.wrapper is not None or any(e.encoding for e in model.checkpoint.tensors.values()):
         return False
     needed = _ROOM * model.checkpoint.parameters * model.dtype.itemsize
-    if model.device.type == "cpu":
-        return needed < memory.room(model.device, options.host_memory, None)
-    return needed < memory.limits(model.device, options.host_memory, options.device_memory).device
+    own = model.device, options.host_memory, options.device_memory
+    return needed < (memory.room(*own) if model.device.type == "cpu" else memory.limits(*own).device)
 
 
 def _in_memory(model: StreamedModel, ids: Sequence[int], options: TryConfig) -> Generator[int]:
