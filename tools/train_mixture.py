@@ -114,9 +114,9 @@ def table(model: Path, place: Path, ratios: tuple[float, ...], loss_windows: int
         config = SweepConfig(ratios=ratios, evaluate=(text,), sequence_length=_WINDOW, samples=_EVALUATED, **options)
         found = flap_stream.sweep(runs[run], config)
         if len(rows) == 2:
-            rows.append("| dense" + f" | {found.dense_perplexity:.2f}" * len(ratios) + " |")
+            rows.append("| dense" + f" | {found.dense_perplexity:.3f}" * len(ratios) + " |")
         cells = [
-            f"{point.perplexity:.2f}" + (f" ({point.decoder_ratio:.1%})" if run == "reap" else "")
+            f"{point.perplexity:.3f}" + (f" ({point.decoder_ratio:.1%})" if run == "reap" else "")
             for point in found.points
         ]
         rows.append(f"| {name} | {' | '.join(cells)} |")
