@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
+    Gemma3nConfig,
     Gemma4Config,
     LlavaConfig,
     Mistral3Config,
@@ -55,6 +57,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         text_config=tiny_config("gemma3_text", tied=True).to_dict(), image_token_index=IMAGE, boi_token_index=95,
         eoi_token_index=94, mm_tokens_per_image=4, vision_config={"model_type": "siglip_vision_model", **VISION},
     ),
+    "gemma3n": lambda: gemma3n(),
     "gemma4": lambda: gemma4(tiny_config("gemma4_text", tied=True)),
     "gemma4-small": lambda: gemma4(
         tiny_config("gemma4_text", tied=True, **{**LAYER_INPUTS, "vocab_size_per_layer_input": VOCABULARY}),
@@ -74,6 +77,25 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen3_5": lambda: qwen(Qwen3_5Config, tiny_config("qwen3_5_text").to_dict()),
     "qwen3_5_moe": lambda: qwen(Qwen3_5MoeConfig, tiny_config("qwen3_5_moe_text").to_dict()),
 }  # fmt: skip
+
+
+def gemma3n() -> Any:
+    text = tiny_config("gemma3n_text", tied=True)
+    audio = {
+        "hidden_size": 32,
+        "conf_num_hidden_layers": 1,
+        "conf_num_attention_heads": 2,
+        "sscp_conv_channel_size": (8, 4),
+    }
+    return Gemma3nConfig(
+        text_config=text.to_dict(),
+        audio_config=audio,
+        vision_config={"hidden_size": 2048},
+        image_token_id=IMAGE,
+        boi_token_id=95,
+        eoi_token_id=94,
+        audio_token_id=93,
+    )
 
 
 def gemma4(text: Any, audio: dict[str, Any] | None = None) -> Any:
@@ -114,7 +136,12 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+NEEDS_TIMM = pytest.mark.skipif(find_spec("timm") is None, reason="its vision tower needs timm")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[NEEDS_TIMM] * (name == "gemma3n")) for name in CONFIGS]
+)
 def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     place = tmp_path_factory.mktemp(request.param)
     model = tiny_model(CONFIGS[request.param](), seed=3, kind=AutoModelForImageTextToText)
@@ -161,7 +188,8 @@ def test_text_and_images_give_the_masked_models_logits(pruned: Any) -> None:
         assert (ours(input_ids=ids).logits - expected(input_ids=ids).logits).abs().max() <= 1e-5
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(ours.generate(ids, **settings), expected.generate(ids, **settings))
-    ids[:, 3:7] = IMAGE
+    count = getattr(dense.config, "vision_soft_tokens_per_image", 4)
+    ids = torch.cat([ids[:, :3], torch.full((2, count), IMAGE), ids[:, 7:]], dim=1)
     inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)}
     if dense.config.model_type.startswith("qwen"):  # rows of pixels, a patch each
         grid = torch.tensor([[1, 2, 2], [1, 2, 2]])
