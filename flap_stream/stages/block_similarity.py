@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from flap_stream.arithmetic.scoring import BlockStatistics
-from flap_stream.engine.ranks import Ranks
 from flap_stream.engine.streamed_model import StreamedModel
 
 _LEAST_NORM = 1e-8  # of hidden states, which a product of norms is divided by
@@ -21,29 +20,31 @@ _LEAST_NORM = 1e-8  # of hidden states, which a product of norms is divided by
 class BlockSimilarity:
     """Sums over each window's tokens, of the batches that have run.
 
-    Sums are taken window by window, so that neither batches nor ranks change them.
+    Sums are taken window by window, so that neither batches nor ranks change them. Nothing that outlives a batch is
+    made while it runs: as small as it is, glibc would place the next batch around it, in 100 to 500 MiB more of heap.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks, self._tokens = ranks, 0
-        self._pending = torch.zeros(0, dtype=torch.float64)
-        self._found: list[np.ndarray] = []
+    def __init__(self, model: StreamedModel, windows: int) -> None:
+        """windows: that run here."""
+        self._ranks, self._tokens = model.ranks, 0
+        self._in_batch = self._done = 0  # windows
+        self._sums = torch.zeros(windows, dtype=torch.float64, device=model.device)
 
     def see(self, _module: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
         """A forward hook of the layer; what a batch that failed has left is replaced."""
         after = output[0] if isinstance(output, tuple) else output
-        self._tokens = after.shape[1]
-        self._pending = torch.stack([_cosines(x, y).sum() for x, y in zip(inputs[0], after, strict=True)])
+        self._in_batch, self._tokens = after.shape[:2]
+        for window, states in enumerate(zip(inputs[0], after, strict=True), self._done):
+            self._sums[window] = _cosines(*states).sum()
 
     def take_batch(self) -> None:
         """Keep the sums of the batch that has just run."""
-        self._found.append(self._pending.cpu().numpy())
+        self._done += self._in_batch
 
     def finish(self) -> BlockStatistics:
         """The mean over the windows of all ranks."""
-        own = np.concatenate([np.zeros(0), *self._found])
-        sums, tokens = np.concatenate(self._ranks.gathered(own)), max(self._ranks.gathered(self._tokens))
-        count = len(sums) * tokens
+        sums = np.concatenate(self._ranks.gathered(self._sums.cpu().numpy()))
+        count = len(sums) * max(self._ranks.gathered(self._tokens))
         return BlockStatistics(np.array([count]), np.array([sums.sum() / max(count, 1)]))
 
 
@@ -55,9 +56,9 @@ def _cosines(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def block_similarity(model: StreamedModel, index: int) -> Iterator[BlockSimilarity]:
-    """How similar a layer's outputs are to its inputs while it runs in the block."""
-    found = BlockSimilarity(model.ranks)
+def block_similarity(model: StreamedModel, index: int, windows: int) -> Iterator[BlockSimilarity]:
+    """How similar a layer's outputs are to its inputs while it runs in the block. windows: that run here."""
+    found = BlockSimilarity(model, windows)
     handle = model.layers[index].register_forward_hook(found.see)
     try:
         yield found

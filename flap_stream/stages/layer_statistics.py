@@ -163,7 +163,9 @@ class _Collection:
         """What the method needs to know of a layer that runs in the block, besides what output projections read."""
         if self.options.method == "reap":
             return expert_norms(self.batches.model, index)
-        return block_similarity(self.batches.model, index) if self.options.method == "shortgpt" else nullcontext()
+        if self.options.method == "shortgpt":
+            return block_similarity(self.batches.model, index, len(self.batches.tokens))
+        return nullcontext()
 
     def repeat(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
         """Run a measured layer to feed the next one; for wanda-sp pruned, its removed channels set to zero."""
