@@ -121,8 +121,14 @@ def prune(model: Path, out: Path, *extra: str, is_warm: bool) -> subprocess.Comp
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
-    [(), ("--restore", "least-squares"), ("--restore", "reconstruct"), ("--metric", "fisher", "--loss-windows", "32")],
-    ids=["bias", "refit", "reconstruct", "loss"],
+    [
+        (),
+        ("--restore", "least-squares"),
+        ("--restore", "reconstruct"),
+        ("--metric", "fisher", "--loss-windows", "32"),
+        ("--method", "shortgpt", "--ratio", "0.5"),
+    ],
+    ids=["bias", "refit", "reconstruct", "loss", "shortgpt"],
 )
 def test_the_limit_that_a_refusal_names_works_and_is_kept(tmp_path: Path, how: tuple[str, ...]) -> None:
     model = save(tiny_model(tiny_config(layers=2)), tmp_path / "model")
