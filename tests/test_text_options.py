@@ -21,7 +21,7 @@ import flap_stream
 import flap_stream.storage.run_directory
 from flap_stream.cli import main
 from flap_stream.config import CollectConfig, EvaluateConfig, PruneConfig, SweepConfig, TextConfig
-from flap_stream.errors import InvalidOption
+from flap_stream.errors import InvalidOption, NotPlain
 from flap_stream.text.tokenization import Tokenizer
 from flap_stream.text.windows import TextWanted, calibration_tokens, evaluation_tokens
 
@@ -178,6 +178,13 @@ def test_c4_is_sampled_as_the_released_code_does(hub: Path) -> None:
     assert tokens.tolist() == [[int(word) for word in window] for window in expected]
     consecutive = evaluation_tokens(TextWanted(["c4"], None, 10, TextConfig(), True), words, 1000).tokens
     assert consecutive.ravel()[:40].tolist() == [int(word) for word in " ".join(documents).split()][:40]
+
+
+def test_a_file_of_c4_with_holes_is_refused(hub: Path) -> None:
+    with open(cached_file(hub, "allenai/c4", "en/c4-train.00000-of-01024.json.gz"), "wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(NotPlain, match="has holes"):
+        calibration_tokens(TextWanted(["c4"], 20, 16, TextConfig()), 3, words, 1000)
 
 
 OWN = """

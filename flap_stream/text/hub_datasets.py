@@ -1,12 +1,8 @@
 """The data sets on the Hub that the released code uses."""
 
-import gzip
-import json
-import tempfile
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flap_stream.errors import InvalidText
 
@@ -57,34 +53,3 @@ def fetched(source: str, evaluation: bool) -> tuple[Path, str]:
             f"{source} could not be downloaded from the Hub ({reason}); give a local text file instead"
         ) from error
     return Path(found), file.column
-
-
-class C4Documents(Sequence[str]):
-    """Random access to the documents of the C4 file that the released code samples.
-
-    They are unpacked to a nameless file in the Hub's cache directory, about 0.8 GB.
-    """
-
-    def __init__(self) -> None:
-        from huggingface_hub.constants import HF_HUB_CACHE
-
-        path, _ = fetched("c4", evaluation=False)
-        self._file = tempfile.TemporaryFile(dir=HF_HUB_CACHE)  # noqa: SIM115
-        self._starts = array("q", [0])
-        with gzip.open(path) as packed:
-            for line in packed:
-                self._file.write(line)
-                self._starts.append(self._starts[-1] + len(line))
-
-    def __enter__(self) -> "C4Documents":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
-    def __getitem__(self, index: Any) -> str:
-        self._file.seek(self._starts[index])
-        return json.loads(self._file.readline())["text"]

@@ -12,7 +12,9 @@ import json
 import lzma
 import os
 import stat
+import tempfile
 import zlib
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -184,3 +186,34 @@ def _require_whole_frames(path: Path) -> None:
             file.seek(4 * has_checksum, os.SEEK_CUR)
             if not is_last or file.tell() > size:
                 raise EOFError("it is truncated")
+
+
+class C4Documents(Sequence[str]):
+    """Random access to the documents of the C4 file that the released code samples.
+
+    They are unpacked to a nameless file in the Hub's cache directory, about 0.8 GB.
+    """
+
+    def __init__(self) -> None:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        path, _ = fetched("c4", evaluation=False)
+        self._starts = array("q", [0])
+        with _open_bytes(path) as packed:
+            self._file = tempfile.TemporaryFile(dir=HF_HUB_CACHE)  # noqa: SIM115
+            for line in packed:
+                self._file.write(line)
+                self._starts.append(self._starts[-1] + len(line))
+
+    def __enter__(self) -> "C4Documents":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: Any) -> str:
+        self._file.seek(self._starts[index])
+        return json.loads(self._file.readline())["text"]

@@ -13,10 +13,10 @@ import numpy as np
 from flap_stream.config import CollectConfig, TextConfig
 from flap_stream.errors import InsufficientMemory, InvalidOption, InvalidText
 from flap_stream.storage import files
-from flap_stream.text.hub_datasets import DATASETS, C4Documents, fetch
+from flap_stream.text.hub_datasets import DATASETS, fetch
 from flap_stream.text.mixture import parts_of, spread
 from flap_stream.text.rows import Reading
-from flap_stream.text.sources import check_sources, joined
+from flap_stream.text.sources import C4Documents, check_sources, joined
 from flap_stream.text.tokenization import Tokenizer, load_tokenizer, pretrained_tokenizer, window_prefix
 
 __all__ = [
