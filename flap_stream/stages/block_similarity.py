@@ -21,7 +21,7 @@ class BlockSimilarity:
     """Sums over each window's tokens, of the batches that have run.
 
     Sums are taken window by window, so that neither batches nor ranks change them. Nothing that outlives a batch is
-    made while it runs: as small as it is, glibc would place the next batch around it, in 100 to 500 MiB more of heap.
+    made while it runs: as small as it is, glibc would place the next batch around it, in 100 MiB more of heap.
     """
 
     def __init__(self, model: StreamedModel, windows: int) -> None:
