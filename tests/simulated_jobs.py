@@ -15,7 +15,7 @@ from flap_stream.engine.placement import Placement, landing_bytes
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.progress import Stage
-from flap_stream.stages.input_moments import input_moments
+from flap_stream.stages.layer_statistics import input_moments
 
 TOKENS = random_tokens(9, 16)
 BATCH = 4
@@ -32,7 +32,7 @@ def made_model(place: Path) -> Path:
 def use_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reuse of buffers and groups of channels, which a tiny model would otherwise be too small for."""
     monkeypatch.setattr(weight_stream, "RING_BLOCK_BYTES", RING_BLOCK_BYTES)
-    monkeypatch.setattr("flap_stream.stages.input_moments._MERGED_CHANNELS", 16)  # several groups, and threads
+    monkeypatch.setattr("flap_stream.stages.layer_statistics._MERGED_CHANNELS", 16)  # several groups, and threads
 
 
 def measured(model: Path, device: str, place: str = "host", prefetch: int = 1, batch: int = BATCH) -> Statistics:

@@ -16,7 +16,7 @@ import flap_stream
 from flap_stream.cli import main
 from flap_stream.config import PruneConfig
 from flap_stream.output.digests import damaged_files
-from flap_stream.stages import layer_statistics
+from flap_stream.stages import collect as collect_stage
 
 
 def prune(model: str | Path, out: str | Path) -> Path:
@@ -46,7 +46,7 @@ def test_front_matter_that_cannot_be_read_is_left_out_with_a_warning(
 ) -> None:
     (place / "model" / "README.md").write_bytes(b"---\n" + FRONT_MATTER[kind] + b"\n---\n# A model\n")
     told: list[bool] = []
-    collect = layer_statistics.collect_statistics
+    collect = collect_stage.collect_statistics
 
     def recorded(*arguments: Any) -> Any:
         told.append("model card" in caplog.text)

@@ -20,7 +20,7 @@ from flap_stream.errors import InsufficientMemory
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.progress import Stage
 from flap_stream.restore.stand_ins import Captures
-from flap_stream.stages import input_moments
+from flap_stream.stages import layer_statistics
 
 TOKENS = random_tokens(8, 16)
 
@@ -116,7 +116,7 @@ def no_memory(*_: Any, **__: Any) -> Any:
     [
         (weight_stream._Cast, "__init__"),
         (StreamedModel, "embed"),
-        (input_moments.MomentMerger, "take_batch"),
+        (layer_statistics.MomentMerger, "take_batch"),
     ],
 )
 def test_whatever_else_runs_out_of_memory_says_so(

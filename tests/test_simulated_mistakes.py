@@ -24,7 +24,7 @@ from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import FlapStreamError
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.progress import Stage
-from flap_stream.stages.input_moments import MomentMerger
+from flap_stream.stages.layer_statistics import MomentMerger
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,9 @@ from flap_stream.output.pruning_record import (
 )
 from flap_stream.progress import Progress
 from flap_stream.restore.requirements import refit_record
-from flap_stream.stages.collect import calibration_record, check_calibration, collect_into
+from flap_stream.stages.collect import check_calibration, collect_into
 from flap_stream.stages.plan import decide, store_plan
+from flap_stream.stages.preparation import calibration_record
 from flap_stream.stages.rewrite import PruneResult, progress_weights, rewrite_from
 from flap_stream.stages.session import Session, opened_model
 from flap_stream.storage import files, places
