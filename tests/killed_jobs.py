@@ -10,7 +10,7 @@ from fork_server import KILLED, forked_to_its_end
 import flap_stream
 from flap_stream.config import PruneConfig
 from flap_stream.output.digests import DIGESTS_NAME
-from flap_stream.storage.statistics import StatisticsStore
+from flap_stream.storage.collected import StatisticsStore
 
 
 def _prune_until_killed(model: Path, out: Path, options: PruneConfig, store: Any, layer: int) -> None:

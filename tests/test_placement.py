@@ -21,8 +21,8 @@ from flap_stream.engine.placement import candidates
 from flap_stream.errors import InsufficientMemory
 from flap_stream.model.shard_files import ShardFiles
 from flap_stream.model.skeleton import Skeleton
+from flap_stream.storage.collected import StatisticsStore
 from flap_stream.storage.run_directory import RunDirectory
-from flap_stream.storage.statistics import StatisticsStore
 
 LAYERS = 4
 

@@ -221,7 +221,7 @@ class StopAt:
         self.action, self.layer = action, layer
 
     def __call__(self) -> None:
-        from flap_stream.storage.statistics import StatisticsStore
+        from flap_stream.storage.collected import StatisticsStore
 
         write = StatisticsStore.write
 

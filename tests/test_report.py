@@ -20,8 +20,8 @@ import flap_stream
 from flap_stream.cli import main
 from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, SweepConfig
 from flap_stream.errors import CorruptRun
+from flap_stream.storage.collected import StatisticsStore
 from flap_stream.storage.run_directory import RunDirectory
-from flap_stream.storage.statistics import StatisticsStore
 
 pytest.importorskip("matplotlib")
 from flap_stream.report import drawing

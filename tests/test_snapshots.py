@@ -14,9 +14,9 @@ import flap_stream
 from flap_stream.config import PruneConfig
 from flap_stream.engine.hidden_states import HiddenStates, make_hidden_states
 from flap_stream.storage import files
+from flap_stream.storage.collected import StatisticsStore
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.snapshots import SnapshotStore
-from flap_stream.storage.statistics import StatisticsStore
 
 
 def _hidden(seed: int) -> HiddenStates:

@@ -20,9 +20,9 @@ from flap_stream.arithmetic.scoring import ChannelStatistics, LayerStatistics
 from flap_stream.config import PlanConfig
 from flap_stream.errors import CorruptRun, RunLocked, RunMismatch
 from flap_stream.storage import files, run_manifest
+from flap_stream.storage.collected import LayerCost
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.run_manifest import tokens_digest
-from flap_stream.storage.statistics import LayerCost
 
 SHAPE = LayerShape(kv_groups=4, heads_per_group=1, head_dim=2, neurons=7, group_cost=32, neuron_cost=12)
 LAYERS = [{**asdict(SHAPE), "experts": []}] * 2

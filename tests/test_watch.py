@@ -15,8 +15,8 @@ import flap_stream
 from flap_stream.cli import main
 from flap_stream.progress import format_bytes
 from flap_stream.report.live import REFRESH_SECONDS, Watch, read_status
+from flap_stream.storage.collected import StatisticsStore
 from flap_stream.storage.run_directory import RunDirectory
-from flap_stream.storage.statistics import StatisticsStore
 
 pytest.importorskip("matplotlib")
 

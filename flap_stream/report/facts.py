@@ -19,10 +19,10 @@ from flap_stream.output.evaluations import Pair, saved_pairs
 from flap_stream.output.pruning_record import RECORD_NAME, read_record
 from flap_stream.stages.plan import unit_scores
 from flap_stream.stages.targets import counts_of, run_target
+from flap_stream.storage.collected import LayerCost
 from flap_stream.storage.plan import parse_plan_options
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.run_manifest import Manifest
-from flap_stream.storage.statistics import LayerCost
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,9 @@ from flap_stream.stages.preparation import (
 from flap_stream.stages.removable_layers import require_removable_layers
 from flap_stream.stages.same_source import require_same_weights
 from flap_stream.stages.session import Session, opened_model, opened_run
+from flap_stream.storage.collected import LayerCost
 from flap_stream.storage.loss import LossStore
 from flap_stream.storage.run_directory import RunDirectory
-from flap_stream.storage.statistics import LayerCost
 from flap_stream.text.tokenization import load_tokenizer
 from flap_stream.text.windows import Windows, calibration_text, calibration_tokens, check_text
 

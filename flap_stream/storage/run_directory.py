@@ -15,6 +15,7 @@ from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.errors import RunMismatch, UnsuitableFileSystem
 from flap_stream.storage import files
 from flap_stream.storage.batch_reductions import BatchReductions
+from flap_stream.storage.collected import ARRAYS, StatisticsStore, TokenStore
 from flap_stream.storage.differences import run_differences
 from flap_stream.storage.journal import Journal
 from flap_stream.storage.plan import PlanStore
@@ -24,9 +25,7 @@ from flap_stream.storage.run_lock import LOCK_NAME, acquire_lock
 from flap_stream.storage.run_manifest import NAME as MANIFEST_NAME
 from flap_stream.storage.run_manifest import Manifest, layer_shapes, new_manifest, read_manifest
 from flap_stream.storage.snapshots import SnapshotStore
-from flap_stream.storage.statistics import ARRAYS, StatisticsStore
 from flap_stream.storage.sweeps import SweepStore
-from flap_stream.storage.tokens import TokenStore
 
 _BLOCK_BYTES = 4096  # of most file systems
 _SNAPSHOT_ITEM_BYTES = 4  # at most: hidden states are float32 or narrower

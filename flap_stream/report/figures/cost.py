@@ -9,7 +9,7 @@ from flap_stream.report.drawing import Drawing, Palette, Parent, Table
 from flap_stream.report.facts import Facts
 from flap_stream.report.figures.axes import DASHED, MOST_LABELS, layer_axis
 from flap_stream.report.numbers import quantity
-from flap_stream.storage.statistics import LayerCost
+from flap_stream.storage.collected import LayerCost
 
 
 def drawing(facts: Facts) -> Drawing | None:

@@ -1,4 +1,4 @@
-"""The statistics of a run directory: those of each layer, and what collecting them took."""
+"""What a collection leaves in a run directory: its calibration tokens, and the statistics of each layer."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -7,16 +7,62 @@ import numpy as np
 
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.scoring import BlockStatistics, ChannelStatistics, ExpertStatistics, LayerStatistics
+from flap_stream.errors import CorruptRun
 from flap_stream.storage import arrays
 from flap_stream.storage.journal import COST
 from flap_stream.storage.run_files import KINDS, Committed, RunFiles, layer_name
+from flap_stream.storage.run_manifest import Manifest, tokens_digest
 from flap_stream.storage.schema import natural
 
 ARRAYS = ("count", "mean", "m2", "released_fluctuation", "released_baseline", "weight_squared_norm", "weight_abs_mean")
+_TOKENS = "tokens.zarr"
 _ROOT = "statistics.zarr"
 _ATTRIBUTES = {kind: {"samples": natural} for kind in KINDS}
 # What is stored besides, for some methods: the field of LayerStatistics, and its type.
 _BESIDE: dict[str, tuple[str, type]] = {"reap": ("experts", ExpertStatistics), "shortgpt": ("block", BlockStatistics)}
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """The calibration windows, in tokens.zarr."""
+
+    run_files: RunFiles
+    manifest: Manifest
+
+    def write(self, tokens: np.ndarray) -> None:
+        """Store the windows, int64 `[sample, token]`."""
+        digest = self.run_files.commit_group(_TOKENS, {"tokens": tokens}, {})
+        self.run_files.journal.append("tokens", "tokens", digest=digest)
+
+    def exists(self) -> bool:
+        """Whether the windows are stored."""
+        return self.run_files.journal.find("tokens", "tokens") is not None
+
+    def read(self) -> np.ndarray:
+        """The stored windows, int64 `[sample, token]`.
+
+        Raises CorruptRun if they are missing, altered, or not those the run was made for.
+        """
+        found = self.committed()
+        if not found:
+            raise self.run_files.incomplete(_TOKENS)
+        (tokens,), _ = self.run_files.read_group(found[0], self._array_specs())
+        in_vocabulary = not tokens.size or 0 <= tokens.min() <= tokens.max() < self.manifest["sizes"]["vocabulary"]
+        if not in_vocabulary or tokens_digest(tokens) != self.manifest["tokens"]["sha256"]:
+            raise CorruptRun(
+                f"{self.run_files.path / _TOKENS} holds other tokens than the run was made for; delete the run "
+                "directory and collect again"
+            )
+        return tokens
+
+    def committed(self) -> list[Committed]:
+        """The windows, if they are stored."""
+        entry = self.run_files.journal.find("tokens", "tokens")
+        return [] if entry is None else [Committed(_TOKENS, entry["digest"], arrays.max_bytes(self._array_specs()))]
+
+    def _array_specs(self) -> dict[str, arrays.ArraySpec]:
+        samples, length = self.manifest["tokens"]["shape"]
+        return {"tokens": ("int64", (samples, length))}
 
 
 @dataclass(frozen=True)
