@@ -211,7 +211,7 @@ def test_the_host_waits_a_few_times_a_layer_and_never_in_a_batch(
     )
     embedding = [(f"engine/streamed_model.py:{name}", "copy from host") for name in ("embed", "read")]
     # Once a run, every batch is embedded: its rows are copied to the device, and must be finite.
-    assert more.keys() <= {finite, *embedding, ("model/outer_model.py:record", "value")} and more[finite] == 2
+    assert more.keys() <= {finite, *embedding, ("model/skeleton.py:record", "value")} and more[finite] == 2
     assert (many[norms], many[finite]) == (2 * LAYERS, LAYERS + 5)
     outputs = [count for (line, _), count in many.items() if line.endswith("require_finite_outputs")]
     assert outputs == [LAYERS]

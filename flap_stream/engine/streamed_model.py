@@ -25,9 +25,8 @@ from flap_stream.model.checked_tensors import CheckedTensors
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.dtypes import stored_dtype
 from flap_stream.model.families import family_of
-from flap_stream.model.outer_model import LayerCall
 from flap_stream.model.safetensors_format import TensorEntry, row_ranges
-from flap_stream.model.skeleton import Skeleton
+from flap_stream.model.skeleton import LayerCall, Skeleton
 from flap_stream.progress import format_bytes
 
 logger = logging.getLogger(__name__)

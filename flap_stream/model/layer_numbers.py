@@ -12,8 +12,7 @@ from torch import nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from flap_stream.errors import UnsupportedModel
-from flap_stream.model.outer_model import settings
-from flap_stream.model.skeleton import Skeleton
+from flap_stream.model.skeleton import Skeleton, settings
 
 # Keys of config.json: with a value for each layer; with the numbers of some layers; with the number of the layer where
 # something begins, or that is the last of something.

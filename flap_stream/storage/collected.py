@@ -16,7 +16,7 @@ from flap_stream.storage.schema import natural
 
 ARRAYS = ("count", "mean", "m2", "released_fluctuation", "released_baseline", "weight_squared_norm", "weight_abs_mean")
 _TOKENS = "tokens.zarr"
-_ROOT = "statistics.zarr"
+_STATISTICS = "statistics.zarr"
 _ATTRIBUTES = {kind: {"samples": natural} for kind in KINDS}
 # What is stored besides, for some methods: the field of LayerStatistics, and its type.
 _BESIDE: dict[str, tuple[str, type]] = {"reap": ("experts", ExpertStatistics), "shortgpt": ("block", BlockStatistics)}
@@ -113,7 +113,7 @@ class StatisticsStore:
             values |= {f"{beside}/{name}": array for name, array in vars(getattr(statistics, beside)).items()}
         journal = self.run_files.journal
         if journal.find("statistics-root", "layers") is None:
-            self.run_files.commit_group(_ROOT, {}, {}, groups=("layers",))
+            self.run_files.commit_group(_STATISTICS, {}, {}, groups=("layers",))
             journal.append("statistics-root", "layers")
         name = _path(layer)
         digest = self.run_files.commit_group(name, values, attributes)
@@ -174,4 +174,4 @@ class StatisticsStore:
 
 
 def _path(layer: int) -> str:
-    return f"{_ROOT}/layers/{layer_name(layer)}"
+    return f"{_STATISTICS}/layers/{layer_name(layer)}"

@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_leaves
 from flap_stream.arithmetic.moments import window_moments
 from flap_stream.engine.memory import OWN_BLOCK_BYTES, give_back_heap
 from flap_stream.engine.wide_attention import wide_attention
-from flap_stream.model.outer_model import LayerCall
-from flap_stream.model.skeleton import Skeleton
+from flap_stream.model.skeleton import LayerCall, Skeleton
 
 Way = Literal["forward", "backward", "experts", "fit"]
 
