@@ -16,8 +16,8 @@ import flap_stream
 from flap_stream.cli import main
 from flap_stream.config import CollectConfig, PruneConfig, RewriteConfig
 from flap_stream.errors import OutputConflict
-from flap_stream.output import pruned_checkpoint as output
 from flap_stream.output.shard_writer import write_shard
+from flap_stream.stages import rewrite as rewrite_stage
 from flap_stream.storage import files
 
 PRUNE = "prune model {} --calibration tokens.npy"
@@ -138,11 +138,11 @@ def test_a_job_goes_on_through_another_path(way: str, place: Path, monkeypatch: 
         written.append(arguments[1].name)
         return write(*arguments)
 
-    monkeypatch.setattr(output, "write_shard", recorded)
+    monkeypatch.setattr(rewrite_stage, "write_shard", recorded)
     flap_stream.prune(model, out, CONFIG)
     assert written == []  # every shard was there
     shutil.rmtree(place / "fresh", ignore_errors=True)
-    monkeypatch.setattr(output, "write_shard", write)
+    monkeypatch.setattr(rewrite_stage, "write_shard", write)
     flap_stream.prune(model, place / "fresh" / "out", CONFIG)
     assert contents(out) == contents(place / "fresh" / "out")
     flap_stream.prune(Path("model"), out, CONFIG)  # is complete, also by the model's own name

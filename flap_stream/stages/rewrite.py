@@ -18,11 +18,13 @@ from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import RunMismatch
 from flap_stream.output.carried import tell_left_out
 from flap_stream.output.destination import require_own_place
-from flap_stream.output.fp8_config import fp8_linears
-from flap_stream.output.pruned_checkpoint import write_checkpoint
+from flap_stream.output.fp8_config import fp8_linears, tell_unconverted
 from flap_stream.output.pruned_model import PrunedModel, Restoration
-from flap_stream.output.pruning_record import read_record
+from flap_stream.output.pruning_record import pruning_record, read_record
 from flap_stream.output.recipe import recipe
+from flap_stream.output.shard_plan import plan_shards
+from flap_stream.output.shard_writer import write_shard
+from flap_stream.output.staging import Staging
 from flap_stream.progress import Progress
 from flap_stream.restore.refit_layers import RefitJob, refit_layers, refitted_tensors
 from flap_stream.restore.requirements import refit_record, refit_sizes, require_refittable
@@ -128,11 +130,52 @@ def rewrite_from(
             config,
             fp8_linears(source, options),
         )
-        record, measured.bytes_written = write_checkpoint(
-            pruned, run, out, options.max_shard_bytes, session.progress, session.ranks
-        )
+        record = _write(session, run, out, pruned, options.max_shard_bytes)
     measured.of_all(session.ranks, source.bytes_read)
     return PruneResult(out, record, measured)
+
+
+def _write(session: Session, run: RunDirectory, out: Path, pruned: PrunedModel, max_shard_bytes: int) -> dict[str, Any]:
+    """Write the pruned checkpoint, keeping shards that an interrupted call finished; returns its pruning.json.
+
+    Each rank writes a part of the shards, the first everything else.
+    Raises OutputConflict or InsufficientSpace before anything is written.
+    """
+    ranks, plan = session.ranks, plan_shards(pruned, max_shard_bytes)
+    staging = Staging(pruned, run, out, plan, pruning_record(pruned))
+    tell_unconverted(pruned, plan, warns=ranks.is_first)
+    found = ranks.from_first(lambda: read_record(out))
+    if found is not None:
+        staging.require_same(found)
+        return found
+    digests = _write_shards(session, staging, ranks.from_first(staging.begin))
+    if ranks.is_first:
+        session.measured.bytes_written += staging.finish(digests)
+    ranks.barrier()
+    return staging.record
+
+
+def _write_shards(session: Session, staging: Staging, finished: dict[str, str]) -> dict[str, str]:
+    """Write this rank's part of the shards that are not finished; returns name to sha256 of all.
+
+    finished: name to sha256 of those that are whole.
+    """
+    ranks, source, digests = session.ranks, session.source, dict(finished)
+    with session.progress.stage("rewrite", len(staging.plan.shards), unit="shard") as stage:
+        stage.skip(len(finished))
+        left = [shard for shard in staging.plan.shards if shard.name not in finished]
+        for first in range(0, len(left), ranks.world):
+            shards, own = left[first : first + ranks.world], ""
+            for shard in shards[ranks.rank : ranks.rank + 1]:
+                own = write_shard(source, shard, staging.directory)
+                source.require_unchanged()
+                session.measured.bytes_written += shard.nbytes
+            for shard, digest in zip(shards, ranks.gathered(own), strict=False):
+                if ranks.is_first:
+                    staging.note(shard.name, digest)
+                digests[shard.name] = digest
+                stage.advance(bytes_moved=shard.nbytes)
+    return digests
 
 
 def _refitted(
