@@ -7,7 +7,7 @@ import flap_stream
 
 PACKAGE = Path(flap_stream.__file__).parent
 ROOMS = (
-    ("commands",), ("report", "export", "integrations"), ("stages",), ("restore",), ("output",), ("engine",), ("text",),
+    ("commands",), ("report", "export", "integrations"), ("stages",), ("restore",), ("engine",), ("text",), ("output",),
     ("model",), ("storage",), ("arithmetic",), ("modeling",),
 )  # fmt: skip
 HEIGHT = {room: -depth for depth, rooms in enumerate(ROOMS) for room in rooms}

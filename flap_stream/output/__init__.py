@@ -1,4 +1,4 @@
 """Writing the pruned checkpoint: the shard plan, its bytes, config.json, pruning.json and the model card.
 
-Imports `engine` and below.
+Imports `model`, `storage` and below; it runs no layer.
 """

@@ -5,5 +5,5 @@
 `reconstruction.py` fits a whole layer by gradients, with the tensors that `cut_layer.py` keeps of it. `requirements.py`
 says which models can be refitted and what that takes. The arithmetic is in `arithmetic/`.
 
-Imports `output` and the rooms below it.
+Imports `engine` and the rooms below it.
 """
