@@ -62,6 +62,8 @@ class Answer(BaseHTTPRequestHandler):
             self.say({"url": f"{self.server.url}/name/pruned"})
         elif self.path == "/api/validate-yaml":
             self.say({"errors": [], "warnings": []})
+        elif "/name/pruned" not in self.path:  # as the Hub does for a name without its owner
+            self.say({"error": "Repository not found"}, 404)
         elif "/preupload/" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
             modes = {name: "lfs" if name.endswith(LARGE) else "regular" for name in names}
@@ -184,6 +186,12 @@ def test_what_is_advised_ends_with_a_documented_checkpoint_there(
     assert done.returncode == 0, done.stderr
     card = hub.files["README.md"].decode()
     assert "base_model: NAMESPACE/NAME" in card and 'metric = "fisher"' in card and "## Perplexity" in card
+
+
+def test_a_repository_may_be_named_without_its_owner(hub: Hub, out: Path) -> None:
+    done = push(hub, out, "pruned", "--base-model", "name/dense")
+    assert done.returncode == 0, done.stderr
+    assert "README.md" in hub.files
 
 
 def test_an_upload_that_failed_goes_on_where_it_was(hub: Hub, out: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
 from test_cli import run as command
 from test_interruption import identities
@@ -258,6 +259,56 @@ def test_every_way_to_decide_can_be_drawn(
     run = make(tmp_path, family, **collect)
     flap_stream.plan(run, PlanConfig(**plan))
     assert write_report(run, tmp_path / "r.html").figures == ["sizes", "kept", "scores", "fluctuation", "cost"]
+
+
+def captions(run: Path) -> dict[str, str]:
+    facts = read_facts(run)
+    return {figure.name: figure.caption for figure in drawings(facts)}
+
+
+def test_attention_that_is_left_whole_has_no_sizes(tmp_path: Path) -> None:
+    run = make(tmp_path, "olmo2")
+    flap_stream.plan(run, PlanConfig(ratio=0.3))
+    facts = read_facts(run)
+    assert [size.name for size in facts.sizes] == ["parameters", "weights"]
+    assert captions(run)["kept"].endswith("are kept. Attention is left whole.")
+    assert "FLOPs" not in captions(run)["sizes"]
+
+
+@pytest.mark.parametrize("method", ["reap", "shortgpt"])
+def test_methods_that_score_no_units_show_no_scores(method: str, tmp_path: Path) -> None:
+    run = make(tmp_path, "mixtral", method=method)
+    flap_stream.plan(run, PlanConfig(method=method, ratio=0.4))
+    facts = read_facts(run)
+    assert not {"scores", "fluctuation"} & captions(run).keys()
+    assert any(said.startswith(f"{method} scores whole") for said in facts.missing)
+
+
+def test_no_cut_is_drawn_where_units_go_with_their_layer_or_expert(tmp_path: Path) -> None:
+    run = make(tmp_path, "mixtral", loss_windows=4, whole_experts=True)
+    flap_stream.plan(run, PlanConfig(metric="fisher", whole_experts=True, ratio=0.4))
+    assert cut_score(read_facts(run)) is None and "takes all of its units with it" in captions(run)["scores"]
+
+
+def test_without_a_plan_captions_name_what_was_collected(tmp_path: Path) -> None:
+    found = captions(make(tmp_path, method="magnitude-sp"))
+    assert "squared norm of the column." in found["fluctuation"] and "standardised" not in found["scores"]
+
+
+def test_a_sweep_of_which_nothing_but_the_dense_model_is_measured_says_so(run: Path) -> None:
+    facts = read_facts(run)
+    facts = replace(facts, curves=[{**facts.curves[-1], "points": []}])
+    (caption,) = (figure.caption for figure in drawings(facts) if figure.name == "sweep")
+    assert caption.startswith("Perplexity of the dense model, the only one measured: ")
+
+
+def test_a_target_is_of_the_dtype_that_was_written(tmp_path: Path) -> None:
+    wide = tiny_config(hidden_size=128, intermediate_size=384, num_attention_heads=4, head_dim=32)
+    model = save(tiny_model(wide), tmp_path / "model", dtype=torch.bfloat16)
+    tokens = save_tokens(tmp_path / "tokens.npy", random_tokens(8, 16))
+    how = {"target_size": "500KB", "output_dtype": "fp8", "keep_run": True, "calibration": tokens}
+    record = flap_stream.prune(model, tmp_path / "out", **how).record
+    assert read_facts(tmp_path / "out.run").target == record["target"]
 
 
 def test_names_from_files_are_text_and_nothing_else(run: Path) -> None:

@@ -60,16 +60,21 @@ def test_what_is_left_is_known_from_the_layers_done(place: Path) -> None:
     assert status.seconds_left == 0 and status.tokens_per_second is not None
 
 
-def test_it_is_for_this_machine_alone_and_read_only(place: Path) -> None:
+def test_it_is_for_this_machine_only_and_read_only(place: Path) -> None:
     flap_stream.collect("model", "run", calibration="tokens.npy")
-    before = sorted((path, path.stat().st_mtime_ns) for path in (place / "run").rglob("*"))
+    before = _files(place / "run")
     with served(Watch(place / "run")) as server:
         assert server.server_address[0] == "127.0.0.1"
         assert got(server, "/run.json")[0] == 404 and got(server, host="evil.example:80")[0] == 404
         assert got(server, method="POST")[0] == 501 and got(server, host=f"localhost:{server.server_port}")[0] == 200
+        assert got(server, host="localhost")[0] == 200  # at port 80 a browser leaves it out
+        assert _files(place / "run") == before
         (place / "run" / "run.json").write_text("{")
         assert "is damaged" in got(server)[1]
-    assert [path for path, _ in before] == sorted((place / "run").rglob("*"))
+
+
+def _files(folder: Path) -> list[tuple[Path, int]]:
+    return sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
 
 
 def test_the_command_serves_until_it_is_interrupted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

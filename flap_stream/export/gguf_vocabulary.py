@@ -7,7 +7,8 @@ from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
-from flap_stream.errors import UnsupportedModel
+from flap_stream.errors import InvalidModel, UnsupportedModel
+from flap_stream.storage import files
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,13 @@ def add_vocabulary(writer: GGUFWriter, directory: Path, vocab_size: int, pre: st
         logger.warning("%s has no tokenizer.json; the file will accept only token ids, not text", directory)
         writer.add_tokenizer_model("none")
         return
-    tokenizer = json.loads(path.read_bytes())
-    model = tokenizer["model"]
+    try:
+        tokenizer = json.loads(files.read_plain(path))
+        model = tokenizer["model"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise InvalidModel(
+            f"{path} is truncated or damaged ({error}); copy it again from the original model"
+        ) from error
     if model.get("type", "BPE") != "BPE":
         raise UnsupportedModel(f"{path} is a {model['type']} tokenizer; export-gguf supports only BPE")
     is_bytes = not model.get("byte_fallback", False)

@@ -55,8 +55,8 @@ def push(out: str | Path, repository: str, options: PushConfig | None = None, **
             )
         url = api.create_repo(repository, private=options.private, exist_ok=True)
         additions = [CommitOperationAdd(name, content) for name, content in contents.items()]
-        made = api.create_commit(repository, additions, commit_message="Upload a model pruned by flap-stream")
-        there = api.get_paths_info(repository, list(contents), revision=made.oid)
+        made = api.create_commit(url.repo_id, additions, commit_message="Upload a model pruned by flap-stream")
+        there = api.get_paths_info(url.repo_id, list(contents), revision=made.oid)
     except RuntimeError as error:  # what the library makes of an error while a large file is sent
         raise _failure(repository, error.__cause__ or error) from error
     except (HFValidationError, HTTPError, OSError) as error:

@@ -77,8 +77,10 @@ class Staging:
         if not previous or previous[-1]["job"] != self.digest:
             files.remove(directory)  # of an older plan
             mark = places.new_mark()
-            place, restore = str(directory.absolute()), self.pruned.restore
-            run.journal.append("rewrite", self.out.name, place=place, job=self.digest, restore=restore, mark=mark)
+            how = {"restore": self.pruned.restore, "fp8": self.pruned.linears is not None}
+            run.journal.append(
+                "rewrite", self.out.name, place=str(directory.absolute()), job=self.digest, mark=mark, **how
+            )
         files.make_own_directory(directory)
         if isinstance(mark, str) and not (directory / places.MARK).exists():
             files.write_committed(directory / places.MARK, mark.encode())

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ from flap_stream.storage.collected import LayerCost
 from flap_stream.storage.plan import parse_plan_options
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.storage.run_manifest import Manifest
+
+# Methods that score nothing smaller: what they score.
+_WITHOUT_UNIT_SCORES = {"reap": "whole experts", "shortgpt": "whole layers"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class Facts:
     """Everything a report can show.
 
     kv_groups, neurons: a value for each layer. decoder_ratio, model_ratio: removed share of the prunable weights and of
-    all parameters. metric: name of the fluctuations. costs: a value for each layer, None where none was recorded.
+    all parameters. method: of the run. drawn_metric: the channels' metric that is drawn.
+    costs: a value for each layer, None where none was recorded.
     curves: see `SweepStore.curves`. missing: sentences saying what cannot be shown, and how to get it.
     target: as `Target.record` makes it; None with a ratio. evaluations: those saved in a pruned checkpoint.
     """
@@ -73,7 +78,8 @@ class Facts:
     decoder_ratio: float | None
     model_ratio: float | None
     sizes: list[Size]
-    metric: str
+    method: str
+    drawn_metric: str
     costs: list[LayerCost | None]
     curves: list[dict[str, Any]]
     missing: list[str]
@@ -87,8 +93,13 @@ class Facts:
 
     @property
     def has_scores(self) -> bool:
-        """Whether the units' scores and fluctuations are known."""
+        """Whether the units' fluctuations are known, and their scores, unless the method has none."""
         return bool(self.kv_groups) and self.kv_groups[0].scores is not None
+
+    @property
+    def scores_units(self) -> bool:
+        """Whether the method scores units."""
+        return self.method not in _WITHOUT_UNIT_SCORES
 
 
 def read_facts(place: Path) -> Facts:
@@ -107,25 +118,27 @@ def read_facts(place: Path) -> Facts:
 
 def facts_of(run: RunDirectory) -> Facts:
     """Facts of an open run directory."""
-    shapes, missing = run.layer_shapes, []
+    shapes, missing, place = run.layer_shapes, [], quote(str(run.path))
     options: PlanConfig | None = None
     keeps: list[LayerKeep] | None = None
     try:
         options, keeps = run.plan.read()
     except RunMismatch:
-        missing.append(f"No plan yet, so nothing is marked as removed; run flap-stream plan {run.path.name} --ratio R.")
+        missing.append(f"No plan yet, so nothing is marked as removed; run flap-stream plan {place} --ratio R.")
     if (done := run.statistics.complete_layers()) < len(shapes):
         missing.append(
             f"Only {done} of {len(shapes)} layers have statistics; run flap-stream collect again to continue."
         )
-    metric = options or PlanConfig(method=run.manifest["options"]["method"])
-    target = run_target(run, metric, RewriteConfig(restore=_restoration(run, metric)))
-    kv_groups, neurons = _units(run, metric, keeps, target)
+    shown = options or PlanConfig(method=run.manifest["options"]["method"])
+    target = run_target(run, shown, _last_rewrite(run))
+    kv_groups, neurons = _units(run, shown, keeps, target)
+    if shown.method in _WITHOUT_UNIT_SCORES:
+        missing.append(f"{shown.method} scores {_WITHOUT_UNIT_SCORES[shown.method]}, so there are no scores of units.")
     costs, curves = run.statistics.costs(), run.sweeps.curves()
     if not any(costs):
         missing.append("Time and memory per layer were not recorded.")
     if not curves:
-        missing.append(f"No sweep yet; run flap-stream sweep {run.path.name} --ratios 0.1:0.6:0.1 --evaluate TEXT.")
+        missing.append(f"No sweep yet; run flap-stream sweep {place} --ratios 0.1:0.6:0.1 --evaluate TEXT.")
     pruned = None
     if options is not None and keeps is not None:
         pruned = pruned_sizes(shapes, keeps, run.manifest["parameters"], _restoration(run, options))
@@ -141,7 +154,8 @@ def facts_of(run: RunDirectory) -> Facts:
         decoder_ratio=None if pruned is None else pruned.decoder_ratio,
         model_ratio=None if pruned is None else pruned.model_ratio,
         sizes=[] if pruned is None or keeps is None else _sizes(run.manifest, shapes, keeps, pruned),
-        metric=_shown_metric(metric),
+        method=shown.method,
+        drawn_metric=_drawn_metric(shown),
         costs=costs,
         curves=curves,
         missing=missing,
@@ -174,10 +188,18 @@ def _planned(dense: int, kept: np.ndarray) -> dict[str, Any]:
     return {"kept": len(kept), "keep": keep}
 
 
+def _last_rewrite(run: RunDirectory) -> RewriteConfig:
+    """How the checkpoint last written from the run was written; the defaults if there is none."""
+    written = run.journal.of_kind("rewrite")
+    if not written:
+        return RewriteConfig()
+    output_dtype = "fp8" if written[-1].get("fp8") else RewriteConfig.output_dtype
+    return RewriteConfig(restore=written[-1]["restore"], output_dtype=output_dtype)
+
+
 def _restoration(run: RunDirectory, options: PlanConfig) -> str:
     """The restoration of the checkpoint last written from the run; the method's default if there is none."""
-    written = [entry["restore"] for entry in run.journal.of_kind("rewrite")]
-    return written[-1] if written else require_restoration(options.method, None)
+    return require_restoration(options.method, _last_rewrite(run).restore)
 
 
 def _of_record(place: Path, record: dict[str, Any]) -> Facts:
@@ -203,7 +225,8 @@ def _of_record(place: Path, record: dict[str, Any]) -> Facts:
             for name in ("parameters", "experts")
             if name in record
         ],
-        metric=options.metric,
+        method=options.method,
+        drawn_metric=options.metric,
         costs=[],
         curves=[],
         target=record.get("target"),
@@ -215,7 +238,7 @@ def _of_record(place: Path, record: dict[str, Any]) -> Facts:
     )
 
 
-def _shown_metric(options: PlanConfig) -> str:
+def _drawn_metric(options: PlanConfig) -> str:
     """The metric of channels that is drawn: fisher scores whole units, so FLAP's own is drawn for it."""
     return "wifv" if options.metric == "fisher" else options.metric
 
@@ -231,7 +254,7 @@ def _fluctuations(
         attention, mlp = (fluctuation(part, options.statistics) for part in (statistics.attention, statistics.mlp))
     else:
         attention, mlp = (
-            channel_metric(part, _shown_metric(options), options.statistics)
+            channel_metric(part, _drawn_metric(options), options.statistics)
             for part in (statistics.attention, statistics.mlp)
         )
     grouped = attention.reshape(shape.kv_groups, -1) if shape.kv_groups else np.zeros((0, 1))
@@ -241,7 +264,7 @@ def _fluctuations(
 def _sizes(
     manifest: Manifest, shapes: Sequence[LayerShape], keeps: Sequence[LayerKeep], pruned: PrunedSizes
 ) -> list[Size]:
-    """Sizes of the whole model, dense and as planned."""
+    """Sizes of the whole model, dense and as planned; those of attention only where it is pruned, and so known."""
     sizes, before, after = manifest["sizes"], pruned.parameters_before, pruned.parameters_after
     item_bytes = sizes["weight_bytes"] / before
 
@@ -258,12 +281,13 @@ def _sizes(
     dense = [(shape.kv_groups, shape.neurons, len(shape.experts)) for shape in shapes]
     kept = counts_of(shapes, keeps)
     experts = [sum(count for *_, count in units) for units in (dense, kept)]
+    has_groups = any(shape.kv_groups for shape in shapes)
     return [
         Size("parameters", "", before, after),
         *([Size("experts", "", *experts)] if experts[1] < experts[0] else []),
         Size("weights", "B", sizes["weight_bytes"], after * item_bytes),
-        Size("KV cache per token", "B", cached([g for g, *_ in dense]), cached([g for g, *_ in kept])),
-        Size("FLOPs per token", "FLOP", operations(dense), operations(kept)),
+        *([Size("KV cache per token", "B", *(cached([g for g, *_ in units]) for units in (dense, kept)))] * has_groups),
+        *([Size("FLOPs per token", "FLOP", operations(dense), operations(kept))] * (not manifest.get("left_whole"))),
     ]
 
 

@@ -114,7 +114,7 @@ class _Answer(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Send the page, to a browser on this machine."""
-        host = self.headers.get("Host", "").rpartition(":")[0]
+        host = self.headers.get("Host", "").partition(":")[0]  # a browser leaves port 80 out
         if self.path != "/" or host not in ("127.0.0.1", "localhost"):  # a page elsewhere may not read this one
             self.send_error(404)
             return

@@ -43,7 +43,7 @@ ENTRY_SCHEMAS: dict[str, Schema] = {
     "plan": {"digest": str},
     "sweep": {"name": hexadecimal, "digest": str},
     "hidden-sweep": {"job": str, **_SNAPSHOT},
-    "rewrite": {"place": str, "job": str, "restore": str, "mark?": str},
+    "rewrite": {"place": str, "job": str, "restore": str, "mark?": str, "fp8?": bool},
     "shard": {"job": str, "digest": str},
 }
 _MAX_BYTES = 1 << 26  # limit on reading a journal; not measured

@@ -22,7 +22,7 @@ _METRIC_NAMES = {
 
 def drawing(facts: Facts) -> Drawing | None:
     """A map of KV groups and one of neurons."""
-    if not facts.has_scores:
+    if not (facts.has_scores and facts.scores_units):
         return None
     height = min(6.0, 1.7 + 0.16 * len(facts.kv_groups))
     kinds = (facts.kv_groups, facts.neurons)
@@ -31,10 +31,9 @@ def drawing(facts: Facts) -> Drawing | None:
 
 
 def _metric_name(facts: Facts) -> str:
-    method = "flap" if facts.options is None else facts.options.method
-    if method == "magnitude-sp":
+    if facts.method == "magnitude-sp":
         return "squared norm of the column"
-    return _METRIC_NAMES["ifv" if method == "wanda-sp" else facts.metric]
+    return _METRIC_NAMES["ifv" if facts.method == "wanda-sp" else facts.drawn_metric]
 
 
 def _caption(facts: Facts) -> str:

@@ -25,9 +25,12 @@ def drawing(facts: Facts) -> Drawing | None:
 def _caption(facts: Facts) -> str:
     groups, neurons = ([layer.kept or 0 for layer in layers] for layers in (facts.kv_groups, facts.neurons))
     all_groups, all_neurons = (sum(layer.dense for layer in layers) for layers in (facts.kv_groups, facts.neurons))
+    of_neurons = f"{sum(neurons):,} of {all_neurons:,} neurons ({min(neurons):,} to {max(neurons):,} per layer)"
+    if not all_groups:
+        return f"{of_neurons} are kept. Attention is left whole."
     return (
         f"{sum(groups):,} of {all_groups:,} KV groups are kept ({min(groups)} to {max(groups)} per layer) "
-        f"and {sum(neurons):,} of {all_neurons:,} neurons ({min(neurons):,} to {max(neurons):,} per layer)."
+        f"and {of_neurons}."
     )
 
 

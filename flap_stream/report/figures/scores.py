@@ -21,7 +21,7 @@ Scored = tuple[np.ndarray, np.ndarray]  # finite scores, and a bool for each: Tr
 
 def drawing(facts: Facts) -> Drawing | None:
     """KV groups as dots in a row for each layer where they are few, else a histogram as for neurons."""
-    if not facts.has_scores:
+    if not (facts.has_scores and facts.scores_units):
         return None
     height = 2.8 if facts.has_plan and len(facts.kv_groups) <= 12 else 3.4
     units = ([scores for scores, _ in scored(layers)] for layers in (facts.kv_groups, facts.neurons))
@@ -29,8 +29,11 @@ def drawing(facts: Facts) -> Drawing | None:
 
 
 def cut_score(facts: Facts) -> float | None:
-    """The highest score removed by the one sort over all layers; None where layers or kinds were cut separately."""
-    if facts.options is None or facts.options.structure != "al-am" or not facts.has_plan:
+    """The highest score removed by the one sort over all layers.
+
+    None where layers or kinds were cut separately, or units may have gone with their layer or expert.
+    """
+    if facts.options is None or facts.options.structure != "al-am" or not facts.has_plan or _removes_whole(facts):
         return None
     removed = [scores[~keep] for scores, keep in scored(facts.kv_groups) + scored(facts.neurons)]
     return float(max((part.max() for part in removed if len(part)), default=np.nan))
@@ -49,10 +52,12 @@ def scored(layers: Sequence[Units]) -> list[Scored]:
 
 def _caption(facts: Facts) -> str:
     cut = cut_score(facts)
-    is_standardised = (facts.options is None or facts.options.method == "flap") and not _is_fisher(facts)
+    is_standardised = facts.method == "flap" and not _is_fisher(facts)
     what = f"Each unit's score{', standardised within its layer' if is_standardised else ''}; higher is better."
     if not facts.has_plan:
         return f"{what} Without a plan there is no cut."
+    if _removes_whole(facts):
+        return f"{what} A layer or expert that is removed as a whole takes all of its units with it."
     if cut is None:
         return f"{what} Each layer or each kind of unit is cut separately."
     return f"{what} All layers and both kinds are sorted together and cut at {_number(cut, 3, facts)}."
@@ -61,6 +66,10 @@ def _caption(facts: Facts) -> str:
 def _number(cut: float, digits: int, facts: Facts) -> str:
     """The cut with fixed decimals; with significant digits for fisher, whose scores are far below 1."""
     return f"{cut:.{digits}{'g' if _is_fisher(facts) else 'f'}}"
+
+
+def _removes_whole(facts: Facts) -> bool:
+    return facts.options is not None and (facts.options.depth or facts.options.whole_experts)
 
 
 def _is_fisher(facts: Facts) -> bool:

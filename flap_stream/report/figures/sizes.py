@@ -4,6 +4,8 @@ from flap_stream.report.drawing import Drawing, Palette, Parent, Table
 from flap_stream.report.facts import Facts
 from flap_stream.report.numbers import change, quantity
 
+_HEIGHT = 1.4  # inches
+
 
 def drawing(facts: Facts) -> Drawing | None:
     """Two bars for each size."""
@@ -14,20 +16,21 @@ def drawing(facts: Facts) -> Drawing | None:
         for size in facts.sizes
     ]
     tables = [Table(("", "dense", "pruned", "change"), rows)]
-    return Drawing("sizes", "Before and after", _caption(facts), 1.4, _draw, tables)
+    return Drawing("sizes", "Before and after", _caption(facts), _HEIGHT, _draw, tables)
 
 
 def _caption(facts: Facts) -> str:
     if len(facts.sizes) == 1:
         return "Parameters of the whole model."
+    flops = " FLOPs are those of one token's products with weights, including the output head."
     return (
-        "The whole model in the checkpoint's own dtype, without the biases that a restoration adds. FLOPs are those of "
-        "one token's products with weights, including the output head."
+        "The whole model in the checkpoint's own dtype, without the biases that a restoration adds."
+        f"{flops if any(size.unit == 'FLOP' for size in facts.sizes) else ''}"
     )
 
 
 def _draw(parent: Parent, facts: Facts, palette: Palette) -> None:
-    thickness = 0.62 * min(1.0, 1.4 * 72 / parent.bbox.height * parent.dpi / 72)
+    thickness = 0.62 * min(1.0, _HEIGHT * parent.dpi / parent.bbox.height)
     for ax, size in zip(parent.subplots(1, len(facts.sizes), squeeze=False)[0], facts.sizes, strict=True):
         ax.set_title(size.name, fontsize=8.5)
         for y, value, text, fill, edge, ink in (

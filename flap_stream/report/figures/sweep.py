@@ -53,14 +53,15 @@ def curve_name(curve: Curve) -> str:
 
 
 def _caption(facts: Facts) -> str:
-    newest = facts.curves[-1]
+    newest = curves_by_text(facts)[0][0]
     text, dense = newest["text"], newest["dense_perplexity"]
     rises = [
         f"{change(dense, point['perplexity'])} at {100 * point['decoder_ratio']:.0f} %"
         for point in _spread(newest["points"], 4)
     ]
+    found = f"changes by {', '.join(rises)}" if rises else f"of the dense model, the only one measured: {dense:.4g}"
     return (
-        f"Perplexity changes by {', '.join(rises)} ({curve_name(newest)}). On {text['shape'][0]:,} windows of "
+        f"Perplexity {found} ({curve_name(newest)}). On {text['shape'][0]:,} windows of "
         f"{text['shape'][1]} tokens of {', '.join(text['sources'])}, in {newest['dtype'].removeprefix('torch.')}."
     )
 
