@@ -368,6 +368,29 @@ def test_a_run_without_sizes_in_fp8_meets_no_target_in_it(tmp_path: Path) -> Non
     assert flap_stream.rewrite(run, tmp_path / "out").record["target"]["reached"] <= 2_500_000
 
 
+def test_scales_are_those_of_the_codes_in_layers_that_got_new_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files list layers 1, 10, 11, 2, ...: with one of the first gone, 10 becomes 9 before the old 9 is written."""
+    place = tmp_path / "model"
+    model_of(tmp_path, num_hidden_layers=12)
+    dense = load_in_bf16(place)
+    with torch.no_grad():  # the layer that changes the hidden states least
+        for projection in (dense.model.layers[5].self_attn.o_proj, dense.model.layers[5].mlp.down_proj):
+            projection.weight.zero_()
+    save(dense, place, shard_size="1GB")
+    options = options_of(tmp_path, method="shortgpt", ratio=0.1, max_shard_bytes=1_000_000_000)
+    monkeypatch.setattr("flap_stream.output.shard_writer._scales", None)  # all codes are in the shard of their scales
+    assert 5 not in flap_stream.prune(place, tmp_path / "out", options).record["kept_layers"]
+    flap_stream.prune(place, tmp_path / "plain", plain(options))
+    stored, values = tensors_in(tmp_path / "out"), tensors_in(tmp_path / "plain")
+    packed = [name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn]
+    assert len(packed) == 11 * 7
+    for name in packed:
+        expected = Fp8Quantize(QUANTIZER).convert({name: values[name]})  # type: ignore[arg-type]
+        assert torch.equal(stored[f"{name}_scale_inv"], expected[f"{name}_scale_inv"]), name
+
+
 def test_layers_that_got_new_numbers_are_in_fp8_too(tmp_path: Path) -> None:
     path, options = model_of(tmp_path, num_hidden_layers=4), options_of(tmp_path, method="shortgpt", ratio=0.5)
     record = flap_stream.prune(path, tmp_path / "out", options).record

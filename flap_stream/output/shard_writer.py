@@ -40,14 +40,14 @@ def _shard_chunks(checkpoint: Checkpoint, shard: Shard) -> Iterator[bytes | memo
     yield shard.header
     shifts = {tensor.shift.weight.name: tensor.shift for tensor in shard.tensors if tensor.shift is not None}
     sums: dict[str, torch.Tensor] = {}  # computed while the weight is streamed; its bias comes after it
-    scales: dict[str, list[torch.Tensor]] = {}  # in the same way
+    scales: dict[str, list[torch.Tensor]] = {}  # in the same way; by the dense name of the values, as in `scales_of`
     for tensor in shard.tensors:
         if tensor.codes_of is not None:
-            scales[tensor.name] = []
+            scales[tensor.codes_of.name] = []
             values = _values(checkpoint, tensor.codes_of, shifts, sums)
             for rows in _block_rows(values, tensor.codes_of):
                 codes, scale = fp8_blocks(rows)
-                scales[tensor.name].append(scale)
+                scales[tensor.codes_of.name].append(scale)
                 yield memoryview(codes.view(torch.uint8).numpy()).cast("B")
         elif tensor.scales_of is not None:
             found = scales.pop(tensor.scales_of.name, None)
