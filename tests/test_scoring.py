@@ -69,7 +69,7 @@ def test_mean_z_squares_then_standardises_then_averages() -> None:
 
 def test_l2_standardises_then_squares_sums_and_roots() -> None:
     groups, _ = flap_scores(LayerStatistics(FOUR, FOUR), "ifv", "exact", "l2", 2)[:2]
-    z = standardise(np.array([1.0, 4.0, 9.0, 36.0]))
+    z = standardise(np.array([1.0, 2.0, 3.0, 6.0]))
     np.testing.assert_allclose(groups, [np.hypot(z[0], z[1]), np.hypot(z[2], z[3])])
 
 

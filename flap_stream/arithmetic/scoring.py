@@ -153,13 +153,16 @@ def flap_scores(
     """Standardised scores of one layer's KV groups and neurons.
 
     The attention metric is squared, the MLP metric is not (lib/prune.py:249 of the released code, and the authors'
-    answer in its issue 6). `mean-z`: square, standardise, mean over the group's channels. `l2`: square, standardise,
-    square, sum, root. Neurons of experts that no token reached score infinity and are kept: nothing is known of them.
+    answer in its issue 6). `mean-z`: square, standardise, mean over the group's channels. `l2`, which that answer calls
+    the most meticulous: standardise, square, sum, root. Neurons of experts that no token reached score infinity and are
+    kept: nothing is known of them.
     Raises NonFinite if statistics hold NaN or infinity.
     """
-    attention = standardise(np.square(channel_metric(layer.attention, metric, form)))
-    grouped = attention.reshape(-1, channels_per_group)
-    groups = grouped.mean(axis=1) if head_score == "mean-z" else np.sqrt(np.square(grouped).sum(axis=1))
+    attention = channel_metric(layer.attention, metric, form)
+    if head_score == "mean-z":
+        groups = standardise(np.square(attention)).reshape(-1, channels_per_group).mean(axis=1)
+    else:
+        groups = np.sqrt(np.square(standardise(attention)).reshape(-1, channels_per_group).sum(axis=1))
     seen, neurons = layer.mlp.count > 0, channel_metric(layer.mlp, metric, form)
     if seen.all() or not seen.any():
         return LayerScores(groups, standardise(neurons))
