@@ -18,6 +18,7 @@ from flap_stream.engine.placement import Placement
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import InsufficientMemory
 from flap_stream.model.opening import open_checkpoint
+from flap_stream.model.skeleton import Skeleton
 from flap_stream.progress import Stage
 from flap_stream.restore.stand_ins import Captures
 from flap_stream.stages import layer_statistics
@@ -105,6 +106,32 @@ def test_a_batch_that_cannot_be_moved_is_halved(model: Path, tmp_path: Path, mon
         monkeypatch.setattr(torch.Tensor, "to", to)
         flap_stream.collect(model, tmp_path / "run", CollectConfig(calibration=(text,), device="cuda"))
     assert sizes[0] == 4 and set(sizes[1:]) == {2}
+
+
+def test_batches_that_one_refit_halved_are_whole_in_the_next(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, run_layer = save_tokens(tmp_path / "tokens.npy", TOKENS), Skeleton.run_layer
+
+    def limited(skeleton: Skeleton, index: int, weights: Any, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if index == 1 and len(hidden) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run_layer(skeleton, index, weights, hidden, *rest)
+
+    flap_stream.collect(model, tmp_path / "run", CollectConfig(calibration=(text,), batch_size=4))
+    flap_stream.plan(tmp_path / "run", ratio=0.3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Skeleton, "run_layer", limited)
+        flap_stream.rewrite(tmp_path / "run", tmp_path / "first", restore="least-squares")
+    sizes: list[int] = []
+
+    def seen(skeleton: Skeleton, index: int, weights: Any, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sizes.extend([len(hidden)] * (index == 1))
+        return run_layer(skeleton, index, weights, hidden, *rest)
+
+    monkeypatch.setattr(Skeleton, "run_layer", seen)
+    flap_stream.rewrite(tmp_path / "run", tmp_path / "second", restore="reconstruct")
+    assert sizes[:2] == [4, 4]
 
 
 def no_memory(*_: Any, **__: Any) -> Any:

@@ -19,7 +19,7 @@ import flap_stream
 from flap_stream import CollectConfig, EvaluateConfig, PlanConfig, PruneConfig, RewriteConfig
 from flap_stream.model.safetensors_format import read_header
 from flap_stream.restore.cut_layer import CutLayer
-from flap_stream.restore.requirements import epochs
+from flap_stream.restore.requirements import HELD_OUT, STEP_TOKENS, epochs
 
 FAMILIES = (
     "llama",
@@ -94,6 +94,48 @@ def test_a_layer_that_gets_worse_is_left_as_the_bias_leaves_it(tmp_path: Path, m
         outputs.append(load(tmp_path / restore).state_dict())
     for name, tensor in outputs[0].items():
         assert torch.allclose(outputs[1][name], tensor, rtol=1e-5, atol=1e-6), name
+
+
+def test_a_fit_that_overflows_is_left_as_the_bias_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tiny_model(tiny_config()), tmp_path / "model")
+    text = save_tokens(tmp_path / "tokens.npy", TOKENS[:64])
+    monkeypatch.setattr("flap_stream.restore.reconstruction.LEARNING_RATE", 1e37)
+    found = {}
+    for restore in ("bias", "reconstruct"):
+        flap_stream.prune(path, tmp_path / restore, PruneConfig(calibration=(text,), ratio=0.3, restore=restore))
+        found[restore] = load(tmp_path / restore).state_dict()
+    for name, tensor in found["bias"].items():
+        assert torch.allclose(found["reconstruct"][name], tensor, rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 20])
+def test_a_step_is_of_the_same_tokens_whatever_the_batch_size(
+    batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tiny_model(tiny_config(layers=1)), tmp_path / "model")
+    text = save_tokens(tmp_path / "tokens.npy", random_tokens(40, 128))
+    step, steps = torch.optim.Adam.step, list[int]()
+
+    def counted(adam: Any, *rest: Any) -> Any:
+        steps.append(1)
+        return step(adam, *rest)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", counted)
+    options = PruneConfig(calibration=(text,), ratio=0.3, restore="reconstruct", batch_size=batch_size)
+    flap_stream.prune(path, tmp_path / "out", options)
+    held_out = 40 // HELD_OUT
+    assert len(steps) == epochs(40 * 128) * -(-(40 - held_out) * 128 // STEP_TOKENS)
+
+
+def test_routers_are_not_fitted(tmp_path: Path) -> None:
+    dense = tiny_model(tiny_config("gpt_oss"))
+    path, text = save(dense, tmp_path / "model"), save_tokens(tmp_path / "tokens.npy", TOKENS[:64])
+    flap_stream.prune(path, tmp_path / "out", PruneConfig(calibration=(text,), ratio=0.3, restore="reconstruct"))
+    found = load(tmp_path / "out").state_dict()
+    routers = {name: tensor for name, tensor in dense.state_dict().items() if ".router." in name}
+    assert any(name.endswith("bias") for name in routers)
+    for name, tensor in routers.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_of_a_layers_fits_only_the_best_and_the_last_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,12 +52,12 @@ class StreamedModel:
     def __init__(self, checkpoint: Checkpoint, options: EngineConfig, ranks: Ranks = ALONE) -> None:
         self.checkpoint, self.ranks = checkpoint, ranks
         self.device = choose_device(own_device(options.device, ranks))
-        begin(self.device)
         self.family = family_of(checkpoint.config, checkpoint.source)
         is_mixture = self.family.experts is not None
         memory.keep_malloc_steady(memory.OWN_BLOCK_BYTES_OF_MIXTURES if is_mixture else memory.OWN_BLOCK_BYTES)
         memory.keep_few_kernels()
         tensors = CheckedTensors(checkpoint)
+        begin(self.device)  # only now, when the model is accepted: whoever has created it ends this
         self.skeleton, self.shapes, self.layers = tensors.skeleton, tensors.shapes, tensors.skeleton.layers
         self.skeleton.move_buffers(self.device)
         self.layer_entries, self.outer_entries = tensors.layer_entries, tensors.outer_entries
@@ -66,7 +66,7 @@ class StreamedModel:
         self.vocab_size, self.hidden_size = tensors.vocab_size, tensors.hidden_size
         stored = stored_dtype(next(iter(self.layer_entries[0].values())))
         self.dtype: torch.dtype = stored if options.dtype == "auto" else getattr(torch, options.dtype)
-        self._calls: dict[int, list[LayerCall]] = {}
+        self._calls: dict[tuple[int, int], list[LayerCall]] = {}  # by number of windows and of tokens in each
         self._ends: list[torch.Tensor] = []  # of outputs: smallest and largest value, until they are looked at
 
     @property
@@ -74,6 +74,7 @@ class StreamedModel:
         """Share of a layer's experts that a token is routed to; 1 without experts."""
         config, experts = self.skeleton.hf_config, max((len(shape.experts) for shape in self.shapes), default=0)
         chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)
+        chosen = max(chosen) if isinstance(chosen, list) else chosen  # of HunYuan one for each layer
         return (chosen or experts) / experts if experts else 1.0
 
     def layer_bytes(self, index: int) -> int:
@@ -160,7 +161,7 @@ class StreamedModel:
         """
         embedding = _Embedding(self, tokens[:batch_size].size)
         for start, stop in batches(range(len(tokens)), batch_size):
-            first, self._calls[stop - start] = embedding.first(tokens[start:stop])
+            first, self._calls[stop - start, tokens.shape[1]] = embedding.first(tokens[start:stop])
             for copy in range(copies):
                 hidden.put(copy * len(tokens) + start, first)
         hidden.advance()
@@ -194,23 +195,34 @@ class StreamedModel:
         Raises NonFinite if the output holds NaN or infinity; on an accelerator `require_finite_outputs` does, since the
         host would wait for it.
         """
-        if len(values) not in self._calls:
-            embeds = values.new_zeros(*values.shape[:2], self.hidden_size)
-            self._calls[len(values)] = self.skeleton.outer.record(embeds)[1]
-        output = self.skeleton.run_layer(index, weights, values, self._calls[len(values)][index], stand_ins)
+        output = self.run_unchecked(index, weights, values, stand_ins)
         self._ends += output.detach().aminmax()
         if self.device.type == "cpu":
             self.require_finite_outputs(index)
         return output
 
+    def run_unchecked(
+        self, index: int, weights: Mapping[str, torch.Tensor], values: torch.Tensor, stand_ins: Mapping[str, nn.Module]
+    ) -> torch.Tensor:
+        """The same, for a caller that itself looks for NaN and infinity."""
+        samples, tokens, _ = values.shape
+        if (samples, tokens) not in self._calls:
+            embeds = values.new_zeros(samples, tokens, self.hidden_size)
+            self._calls[samples, tokens] = self.skeleton.outer.record(embeds)[1]
+        return self.skeleton.run_layer(index, weights, values, self._calls[samples, tokens][index], stand_ins)
+
     def require_finite_outputs(self, index: int) -> None:
         """Raise NonFinite if an output of `run_batch` since the last call holds NaN or infinity."""
         ends, self._ends = self._ends, []
         if ends and not bool(torch.isfinite(torch.stack(ends)).all()):
-            raise NonFinite(
-                f"hidden states after layer {index} ({self.family.layers}.{index}) hold NaN or infinity, though "
-                f"its weights are finite; try --dtype float32 (it ran in {self.dtype})"
-            )
+            raise self.non_finite_outputs(index)
+
+    def non_finite_outputs(self, index: int) -> NonFinite:
+        """The error for a layer whose outputs hold NaN or infinity."""
+        return NonFinite(
+            f"hidden states after layer {index} ({self.family.layers}.{index}) hold NaN or infinity, though "
+            f"its weights are finite; try --dtype float32 (it ran in {self.dtype})"
+        )
 
     def head(self) -> Logits:
         """Load the final norm and the head; returns a function from hidden states to logits.

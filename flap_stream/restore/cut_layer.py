@@ -37,7 +37,9 @@ class CutLayer:
         """
         model, shape = self.model, self.model.shapes[self.index]
         dtypes = model.skeleton.dtypes(torch.bfloat16)  # what is kept in float32 decides where tokens go
-        found = {n: w.float() for n, w in self.weights.items() if w.ndim == 1 and dtypes(n) != torch.float32}
+        router = model.family.router_axes({n: tuple(w.shape) for n, w in self.weights.items()}) if shape.experts else {}
+        vectors = {n: w for n, w in self.weights.items() if w.ndim == 1 and n not in router}
+        found = {n: w.float() for n, w in vectors.items() if dtypes(n) != torch.float32}
         for part, units in self._parts():
             for projection in part.kind.projections:
                 if (name := f"{projection.name}.weight") in self.weights:

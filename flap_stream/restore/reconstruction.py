@@ -9,6 +9,7 @@ decide when it stops and whether it is kept.
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import isfinite
 from typing import Protocol
 
 import torch
@@ -104,7 +105,7 @@ class _Fit:
         held_out = max(1, samples // HELD_OUT)
         self._fitted, self._held_out = range(samples - held_out), range(samples - held_out, samples)
         self._step = max(1, STEP_TOKENS // tokens)  # windows
-        self._at_once = min(self._step, refit.sizes.first)
+        self._at_once = max(n for n in range(1, refit.sizes.first + 1) if self._step % n == 0)
 
     def run(self) -> dict[str, torch.Tensor]:
         """What is kept of the layer's tensors after the fit; nothing without windows."""
@@ -120,9 +121,13 @@ class _Fit:
                 del start  # its memory is wanted
                 for _ in self._epochs(parameters, before):
                     found = self._layer.cut({name: tensor.detach() for name, tensor in parameters.items()})
-                    if (error := self._error(found)) < best:
+                    if not isfinite(error := self._error(found)):
+                        break  # it has overflowed, and would go on from there
+                    if error < best:
                         best, kept = error, found
                     del found  # lest it live beside the next
+        if not isfinite(best):
+            raise self._model.non_finite_outputs(self._layer.index)
         what = "divergence of the logits" if self._is_last else "error of the hidden states"
         logger.info("layer %d: held-out %s %.4g, %.4g before the fit", self._layer.index, what, best, before)
         return kept
@@ -145,7 +150,7 @@ class _Fit:
                 gradient = self._objective.gradient(output.detach(), target)
                 output.backward(gradient.div_(scale).to(output.dtype))
                 waiting += self._at_once
-                if waiting >= self._step or start + self._at_once >= self._fitted.stop:
+                if waiting == self._step or start + self._at_once >= self._fitted.stop:
                     adam.step()
                     schedule.step()
                     adam.zero_grad()
@@ -166,7 +171,7 @@ class _Fit:
         for start, inputs in self._refit.hidden.stream(self._at_once, windows):
             with torch.set_grad_enabled(fits), wide_attention(model.dtype, model.device.type):
                 weights = self._weights(tensors) if fits else tensors
-                output = model.run_batch(self._layer.index, weights, inputs, {})
+                output = model.run_unchecked(self._layer.index, weights, inputs, {})
             yield start, output, targets.take(start, len(inputs))
 
     @contextmanager

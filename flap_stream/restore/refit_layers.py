@@ -87,7 +87,7 @@ def _refit_pass(model: StreamedModel, run: RunDirectory, job: RefitJob, stack: E
         tokens[own.start : own.stop],
         hidden,
         stores=stores,
-        reductions=run.batch_reductions("restore"),
+        reductions=run.batch_reductions(model.ranks.from_first(lambda: f"restore {run.refits.job}")),
         windows=own,
     )
     sizes = zip(job.keeps, model.shapes, strict=True)

@@ -33,7 +33,7 @@ class RefitStore:
             raise no_plan(self.run_files.path)
         body = json.dumps({"plan": plan["digest"], **conditions}, sort_keys=True)
         job = hashlib.sha256(body.encode()).hexdigest()
-        if self._job() != job:
+        if self.job != job:
             self.run_files.journal.append("restoration", "restoration", job=job)
         if not self._entries():
             files.remove(self.run_files.path / "refit")
@@ -44,12 +44,12 @@ class RefitStore:
     @property
     def pruned_snapshots(self) -> SnapshotStore:
         """Snapshots of the hidden states of the pruned model."""
-        return SnapshotStore(self.run_files, "hidden-pruned", self._job())
+        return SnapshotStore(self.run_files, "hidden-pruned", self.job)
 
     @property
     def dense_snapshots(self) -> SnapshotStore:
         """Snapshots of the hidden states of the dense model, where those are the target."""
-        return SnapshotStore(self.run_files, "hidden-dense", self._job())
+        return SnapshotStore(self.run_files, "hidden-dense", self.job)
 
     def complete_layers(self) -> int:
         """How many layers, counted from the first, are refitted with their files intact."""
@@ -66,7 +66,7 @@ class RefitStore:
         """Store the refitted tensors of a layer. contents: the bytes of a safetensors file."""
         files.make_directory(self.run_files.path / "refit")
         digest = files.write_committed(self.path(layer), contents)
-        self.run_files.journal.append("refit", layer_name(layer), job=self._job(), digest=digest)
+        self.run_files.journal.append("refit", layer_name(layer), job=self.job, digest=digest)
 
     def digests(self) -> list[str]:
         """Sha256 of each refitted layer's file, by layer."""
@@ -76,14 +76,15 @@ class RefitStore:
         """The files of all refitted layers, by layer."""
         return [self._committed(entry) for _, entry in sorted(self._entries().items())]
 
-    def _job(self) -> str:
+    @property
+    def job(self) -> str:
         """Digest of the current plan and conditions; empty before the first refit."""
         entry = self.run_files.journal.find("restoration", "restoration")
         return "" if entry is None else entry["job"]
 
     def _entries(self) -> dict[str, dict[str, Any]]:
         """The newest journal entry of each layer, by layer name."""
-        job = self._job()
+        job = self.job
         return {entry["name"]: entry for entry in self.run_files.journal.of_kind("refit") if entry["job"] == job}
 
     def _committed(self, entry: dict[str, Any]) -> Committed:
