@@ -99,7 +99,7 @@ FAMILY_EXTRAS: dict[str, dict[str, Any]] = {
     },
     "helium": {"head_dim": 16},
     "hunyuan_v1_dense": {"head_dim": 16},
-    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2, "moe_intermediate_size": 40},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": [2, 2, 2], "moe_intermediate_size": 40},
     "hyperclovax": {},
     "jais2": {},
     "laguna": {"head_dim": 16, "shared_expert_intermediate_size": 40, **_NUMBERED},

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flap_stream.engine.hidden_states import HiddenStates, make_hidden_states
+from flap_stream.engine.hidden_states import Feed, HiddenStates, make_hidden_states
 from flap_stream.errors import CorruptRun, InsufficientSpace
 
 SHAPE = (7, 3, 4)
@@ -46,6 +46,24 @@ def test_layer_after_layer_outputs_become_inputs(hidden: HiddenStates, batch_siz
 def test_inputs_stay_while_nothing_is_put(hidden: HiddenStates) -> None:
     assert torch.equal(contents(hidden, 2), values_of(1))
     assert torch.equal(contents(hidden, 3), values_of(1))
+
+
+def test_no_windows_are_none_and_not_all(hidden: HiddenStates) -> None:
+    assert list(hidden.stored(2, range(2, 2))) == []
+
+
+def test_a_feed_goes_on_after_a_batch_found_no_memory(hidden: HiddenStates, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed, moved = Feed(hidden, 3), torch.Tensor.to
+    assert torch.equal(feed.take(0, 3), values_of(1)[:3])
+
+    def fail(values: torch.Tensor, *where: object, **how: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch.Tensor, "to", fail)
+        feed.take(3, 3)
+    assert torch.Tensor.to is moved
+    assert torch.equal(feed.take(3, 2), values_of(1)[3:5]) and torch.equal(feed.take(5, 1), values_of(1)[5:6])
 
 
 def test_a_snapshot_comes_back_bit_equal_in_every_place(hidden: HiddenStates, tmp_path: Path) -> None:

@@ -306,7 +306,7 @@ def test_a_target_is_of_the_dtype_that_was_written(tmp_path: Path) -> None:
     wide = tiny_config(hidden_size=128, intermediate_size=384, num_attention_heads=4, head_dim=32)
     model = save(tiny_model(wide), tmp_path / "model", dtype=torch.bfloat16)
     tokens = save_tokens(tmp_path / "tokens.npy", random_tokens(8, 16))
-    how = {"target_size": "500KB", "output_dtype": "fp8", "keep_run": True, "calibration": tokens}
+    how: dict[str, Any] = {"target_size": "500KB", "output_dtype": "fp8", "keep_run": True, "calibration": tokens}
     record = flap_stream.prune(model, tmp_path / "out", **how).record
     assert read_facts(tmp_path / "out.run").target == record["target"]
 

@@ -51,7 +51,7 @@ class _Cuda:
         self._load_libraries(device)
 
     def end(self, device: torch.device) -> None:
-        """Put back what `begin` and `limit` changed."""
+        """Put back what `begin` and `limit` changed, but for the current device."""
         if device in self._before:
             fraction, precision, settings = self._before.pop(device)
             torch.cuda.set_per_process_memory_fraction(fraction, device)

@@ -171,7 +171,7 @@ class ResidentHiddenStates(HiddenStates):
 
     def stored(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield batches of the buffer."""
-        for start, stop in batches(windows or range(self.samples), batch_size):
+        for start, stop in batches(range(self.samples) if windows is None else windows, batch_size):
             yield start, self.values[start:stop]
 
     def put(self, start: int, values: torch.Tensor) -> None:
@@ -219,7 +219,8 @@ class DiskHiddenStates(HiddenStates):
             raise self._no_room(place)
         self._files = [tempfile.TemporaryFile(buffering=0, dir=self.directory) for _ in range(2)]  # noqa: SIM115
         self._inputs, self._outputs = (file.fileno() for file in self._files)
-        self._buffers: list[torch.Tensor] = []  # two of a batch for inputs, and beside an accelerator two for outputs
+        self._buffers: list[torch.Tensor] = []  # two of a batch for inputs, and for an accelerator two for outputs
+        self._used: list[_Used] = []  # of those for inputs: copies of the last pass may still be queued
         self._turn = 0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="hidden-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="hidden-write")
@@ -242,9 +243,9 @@ class DiskHiddenStates(HiddenStates):
     def stored(self, batch_size: int, windows: range | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield batches of the input file, reading one ahead."""
         self._make_buffers(min(batch_size, self.samples))
-        used = [_Used(self.device) for _ in range(2)]
-        ranges = list(batches(windows or range(self.samples), batch_size))
-        reads = [self._reader.submit(self._read, *ranges[0], self._buffers[0], used[0])]
+        used = self._used
+        ranges = list(batches(range(self.samples) if windows is None else windows, batch_size))
+        reads = [self._reader.submit(self._read, *each, self._buffers[0], used[0]) for each in ranges[:1]]
         for i, (start, _) in enumerate(ranges):
             values = reads.pop().result()
             if i + 1 < len(ranges):
@@ -263,6 +264,7 @@ class DiskHiddenStates(HiddenStates):
         self._buffers = [host_buffer((windows, *self.shape[1:]), self.dtype) for _ in range(count)]
         for buffer in self._buffers:
             lock_pages(self.device, buffer)
+        self._used = [_Used(self.device) for _ in range(2)]
 
     def _drop_buffers(self) -> None:
         synchronize(self.device)
@@ -273,11 +275,14 @@ class DiskHiddenStates(HiddenStates):
     def _read(self, start: int, stop: int, buffer: torch.Tensor, used: "_Used") -> torch.Tensor:
         used.wait()
         values = buffer[: stop - start]
-        left, at = _raw(values), start * self._window_bytes
+        self._fill(_raw(values), start * self._window_bytes)
+        return values
+
+    def _fill(self, left: memoryview, at: int) -> None:
+        """Read from byte `at` of the input file on."""
         while left:
             count = os.preadv(self._inputs, [left], at)
             left, at = left[count:], at + count
-        return values
 
     def put(self, start: int, values: torch.Tensor) -> None:
         """Hand windows from `start` on to the writer, once it has written the previous ones."""
@@ -313,7 +318,9 @@ class DiskHiddenStates(HiddenStates):
     def _blocks(self, nbytes: int) -> Iterator[memoryview]:
         buffer = memoryview(bytearray(min(_BLOCK_BYTES, nbytes)))
         for start in range(0, nbytes, _BLOCK_BYTES):
-            yield buffer[: os.preadv(self._inputs, [buffer[: nbytes - start]], start)]
+            block = buffer[: nbytes - start]
+            self._fill(block, start)
+            yield block
 
     def _store(self, offset: int, block: memoryview) -> None:
         self._write(self._inputs, offset, block)
@@ -349,13 +356,20 @@ class Feed:
     """Reads hidden states window by window in parallel with others that run through a layer."""
 
     def __init__(self, hidden: HiddenStates, batch_size: int, windows: range | None = None) -> None:
-        self._batches = hidden.stream(batch_size, windows)
-        self._first, self._values = next(self._batches, (0, torch.empty(0)))  # a rank may have no windows
+        self._device, self._batches = hidden.device, hidden.stored(batch_size, windows)
+        self._first, self._stored = next(self._batches, (0, torch.empty(0)))  # a rank may have no windows
+        self._values: torch.Tensor | None = None
 
     def take(self, start: int, count: int) -> torch.Tensor:
-        """`count` windows from `start` on, within one batch; must be called in ascending order."""
-        while start >= self._first + len(self._values):
-            self._first, self._values = next(self._batches)
+        """`count` windows from `start` on, within one batch; must be called in ascending order.
+
+        May be called again for the same windows after the device ran out of memory.
+        """
+        while start >= self._first + len(self._stored):
+            self._values = None
+            self._first, self._stored = next(self._batches)
+        if self._values is None:
+            self._values = self._stored.to(self._device, non_blocking=True)
         return self._values[start - self._first : start - self._first + count]
 
 

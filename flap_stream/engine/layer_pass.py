@@ -60,6 +60,7 @@ class LayerPass:
         return 0 if self.windows is None else self.windows.start
 
     def __post_init__(self) -> None:
+        assert self.copies == 1 or self.windows is None, "a batch's first window tells whose it is"
         known = self.reductions.read() if self.reductions is not None else ()
         self.sizes = BatchSizes(self.placement.batch_size, known, self.windows)
 
@@ -73,14 +74,16 @@ class LayerPass:
         model, order = self.model, self.order()
         saved = list(zip(self.stores, self.hidden, strict=True)) if self.stores else []
         start = resume(saved, len(order) if stored is None else stored, model.ranks) if saved else None
-        if start is None and not self.begins_beside_weights:
+        # Of some models, what embeds is loaded by the ranks of a node together, as the layers are by another thread.
+        begins_beside = self.begins_beside_weights and model.skeleton.state.is_plain
+        if start is None and not begins_beside:
             self.begin()
         done = start or 0
         stage.skip(done, recorded=None if stored is None else min(stored, len(order)))
         snapshots = Snapshots(saved, interval, model.ranks) if saved else None
         tokens = sum(model.ranks.gathered(self.tokens.size)) * self.copies
         with model.stream(order[done:], self.placement.prefetch) as layers:
-            if start is None and self.begins_beside_weights:
+            if start is None and begins_beside:
                 self.begin()
             for i, weights in layers:
                 self.step = (done, 0)

@@ -96,12 +96,12 @@ def stream_layers(
         return
     size = max(map(stored_slab_bytes, layers))
     slots = min(prefetch + 1, len(layers))
+    cast = _Cast(layers, device, dtypes)
     loader = (
         _HostLoader(checkpoint, size, slots, ranks)
         if device.type == "cpu"
         else _DeviceLoader(checkpoint, device, size, slots, ranks)
     )
-    cast = _Cast(layers, device, dtypes)
     with closing(loader), ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
         ahead = [reader.submit(loader.fill, i, layers[i]) for i in range(min(prefetch, len(layers)))]
 

@@ -94,7 +94,7 @@ class Skeleton:
             needs = self.mixture(index).needs if shape.experts else 0
             self._shapes[index] = replace(shape, router_needs=needs)
             if self._keeps_neurons(index):
-                self._shapes[index] = replace(shape, neuron_cost=0)
+                self._shapes[index] = replace(self._shapes[index], neuron_cost=0)
         return self._shapes[index]
 
     def mixture(self, index: int) -> Mixture:
