@@ -11,6 +11,7 @@ from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import pad
 from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -19,6 +20,10 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 COMPRESSED: dict[str, tuple[str, dict[str, Any]]] = {
     "FP8 by tensor": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
     "FP8 by row": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+    "FP8 by block of groups": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [48, 40]},
+    ),
     "INT8 by row": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}),
     "INT4": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}),
     "INT4 with offsets": (
@@ -121,6 +126,10 @@ def _scales(weight: torch.Tensor, arguments: QuantizationArgs) -> Tensors:
     """Scales as the library's observers choose them: by the smallest and largest value that share one."""
     size = arguments.group_size or weight.shape[1]
     groups = weight.float().reshape(weight.shape[0], -1, size)
+    if arguments.strategy == "block" and arguments.block_structure is not None:  # the last may not fill the matrix
+        rows, columns = arguments.block_structure
+        filled = pad(weight.float(), (0, -weight.shape[1] % columns, 0, -weight.shape[0] % rows))
+        groups = filled.unflatten(0, (-1, rows)).unflatten(-1, (-1, columns)).transpose(1, 2).flatten(2)
     if arguments.strategy == "tensor":
         groups = groups.reshape(1, 1, -1)
     found = Tensors()

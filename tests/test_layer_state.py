@@ -56,6 +56,16 @@ def test_everything_comes_back_from_it() -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_of_the_base_model_is_read(case: str, tmp_path: Path) -> None:
+    family, changes = CASES[case]
+    model = tiny_model(tiny_config(family, tied=True, **changes))
+    save(model, tmp_path / "whole")
+    model.base_model.save_pretrained(tmp_path / "base")
+    with open_checkpoint(tmp_path / "whole") as whole, open_checkpoint(tmp_path / "base") as base:
+        assert base.tensors.keys() == whole.tensors.keys()
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_layers_one_by_one_give_the_logits_of_the_whole_model(case: str, tmp_path: Path) -> None:
     family, changes = CASES[case]
     dense, tokens = tiny_model(tiny_config(family, **changes)), random_tokens(3, 20)

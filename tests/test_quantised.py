@@ -17,7 +17,7 @@ from simulated_jobs import differ, measured, use_small_blocks
 
 import flap_stream
 from flap_stream.config import PruneConfig, RewriteConfig
-from flap_stream.errors import CorruptCheckpoint, UnsupportedModel
+from flap_stream.errors import CorruptCheckpoint, InvalidModel, UnsupportedModel
 from flap_stream.model.opening import open_checkpoint
 
 
@@ -133,6 +133,41 @@ def test_blocks_that_do_not_fill_a_matrix(tmp_path: Path) -> None:
         assert torch.equal(torch.frombuffer(raw, dtype=torch.bfloat16).view(whole[name].shape), expected)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config_groups": [1]},
+        {"config_groups": {"g": 5}},
+        {"config_groups": {"g": {"weights": [1]}}},
+        {"weight_block_size": 128},
+        {"weight_block_size": [0, 128]},
+    ],
+)
+def test_a_config_of_another_form_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    write_quantised("FP8 by block", dense_model(tmp_path / "dense"), tmp_path / "model", tmp_path / "decoded")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidModel, match=r"quantization_config of .*config.json does not have the form"):
+        flap_stream.prune(tmp_path / "model", tmp_path / "out", options_of(tmp_path))
+
+
+def test_one_scale_of_all_experts_and_one_of_each(tmp_path: Path) -> None:
+    place = dense_model(tmp_path / "model", "gpt_oss")
+    stored = load_file(place / "model.safetensors")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    stored[name] = stored[name].to(torch.float8_e4m3fn)
+    config = json.loads((place / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors"}
+    (place / "config.json").write_text(json.dumps(config))
+    save_file({**stored, f"{name}_scale": torch.tensor([0.5])}, place / "model.safetensors")
+    with open_checkpoint(place) as source:
+        assert any(entry.encoding is not None for entry in source.tensors.values())
+    save_file({**stored, f"{name}_scale": torch.ones(len(stored[name]))}, place / "model.safetensors")
+    with pytest.raises(UnsupportedModel, match="readable are those of as many dimensions"):
+        open_checkpoint(place)
+
+
 def test_what_cannot_be_decoded_is_refused(tmp_path: Path) -> None:
     write_quantised("INT4", dense_model(tmp_path / "dense"), tmp_path / "model", tmp_path / "decoded")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -169,7 +204,7 @@ def test_companions_that_are_missing_or_of_another_matrix_are_refused(
     stored = load_file(file)
     found = stored.pop(name)
     save_file(stored, file)
-    with pytest.raises(CorruptCheckpoint, match=f"{name} is missing"):
+    with pytest.raises(CorruptCheckpoint, match=f"{name}, which scales .* is missing"):
         open_checkpoint(tmp_path / "model")
     save_file({**stored, name: altered(found).contiguous()}, file)
     with pytest.raises(CorruptCheckpoint, match=rf"up_proj\.{words}"):

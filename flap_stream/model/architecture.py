@@ -15,6 +15,11 @@ from flap_stream.model.unit_kinds import ATTENTION, MLP
 from flap_stream.model.units import COLUMNS, ROWS, Part, UnitKind
 
 PRUNED_TYPE = "flap_stream_"  # before the dense model's model_type in the config.json of a pruned checkpoint
+# Modules of Gemma 3n and 4 beside the layers, the embedding and the norm, in a base model's checkpoint.
+_FOR_LAYERS = (
+    *("embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm"),
+    *("altup_projections", "altup_unembed_projections"),
+)
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
@@ -128,7 +133,8 @@ class Family:
     def with_prefix(self, name: str) -> str:
         """The name in the causal model of a tensor that was saved from the base model."""
         base, _, layers = self.layers.rpartition(".")
-        own = (layers, *(path.removeprefix(f"{base}.").partition(".")[0] for path in (self.embedding, self.norm)))
+        beside = (path.removeprefix(f"{base}.").partition(".")[0] for path in (self.embedding, self.norm))
+        own = (layers, *beside, *_FOR_LAYERS)
         return f"{base}.{name}" if name.partition(".")[0] in own else name
 
     def layer_of(self, name: str) -> int | None:

@@ -9,6 +9,7 @@ and is transposed when it is read.
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from math import prod
 
 from flap_stream.model.architecture import Family
 from flap_stream.model.safetensors_format import Encoding, TensorEntry
@@ -48,6 +49,8 @@ def _run(entry: TensorEntry, name: str, projections: int, index: int, count: int
 
     A scale that all projections of an expert share is the same for each.
     """
+    if prod(entry.shape) == 1:
+        return entry  # one scale for all
     if entry.shape[1] % projections:
         index, count, projections = index // projections, count // projections, 1
     nbytes, shape = entry.nbytes // count, (entry.shape[1] // projections, *entry.shape[2:])

@@ -1,13 +1,13 @@
 """Models on the Hub: which files of a repository are fetched, and, if that fails, why."""
 
 import glob
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from flap_stream.errors import FlapStreamError, HubFailure, InvalidModel, StorageFailure
-from flap_stream.model.model_files import CONFIG_NAME, is_carried, require_model
+from flap_stream.model.model_files import CONFIG_NAME, is_carried, read_json, require_model
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +63,11 @@ def _downloaded(model: str, choose: Choose | None) -> Path:
     repository, revision = split_revision(model)
     names = [sibling.rfilename for sibling in HfApi().model_info(repository, revision=revision).siblings or []]
     adapter = "adapter_config.json"
-    require_model(
-        model, names, lambda: json.loads(Path(hf_hub_download(repository, adapter, revision=revision)).read_bytes())
-    )
+
+    def read_adapter() -> dict[str, Any]:
+        return read_json(Path(hf_hub_download(repository, adapter, revision=revision)), "the Hub has it damaged")
+
+    require_model(model, names, read_adapter)
     small = [CONFIG_NAME] if choose is None else [name for name in names if _is_small(name)]
     directory = _snapshot(repository, revision, small)
     if choose is not None:

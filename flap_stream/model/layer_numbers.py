@@ -42,9 +42,14 @@ def renumbered_config(skeleton: Skeleton, kept: Sequence[int]) -> dict[str, Any]
     config = {**skeleton.config, **_renumbered({**skeleton.config, **known}, kept, count)}
     cut = Skeleton(config, skeleton.where)
     renumbered = _renumbered(cut.hf_config.to_dict(), range(len(kept)), len(kept))
-    is_same = all(renumbered[key] == config[key] for key in _OF_EACH if key in renumbered)
+    changed = [key for key in _OF_EACH if key in renumbered and renumbered[key] != config[key]]
+    if changed:
+        raise UnsupportedModel(
+            f"no layers can be removed from {skeleton.where}: transformers derives {', '.join(changed)} from layers' "
+            "numbers, whatever config.json says; prune heads and neurons instead"
+        )
     for number, layer in zip(kept, cut.layers, strict=True):
-        if not is_same or not _are_alike(layer, skeleton.layers[number]):
+        if not _are_alike(layer, skeleton.layers[number]):
             raise UnsupportedModel(
                 f"no layers can be removed from {skeleton.where}: what layer {number} computes depends on its number "
                 "in a way that config.json cannot say of another; prune heads and neurons instead"

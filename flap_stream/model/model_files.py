@@ -4,6 +4,7 @@ Only names are looked at (and config.json and the index, which the caller reads)
 directory and to a repository that has not been fetched yet.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -12,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flap_stream.errors import CorruptCheckpoint, InvalidModel
+from flap_stream.storage.files import read_plain
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -185,3 +187,18 @@ def require_no_pointer(path: Path, start: bytes) -> None:
             f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` in {path.parent}, or fetch the "
             "model with `hf download`"
         )
+
+
+def read_json(path: Path, need: str) -> dict[str, Any]:
+    """The object in a JSON file. need: what the message of InvalidModel, raised without one, says of it."""
+    if not path.is_file():
+        raise InvalidModel(f"{path} does not exist; {need}")
+    raw = read_plain(path)
+    require_no_pointer(path, raw)
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise InvalidModel(f"{path} is not JSON ({error}); {need}") from error
+    if not isinstance(value, dict):
+        raise InvalidModel(f"{path} is not a JSON object; {need}")
+    return value

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from flap_stream.errors import InvalidModel
 from flap_stream.model.families import FAMILIES
 
 # Text decoders without a causal class of their own, and the family that computes the same for text: with one position
@@ -59,7 +60,11 @@ def nested(config: dict[str, Any]) -> dict[str, Any]:
         return config
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    text = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).text_config.to_dict()
+    try:
+        text = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).text_config.to_dict()
+    except Exception as error:  # a wrong value makes transformers raise anything
+        reason = " ".join(str(error).split())
+        raise InvalidModel(f"transformers cannot read this config.json of {config['model_type']}: {reason}") from error
     rest = {key: value for key, value in config.items() if key not in text or key in _OF_BOTH}
     return {**rest, "text_config": text}
 

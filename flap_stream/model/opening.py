@@ -3,7 +3,6 @@
 Tensors get the names that the pruned class of their family has for them.
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +16,14 @@ from flap_stream.model.architecture import Family, dense_type, further_layers, i
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.families import FAMILIES, require_causal, row_of
 from flap_stream.model.fused_experts import separated
-from flap_stream.model.model_files import CONFIG_NAME, WeightFiles, has_weights, require_model, require_no_pointer
+from flap_stream.model.model_files import CONFIG_NAME, WeightFiles, has_weights, read_json, require_model
 from flap_stream.model.model_files import weight_files as weight_files_of
 from flap_stream.model.multimodal import Wrapper, nested, text_config, wrapper_of
 from flap_stream.model.quantised import is_decodable, with_values, without_quantization
 from flap_stream.model.safetensors_format import TensorEntry, read_header
 from flap_stream.model.shard_files import ShardFiles, stamp
 from flap_stream.model.tying import settle_head
-from flap_stream.storage.files import read_plain, require_plain_folder
+from flap_stream.storage.files import require_plain_folder
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +41,8 @@ def read_config(model: str) -> tuple[Path, dict[str, Any]]:
     if not path.is_file() or path.suffix != ".json":
         path = _resolve(model, weights=False) / CONFIG_NAME
         names = [file.name for file in path.parent.iterdir()]
-        require_model(model, names, lambda: _read_json(path.parent / "adapter_config.json", "download it again"))
-    config = nested(with_layer_count(dense_type(_read_json(path, "a dry run needs it"))))
+        require_model(model, names, lambda: read_json(path.parent / "adapter_config.json", "download it again"))
+    config = nested(with_layer_count(dense_type(read_json(path, "a dry run needs it"))))
     _warn_of_own_code(model, config)
     config = without_quantization(config) if is_decodable(config) else config
     return path.parent, config if wrapper_of(config, ()) is None else text_config(config)
@@ -71,8 +70,10 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         logger.warning("%s", weights.note)
     _warn_of_own_code(str(model), config)
     tensors: dict[str, TensorEntry] = {}
-    header_digests, shard_bytes = {}, {}
+    header_digests, shard_bytes, stamps = {}, {}, {}
     for file in weights.files:
+        if (directory / file).exists():
+            stamps[file] = stamp(directory / file)  # before anything of it is read
         entries, header_digests[file], shard_bytes[file] = read_header(directory / file)
         tensors |= {entry.name: entry for entry in entries}
     if is_decodable(config):
@@ -88,7 +89,6 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         layers = range(further_layers(config).start)
         tensors = separated(tensors, family, lambda name: family.layer_of(name) in layers)
     misplaced = {rename(name): file for name, file in weights.weight_map.items() if rename(name) not in named}
-    stamps = {file: stamp(directory / file) for file in shard_bytes}
     files = ShardFiles(directory)
     found = Checkpoint(
         str(model), directory, config, tensors, header_digests, shard_bytes, stamps, files, wrapper, misplaced
@@ -111,10 +111,10 @@ def _renaming(family: Family | None, config: Mapping[str, Any], wrapper: Wrapper
 
 def _config_and_weights(where: str, directory: Path, names: Sequence[str]) -> tuple[dict[str, Any], WeightFiles]:
     """Contents of config.json and the files that hold the weights. names: of all files, fetched or not."""
-    require_model(where, names, lambda: _read_json(directory / "adapter_config.json", "download it again"))
+    require_model(where, names, lambda: read_json(directory / "adapter_config.json", "download it again"))
     need = "a model directory needs config.json next to its safetensors shards"
-    config = nested(with_layer_count(dense_type(_read_json(directory / CONFIG_NAME, need))))
-    return config, weight_files_of(where, names, config, lambda name: _read_json(directory / name, "download it again"))
+    config = nested(with_layer_count(dense_type(read_json(directory / CONFIG_NAME, need))))
+    return config, weight_files_of(where, names, config, lambda name: read_json(directory / name, "download it again"))
 
 
 def _warn_of_own_code(model: str, config: Mapping[str, Any]) -> None:
@@ -128,20 +128,6 @@ def _warn_of_own_code(model: str, config: Mapping[str, Any]) -> None:
             classes[-1],
             family.causal_class,
         )
-
-
-def _read_json(path: Path, need: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise InvalidModel(f"{path} does not exist; {need}")
-    raw = read_plain(path)
-    require_no_pointer(path, raw)
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise InvalidModel(f"{path} is not JSON ({error}); {need}") from error
-    if not isinstance(value, dict):
-        raise InvalidModel(f"{path} is not a JSON object; {need}")
-    return value
 
 
 def _resolve(model: str, weights: bool) -> Path:

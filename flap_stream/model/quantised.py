@@ -5,18 +5,19 @@ tensor, row or block; MXFP4 and NVFP4; integers packed into words. Integers may 
 tensor's companions tell.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
 
-from flap_stream.errors import CorruptCheckpoint, UnsupportedModel
+from flap_stream.errors import CorruptCheckpoint, InvalidModel, UnsupportedModel
 from flap_stream.model.safetensors_format import DTYPE_BYTES, FORWARD_DTYPES, WORD_BITS, Encoding, TensorEntry
+from flap_stream.storage.schema import Schema, matches, within
 
 KEYS = ("quantization_config", "compression_config")  # of config.json
 METHODS = ("fp8", "mxfp4", "compressed-tensors")
 
-_BYTES = ("F8_E4M3", "F8_E5M2", "I8")
+_BYTE_DTYPES = ("F8_E4M3", "F8_E5M2", "I8")
 _SCALES = ("_scale_inv", "_scale")  # after a matrix's name
 # How names end of what belongs to matrices in these formats, and is not needed where matrices have values.
 _COMPANIONS = (
@@ -70,6 +71,23 @@ def with_values(tensors: Mapping[str, TensorEntry], config: Mapping[str, Any], w
     return {entry.name: entry for entry in map(formats.of, tensors.values()) if entry is not None}
 
 
+def _without_nulls(form: Schema) -> Callable[[Any], bool]:
+    """Schema of an object of this form, in which null is as good as nothing; or of null itself."""
+
+    def check(value: Any) -> bool:
+        kept = {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else value
+        return kept is None or matches(kept, form)
+
+    return check
+
+
+_BLOCK = (within(1, 1 << 31), within(1, 1 << 31))
+_WEIGHTS = _without_nulls({"num_bits?": int, "symmetric?": bool, "block_structure?": _BLOCK})
+_CONFIG = _without_nulls(
+    {"config_groups?": {str: _without_nulls({"weights?": _WEIGHTS})}, "weight_block_size?": _BLOCK}
+)
+
+
 class _Formats:
     """The tensors of one quantised checkpoint, and what its config.json says of all of them."""
 
@@ -78,10 +96,25 @@ class _Formats:
         dtypes = {name: code for code, name in FORWARD_DTYPES.items()}
         self._dtype = dtypes.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
         quantization = quantization_of(config)
-        groups = (quantization.get("config_groups") or {}).values() if isinstance(quantization, Mapping) else ()
-        self._weights = [group.get("weights") or {} for group in groups]
+        if not isinstance(quantization, dict) or not matches(quantization, _CONFIG):
+            raise InvalidModel(
+                f"the quantization_config of {where}/config.json does not have the form of transformers or "
+                "compressed-tensors; download it again"
+            )
+        self._weights = [
+            (group or {}).get("weights") or {} for group in (quantization.get("config_groups") or {}).values()
+        ]
         self._have_offsets = {not weights.get("symmetric", True) for weights in self._weights}
-        self._block = quantization.get("weight_block_size") if isinstance(quantization, Mapping) else None
+        self._block = quantization.get("weight_block_size") or self._block_of_groups()
+
+    def _block_of_groups(self) -> list[int] | None:
+        """The size of blocks that compressed-tensors has scales for; None if its scales are of anything else."""
+        blocks = [weights.get("block_structure") for weights in self._weights]
+        if not any(blocks):
+            return None
+        if any(block != blocks[0] for block in blocks):
+            raise UnsupportedModel(f"{self._where} has scales for blocks of several sizes, so {_ORIGINAL}")
+        return blocks[0]
 
     def of(self, entry: TensorEntry) -> TensorEntry | None:
         """A tensor as it is without quantisation; None for what only belongs to another."""
@@ -97,7 +130,7 @@ class _Formats:
         if last == "weight_g_idx":
             raise UnsupportedModel(f"{self._where} has {entry.name}; scales with an order are not readable")
         scales = [self._tensors[name] for each in _SCALES if (name := entry.name + each) in self._tensors]
-        if entry.dtype in _BYTES and len(entry.shape) >= 2 and scales:
+        if entry.dtype in _BYTE_DTYPES and len(entry.shape) >= 2 and scales:
             offsets = self._offsets(entry, f"{entry.name}_zero_point") if entry.dtype == "I8" else []
             if offsets and offsets[0].shape != scales[0].shape:
                 raise self._of_another(entry, offsets[0])
@@ -151,7 +184,7 @@ class _Formats:
     def _companion(self, name: str, entry: TensorEntry) -> TensorEntry:
         if name not in self._tensors:
             raise CorruptCheckpoint(
-                f"tensor {name} is missing from {self._where}, which scales {entry.name}; download it again"
+                f"tensor {name}, which scales {entry.name}, is missing from {self._where}; download it again"
             )
         return self._tensors[name]
 
@@ -166,6 +199,11 @@ class _Formats:
     ) -> TensorEntry:
         """The matrix, or several of them, of these codes, scales and offsets."""
         whole = scales[0].shape
+        if len(shape) > 2 and prod(whole) > 1 and len(whole) < len(shape):
+            raise UnsupportedModel(
+                f"{self._where} has scales of shape {list(whole)} for {codes.name}, {list(shape)}; readable are "
+                f"those of as many dimensions, so {_ORIGINAL}"
+            )
         grid = (1, 1) if prod(whole) == 1 else whole[-2:] if len(whole) >= 2 else (*whole, 1)
         block = shape[-2] // max(grid[0], 1), shape[-1] // max(grid[1], 1)
         if self._block is not None and grid != (1, 1):

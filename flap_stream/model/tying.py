@@ -49,6 +49,8 @@ def _ties(config: Mapping[str, Any]) -> bool:
         return bool(config["tie_word_embeddings"])
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if config["model_type"] not in CONFIG_MAPPING:
+        return False  # a family newer than transformers here, which refuses to build it
     return bool(CONFIG_MAPPING[config["model_type"]]().tie_word_embeddings)
 
 
