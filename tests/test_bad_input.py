@@ -27,6 +27,7 @@ from refusals import (
     write_npy,
 )
 
+import flap_stream
 from flap_stream.cli import main
 from flap_stream.model.model_files import INDEX_NAME
 
@@ -383,3 +384,36 @@ def test_the_real_command_prints_one_line_and_no_traceback(place: Path) -> None:
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr == "flap-stream: no such model: ./nowhere is not a directory\n"
+
+
+@pytest.mark.parametrize("options", [["--method", "shortgpt", "--ratio", "0.001"], ["--ratio", "0.999"]])
+def test_a_dry_run_refuses_what_the_job_would(
+    options: list[str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for how in ([], ["--dry-run"]):
+        assert main(["prune", "model", "out", "--calibration", "tokens.npy", *options, *how]) == 2
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1]
+
+
+def test_what_wanda_sp_cannot_decide_is_refused_before_a_layer_runs(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = ["--method", "wanda-sp", "--ratio", "0.9", "--min-heads", "4"]
+    assert main(["collect", "model", "run", "--calibration", "tokens.npy", *how]) == 2
+    assert "lower the ratio" in capsys.readouterr().err and not (place / "run").exists()
+
+
+def test_an_output_of_other_options_is_refused_before_a_refit(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flap_stream.collect("model", "run", calibration="tokens.npy")
+    flap_stream.plan("run", ratio=0.3)
+    flap_stream.rewrite("run", "out")
+    flap_stream.plan("run", ratio=0.5)
+    monkeypatch.setattr("flap_stream.stages.rewrite.refit_layers", None)
+    assert main(["rewrite", "run", "out", "--restore", "reconstruct"]) == 2
+    assert "out was pruned with other options: --ratio was 0.3, now 0.5" in capsys.readouterr().err
+    assert main(["rewrite", "run", "fresh", "--restore", "reconstruct", "--output-dtype", "fp8"]) == 2
+    assert "fp8" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from flap_stream.arithmetic.scoring import LayerStatistics
-from flap_stream.config import CollectConfig, PruneConfig, changed_options
+from flap_stream.config import CollectConfig, changed_options
 from flap_stream.config.rules import options_of, warn_of_positions
 from flap_stream.engine.device import cpu_threads, in_use
 from flap_stream.engine.layer_pass import LayerPass
@@ -91,8 +91,7 @@ def collect_into(
         measured.device = str(model.device)
         require_removable_experts(model, options)
         require_removable_layers(model, options)
-        if isinstance(options, PruneConfig):
-            require_possible(model, options)
+        require_possible(model, options)
         progress.header({**model_row(source, len(model.layers)), "run directory": str(run)})
         if options.method != "magnitude-sp":
             progress.say("reading the calibration text")

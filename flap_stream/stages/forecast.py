@@ -5,7 +5,6 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from flap_stream.arithmetic.allocation import require_minimum
 from flap_stream.config import PruneConfig
 from flap_stream.config.rules import require_effect, warn_of_positions
 from flap_stream.engine import memory
@@ -25,6 +24,7 @@ from flap_stream.restore.requirements import refit_sizes, refit_stored_bytes, re
 from flap_stream.stages.expert_loss import require_removable_experts
 from flap_stream.stages.loss_sizes import kept_input_bytes, sweep_job, sweep_operations
 from flap_stream.stages.machine_rates import measure_rates
+from flap_stream.stages.preparation import require_possible
 from flap_stream.stages.removable_layers import require_removable_layers
 from flap_stream.stages.scaling import LossWork, Rates, RefitWork, Work, scale
 from flap_stream.stages.targets import expected_ratio
@@ -68,7 +68,7 @@ class Forecast:
     """What a job would take.
 
     ranks, nodes: processes and machines; memory is per process, bytes and times are for all together.
-    busy_ranks: ranks that have windows to run. network_bytes: moments that leave each node.
+    busy_ranks: ranks that have windows to run. network_bytes: what each node sends, moments and the sums of a refit.
     has_headers: whether sizes come from safetensors headers; otherwise from config.json only.
     placement: how collection would run, with the predicted peaks. limits: the memory that may be used.
     bytes_read, bytes_written: of the model, the output and hidden states on disk.
@@ -124,8 +124,7 @@ def forecast(
         streamed = StreamedModel(source, options)
         require_removable_experts(streamed, options)
         require_removable_layers(streamed, options)
-        require_minimum(streamed.shapes, options)
-        fp8_linears(source, options, streamed.skeleton)
+        require_possible(streamed, options)
         warn_of_positions(source.config, options.sequence_length)
         return _forecast(streamed, Path(out), options, machines, has_headers)
 
@@ -268,7 +267,7 @@ def work_of(
         hidden_traffic=hidden_traffic,
         read_again=source.stored_bytes - int(not_read),
         written=written,
-        shards=max(1, round(written / options.max_shard_bytes)),
+        shards=max(1, -(-written // options.max_shard_bytes)),
         refit=refit_work,
     )
 

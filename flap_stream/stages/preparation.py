@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from flap_stream.arithmetic.allocation import require_minimum
-from flap_stream.config import CollectConfig, PruneConfig
+from flap_stream.arithmetic.allocation import allocate, require_minimum
+from flap_stream.config import CollectConfig, PlanConfig, PruneConfig, part_of
 from flap_stream.config.rules import FED_ON
 from flap_stream.engine.device import device_record
 from flap_stream.engine.placement import Job
@@ -18,7 +18,7 @@ from flap_stream.output.fp8_config import fp8_linears
 from flap_stream.restore.requirements import refit_sizes, refit_stored_bytes, require_refittable
 from flap_stream.stages.loss_sizes import kept_input_bytes
 from flap_stream.stages.same_source import absolute
-from flap_stream.stages.targets import expected_ratio, rehearse, sizes_of
+from flap_stream.stages.targets import expected_ratio, rehearse, sizes_of, unscored
 from flap_stream.storage import files
 from flap_stream.storage.loss import LossStore, loss_job
 from flap_stream.storage.run_directory import RunDirectory, stored_bytes
@@ -35,8 +35,14 @@ def calibration_record(options: CollectConfig) -> dict[str, Any]:
     return {"sources": sources, **{key: getattr(options, key) for key in asked}}
 
 
-def require_possible(model: StreamedModel, options: PruneConfig) -> None:
-    """Raise what planning and refitting would raise for this model whatever the scores."""
+def require_possible(model: StreamedModel, options: CollectConfig) -> None:
+    """Raise what deciding and refitting, if this job does so, would raise for this model whatever the scores."""
+    if options.method == "wanda-sp":  # decides while statistics are collected
+        plan = part_of(options, PlanConfig)
+        require_minimum(model.shapes, plan)
+        allocate(unscored(model.shapes, plan), model.shapes, plan)
+    if not isinstance(options, PruneConfig):
+        return
     require_minimum(model.shapes, options)
     fp8_linears(model.checkpoint, options, model.skeleton)
     rehearse(model, options)

@@ -5,29 +5,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from flap_stream.config import PlanConfig, PruneConfig, RewriteConfig, part_of, require_restoration
+from flap_stream.config import PlanConfig, PruneConfig, RewriteConfig, part_of
 from flap_stream.config.rules import options_of
 from flap_stream.engine.membership import joined
-from flap_stream.errors import OutputConflict
-from flap_stream.model.checkpoint import Checkpoint
-from flap_stream.model.families import family_of
 from flap_stream.output.carried import tell_left_out
 from flap_stream.output.destination import require_own_place
 from flap_stream.output.pruning_record import (
-    fingerprint_digest,
-    options_record,
-    output_dtype_record,
     read_record,
 )
 from flap_stream.progress import Progress
-from flap_stream.restore.requirements import refit_record
 from flap_stream.stages.collect import check_calibration, collect_into
 from flap_stream.stages.plan import decide, store_plan
 from flap_stream.stages.preparation import calibration_record
-from flap_stream.stages.rewrite import PruneResult, progress_weights, rewrite_from
+from flap_stream.stages.rewrite import PruneResult, progress_weights, require_same_job, rewrite_from
 from flap_stream.stages.session import Session, opened_model
 from flap_stream.storage import files, places
-from flap_stream.storage.differences import output_differences
 from flap_stream.storage.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -61,7 +53,9 @@ def prune(
             record = ranks.from_first(lambda: read_record(out))
             if record is None:
                 return _run_stages(session, out, options, run_path, removes_run)
-            _require_same_job(source, out, record, options)
+            calibration = _known_to(record.get("calibration"), calibration_record(options))
+            plan, rewrite = part_of(options, PlanConfig), part_of(options, RewriteConfig)
+            require_same_job(source, out, record, plan, rewrite, calibration)
             logger.warning("%s is already complete; nothing to do", out)
             if ranks.is_first:
                 files.sync_directory(out.absolute().parent)  # a kill may have come between its rename and this
@@ -87,22 +81,6 @@ def _run_stages(session: Session, out: Path, options: PruneConfig, run: Path, re
         if removes_run and ranks.is_first:
             directory.remove()
     return result
-
-
-def _require_same_job(source: Checkpoint, out: Path, record: dict[str, Any], options: PruneConfig) -> None:
-    """Raise OutputConflict unless the output's record is what this command would write."""
-    family = family_of(source.config, source.source)
-    wanted = {
-        **({} if options.refit is None else {"refit": refit_record(options.refit, family)}),
-        "options": options_record(part_of(options, PlanConfig)),
-        "restore": require_restoration(options.method, options.restore),
-        **output_dtype_record(options.output_dtype == "fp8"),
-        "calibration": _known_to(record.get("calibration"), calibration_record(options)),
-        "base": {"name": Path(source.source).name, "fingerprint": fingerprint_digest(source.fingerprint)},
-    }
-    differences = output_differences(record, wanted)
-    if differences is not None:
-        raise OutputConflict(f"{out} was pruned {differences}; name another OUT or move it away")
 
 
 def _known_to(record: Any, calibration: dict[str, Any]) -> dict[str, Any]:

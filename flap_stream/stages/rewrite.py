@@ -10,17 +10,26 @@ import numpy as np
 from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.layer_shape import Sublayer
 from flap_stream.arithmetic.scoring import baseline_input
-from flap_stream.config import RewriteConfig, require_restoration
+from flap_stream.config import PlanConfig, RewriteConfig, require_restoration
 from flap_stream.config.rules import options_of
 from flap_stream.engine.device import cpu_threads, in_use
 from flap_stream.engine.membership import joined
 from flap_stream.engine.streamed_model import StreamedModel
-from flap_stream.errors import RunMismatch
+from flap_stream.errors import OutputConflict, RunMismatch
+from flap_stream.model.checkpoint import Checkpoint
+from flap_stream.model.families import family_of
+from flap_stream.model.hub import base_name
 from flap_stream.output.carried import tell_left_out
 from flap_stream.output.destination import require_own_place
 from flap_stream.output.fp8_config import fp8_linears, tell_unconverted
 from flap_stream.output.pruned_model import PrunedModel, Restoration
-from flap_stream.output.pruning_record import pruning_record, read_record
+from flap_stream.output.pruning_record import (
+    fingerprint_digest,
+    options_record,
+    output_dtype_record,
+    pruning_record,
+    read_record,
+)
 from flap_stream.output.recipe import recipe
 from flap_stream.output.shard_plan import plan_shards
 from flap_stream.output.shard_writer import write_shard
@@ -35,6 +44,7 @@ from flap_stream.stages.same_source import require_model_of
 from flap_stream.stages.session import Session, opened_model, opened_run
 from flap_stream.stages.targets import counts_of, run_target
 from flap_stream.storage import places
+from flap_stream.storage.differences import output_differences
 from flap_stream.storage.run_directory import RunDirectory
 from flap_stream.text.tokenization import code_files
 
@@ -104,35 +114,68 @@ def rewrite_from(
     """Refit if the restoration asks for it, then write the checkpoint. run: open for writing on rank 0."""
     source, measured = session.source, session.measured
     plan_options, keeps = run.plan.read()
-    restore = require_restoration(plan_options.method, options.restore)
     require_model_of(run, source, session.ranks)
-    config, restoration = config_of_kept(source, keeps), Restoration()
-    if restore == "bias":
-        restoration = Restoration([_means(run, i, plan_options.statistics) for i in range(len(keeps))])
-    elif options.refit is not None:
+    found = session.ranks.from_first(lambda: read_record(out))
+    if found is not None:
+        require_same_job(source, out, found, plan_options, options, run.manifest["calibration"])
+    pruned = _unrestored(source, run, plan_options, keeps, options)
+    if options.refit is not None:
+        tell_unconverted(pruned, plan_shards(pruned, options.max_shard_bytes), warns=False)  # before it takes hours
         with measured.stage("refit"):
-            restoration = _refitted(session, run, keeps, options, options.refit, snapshot_interval)
-    code = [name for name in code_files(source.directory) if (source.directory / name).is_file()]
-    code = code if options.trust_remote_code else []
+            refitted = _refitted(session, run, keeps, options, options.refit, snapshot_interval)
+        pruned = replace(pruned, restoration=refitted)
+    elif pruned.restore == "bias":
+        means = [_means(run, i, plan_options.statistics) for i in range(len(keeps))]
+        pruned = replace(pruned, restoration=Restoration(means))
     with measured.stage("rewrite"):
-        target = run_target(run, plan_options, options)
-        pruned = PrunedModel(
-            source,
-            run.layer_shapes,
-            plan_options,
-            keeps,
-            restore,
-            restoration,
-            run.manifest["calibration"],
-            code,
-            None if target is None else target.record(counts_of(run.layer_shapes, keeps)),
-            recipe(run, plan_options, options, source.source),
-            config,
-            fp8_linears(source, options),
-        )
         record = _write(session, run, out, pruned, options.max_shard_bytes)
     measured.of_all(session.ranks, source.bytes_read)
     return PruneResult(out, record, measured)
+
+
+def require_same_job(
+    source: Checkpoint,
+    out: Path,
+    record: dict[str, Any],
+    plan: PlanConfig,
+    options: RewriteConfig,
+    calibration: dict[str, Any],
+) -> None:
+    """Raise OutputConflict unless a complete output is of this model and these options. record: its pruning.json."""
+    family = family_of(source.config, source.source)
+    wanted = {
+        **({} if options.refit is None else {"refit": refit_record(options.refit, family)}),
+        "options": options_record(plan),
+        "restore": require_restoration(plan.method, options.restore),
+        **output_dtype_record(options.output_dtype == "fp8"),
+        "calibration": calibration,
+        "base": {"name": base_name(source.source), "fingerprint": fingerprint_digest(source.fingerprint)},
+    }
+    differences = output_differences(record, wanted)
+    if differences is not None:
+        raise OutputConflict(f"{out} was pruned {differences}; name another OUT or move it away")
+
+
+def _unrestored(
+    source: Checkpoint, run: RunDirectory, plan: PlanConfig, keeps: list[LayerKeep], options: RewriteConfig
+) -> PrunedModel:
+    """What will be written, without the values that compensate for what is removed."""
+    code = [name for name in code_files(source.directory) if (source.directory / name).is_file()]
+    target = run_target(run, plan, options)
+    return PrunedModel(
+        source,
+        run.layer_shapes,
+        plan,
+        keeps,
+        require_restoration(plan.method, options.restore),
+        Restoration(),
+        run.manifest["calibration"],
+        code if options.trust_remote_code else [],
+        None if target is None else target.record(counts_of(run.layer_shapes, keeps)),
+        recipe(run, plan, options, source.source),
+        config_of_kept(source, keeps),
+        fp8_linears(source, options),
+    )
 
 
 def _write(session: Session, run: RunDirectory, out: Path, pruned: PrunedModel, max_shard_bytes: int) -> dict[str, Any]:

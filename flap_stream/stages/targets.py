@@ -130,12 +130,19 @@ def rehearse(model: "StreamedModel", options: PruneConfig) -> list[LayerKeep]:
         sizes = sizes_of(model)
         sizes = sizes.in_fp8(shapes, options) if options.output_dtype == "fp8" else sizes
         target = target_of(options, shapes, sizes, restore, options.max_shard_bytes)
-    nothing = []
+    return allocate(unscored(shapes, options), shapes, part_of(options, PlanConfig), target)
+
+
+def unscored(shapes: Sequence[LayerShape], options: PlanConfig) -> list[LayerScores]:
+    """Scores that tell no unit from another, and of whole layers prefer to remove the smallest.
+
+    A ratio that is less than these can be met by no scores.
+    """
+    found = []
     for shape in shapes:
         experts = np.zeros(len(shape.experts)) if removes_experts(options) else None
-        # the smallest layers first, since a ratio that is less than these can be met by no scores
-        nothing.append(LayerScores(np.zeros(shape.kv_groups), np.zeros(shape.neurons), experts, float(shape.prunable)))
-    return allocate(nothing, shapes, part_of(options, PlanConfig), target)
+        found.append(LayerScores(np.zeros(shape.kv_groups), np.zeros(shape.neurons), experts, float(shape.prunable)))
+    return found
 
 
 def expected_ratio(model: "StreamedModel", options: PruneConfig) -> float:
