@@ -43,7 +43,7 @@ def model_card(
         tree = "" if revision is None else f"/tree/{revision}"
         title = f"[`{base}`](https://huggingface.co/{repository}{tree})"
     body = f"""
-# {base_name(base)}, pruned by {record["options"]["ratio"]:.0%} with {record["options"]["method"]}
+# {base_name(base)}, pruned by {100 * record["options"]["ratio"]:.3g}% with {record["options"]["method"]}
 
 {title} with {_what_is_removed(record)} removed, without retraining, by
 [flap-stream](https://pypi.org/project/flap-stream/) (FLAP, [arXiv 2312.11983](https://arxiv.org/abs/2312.11983)).
@@ -58,11 +58,12 @@ def model_card(
 
 
 def _what_is_removed(record: dict[str, Any]) -> str:
-    if record["options"]["method"] == "shortgpt":
-        return "whole decoder layers"
-    if "kept_layers" in record:
-        return "whole decoder layers, KV groups of attention heads and MLP neurons"
-    return "whole KV groups of attention heads and MLP neurons"
+    options = record["options"]
+    if options["method"] in ("shortgpt", "reap"):
+        return "whole decoder layers" if options["method"] == "shortgpt" else "whole experts"
+    what = ["whole decoder layers"] * ("kept_layers" in record) + ["whole experts"] * bool(options.get("whole_experts"))
+    what += ["KV groups of attention heads"] * any(layer["kv_groups"] for layer in record["layers"])
+    return " and ".join([", ".join(what), "MLP neurons"] if what else ["MLP neurons"])
 
 
 def _sizes_table(record: dict[str, Any]) -> str:
@@ -79,8 +80,9 @@ def _options_sentence(record: dict[str, Any]) -> str:
     options = record["options"]
     note = width_note(record["width_multiple"]) if "width_multiple" in record else ""
     widths = f"\n{note[0].upper()}{note[1:]}.\n" if note else ""
-    structure, metric, statistics = (options[name] for name in ("structure", "metric", "statistics"))
-    return f"""Structure {structure}, metric {metric}, statistics {statistics}, restoration
+    named = ("structure", "metric", "statistics") if options["method"] == "flap" else ("structure",)
+    decided = ", ".join(f"{name} {options[name]}" for name in named)
+    return f"""{decided[0].upper()}{decided[1:]}, restoration
 {record["restore"]}.{widths}"""
 
 
