@@ -17,11 +17,13 @@ from warm_commands import run_warm
 
 import flap_stream
 from flap_stream.arithmetic.layer_shape import Sublayer
+from flap_stream.cli import main
 from flap_stream.config import CollectConfig, PlanConfig, SweepConfig
 from flap_stream.engine import head_gradient
 from flap_stream.engine.head_gradient import fisher_slopes
 from flap_stream.engine.wide_attention import wide_attention
 from flap_stream.errors import NonFinite, RunMismatch
+from flap_stream.storage import files
 from flap_stream.storage.loss import KINDS, LossScores, LossStore
 from flap_stream.storage.run_directory import RunDirectory
 
@@ -225,6 +227,38 @@ def test_scores_of_two_sweeps_are_not_mixed(tmp_path: Path, monkeypatch: pytest.
         flap_stream.plan(where, PlanConfig(ratio=0.3, metric="fisher")).layers for where in (run, tmp_path / "fresh")
     ]
     assert all(np.array_equal(a.of(k), b.of(k)) for a, b in zip(*kept, strict=True) for k in KINDS)
+
+
+def test_a_sweep_killed_before_its_first_scores_leaves_those_of_the_last_one_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, run = save(tiny_model(tiny_config()), tmp_path / "model"), tmp_path / "run"
+    tokens, remove = save_tokens(tmp_path / "tokens.npy", TOKENS), files.remove
+    flap_stream.collect(path, run, CollectConfig(calibration=(tokens,), loss_windows=1))
+
+    def killed(place: Path) -> None:
+        remove(place)
+        if place.parent.name == "loss.zarr" and place.name.isdigit():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, "remove", killed)
+        flap_stream.collect(path, run, CollectConfig(calibration=(tokens,), loss_windows=2))
+    with pytest.raises(RunMismatch, match="holds no loss scores"):
+        flap_stream.plan(run, PlanConfig(ratio=0.3, metric="fisher"))
+    assert main(["inspect", str(run), "--verify"]) == 0
+    flap_stream.collect(path, run, CollectConfig(calibration=(tokens,), loss_windows=2))
+    flap_stream.plan(run, PlanConfig(ratio=0.3, metric="fisher"))
+
+
+def test_altered_scores_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, run = save(tiny_model(tiny_config()), tmp_path / "model"), tmp_path / "run"
+    tokens = save_tokens(tmp_path / "tokens.npy", TOKENS)
+    flap_stream.collect(path, run, CollectConfig(calibration=(tokens,), loss_windows=1))
+    file = next(path for path in (run / "loss.zarr" / "0001").rglob("0") if path.is_file())
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert main(["inspect", str(run), "--verify"]) == 1
+    assert "loss.zarr/0001 is altered" in capsys.readouterr().err
 
 
 @pytest.mark.slow

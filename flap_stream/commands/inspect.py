@@ -17,7 +17,7 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("place", metavar="RUN|OUT", help="run directory, pruned checkpoint or dense model")
-    parser.add_argument("--verify", action="store_true", help="check every file's digest; exit code 1 if one is wrong")
+    parser.add_argument("--verify", action="store_true", help="check the digests of all files; fails if one is wrong")
     shared.add_output(parser)
 
 
@@ -34,6 +34,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _inspect_run(place: Path, as_json: bool, verifies: bool) -> None:
     from flap_stream.errors import CorruptRun
+    from flap_stream.storage.loss import LossStore
     from flap_stream.storage.run_directory import RunDirectory
 
     with RunDirectory(place, is_writer=verifies) as directory:  # a running job can be inspected, but not verified
@@ -50,11 +51,12 @@ def _inspect_run(place: Path, as_json: bool, verifies: bool) -> None:
             "versions": manifest["versions"],
         }
         if verifies:
-            wrong = directory.damaged()
+            wrong = directory.damaged() + LossStore.damaged(directory)
             if wrong:
                 raise CorruptRun(
-                    f"{place}: {'; '.join(wrong)}; snapshots and plans are rebuilt by rerunning the command that "
-                    "created them; for anything else delete the run directory and collect again"
+                    f"{place}: {'; '.join(wrong)}; snapshots, plans, refits and sweeps are rebuilt by rerunning the "
+                    "command that created them; for tokens, statistics or loss scores delete the run directory and "
+                    "collect again"
                 )
             body["verified"] = True
     if as_json:
@@ -96,7 +98,7 @@ def _inspect_output(place: Path, as_json: bool, verifies: bool) -> None:
         shared.print_json({"out": str(place), **record, **({"verified": True} if verifies else {})})
         return
     options = record["options"]
-    how = ", ".join(options[name] for name in ("method", "structure", "metric"))
+    how = ", ".join(options[name] for name in ("method", "structure", *(["metric"] * (options["method"] == "flap"))))
     shared.show(f"pruned from {record['base']['name']} by {how}")
     shared.print_sizes(record)
     shared.print_target(record)

@@ -6,6 +6,7 @@ from flap_stream.errors import CorruptCheckpoint
 from flap_stream.model.model_files import TEMPLATES_NAME
 from flap_stream.model.safetensors_format import read_header
 from flap_stream.storage import files
+from flap_stream.storage.schema import hexadecimal
 
 DIGESTS_NAME = "SHA256SUMS"
 
@@ -23,7 +24,8 @@ def read_digests(out: Path) -> dict[str, str]:
     path = out / DIGESTS_NAME
     lines = files.read_plain(path).decode(errors="replace").splitlines() if path.is_file() else []
     digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if "config.json" not in digests or not all(map(_is_written_name, digests)):
+    is_whole = all(len(digest) == 64 and hexadecimal(digest) for digest in digests.values())
+    if "config.json" not in digests or not is_whole or not all(map(_is_written_name, digests)):
         state = "is damaged" if path.is_file() else "is missing"
         raise CorruptCheckpoint(f"{path} {state}; without it nothing can be checked, so prune again into another OUT")
     return digests
@@ -55,4 +57,4 @@ def _is_credible(path: Path) -> bool:
 def _is_written_name(name: str) -> bool:
     """Whether a name can be in SHA256SUMS: a file of the output, or of its directory of chat templates."""
     own = name.removeprefix(f"{TEMPLATES_NAME}/")
-    return Path(own).name == own and len(own) <= 255
+    return Path(own).name == own and own not in ("", "..") and len(own) <= 255

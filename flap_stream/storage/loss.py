@@ -24,8 +24,8 @@ _JOB = re.compile(r"(\d+)-drawn(-with-whole-experts)?(-with-layers)?")
 class LossScores:
     """Loss score F of each unit of one layer, in nats squared: float64 `[group]` and `[neuron]`.
 
-    experts: of its experts as a whole, float64 `[expert]`, infinite for those that no token reached; None if the sweep
-    did not score them. together: of all neurons of all experts at once, float64 `[1]`; None likewise. layer: of the
+    experts: of its experts as a whole, float64 `[expert]`, infinite for those that no token reached; None if they
+    were not scored. together: of all neurons of all experts at once, float64 `[1]`; None likewise. layer: of the
     layer as a whole, float64 `[1]`; None likewise.
     """
 
@@ -57,12 +57,20 @@ class LossStore:
         jobs = [entry["job"] for entry in run.journal.of_kind(_SCORES)]
         for job in dict.fromkeys(reversed(jobs)):
             found = cls._of_job(run, job)
-            if found is not None and found.complete() == len(run.layer_shapes):
+            if found is not None and found.complete() == len(run.layer_shapes) and not found._is_being_replaced():
                 return found
         raise RunMismatch(
             f"{run.path} holds no loss scores; collect them with flap-stream collect MODEL {run.path} "
             "--loss-windows 256"
         )
+
+    @classmethod
+    def damaged(cls, run: RunDirectory) -> list[str]:
+        """As `RunDirectory.damaged`, of the scores that a run directory holds."""
+        jobs = dict.fromkeys(entry["job"] for entry in run.journal.of_kind(_SCORES))
+        stores = [found for job in jobs if (found := cls._of_job(run, job)) is not None]
+        items = [item for store in stores if not store._is_being_replaced() for item in store.committed()]
+        return [f"{item.name} is {damage}" for item in items if (damage := run.files.damage_of(item))]
 
     @classmethod
     def begun(cls, run: RunDirectory) -> "LossStore | None":
@@ -74,6 +82,22 @@ class LossStore:
     def _of_job(cls, run: RunDirectory, job: str) -> "LossStore | None":
         found = _JOB.fullmatch(job)
         return None if found is None else cls(run, int(found[1]), found[2] is not None, found[3] is not None)
+
+    def _is_being_replaced(self) -> bool:
+        """Whether another job began later and was killed once it had removed a layer's scores of this one."""
+        begun = self.run.journal.of_kind("loss-job")
+        if not begun or begun[-1]["job"] == self.job:
+            return False
+        return any(self.run.files.damage_of(item) for item in self.committed())
+
+    def committed(self) -> list[Committed]:
+        """The scores of this job that are stored, by layer."""
+        newest = {entry["name"]: entry for entry in self.run.journal.of_kind(_SCORES)}
+        return [
+            Committed(_path(layer), entry["digest"], arrays.max_bytes(self._array_specs(layer)))
+            for layer in range(len(self.run.layer_shapes))
+            if (entry := newest.get(layer_name(layer))) and entry["job"] == self.job
+        ]
 
     @property
     def job(self) -> str:

@@ -178,7 +178,8 @@ class RunDirectory:
             sizes = self.manifest["sizes"]
             width = sizes.get("state", sizes["hidden"])
             found += self.snapshots.committed(samples * length * width * _SNAPSHOT_ITEM_BYTES)
-        return found + self.refits.committed()
+        # Those of an earlier plan are deleted when another one is refitted.
+        return found + [item for item in self.refits.committed() if (self.path / item.name).exists()]
 
     def damaged(self) -> list[str]:
         """Names of committed files and directories that are no longer as written, each with what is wrong."""

@@ -110,6 +110,7 @@ _MANIFEST = {
     "options": _OPTIONS,
     "source": str,
     "calibration": {"sources?": [str], "samples?": natural, "sequence_length?": natural},
+    "window_prefix?": [natural],
     "threads": within(1, _MAX_THREADS),
     "parameters": within(1, _MAX_PARAMETERS),
     "sizes": _SIZES,
