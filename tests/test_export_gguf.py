@@ -1,6 +1,7 @@
 """GGUF files compute in the real llama.cpp what the pruned checkpoints compute in transformers."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,17 @@ def test_the_command_refuses_what_is_there(
     assert "move it away" in capsys.readouterr().err and file.read_bytes() == before
     with pytest.raises(OutputConflict):
         export_gguf(pruned_demo, file, ExportGgufConfig())
+
+
+def test_a_damaged_tokenizer_is_refused(tmp_path: Path, pruned_demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "pruned"
+    shutil.copytree(pruned_demo, place)
+    whole = (place / "tokenizer.json").read_bytes()
+    for damaged in (whole[:-100], b"[]", b"{}"):
+        (place / "tokenizer.json").write_bytes(damaged)
+        assert main(["export-gguf", str(place), str(tmp_path / "model.gguf")]) == 2
+        assert "tokenizer.json is truncated or damaged" in capsys.readouterr().err
+    assert not (tmp_path / "model.gguf").exists()
 
 
 def byte_level(*splits: Any) -> Tokenizer:

@@ -44,6 +44,8 @@ def test_rows_of_tokens_can_be_mixed_too(tmp_path: Path) -> None:
 def test_windows_go_by_largest_remainder() -> None:
     assert parts_of(["a:0.5", "b:0.3", "c:0.2"], 7) == [("a", 4), ("b", 2), ("c", 1)]
     assert parts_of(["a", "b"], 7) is None
+    assert parts_of(["a:70%", "b:30%"], 10) == [("a", 7), ("b", 3)]
+    assert parts_of(["a:nan", "b"], 7) is None  # a file of that name, which is then not found
     assert spread([2, 1]).tolist() == [0, 2, 1]
 
 

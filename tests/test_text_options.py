@@ -21,7 +21,7 @@ import flap_stream
 import flap_stream.storage.run_directory
 from flap_stream.cli import main
 from flap_stream.config import CollectConfig, EvaluateConfig, PruneConfig, SweepConfig, TextConfig
-from flap_stream.errors import InvalidOption, NotPlain
+from flap_stream.errors import InvalidOption, InvalidText, NotPlain
 from flap_stream.text.tokenization import Tokenizer
 from flap_stream.text.windows import TextWanted, calibration_tokens, evaluation_tokens
 
@@ -178,6 +178,17 @@ def test_c4_is_sampled_as_the_released_code_does(hub: Path) -> None:
     assert tokens.tolist() == [[int(word) for word in window] for window in expected]
     consecutive = evaluation_tokens(TextWanted(["c4"], None, 10, TextConfig(), True), words, 1000).tokens
     assert consecutive.ravel()[:40].tolist() == [int(word) for word in " ".join(documents).split()][:40]
+    assert len(consecutive) == 256  # of more than 600
+    read: list[str] = []
+    whole = Tokenizer(lambda text: (read.append(text), [1] * 9)[1])
+    evaluation_tokens(TextWanted(["c4"], 1, 4, TextConfig(), True), lambda: whole, 1000)
+    assert read[0].startswith(" ".join(documents)[:2000])
+    with pytest.raises(InvalidText, match="none of 300 documents of c4 has more than 99 tokens"):
+        calibration_tokens(TextWanted(["c4"], 20, 99, TextConfig()), 3, words, 1000)
+    path = cached_file(hub, "allenai/c4", "en/c4-train.00000-of-01024.json.gz")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InvalidText, match="cannot be read"):
+        calibration_tokens(TextWanted(["c4"], 20, 16, TextConfig()), 3, words, 1000)
 
 
 def test_a_file_of_c4_with_holes_is_refused(hub: Path) -> None:

@@ -17,6 +17,11 @@ _LONGEST_NAME = 500  # characters
 Choose = Callable[[Path, Sequence[str]], Sequence[str]]
 
 
+def is_path(model: str) -> bool:
+    """Whether the name of a model, if there is nothing of that name here, can only be a path."""
+    return model.startswith(("/", ".", "~")) or model.partition("@")[0].count("/") > 1
+
+
 def split_revision(model: str) -> tuple[str, str | None]:
     """Repository and revision of `name` or `name@revision`."""
     name, _, revision = model.partition("@")

@@ -142,7 +142,7 @@ def _resolve(model: str, weights: bool) -> Path:
         require_model(str(path.parent), [path.name], dict)
     if path.exists():
         raise InvalidModel(f"{model} is a file; name the directory that holds config.json and the safetensors shards")
-    if model.partition("@")[0].count("/") > 1 or model.startswith(("/", ".", "~")):
+    if hub.is_path(model):
         raise InvalidModel(f"no such model: {model} is not a directory")
 
     def choose(directory: Path, names: Sequence[str]) -> tuple[str, ...]:

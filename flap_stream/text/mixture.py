@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flap_stream.config.values import read_share
 from flap_stream.errors import InvalidText
 
 
@@ -19,7 +20,9 @@ def parts_of(sources: Sequence[str], samples: int) -> list[tuple[str, int]] | No
         return None
     if len(shares) < len(named):
         bare = next(name for name, share in named if share is None)
-        raise InvalidText(f"{bare} has no share, but other calibration texts do; write it as {bare}:0.5, or drop all")
+        raise InvalidText(
+            f"{bare} has no share, but other calibration texts do; write it as {bare}:0.5, or remove all shares"
+        )
     if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
         raise InvalidText(
             f"the shares of {', '.join(sources)} are {' + '.join(f'{s:g}' for s in shares)} = {sum(shares):g}; "
@@ -37,7 +40,7 @@ def parts_of(sources: Sequence[str], samples: int) -> list[tuple[str, int]] | No
 
 
 def spread(counts: Sequence[int]) -> np.ndarray:
-    """The order, int64 `[window]`, that spreads each text's windows evenly; they stand text by text before."""
+    """The order, int64 `[window]`, that spreads each text's windows evenly; which are given text by text."""
     places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
     return np.argsort(places, kind="stable")
 
@@ -47,7 +50,5 @@ def _divided(source: str) -> tuple[str, float | None]:
     name, colon, share = source.rpartition(":")
     if not (colon and name) or Path(source).exists():
         return source, None
-    try:
-        return name, float(share)
-    except ValueError:
-        return source, None
+    found = read_share(share)
+    return (source, None) if found is None else (name, found)

@@ -5,7 +5,6 @@ Files are unpacked and decoded. At most a piece of a .txt file, or one row of an
 """
 
 import bz2
-import codecs
 import gzip
 import io
 import json
@@ -42,14 +41,17 @@ def check_sources(sources: Sequence[str], evaluation: bool) -> None:
     """Raise InvalidText for sources that are unusable, as far as can be told without reading them."""
     for source in sources:
         if source == "c4" and not evaluation and len(sources) > 1:
-            raise InvalidText("c4 is sampled document by document; it must be the only --calibration text")
+            raise InvalidText(
+                "c4 is sampled document by document; give it as the only --calibration text, or give every text a "
+                "share, as in c4:0.5 code.txt:0.5"
+            )
         if source not in DATASETS:
             text_files(Path(source))
 
 
 def joined(sources: Sequence[str], evaluation: bool, reading: Reading) -> Iterator[str]:
     """Yield the documents of all sources in pieces, with the separators of the released code between documents."""
-    separator, is_first = "\n\n" if evaluation else " ", True
+    separator, is_first = "\n\n" if evaluation and list(sources) != ["c4"] else " ", True
     for source in sources:
         for begins, piece in _pieces(source, evaluation, reading):
             if begins and not is_first:
@@ -132,11 +134,15 @@ def _opened(path: Path) -> Iterator[TextIO]:
 
     Raises InvalidText if it is not one or is damaged.
     """
+    with _readable(path), _open_bytes(path) as raw, io.BufferedReader(raw, _BUFFER_BYTES) as data:  # type: ignore[type-var]
+        yield io.TextIOWrapper(data, json.detect_encoding(data.peek(4)[:4]))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raise InvalidText in the block if a file is damaged or is no text."""
     try:
-        with _open_bytes(path) as raw, io.BufferedReader(raw, _BUFFER_BYTES) as data:  # type: ignore[type-var]
-            encoding = json.detect_encoding(data.peek(4)[:4])
-            codecs.lookup(encoding)
-            yield io.TextIOWrapper(data, encoding)
+        yield
     except UnicodeDecodeError as error:
         raise InvalidText(
             f"{path} cannot be read as UTF-8 or UTF-16 text ({error.reason}: {error.object[error.start :][:1]!r}); "
@@ -199,11 +205,15 @@ class C4Documents(Sequence[str]):
 
         path, _ = fetched("c4", evaluation=False)
         self._starts = array("q", [0])
-        with _open_bytes(path) as packed:
-            self._file = tempfile.TemporaryFile(dir=HF_HUB_CACHE)  # noqa: SIM115
-            for line in packed:
-                self._file.write(line)
-                self._starts.append(self._starts[-1] + len(line))
+        self._file = tempfile.TemporaryFile(dir=HF_HUB_CACHE)  # noqa: SIM115
+        try:
+            with _readable(path), _open_bytes(path) as packed:
+                for line in packed:
+                    self._file.write(line)
+                    self._starts.append(self._starts[-1] + len(line))
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> "C4Documents":
         return self

@@ -12,15 +12,15 @@ import numpy as np
 
 from flap_stream.config import CollectConfig, TextConfig
 from flap_stream.errors import InsufficientMemory, InvalidOption, InvalidText
+from flap_stream.model.hub import is_path
 from flap_stream.storage import files
-from flap_stream.text.hub_datasets import DATASETS, fetch
+from flap_stream.text.hub_datasets import fetch
 from flap_stream.text.mixture import parts_of, spread
 from flap_stream.text.rows import Reading
 from flap_stream.text.sources import C4Documents, check_sources, joined
-from flap_stream.text.tokenization import Tokenizer, load_tokenizer, pretrained_tokenizer, window_prefix
+from flap_stream.text.tokenization import Tokenizer, window_prefix
 
 __all__ = [
-    "DATASETS",
     "TextWanted",
     "Windows",
     "calibration_text",
@@ -28,12 +28,11 @@ __all__ = [
     "check_text",
     "evaluation_text",
     "evaluation_tokens",
-    "load_tokenizer",
-    "pretrained_tokenizer",
 ]
 
 logger = logging.getLogger(__name__)
 
+_C4_EVALUATION_WINDOWS = 256  # as in the released code
 _KEPT_TOKENS = 1 << 24  # 64 MiB; a longer calibration text is tokenised twice
 
 Load = Callable[[], Tokenizer]
@@ -104,8 +103,7 @@ def check_text(wanted: TextWanted, model: str | Path | None = None) -> None:
                 raise InvalidOption(f"--{name} {value} applies to text, but {wanted.names} holds token ids")
         return
     check_sources(wanted.sources, wanted.evaluation)
-    is_path = str(model).startswith(("/", ".", "~")) or str(model).count("/") > 1 or Path(str(model)).exists()
-    if model is not None and not is_path:
+    if model is not None and not Path(model).exists() and not is_path(str(model)):
         fetch(wanted.sources, wanted.evaluation)
 
 
@@ -151,12 +149,15 @@ def _mixed(found: Sequence[Windows], parts: Sequence[TextWanted]) -> Windows:
 def evaluation_tokens(wanted: TextWanted, load: Load, vocab_size: int, room: int | None = None) -> Windows:
     """Consecutive full windows of a text; the remainder at the end is dropped.
 
-    A prefix takes its place in each window from the text. No more text is read than `samples` windows need.
+    A prefix takes its place in each window from the text. No more text is read than `samples` windows need; of c4, as
+    in the released code, that is 256 windows if it is None.
     Raises InvalidText as `calibration_tokens` does.
     """
     ready = _ready_tokens(wanted.sources)
     if ready is not None:
         return Windows(_checked(ready[: wanted.samples], vocab_size, wanted))
+    if wanted.samples is None and list(wanted.sources) == ["c4"]:
+        wanted = replace(wanted, samples=_C4_EVALUATION_WINDOWS)
     tokenizer = load()
     prefix = _window_prefix(tokenizer, wanted)
     width = wanted.length - len(prefix)
@@ -264,8 +265,15 @@ def _c4_windows(
 ) -> np.ndarray:
     """One window from each of `samples` random documents that are long enough (get_c4 in lib/data.py)."""
     windows: list[np.ndarray] = []
+    tried = 0
     with C4Documents() as documents:
         while len(windows) < samples:
+            tried += 1
+            if tried > len(documents) and not windows:
+                raise InvalidText(
+                    f"none of {len(documents):,} documents of c4 has more than {length} tokens; use a smaller "
+                    "--sequence-length"
+                )
             document = documents[draw.randint(0, len(documents) - 1)]
             ids = np.concatenate(list(tokenizer.ids([document])))
             if len(ids) > length:
