@@ -57,6 +57,16 @@ def test_both_models_are_measured_at_every_setting(
         assert row["prompt_speedup"] > 0 and row["generation_speedup"] > 0
 
 
+@pytest.mark.slow
+def test_a_model_with_states_in_place_of_keys_is_measured(tmp_path: Path) -> None:
+    model = save(tiny_model(tiny_config("lfm2")), tmp_path / "model")
+    tokens = save_tokens(tmp_path / "tokens.npy", random_tokens(6, 16))
+    flap_stream.prune(model, tmp_path / "out", ratio=0.3, calibration=tokens)
+    how = {"batch_sizes": 1, "prompt_lengths": 8, "generate": 2, "rounds": 1, "device": "cpu"}
+    (row,) = flap_stream.bench_inference(model, tmp_path / "out", **how).rows
+    assert row.dense.kv_cache_bytes > 0
+
+
 def test_rates_are_of_all_tokens_by_the_median() -> None:
     runs = [Measurement(s, 2 * s, peak, 0, 5) for s, peak in ((1.0, 7), (2.0, 9), (4.0, 8))]
     found = summary(Setting(batch_size=3, prompt_length=10, generate=4), runs)

@@ -50,6 +50,20 @@ def test_the_command_shows_both(pruned_demo: Path, capsys: pytest.CaptureFixture
     assert "--device-memory is the limit of a GPU" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--chat-template", "always"], "--chat-template always needs a chat template, and this model's tokenizer has"),
+        (["--prompt", ""], "--prompt '' has no tokens; give at least a word"),
+    ],
+)
+def test_a_prompt_that_cannot_be_run_is_refused(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["try", str(DEMO / "model"), "--prompt", PROMPT, *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_a_prompt_is_a_message_where_there_is_a_template(pruned_demo: Path, tmp_path: Path) -> None:
     chatting = tmp_path / "chatting"
     chatting.mkdir()

@@ -19,6 +19,7 @@ _EVALUATION = {
     "sequence_length": natural,
     "windows": natural,
     "perplexity": finite,
+    "tokens?": str,
 }
 
 
@@ -27,6 +28,7 @@ class Evaluation:
     """The perplexity of a model on a text.
 
     model: its name; fingerprint: what tells it from others, see `fingerprint_digest`. text: names of files.
+    tokens: sha256 of the windows; empty in files of earlier versions.
     """
 
     model: str
@@ -35,17 +37,18 @@ class Evaluation:
     sequence_length: int
     windows: int
     perplexity: float
+    tokens: str = ""
 
     @property
     def on(self) -> tuple[object, ...]:
         """What it was measured on."""
-        return self.text, self.sequence_length, self.windows
+        return self.text, self.sequence_length, self.windows, self.tokens
 
 
 def require_pruned(out: Path) -> None:
     """Raise InvalidOption unless evaluations can be saved in `out`."""
     if record_of(out) is None:
-        raise InvalidOption(f"--save {out} is no pruned checkpoint; name the OUT of a prune")
+        raise InvalidOption(f"--save {out} is not a pruned checkpoint; give the output directory of flap-stream prune")
 
 
 def read_evaluations(out: Path) -> list[Evaluation]:

@@ -294,7 +294,7 @@ def _measure(model: Any, setting: Setting, vocabulary: int, device: Any) -> Meas
         for _ in range(setting.generate):
             token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(dim=-1)
         ended = clock()
-    kept = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    kept = [tensor for layer in cache.layers for tensor in _tensors_of(layer)]
     return Measurement(
         prompt_seconds=prompted - started,
         generation_seconds=ended - prompted,
@@ -302,6 +302,15 @@ def _measure(model: Any, setting: Setting, vocabulary: int, device: Any) -> Meas
         peak_device_bytes=peak_bytes(device)[1],
         kv_cache_bytes=sum(tensor.nbytes for tensor in kept),
     )
+
+
+def _tensors_of(layer: Any) -> list[Any]:
+    """What a layer of a cache keeps: keys and values, or the states of another kind of attention."""
+    import torch
+
+    states = (getattr(layer, name, None) or {} for name in ("conv_states", "recurrent_states"))
+    kept = [*(getattr(layer, name, None) for name in ("keys", "values")), *(t for own in states for t in own.values())]
+    return [tensor for tensor in kept if isinstance(tensor, torch.Tensor)]
 
 
 if __name__ == "__main__":

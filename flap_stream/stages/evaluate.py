@@ -26,6 +26,7 @@ from flap_stream.output.evaluations import Evaluation, require_pruned, save_eval
 from flap_stream.output.pruning_record import fingerprint_digest
 from flap_stream.progress import Progress, peak_device_bytes, peak_host_bytes
 from flap_stream.stages.job_header import engine_rows, model_row
+from flap_stream.storage.run_manifest import tokens_digest
 from flap_stream.text.tokenization import load_tokenizer
 from flap_stream.text.windows import TextWanted, check_text, evaluation_text, evaluation_tokens
 
@@ -83,7 +84,7 @@ def evaluate(
         bytes_read = sum(ranks.gathered(checkpoint.bytes_read))
         perplexity = perplexity_of(scores)
         if options.save is not None and ranks.is_first:
-            _save(Path(options.save), checkpoint, options.text, tokens.shape, perplexity)
+            _save(Path(options.save), checkpoint, options.text, tokens, perplexity)
     window_nll = -scores.reshape(len(tokens), -1).mean(axis=1, dtype=np.float64)
     return EvaluateResult(
         perplexity=perplexity,
@@ -98,11 +99,12 @@ def evaluate(
     )
 
 
-def _save(out: Path, checkpoint: Checkpoint, text: Sequence[str], shape: tuple[int, ...], perplexity: float) -> None:
-    """Note a result in a pruned checkpoint. shape: windows, tokens of each."""
+def _save(out: Path, checkpoint: Checkpoint, text: Sequence[str], tokens: np.ndarray, perplexity: float) -> None:
+    """Note a result in a pruned checkpoint. tokens: int64 `[sample, token]`."""
     name, fingerprint = base_name(checkpoint.source), fingerprint_digest(checkpoint.fingerprint)
     names = tuple(Path(source).name for source in text)
-    save_evaluation(out, Evaluation(name, fingerprint, names, shape[1], shape[0], perplexity))
+    windows, length = tokens.shape
+    save_evaluation(out, Evaluation(name, fingerprint, names, length, windows, perplexity, tokens_digest(tokens)))
 
 
 def windows_of(wanted: TextWanted, model: StreamedModel, options: EngineConfig) -> np.ndarray:

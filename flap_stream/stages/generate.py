@@ -17,6 +17,7 @@ from flap_stream.engine import memory
 from flap_stream.engine.device import in_use
 from flap_stream.engine.layer_pass import LayerPass
 from flap_stream.engine.streamed_model import StreamedModel
+from flap_stream.errors import InvalidOption
 from flap_stream.model.model_code import load_model
 from flap_stream.model.opening import open_checkpoint
 from flap_stream.progress import Progress
@@ -69,10 +70,18 @@ def generate(
 def _prompt_ids(tokenizer: Any, prompt: str, chat_template: str) -> list[int]:
     """The prompt's tokens; as a message of a conversation if the tokenizer has a template."""
     if chat_template == "never" or (chat_template == "auto" and not tokenizer.chat_template):
-        return list(tokenizer(prompt)["input_ids"])
+        return _some(list(tokenizer(prompt)["input_ids"]), prompt)
+    if not tokenizer.chat_template:
+        raise InvalidOption("--chat-template always needs a chat template, and this model's tokenizer has none")
     message = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _some(list(tokenizer(text, add_special_tokens=False)["input_ids"]), prompt)
+
+
+def _some(ids: list[int], prompt: str) -> list[int]:
+    if not ids:
+        raise InvalidOption(f"--prompt {prompt!r} has no tokens; give at least a word")
+    return ids
 
 
 def _fits(model: StreamedModel, options: TryConfig) -> bool:
