@@ -57,19 +57,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         own = verbs.add_parser(verb, help=summary, description=summary, allow_abbrev=False)
         if has_recipe or verb in arguments:  # what builds the others' options costs more than all else
             add_options(verb, own)
-    with nullcontext() if _is_first_rank() else redirect_stderr(None):  # all ranks have the same arguments
+    with nullcontext() if interruption.is_first_rank() else redirect_stderr(None):  # all ranks have the same arguments
         try:
             arguments = with_recipe(verbs.choices, arguments)
         except InvalidOption as error:
             parser.error(str(error))
         options = parser.parse_args(arguments)
     if options.verb not in TOGETHER:
-        if not _is_first_rank():
+        if not interruption.is_first_rank():
             return 0
         os.environ.pop("WORLD_SIZE", None)  # so that nothing it calls waits for the others
-    elif not _is_first_rank():
+    elif not interruption.is_first_rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
-    quiet = getattr(options, "quiet", False) or not _is_first_rank()
+    quiet = getattr(options, "quiet", False) or not interruption.is_first_rank()
     level = logging.ERROR if quiet else logging.INFO
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("flap-stream: %(message)s"))
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     """Run a verb, and log it where --log says."""
-    file = getattr(options, "log", None) if _is_first_rank() else None
+    file = getattr(options, "log", None) if interruption.is_first_rank() else None
     with nullcontext() if file is None else _logged(file):
         _module_of(options.verb).run(options)
 
@@ -101,8 +101,10 @@ def _logged(file: str) -> Iterator[None]:
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
     own = logging.getLogger("flap_stream")
     loggers = (own, logging.getLogger("flap_stream.progress"))
-    before = [(logger.level, logger.propagate) for logger in loggers]
-    own.propagate = own.getEffectiveLevel() <= logging.INFO  # --quiet is about stderr
+    before = [logger.level for logger in loggers]
+    shown = [(other, other.level) for other in logging.getLogger().handlers]
+    for other, level in shown:  # what is shown stays as it was, and the file gets all
+        other.setLevel(max(level, own.getEffectiveLevel()))
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
@@ -113,10 +115,11 @@ def _logged(file: str) -> Iterator[None]:
         own.info("ended by %s: %s", type(error).__name__, error)
         raise
     finally:
-        for logger, (level, propagates) in zip(loggers, before, strict=True):
+        for logger, level in zip(loggers, before, strict=True):
             logger.removeHandler(handler)
             logger.setLevel(level)
-            logger.propagate = propagates
+        for other, level in shown:
+            other.setLevel(level)
         handler.close()
 
 
@@ -146,7 +149,7 @@ def _resumes(options: argparse.Namespace) -> bool:
         return not options.dry_run
     if options.verb in ("sweep", "demo"):
         return bool(options.evaluate if options.verb == "sweep" else options.out)
-    return options.verb in ("collect", "rewrite")
+    return options.verb in ("collect", "rewrite", "push")
 
 
 def _sleep_while_waiting() -> None:
@@ -242,13 +245,9 @@ def _tell(error: BaseException, message: str, before: str = "") -> None:
     The error that ended the job carries a note of its rank; an error without one is the same on all ranks.
     """
     notes = getattr(error, "__notes__", [])
-    if notes or _is_first_rank():
+    if notes or interruption.is_first_rank():
         with suppress(BrokenPipeError):
             print(f"{before}flap-stream: {''.join(notes)}{message}", file=sys.stderr)
-
-
-def _is_first_rank() -> bool:
-    return int(os.environ.get("WORLD_SIZE", 1)) <= 1 or int(os.environ.get("RANK", 0)) == 0
 
 
 def _module_of(verb: str) -> ModuleType:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,6 +54,18 @@ def test_a_log_has_what_was_shown_and_how_it_ended(place: Path, quiet: list[str]
     assert "ended by OutputConflict: out was pruned with other options: --ratio was 0.3" in log
     assert all(line[:2] == "20" for line in log.splitlines())
     assert bool(quiet) == ("collect" not in first.stderr)
+
+
+def test_errors_are_shown_beside_a_log_though_all_else_is_quiet(place: Path) -> None:
+    code = (
+        "import logging, sys; from flap_stream import cli; import flap_stream.commands.plan as plan; "
+        "plan.run = lambda options: [logging.getLogger('flap_stream.x').log(level, str(level)) for level in (20, 40)]; "
+        "sys.exit(cli.main(['plan', 'run', '--log', 'log.txt', '--quiet']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr == "flap-stream: 40\n"
+    logged = [line.split()[-2:] for line in (place / "log.txt").read_text().splitlines()]
+    assert logged[1:] == [["INFO", "20"], ["ERROR", "40"]]
 
 
 def test_a_log_that_cannot_be_written_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

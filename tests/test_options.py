@@ -55,6 +55,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (SweepConfig, "ratios", 0.3, (0.3,)),
         (SweepConfig, "ratios", "0.1:0.3:0.1", (0.1, 0.2, 0.3)),
         (SweepConfig, "ratios", ["10%", 0.5], (0.1, 0.5)),
+        (SweepConfig, "ratios", [0.5, 0.2, 0.2], (0.2, 0.5)),
         (SweepConfig, "resolution", "5%", 0.05),
         (BenchInferenceConfig, "batch_sizes", 4, (4,)),
         (BenchInferenceConfig, "prompt_lengths", "16,32", (16, 32)),
@@ -92,6 +93,11 @@ def test_what_is_meant_is_understood(kind: type, name: str, given: Any, meant: A
         (CollectConfig, "samples", True),
         (CollectConfig, "seed", "one"),
         (PlanConfig, "ratio", "much"),
+        (PlanConfig, "ratio", "1e1000000"),
+        (CollectConfig, "snapshot_interval", 0),
+        (CollectConfig, "round_neurons_to", 0),
+        (CollectConfig, "min_heads", -1),
+        (CollectConfig, "tensor_parallel", 0),
         (PlanConfig, "ratio", None),
         (PlanConfig, "metric", 3),
         (EngineConfig, "host_memory", "8X"),
@@ -217,7 +223,7 @@ def test_what_was_removed_names_what_to_use(place: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "joint"])
     assert ended.value.code == 2
-    assert "'joint' was removed: least-squares has the target own, and --restore reconst" in capsys.readouterr().err
+    assert "'joint' was removed: least-squares always fits the layer's own dense output" in capsys.readouterr().err
     assert main([*arguments, "own"]) == 2  # since there is no run
     assert "run" in capsys.readouterr().err
     with pytest.raises(InvalidOption, match="--refit-target was removed"):
@@ -257,6 +263,7 @@ def test_what_would_not_do_what_it_says_is_refused(
         ("evaluate model --text long.npy", "300 tokens are longer than the 256 positions"),
         ("collect model long --calibration long.npy", "300 tokens are longer than the 256 positions"),
         ("prune model weights --method magnitude-sp --seed 3", "--seed 3 has no effect"),
+        ("prune model weights --method magnitude-sp --bos always", "--bos always has no effect"),
         ("collect model tokens --calibration tokens.npy --ratio 0.3", "--ratio 0.3 has no effect"),
         ("evaluate model --text tokens.npy --sequence-length 8", "a .npy already holds windows"),
         ("collect model tokens --calibration tokens.npy --samples 64", "only 6 windows"),
@@ -284,6 +291,7 @@ def test_options_with_an_effect_are_passed_over_in_silence(place: Path, caplog: 
         )
         flap_stream.evaluate(place / "model", text=place / "tokens.npy", batch_size=2, dtype="float32")
         flap_stream.plan(place / "run", ratio=0.3, metric="ifv", min_heads=2)
+        flap_stream.rewrite(place / "run", place / "with code", trust_remote_code=True)
     assert caplog.text == ""
 
 

@@ -1,6 +1,7 @@
 """Recipes: files of options that any verb reads, and the presets."""
 
 import argparse
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,36 @@ def test_the_recipe_of_a_run_directory_prunes_as_its_plan_does(place: Path, caps
     assert main(["recipe", "--run", "run", "--preset", "fast"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("collected", "planned"),
+    [
+        (["--method", "wanda-sp", "--ratio", "0.3", "--min-neurons", "16"], {"ratio": 0.3, "min-neurons": 16}),
+        (["--loss-windows", "2"], {"metric": "fisher", "loss-windows": 2}),
+    ],
+    ids=["wanda-sp", "loss"],
+)
+def test_a_collection_tells_what_to_plan_and_its_recipe_says_the_same(
+    collected: list[str], planned: dict[str, Any], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["collect", "model", "a run", "--calibration", "tokens.npy", *collected]) == 0
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
+    assert main(["recipe", "--run", "a run"]) == 0
+    recipe = tomllib.loads(capsys.readouterr().out)
+    assert planned.items() <= recipe.items()
+    assert main([*shlex.split(told)[2:], "--quiet"]) == 0
+
+
 def test_the_command_line_wins(verbs: dict[str, argparse.ArgumentParser], tmp_path: Path) -> None:
     recipe = written(tmp_path, 'ratio = 0.3\nsamples = 7\ncalibration = ["a.txt", "b.txt"]\nquiet = true\n')
     found = parsed(verbs, "prune", f"--recipe={recipe}", "M", "O", "--samples", "9", "--calibration", "c.txt")
     assert (found["samples"], found["calibration"], found["ratio"], found["quiet"]) == (9, ["c.txt"], "0.3", True)
     found = parsed(verbs, "prune", "M", "O", "--target-parameters", "5B", "--recipe", recipe)
     assert found["target_parameters"] == "5B" and found["ratio"] != "0.3"  # either says how much to remove
+    recipe = written(tmp_path, 'target-memory = "9GiB"\ncontext = 4096\nbatch = 2\n')
+    found = parsed(verbs, "prune", "M", "O", "--recipe", recipe, "--ratio", "0.3")
+    assert (found["ratio"], found["target_memory"], found["context"], found["batch"]) == ("0.3", None, None, None)
+    found = parsed(verbs, "prune", "M", "O", "--recipe", recipe, "--target-memory", "8GiB")
+    assert (found["target_memory"], found["context"], found["batch"]) == ("8GiB", "4096", 2)
 
 
 def test_one_recipe_serves_several_verbs(verbs: dict[str, argparse.ArgumentParser], tmp_path: Path) -> None:

@@ -255,19 +255,35 @@ def test_without_text_it_only_plans_and_needs_no_model(tmp_path: Path, capsys: p
         ("0.2", (0.2,)),
         ("0.5,0.2,0.2", (0.2, 0.5)),
         ("0.1:0.35:0.1", (0.1, 0.2, 0.3)),
+        ("10%:30%:10%", (0.1, 0.2, 0.3)),
     ],
 )
 def test_ratios_are_read_both_ends_included(text: str, ratios: tuple[float, ...]) -> None:
     assert parse_ratios(text) == ratios
 
 
-NO_RATIOS = ["", "a", "0.1:0.2", "0.1:0.6:0", "0.1:0.6:-0.1", "0.6:0.1:0.1", "0.1,0.2:0.3", "0:1:1e-9", "nan:1:0.1"]
+NO_RATIOS = [
+    "",
+    "a",
+    "0.1:0.2",
+    "0.1:0.6:0",
+    "0.1:0.6:-0.1",
+    "0.6:0.1:0.1",
+    "0.1,0.2:0.3",
+    "nan:1:0.1",
+    "0:1e1000000:0.1",
+]
 
 
 @pytest.mark.parametrize("text", NO_RATIOS)
 def test_what_is_no_list_of_ratios_is_refused(text: str) -> None:
     with pytest.raises(InvalidOption, match="not a list of ratios"):
         parse_ratios(text)
+
+
+def test_too_many_ratios_are_called_that() -> None:
+    with pytest.raises(InvalidOption, match="more than 1000 ratios; use a larger step"):
+        parse_ratios("0.0001:0.5:0.0001")
 
 
 @pytest.mark.parametrize(

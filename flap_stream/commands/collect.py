@@ -2,9 +2,12 @@
 
 import argparse
 from dataclasses import asdict
+from shlex import quote
 
 from flap_stream.commands import options as shared
-from flap_stream.config import CollectConfig
+from flap_stream.config import CollectConfig, changed_options
+from flap_stream.config.rules import FED_ON
+from flap_stream.config.values import option_name
 
 EXAMPLES = (
     "collect ./model run --calibration text.txt",
@@ -33,8 +36,18 @@ def run(options: argparse.Namespace) -> None:
     model = shared.model_of(options.model, options)
     result = collect(model, options.run_directory, config, progress=progress)
     if options.json:
-        measured = asdict(result.measured)
-        shared.print_json({**asdict(result), "run": str(result.run), "measured": measured})
+        shared.print_json({**asdict(result), "run": str(result.run)})
     else:
         shared.show(f"statistics of {result.layers} layers written to {result.run}")
-        shared.show(f"next: flap-stream plan {result.run} --ratio {options.ratio} --method {options.method}")
+        shared.show(f"next: flap-stream plan {quote(str(result.run))} {' '.join(_plan_options(config))}")
+
+
+def _plan_options(config: CollectConfig) -> list[str]:
+    """Options of `plan` that fit what was collected."""
+    found = [f"--ratio {config.ratio:g}", f"--method {config.method}"]
+    if config.method == "wanda-sp":
+        changed = {name: value for name, value in changed_options(config).items() if name in FED_ON and name != "ratio"}
+        found += [f"--{option_name(name)} {value}" for name, value in changed.items()]
+    if config.loss_windows:
+        found.append("--metric fisher")
+    return found

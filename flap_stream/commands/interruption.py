@@ -12,6 +12,11 @@ EXIT_CODE = 130
 _is_command = False  # whether this process was started as the command, so that its signal handlers are ours
 
 
+def is_first_rank() -> bool:
+    """Whether this is the only process of the job, or the first of several that a launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", 1)) <= 1 or int(os.environ.get("RANK", 0)) == 0
+
+
 def arm() -> None:
     """Until `begun`, and inside `loading`, an interruption ends this process with one line.
 
@@ -48,6 +53,6 @@ def loading() -> Iterator[None]:
 
 
 def _leave(_signal: int, _frame: object) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         os.write(2, b"\nflap-stream: interrupted while loading; nothing was started\n")
     os._exit(EXIT_CODE)

@@ -326,7 +326,7 @@ def check_text(options: Any) -> None:
 
 def progress_of(options: argparse.Namespace) -> Progress:
     """Progress on stderr, unless --quiet; with several ranks only on the first."""
-    is_first = int(os.environ.get("RANK", 0)) == 0
+    is_first = interruption.is_first_rank()
     events = Path(options.events) if is_first and options.events is not None else None
     listeners = [tracker(options.track)] if is_first and options.track is not None else []
     return Progress("auto" if is_first and not options.quiet else "silent", events, listeners)

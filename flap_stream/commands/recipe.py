@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from flap_stream.config import PlanConfig, RewriteConfig
+from flap_stream.config import RewriteConfig
 from flap_stream.errors import InvalidOption
 
 _COMMON = """\
@@ -64,9 +64,9 @@ def run(options: argparse.Namespace) -> None:
         raise InvalidOption(
             f"--preset {options.preset} and --run {options.run} are different recipes; give one of them"
         )
-    from flap_stream.output.recipe import recipe
+    from flap_stream.output.recipe import collected_for, recipe
     from flap_stream.storage.run_directory import RunDirectory
 
     with RunDirectory(Path(options.run), is_writer=False) as run:
-        plan = run.plan.read()[0] if run.plan.exists() else PlanConfig(method=run.manifest["options"]["method"])
+        plan = run.plan.read()[0] if run.plan.exists() else collected_for(run)
         print(recipe(run, plan, RewriteConfig(), run.manifest["source"]).decode(), end="")

@@ -38,7 +38,7 @@ def with_recipe(verbs: Mapping[str, argparse.ArgumentParser], arguments: Sequenc
     found = _of_verb(verbs, verb, recipe, file)
     given = {argument.partition("=")[0] for argument in rest}
     if given & {*_AIMS}:
-        given |= {*_AIMS}
+        given |= {*_AIMS, *(("--context", "--batch") if "--target-memory" not in given else ())}
     at = rest.index(verb) + 1
     own = [word for option, words in found.items() if option not in given for word in words]
     return [*rest[:at], *own, *rest[at:]]

@@ -1,6 +1,7 @@
 """`flap-stream report RUN|OUT --html FILE`."""
 
 import argparse
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=0,
         metavar="PORT",
-        help="serve the page of a job that runs, to this machine alone, until interrupted (default port: a free one)",
+        help="serve the page of a job that runs, only to this machine, until interrupted (default port: a free one)",
     )
     shared.add_output(parser)
 
@@ -59,4 +60,5 @@ def _watch(options: argparse.Namespace) -> None:
     with Watch(Path(options.place), options.watch) as server:
         port = server.server_port
         print(f"{server.url} (from another machine: ssh -L {port}:127.0.0.1:{port} HOST); Ctrl-C ends it", flush=True)
-        server.serve_forever()
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()

@@ -70,7 +70,7 @@ class PlanConfig(TargetConfig):
 
     @property
     def neuron_multiple(self) -> int:
-        """The multiple in force."""
+        """What the number of neurons of a layer is a multiple of."""
         return self.round_neurons_to or FAST_MULTIPLE
 
     @property
@@ -104,7 +104,7 @@ class PlanConfig(TargetConfig):
             if getattr(self, name) is not None:
                 require_at_least(option_name(name), getattr(self, name), 1)
         for name in ("round_heads_to", "round_neurons_to", "tensor_parallel"):
-            require_at_least(name.replace("_", "-"), getattr(self, name), 1)
+            require_at_least(option_name(name), getattr(self, name), 1)
         if self.rounds and self.method == "flap" and self.statistics == "released":
             raise InvalidOption("--statistics released decides as the released code does, which does not round sizes")
         if self.method != "flap" and self.structure != usual:
@@ -180,6 +180,11 @@ class CollectConfig(TextConfig, EngineConfig):
         require_at_least("samples", self.samples, 1)
         require_at_least("sequence-length", self.sequence_length, 2)
         require_at_least("loss-windows", self.loss_windows, 0)
+        require_at_least("min-heads", self.min_heads, 0)
+        require_at_least("min-neurons", self.min_neurons, 0)
+        for name in ("round_heads_to", "round_neurons_to", "tensor_parallel", "snapshot_interval"):
+            if getattr(self, name) is not None:
+                require_at_least(option_name(name), getattr(self, name), 1)
         if self.loss_windows and self.method != "flap":
             raise InvalidOption(f"--loss-windows is only valid with --method flap, not with {self.method}")
         require_ratio(self.ratio)

@@ -28,8 +28,8 @@ FED_ON = (  # what decides the pruned layers whose outputs wanda-sp feeds to the
 
 
 REMOVED = {  # options of earlier versions, and what to do instead
-    "refit_target": "was removed: least-squares has the target own, and --restore reconstruct does more than the "
-    "others did, in less time",
+    "refit_target": "was removed: least-squares always fits the layer's own dense output (own); in place of the other "
+    "targets use --restore reconstruct",
 }
 
 
@@ -86,8 +86,11 @@ RULES = (
     ),
     Rule(
         (CollectConfig,),
-        ("calibration", "samples", "sequence_length", "seed", "batch_size", "dtype"),
-        "a method that reads text, flap or wanda-sp",
+        (
+            *("calibration", "samples", "sequence_length", "seed", "batch_size", "dtype"),
+            *("bos", "text_column", "chat_template"),
+        ),
+        "a method that reads text, which is any but magnitude-sp",
         lambda o: o.method != "magnitude-sp",
         is_refused=False,
     ),
@@ -108,7 +111,7 @@ RULES = (
     Rule((SweepConfig,), _ENGINE, "--evaluate TEXT", lambda o: bool(o.evaluate), is_refused=False),
     Rule(
         (RewriteConfig,),
-        _ENGINE,
+        tuple(name for name in _ENGINE if name != "trust_remote_code"),  # by which a tokenizer's code is carried along
         "--restore least-squares or reconstruct; nothing else runs layers here",
         lambda o: o.refit is not None or isinstance(o, PruneConfig),
         is_refused=False,

@@ -22,6 +22,7 @@ Dtype = Annotated[str, "dtype"]  # `bf16` and torch.bfloat16, too
 GgufType = Annotated[str, "gguf"]  # as `dtype`, by its short name; in capitals, too
 
 _MOST_RATIOS = 1000
+_MOST_DIGITS = 400  # before or after the point: of any number that a float may be
 _SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 # A single letter is a power of 1024, as it is to Docker, Slurm, systemd and the GNU tools.
 _SIZE_UNITS |= {f"{letter}{rest}": 1 << 10 * i for i, letter in enumerate("KMGT", start=1) for rest in ("", "IB")}
@@ -132,7 +133,7 @@ def _decimal(value: object) -> Decimal | None:
         number = Decimal(value.strip() if isinstance(value, str) else repr(float(value)))
     except InvalidOperation:
         return None
-    return number if number.is_finite() else None
+    return number if number.is_finite() and abs(number.adjusted()) < _MOST_DIGITS else None
 
 
 def _read_count(value: object) -> int | None:
@@ -149,7 +150,8 @@ def _read_number(value: object) -> float | None:
     return None if number is None else float(number)
 
 
-def _read_share(value: object) -> float | None:
+def read_share(value: object) -> float | None:
+    """A share, given as a number or as text such as `0.2` or `20%`; None if it is neither."""
     if not isinstance(value, str):
         return _read_number(value)
     match = re.fullmatch(r"\s*(.*?)\s*(%?)\s*", value, flags=re.DOTALL)
@@ -224,21 +226,21 @@ def _read_counts(value: object) -> tuple[int, ...] | None:
 
 
 def _read_numbers(value: object) -> tuple[float, ...] | None:
-    return _read_several(value, _read_share, (str, Real))
+    return _read_several(value, read_share, (str, Real))
 
 
 def _read_ratios(value: object) -> tuple[float, ...] | None:
-    if not isinstance(value, str):
-        return _read_numbers(value)
-    if ":" not in value:
-        found = _read_several(value.split(","), _read_share, ())
+    if not isinstance(value, str) or ":" not in value:
+        found = _read_numbers(value.split(",") if isinstance(value, str) else value)
         return None if found is None else tuple(sorted(set(found)))
-    numbers = [_decimal(part) for part in value.split(":")]
+    numbers = [read_share(part) for part in value.split(":")]
     if len(numbers) != 3 or None in numbers:
         return None
-    start, stop, step = (Decimal(number) for number in numbers if number is not None)
-    if step <= 0 or start > stop or (stop - start) / step >= _MOST_RATIOS:
+    start, stop, step = (Decimal(repr(number)) for number in numbers)  # as written: 0.1, not what a float makes of it
+    if step <= 0 or start > stop:
         return None
+    if (stop - start) / step >= _MOST_RATIOS:
+        raise InvalidOption(f"{shortened(value)} are more than {_MOST_RATIOS} ratios; use a larger step")
     return tuple(float(start + i * step) for i in range(int((stop - start) / step) + 1))
 
 
@@ -247,7 +249,7 @@ _READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
     "parameters": (_read_parameters, "is not a number of parameters; write one such as 5B or 800M"),
     "tokens": (_read_tokens, "is not a number of tokens; write one such as 8192 or 32k"),
     "path": (_read_path, "is not the name of a directory; give one"),
-    "share": (_read_share, "is not a percentage; write it as 5% or 0.05"),
+    "share": (read_share, "is not a percentage; write it as 5% or 0.05"),
     "ratios": (_read_ratios, "is not a list of ratios; write 0.2,0.3,0.5 or start:stop:step, such as 0.1:0.6:0.1"),
     "dtype": (_read_dtype, "is not the name of a dtype; write one such as bfloat16"),
     "gguf": (_read_gguf_type, "is not the name of a type; write one such as q8_0"),

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from flap_stream.config import PlanConfig, PruneConfig, RewriteConfig, part_of, require_restoration
-from flap_stream.config.rules import effective
+from flap_stream.config.rules import FED_ON, effective
 from flap_stream.config.values import option_name
 from flap_stream.model.hub import base_name
 from flap_stream.storage.loss import LossStore
@@ -12,6 +12,16 @@ from flap_stream.storage.run_directory import RunDirectory
 
 RECIPE_NAME = "recipe.toml"
 _DECIDE_NOTHING = {"device", "device_memory", "host_memory", "prefetch", "keep_run", "snapshot_interval"}
+
+
+def collected_for(run: RunDirectory) -> PlanConfig:
+    """The plan that a run directory without one was collected for, as far as that is known."""
+    collected = run.manifest["options"]
+    known: dict[str, Any] = {name: collected[name] for name in ("method", *FED_ON) if name in collected}
+    loss = LossStore.begun(run)
+    if loss is not None and loss.complete() == len(run.layer_shapes):
+        known["metric"] = "fisher"
+    return PlanConfig(**known)
 
 
 def resolved_options(run: RunDirectory, plan: PlanConfig, rewrite: RewriteConfig) -> PruneConfig:
@@ -48,8 +58,8 @@ def recipe(run: RunDirectory, plan: PlanConfig, rewrite: RewriteConfig, source: 
     versions = ", ".join(f"{name} {version}" for name, version in run.manifest["versions"].items())
     device = run.manifest["options"].get("card", run.manifest["options"].get("device", "cpu"))
     lines = [
-        f"# How this checkpoint was made from {base_name(source)}; where the calibration text is, the same comes of",
-        "# flap-stream prune MODEL OUT --recipe recipe.toml",
+        f"# How this checkpoint was made from {base_name(source)}. In the folder of the calibration text, make it",
+        "# again by flap-stream prune MODEL OUT --recipe recipe.toml",
         f"# With {versions}, on {device}.",
         *(
             f"{option_name(name)} = {_toml(value)}"
