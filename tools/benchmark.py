@@ -375,7 +375,8 @@ def main() -> None:
         model = options.model or place / "model"
         if options.model is None:
             make(model, config_of(options, options.layers), getattr(torch, options.dtype))
-        tokens = np.random.default_rng(0).integers(3, options.vocabulary, (options.windows, options.length))
+        words = json.loads((model / "config.json").read_text())["vocab_size"]
+        tokens = np.random.default_rng(0).integers(3, words, (options.windows, options.length))
         np.save(place / "tokens.npy", tokens)
         rounds = []
         for number in range(options.rounds):

@@ -54,18 +54,25 @@ class Bench:
             flap_stream.collect(self.model, run, config, progress=self.progress)
         return run
 
+    @property
+    def length(self) -> int:
+        """Tokens of a window, of all texts."""
+        return int(self.calibration["sequence_length"])
+
     def dense(self) -> float:
         """Perplexity of the dense model."""
         return self.perplexity(self.model)
 
     def perplexity(self, model: str | Path) -> float:
         """Perplexity of a model that is written."""
-        return flap_stream.evaluate(model, EvaluateConfig(text=self.text, **self.engine), self.progress).perplexity
+        config = EvaluateConfig(text=self.text, sequence_length=self.length, **self.engine)
+        return flap_stream.evaluate(model, config, self.progress).perplexity
 
 
 def swept(bench: Bench, options: dict[str, Any], ratios: Sequence[float]) -> list[float]:
     """All ratios from the common collection and one reading of the model. options: of `SweepConfig`."""
-    config = SweepConfig(ratios=tuple(ratios), evaluate=bench.text, round_neurons_to=1, **bench.engine, **options)
+    how = {"evaluate": bench.text, "sequence_length": bench.length, "round_neurons_to": 1, **bench.engine, **options}
+    config = SweepConfig(ratios=tuple(ratios), **how)
     points = {
         point.ratio: point for point in flap_stream.sweep(bench.collected(), config, progress=bench.progress).points
     }
@@ -150,8 +157,8 @@ def _run(model: Any, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _perplexity_in_memory(model: Any, bench: Bench) -> float:
-    length, vocabulary = bench.calibration["sequence_length"], model.config.vocab_size
-    wanted = TextWanted(bench.text, None, length, TextConfig(), evaluation=True)
+    vocabulary = model.config.vocab_size
+    wanted = TextWanted(bench.text, None, bench.length, TextConfig(), evaluation=True)
     tokens = evaluation_tokens(wanted, lambda: load_tokenizer(Path(bench.model), False), vocabulary).tokens
     losses = []
     for batch in torch.from_numpy(tokens).split(16):

@@ -239,7 +239,7 @@ def disk(check: Check) -> dict[str, float]:
         words = ["dd", f"if={path}", "of=/dev/null", "bs=4M", "iflag=direct"]
         return subprocess.run(words, stderr=subprocess.DEVNULL).returncode
 
-    forget(check.work / "model")
+    drop_from_page_cache(check.work / "model")
     began = time.perf_counter()
     with ThreadPoolExecutor(4) as pool:
         codes = list(pool.map(read, shards))
@@ -255,7 +255,7 @@ def disk(check: Check) -> dict[str, float]:
     }
 
 
-def forget(folder: Path) -> None:
+def drop_from_page_cache(folder: Path) -> None:
     """Put a folder's files out of the page cache."""
     for path in folder.iterdir():
         with path.open("rb") as file:
@@ -265,15 +265,15 @@ def forget(folder: Path) -> None:
 
 def main_job(check: Check) -> dict[str, Any]:
     """Prune the whole model, from the disk; beside the floors."""
-    forget(check.work / "model")
+    drop_from_page_cache(check.work / "model")
     body = check.prune("model", "pruned", "--run", check.work / "run")
     shutil.rmtree(check.work / "pruned", ignore_errors=True)
     floor, layers = check.found.get("floors", {}), check.found.get("model", {}).get("layers", 0)
     if "seconds" in body and "forward_layer_seconds" in floor:
         with RunDirectory(check.work / "run") as run:
             seconds = [cost.seconds for cost in run.statistics.costs() if cost is not None]
-        compute = layers * floor["forward_layer_seconds"]
-        read = layers * check.geometry.layer_bytes / 1e9 / check.found["disk"]["direct_gbps"]
+        compute, rate = layers * floor["forward_layer_seconds"], check.found.get("disk", {}).get("direct_gbps")
+        read = 0.0 if rate is None else layers * check.geometry.layer_bytes / 1e9 / rate  # unknown without that stage
         body["floor_seconds"] = {"compute": compute, "read": read}
         body["collect_over_floor"] = body["seconds"]["collect"] / max(compute, read)
         body["layer_seconds"] = median(seconds[1:])  # the first waits for the embedding and the first reads

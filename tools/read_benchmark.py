@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from gpu_check import forget
+from gpu_check import drop_from_page_cache
 from random_checkpoint import add_shape_arguments, config_of, make
 
 from flap_stream.engine.weight_stream import stream_layers
@@ -26,12 +26,12 @@ from flap_stream.model.checked_tensors import CheckedTensors
 from flap_stream.model.opening import open_checkpoint
 
 
-def streamed(model: Path) -> tuple[int, float]:
+def streamed(model: Path, dtype: torch.dtype) -> tuple[int, float]:
     """Bytes of all layers, and the seconds to stream them into the buffers that a CPU would use them from."""
     with open_checkpoint(model) as checkpoint:
         layers = CheckedTensors(checkpoint).layer_entries
         began = time.perf_counter()
-        with stream_layers(checkpoint, layers, torch.device("cpu"), lambda _name: torch.bfloat16, 1) as streamed_layers:
+        with stream_layers(checkpoint, layers, torch.device("cpu"), lambda _name: dtype, 1) as streamed_layers:
             for _ in streamed_layers:
                 pass
         return checkpoint.bytes_read, time.perf_counter() - began
@@ -70,13 +70,13 @@ def main() -> None:
         shards = sorted(model.glob("*.safetensors"))[: options.layers]
         ways: dict[str, Callable[[], tuple[int, float]]] = {
             "fio": lambda: fio(shards),
-            "stream_layers": lambda: streamed(model),
+            "stream_layers": lambda: streamed(model, getattr(torch, options.dtype)),
             "cat": lambda: cat(shards),
         }
         rates: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(options.rounds):
             for name, way in ways.items():
-                forget(model)
+                drop_from_page_cache(model)
                 nbytes, seconds = way()
                 rates[name].append(nbytes / seconds / 1e9)
         for name, found in rates.items():

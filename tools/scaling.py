@@ -82,7 +82,7 @@ def predictions() -> None:
             for gpus in GPUS:
                 found = scale(work, MACHINE, gpus, max(1, gpus // GPUS_PER_NODE))
                 minutes = [seconds / 60 for seconds in found.seconds.values()]
-                cells.append(f"{minutes[0]:.1f} + {minutes[1]:.1f} {found.bound[0]}")
+                cells.append(f"{minutes[0]:.1f} + {minutes[1]:.1f}, {found.bound}")
             print(f"| {name} | {' | '.join(cells)} |")
 
 
