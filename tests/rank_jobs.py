@@ -4,7 +4,6 @@ What a launcher does for its ranks is done here: it tells each its number, and h
 torchrun this one ends no rank when another dies: they have to notice by themselves.
 """
 
-import json
 import logging
 import os
 import random
@@ -190,14 +189,3 @@ class RankJob:
         trouble = trouble or self.trouble(name, then, nodes=min(nodes, then))
         shutil.rmtree(self.directory / name, ignore_errors=True)
         return trouble or ("went on" if died else "done before the kill"), facts
-
-
-def campaign(directory: Path, numbers: range, most_seconds: float = 10.0) -> list[tuple[str, dict[str, Any]]]:
-    """Kills at random times, one job after another; each prints a line of JSON when run as a program."""
-    job = RankJob(directory)
-    found = []
-    for number in numbers:
-        found.append(job.trouble_after_kill(number, most_seconds))
-        if __name__ == "__main__":
-            print(json.dumps([number, *found[-1]]), flush=True)
-    return found

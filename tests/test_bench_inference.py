@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import random_tokens, save, save_tokens, tiny_config, tiny_model
@@ -62,7 +63,7 @@ def test_a_model_with_states_in_place_of_keys_is_measured(tmp_path: Path) -> Non
     model = save(tiny_model(tiny_config("lfm2")), tmp_path / "model")
     tokens = save_tokens(tmp_path / "tokens.npy", random_tokens(6, 16))
     flap_stream.prune(model, tmp_path / "out", ratio=0.3, calibration=tokens)
-    how = {"batch_sizes": 1, "prompt_lengths": 8, "generate": 2, "rounds": 1, "device": "cpu"}
+    how: dict[str, Any] = {"batch_sizes": 1, "prompt_lengths": 8, "generate": 2, "rounds": 1, "device": "cpu"}
     (row,) = flap_stream.bench_inference(model, tmp_path / "out", **how).rows
     assert row.dense.kv_cache_bytes > 0
 

@@ -98,6 +98,18 @@ def test_layers_of_many_sizes_need_no_padding_where_the_class_lists_them(tmp_pat
     require_equal(out, tmp_path / "stock")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in DENSE if family != "gemma3n_text"])
+def test_layers_of_one_size_need_padding_only_where_the_class_has_all_heads(family: str, tmp_path: Path) -> None:
+    out = pruned(tmp_path, family, "ul-um", "none", kv_heads=4)
+    if family in ALL_HEADS:
+        with pytest.raises(UnsupportedModel, match="--pad"):
+            export_stock(out, tmp_path / "stock")
+    else:
+        export_stock(out, tmp_path / "stock")
+        require_equal(out, tmp_path / "stock")
+
+
 @pytest.mark.parametrize("family", [family for family in DENSE if family != "gemma3n_text"])
 def test_layers_of_many_sizes_are_padded(family: str, tmp_path: Path) -> None:
     out = pruned(tmp_path, family, "al-am", "none", kv_heads=4, round_neurons_to=1, ratio=0.45)

@@ -344,7 +344,7 @@ def test_a_file_system_that_cannot_sync_directories_is_warned_of_once(number: in
 
 # --- resuming is promised where it is true ---
 
-COMMANDS = {  # what takes the place of the verb, and whether the same command goes on
+COMMANDS = {  # and whether the same command goes on
     "prune MODEL OUT --calibration TOKENS": True,
     "collect MODEL RUN --calibration TOKENS": True,
     "demo --out OUT": True,

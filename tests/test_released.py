@@ -117,9 +117,8 @@ def test_exact_and_released_differ_where_the_recurrences_do(model_and_run: Any) 
     with RunDirectory(place / "run") as run:
         mlp = run.statistics.read(0).mlp
     exact, released = mlp.m2 / (mlp.count - 1), mlp.released_fluctuation / (mlp.samples - 1)
-    assert np.all(
-        released < exact * tokens.shape[1]
-    )  # divided by windows, not tokens, and the first window gives nothing
+    # Divided by windows, not tokens; the first window gives nothing, and those after it less than their share.
+    assert np.all((2 * exact < released) & (released < exact * tokens.shape[1]))
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5])

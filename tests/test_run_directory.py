@@ -131,10 +131,13 @@ def test_sizes_that_are_not_the_models_are_refused(key: str, place: Path, capsys
 
 
 class Intruder:
-    """Tries at every step, once the run directory is there, to store a plan of its own."""
+    """Tries at every step, once the run directory is there, to store a plan of its own.
+
+    refused: a file that is there once it was locked out.
+    """
 
     def __init__(self, run: Path) -> None:
-        self.run, self.is_at_work = run, False
+        self.run, self.is_at_work, self.refused = run, False, run.parent / "refused"
 
     def __call__(self, _step: str) -> None:
         if self.is_at_work or not (self.run / "statistics.zarr" / "layers" / "0002").exists():
@@ -143,7 +146,7 @@ class Intruder:
         try:
             flap_stream.plan(self.run, PlanConfig(ratio=0.6))
         except RunLocked:
-            pass
+            self.refused.touch()
         finally:
             self.is_at_work = False
 
@@ -151,7 +154,9 @@ class Intruder:
 def test_no_other_process_can_plan_between_the_stages_of_a_job(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     place = job.place("intruded")
-    assert job.run(place, Fault(1, Intruder(place / "out.run"), lasts=True)) == 0
+    intruder = Intruder(place / "out.run")
+    assert job.run(place, Fault(1, intruder, lasts=True)) == 0
+    assert intruder.refused.exists()
     assert contents(place / "out") == job.expected
 
 

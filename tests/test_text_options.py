@@ -180,7 +180,12 @@ def test_c4_is_sampled_as_the_released_code_does(hub: Path) -> None:
     assert consecutive.ravel()[:40].tolist() == [int(word) for word in " ".join(documents).split()][:40]
     assert len(consecutive) == 256  # of more than 600
     read: list[str] = []
-    whole = Tokenizer(lambda text: (read.append(text), [1] * 9)[1])
+
+    def keep(text: str) -> list[int]:
+        read.append(text)
+        return [1] * 9
+
+    whole = Tokenizer(keep)
     evaluation_tokens(TextWanted(["c4"], 1, 4, TextConfig(), True), lambda: whole, 1000)
     assert read[0].startswith(" ".join(documents)[:2000])
     with pytest.raises(InvalidText, match="none of 300 documents of c4 has more than 99 tokens"):
