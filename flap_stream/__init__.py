@@ -5,7 +5,8 @@ The stages as functions, each on stored values: `prune` (the whole job), `collec
 `bench_inference`, `push`.
 Their options are the dataclasses of `flap_stream.config`, or keywords: `prune(model, out, ratio=0.2)`.
 What they raise is in `flap_stream.errors`.
-Importing this package loads none of its modules; what is used of it does, torch and transformers with the first stage.
+Importing this package loads none of its modules; each is imported on first use, torch and transformers with the first
+stage.
 """
 
 from importlib import import_module

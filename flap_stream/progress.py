@@ -56,7 +56,7 @@ def peak_device_bytes(device: Any) -> int:
 
 
 def peak_device_allocated_bytes(device: Any) -> int:
-    """Most of it that tensors took at once."""
+    """Peak memory that tensors occupied on an accelerator."""
     return _peak(device, "max_memory_allocated")
 
 

@@ -9,6 +9,6 @@ from flap_stream.engine import placement
 
 
 def placed(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """Have the pipeline place jobs as before, but for `changes`."""
+    """Place jobs as usual, except for `changes`."""
     find = placement.place
     monkeypatch.setattr(placement, "place", lambda *arguments: replace(find(*arguments), **changes))

@@ -166,7 +166,7 @@ def test_a_reading_of_the_model_goes_on_in_the_middle(
 
     monkeypatch.setattr(placement, "place", lambda *a: replace(find(*a), hidden_place=place))
     monkeypatch.setattr(LayerPass, "run", stopping)
-    monkeypatch.setattr(snapshots, "_SNAPSHOT_SHARE", 0.0)
+    monkeypatch.setattr(snapshots, "_LAYER_TIME_PER_WRITE", 0.0)
     stop_at = 2
     with pytest.raises(KeyboardInterrupt):
         flap_stream.sweep(run, options)

@@ -3,8 +3,8 @@
     python tools/gpu_check.py OUT [--seconds 540]
     python tools/gpu_check.py OUT --device cpu --tiny     # tries the script itself
 
-The gpu tests; a random model of 65B geometry, pruned under `--device-memory 24GiB` beside what products, copies and the
-disk of the machine reach, all of them read past the page cache; statistics held against the CPU's; a kill and a resume;
+The gpu tests; a random model of 65B geometry, pruned under `--device-memory 24GiB` next to the machine's rates of
+matrix products, copies and uncached reads; statistics compared with the CPU's; a kill and a resume;
 every refit; the backward sweep; where the time goes and which lines wait for the device. A stage for which too little
 time is left is skipped, and what fails in one is written down.
 """

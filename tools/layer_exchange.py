@@ -1,10 +1,11 @@
-"""Times three ways to give all ranks of a node a layer that is read once.
+"""Times four ways to give all ranks of a node a layer that is read once.
 
     torchrun --nproc-per-node 2 tools/layer_exchange.py [--layer-bytes 256MiB] [--layers 8]
 
 `broadcast`: the first rank reads, and broadcasts through gloo. `all-gather`: each reads its share, and gets the rest
 through gloo. `shared`: each reads its share into memory that all see (what flap_stream does). `apart`: each reads all,
-for comparison. The file is dropped from the page cache before each way; memory is what a rank needs for one layer.
+for comparison. Each once with the file dropped from the page
+cache and once with it cached; memory is what a rank needs for one layer.
 """
 
 import argparse

@@ -64,8 +64,8 @@ def upcycle(dense: PreTrainedModel, mixture: PreTrainedModel) -> None:
 def trained(place: Path, steps: int, experts: int, groups: int, upcycled: bool) -> Path:
     """The mixture in `place`, trained if it is not there, its calibration and evaluation texts beside it.
 
-    experts, groups: of each layer; of the KV groups. upcycled: most of the steps go to a model of one expert, of which
-    all the mixture's start as copies. On one core, so that the same steps give the same weights.
+    experts, groups: how many experts and KV groups each layer has. upcycled: most steps train a model of one expert,
+    and every expert starts as a copy of it. On one core, so that the same steps give the same weights.
     """
     model_path = place / "model"
     if model_path.exists():

@@ -263,7 +263,7 @@ def _remove_uniformly(
 
 
 def _remove_worst_experts(pool: UnitPool, shapes: Sequence[LayerShape], options: PlanConfig, clips: bool) -> np.ndarray:
-    """`reap`: every mixture loses its worst experts, next to the ratio of its experts' weights; bool `[unit]`."""
+    """`reap`: every mixture loses its worst experts, as near as possible to the ratio; bool `[unit]`."""
     keep = np.ones(len(pool.score), dtype=bool)
     for i, shape in enumerate(shapes):
         own = pool.modules((pool.layer == i) & ~pool.in_attention) if shape.experts else []

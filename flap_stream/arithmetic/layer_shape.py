@@ -69,7 +69,7 @@ class LayerShape:
         return np.diff(np.searchsorted(neurons, np.cumsum((0, *self.experts))))
 
     def kept_experts(self, neurons: np.ndarray) -> list[int]:
-        """The experts that keep any neuron, of which these are kept."""
+        """The experts with at least one neuron, if these are kept."""
         return np.flatnonzero(self.expert_sizes(neurons)).tolist()
 
     def units(self, sublayer: Sublayer) -> int:

@@ -16,7 +16,7 @@ _BLOCK_ELEMENTS = (1 << 20, 1 << 24)  # on a CPU, on an accelerator
 def window_moments(inputs: torch.Tensor, device: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and sum of squared deviations of every window's inputs.
 
-    inputs: `[sample, token, channel]`, any floating dtype, any device. device: the type of the one whose blocks to use;
+    inputs: `[sample, token, channel]`, any floating dtype, any device. device: the type whose block size is used;
     None is theirs.
     Both results are float32 `[sample, channel]`; two passes, so that nothing cancels.
     """

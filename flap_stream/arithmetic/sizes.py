@@ -107,5 +107,5 @@ def width_note(width_multiple: int) -> str:
         return f"every width is a multiple of {FAST_MULTIPLE}, which GPUs need in bf16 and fp16: {_SLOW_WIDTH}"
     return (
         f"not every width is a multiple of {FAST_MULTIPLE}, so GPUs are slow in bf16 and fp16: {_SLOW_WIDTH}; "
-        f"--round-neurons-to {FAST_MULTIPLE}, the default, makes all of them so that the dense model allows"
+        f"--round-neurons-to {FAST_MULTIPLE}, the default, rounds all that the dense sizes allow"
     )

@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"{form.name:10} {sizes} {needed:>10}  {form.programs}")
     print()
     if found.chosen is None:
-        print("That fits only if more than half of the prunable weights go: take a larger card, or several.")
+        print("That fits only if more than half of the prunable weights are removed: take a larger card, or several.")
         return
     if found.forecast is not None:
         _print_job(found.forecast, config.gpu is not None)

@@ -64,7 +64,7 @@ def _dry_run(options: argparse.Namespace, config: PruneConfig) -> None:
     with shared.loading(shared.progress_of(options)):
         from flap_stream.stages.forecast import NETWORK_RATE, Machines, forecast
 
-    network = NETWORK_RATE if options.network is None else parse_size(options.network)
+    network = NETWORK_RATE if options.network is None else parse_size(options.network, "network")
     ranks, nodes = (1 if given is None else given for given in (options.ranks, options.nodes))
     model = shared.model_of(options.model, options)
     found = forecast(model, options.out, config, Machines(ranks, nodes, network))

@@ -8,7 +8,7 @@ from flap_stream.errors import InvalidOption
 
 _COMMON = """\
 # Give it to any verb: flap-stream prune MODEL OUT --recipe job.toml
-# Options on the command line win. A table such as [evaluate] is for one verb alone.
+# Options on the command line win. A table such as [evaluate] is for that verb only.
 """
 _CALIBRATION = """
 # What to calibrate on: text like what the model will be used for. Files, or wikitext2, c4 or ptb from the Hub.
@@ -16,7 +16,7 @@ calibration = ["wikitext2"]
 """
 PRESETS = {
     "published": """\
-# FLAP as published, to compare with other methods: decided by the fluctuation of inputs, made up for by biases.
+# FLAP as published, to compare with other methods: selected by the fluctuation of inputs, compensated by biases.
 method = "flap"
 statistics = "released"  # as the authors' code computes them, one window at a time
 ratio = 0.2

@@ -65,7 +65,7 @@ class AdviseConfig(Options):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class TryConfig(EngineConfig):
-    """What models write after a prompt: at most so many tokens.
+    """Generation after a prompt, of at most `new_tokens` tokens.
 
     chat_template: whether the prompt is a message; `auto`: if the tokenizer has a template.
     """
@@ -193,7 +193,7 @@ class PushConfig(Options):
     base_model: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no Hub id."""
+        """Refuse what is not a Hub id."""
         super().__post_init__()
         if self.base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.base_model):
-            raise InvalidOption(f"--base-model {self.base_model!r} is no Hub id; write it as NAMESPACE/NAME")
+            raise InvalidOption(f"--base-model {self.base_model!r} is not a Hub id; write it as NAMESPACE/NAME")

@@ -46,12 +46,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def parse_size(text: str) -> int:
-    """Bytes in a size such as `5GB` (10^9), `20GiB` or `20G` (2^30).
+def parse_size(text: str, option: str = "") -> int:
+    """Bytes in a size such as `5GB` (10^9), `20GiB` or `20G` (2^30). option: whose value it is, for the message.
 
     Raises InvalidOption if the text is not a positive size.
     """
-    return _read("size", text)
+    return _read("size", text, option)
 
 
 def parse_ratios(text: str) -> tuple[float, ...]:

@@ -34,8 +34,8 @@ class _Cuda:
     def begin(self, device: torch.device) -> None:
         """Make it the current device, and products as exact as their dtypes allow, until `end`.
 
-        Unless the environment says how, memory is then reserved in one piece that grows: blocks of a fixed size, of
-        which parts are in use, took up to 0.9 times what the activations of a layer take; now it is up to 0.3.
+        Unless the environment decides otherwise, torch then reserves memory in one growing piece: unused parts of it
+        are at most 0.3 times the activations of a layer, against 0.9 with blocks of a fixed size.
         """
         torch.cuda.set_device(device)  # else page-locked memory and events would open a context on the first card
         self.reset_peaks(device)

@@ -41,7 +41,7 @@ class Limits:
 def limits(device: torch.device, host_memory: int | None, device_memory: int | None, sharers: int = 1) -> Limits:
     """The limits requested, or what is free now less a margin, the host's divided among `sharers` processes.
 
-    Of a device's memory never more than that: its driver and libraries need some beside torch.
+    Of a device's memory never more than that: its driver and libraries need some in addition to torch.
     Raises InvalidOption for a device memory limit on a CPU.
     """
     if device_memory is not None and device.type == "cpu":

@@ -16,7 +16,7 @@ Saved = Sequence[tuple[SnapshotStore, HiddenStates]]  # hidden states saved toge
 
 # A snapshot is due when the layers since the last one took this many times as long as writing it: at most 5 % of the
 # time is spent on snapshots. Not measured otherwise.
-_SNAPSHOT_SHARE = 20.0
+_LAYER_TIME_PER_WRITE = 20.0
 _FIRST_WRITE_RATE = 500e6  # bytes per second, assumed until one snapshot has been timed
 
 
@@ -63,7 +63,7 @@ class Snapshots:
 
     def _is_due(self, next_layer: int) -> bool:
         if self._interval is None:
-            due = time.monotonic() - self._since >= _SNAPSHOT_SHARE * self._write_seconds
+            due = time.monotonic() - self._since >= _LAYER_TIME_PER_WRITE * self._write_seconds
         else:
             due = next_layer % self._interval == 0
         if not due or files.free_bytes(self._saved[0][0].path(next_layer)) < 2 * self._nbytes:

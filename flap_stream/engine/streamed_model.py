@@ -253,7 +253,7 @@ class StreamedModel:
 
 
 class _Embedding:
-    """Embeds batches of at most so many tokens, of which only the rows of words in use are read."""
+    """Embeds batches of at most `tokens` tokens, of which only the rows of words in use are read."""
 
     def __init__(self, model: StreamedModel, tokens: int) -> None:
         self._outer = model.skeleton.outer
@@ -268,7 +268,7 @@ class _Embedding:
 
 
 class _Rows:
-    """Reads the rows of an embedding `[word, size]` that batches of at most so many tokens ask for."""
+    """Reads the rows of an embedding `[word, size]` that batches of at most `tokens` tokens ask for."""
 
     def __init__(self, model: StreamedModel, entry: TensorEntry, tokens: int) -> None:
         self._model, self._entry, self._row_bytes = model, entry, entry.nbytes // entry.shape[0]
@@ -323,7 +323,7 @@ def _common_limits(device: torch.device, options: EngineConfig, ranks: Ranks) ->
     if len(set(taken)) < len(taken):
         raise InvalidOption(
             f"{len(taken)} ranks share {len(set(taken))} devices; start one rank for each device, and show each rank "
-            "all devices of its machine or its own alone"
+            "all devices of its machine or only its own"
         )
     own = memory.limits(device, options.host_memory, options.device_memory, ranks.local[1])
     return memory.Limits(*map(min, zip(*map(astuple, ranks.gathered(own)), strict=True)))

@@ -31,8 +31,8 @@ _READS_IN_FLIGHT = 4  # of a rank that is alone on its node; a disk reads one bl
 def ring_blocks(readers: int) -> int:
     """Number of blocks in the ring that `readers` ranks of a node share.
 
-    A rank alone has so many reads in flight, and as many blocks on their way to the device; several ranks fill one each
-    while as many are copied.
+    A rank alone has `_READS_IN_FLIGHT` reads in flight, and as many blocks on their way to the device; several ranks
+    fill one each while as many are copied.
     """
     return 2 * (_READS_IN_FLIGHT if readers == 1 else readers)
 

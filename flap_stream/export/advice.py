@@ -199,7 +199,7 @@ def _chosen(forms: list[Form], name: str | None) -> Form | None:
     names = [form.name for form in forms]
     if name is not None and name not in names:
         raise InvalidOption(
-            f"--form {name} is none that this model is served in here; choose one of {', '.join(names)}"
+            f"--form {name} is not one that this model can be served in here; choose one of {', '.join(names)}"
         )
     own = [form for form in forms if name in (None, form.name)]
     possible = [form for form in own if form.ratio is not None and form.ratio <= _MOST]

@@ -62,6 +62,8 @@ def _require_plain_layers(model: StreamedModel, only_default: bool = False) -> N
     if 2 * len(rotary.inverse_frequencies) != model.shapes[0].head_dim:
         raise UnsupportedModel(f"{where} rotates only a part of each head, which llama.cpp does not support here")
     if rotary.kind in _CHANGING_ROTARY or (only_default and rotary.kind != "default"):
-        raise UnsupportedModel(f"{where} has {rotary.kind} rotary embeddings, which export-gguf cannot write for it")
+        raise UnsupportedModel(
+            f"{where} has {rotary.kind} rotary embeddings, which export-gguf cannot write for this architecture"
+        )
     if (act := getattr(model.skeleton.hf_config, "hidden_act", "silu")) not in ("silu", "swish"):
         raise UnsupportedModel(f"{where} has the activation {act!r}; llama.cpp has only silu in this architecture")

@@ -76,7 +76,7 @@ def _contents(out: Path, options: PushConfig) -> tuple[dict[str, bytes | Path], 
     """
     record = record_of(out)
     if record is None:
-        raise InvalidInput(f"{out} is no pruned checkpoint; name the OUT of a prune")
+        raise InvalidInput(f"{out} is not a pruned checkpoint; give the output directory of flap-stream prune")
     if damaged := damaged_files(out):
         raise CorruptCheckpoint(f"{out} is not as it was written: {', '.join(damaged)}; prune again into another OUT")
     digests = read_digests(out)
@@ -143,7 +143,7 @@ def _is_same(content: bytes | Path, digest: str, there: RepoFile) -> bool:
 def _failure(repository: str, error: BaseException) -> FlapStreamError:
     """Our error for one of the Hub's library."""
     if isinstance(error, HFValidationError):
-        return InvalidOption(f"{repository!r} is no name of a repository; write it as NAMESPACE/NAME")
+        return InvalidOption(f"{repository!r} is not the name of a repository; write it as NAMESPACE/NAME")
     if isinstance(error, OfflineModeIsEnabled):
         return InvalidInput("HF_HUB_OFFLINE forbids uploading; unset it, then run the same command again")
     if isinstance(error, HfHubHTTPError):

@@ -36,7 +36,7 @@ class LayerState:
 
     @classmethod
     def of(cls, config: Any, where: str) -> "LayerState":
-        """That of a model. config: as transformers reads it. where: the model is, for messages.
+        """That of a model. config: as transformers reads it. where: the model, named in messages.
 
         Raises UnsupportedModel if layers share keys and values, and transformers is too old to say which.
         """

@@ -60,8 +60,8 @@ def tell_unconverted(pruned: PrunedModel, plan: ShardPlan, warns: bool) -> None:
     left = [tensor for tensor in _tensors(plan) if tensor.codes_of is None and tensor.name in units]
     if not converted:
         raise InvalidOption(
-            f"--output-dtype fp8 would write nothing in FP8: of no matrix of {pruned.source.source}, pruned, rows and "
-            f"columns are multiples of {FP8_BLOCK}; prune with {_remedy(pruned)}"
+            f"--output-dtype fp8 would write nothing in FP8: no matrix of the pruned {pruned.source.source} has "
+            f"rows and columns that are multiples of {FP8_BLOCK}; prune with {_remedy(pruned)}"
         )
     if left and warns:
         logger.warning(

@@ -46,7 +46,7 @@ class Staging:
 
     @cached_property
     def digest(self) -> str:
-        """Sha256 of everything that decides the bytes: tells whether a staging directory is this job's."""
+        """Identifies this job: sha256 of the shards' headers and sources, the record and the refitted files."""
         parts = (plan_digest(self.plan), json.dumps(without_name(self.record), sort_keys=True))
         return hashlib.sha256("\0".join((*parts, *self.pruned.restoration.digests)).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""`report --watch`: the page of a job that is running, served to this machine alone, read only."""
+"""`report --watch`: the page of a job that is running, served read-only and only to this machine."""
 
 import socket
 from collections.abc import Sequence
@@ -74,7 +74,7 @@ def _process(lock: Path) -> str:
         now = psutil.Process(int(words[1])).memory_info().rss
         peak = high_water_mark(int(words[1]))
     except (psutil.Error, OSError, StopIteration):  # a process that ends has no such line any more
-        return "no process works on it; the same command goes on"
+        return "no process is working on it; rerun the same command to resume"
     return f"{' '.join(words)}: {format_bytes(now)} of memory, {format_bytes(peak)} at its peak"
 
 
@@ -149,7 +149,7 @@ def _sentences(status: Status) -> Sequence[str]:
     promised = []
     if status.promised is not None:
         host, device = status.promised
-        promised.append(f"The job was promised to stay within {format_bytes(host)}")
+        promised.append(f"The job is predicted to use at most {format_bytes(host)}")
         promised[-1] += f", and on the device within {format_bytes(device)}" if device else ""
         promised[-1] += f", of which it has taken {format_bytes(status.device_peak)}." if status.device_peak else "."
     left = [f"Collection takes {status.seconds_left / 60:,.1f} minutes more."] if status.seconds_left else []

@@ -14,7 +14,7 @@ import torch
 from flap_stream.arithmetic.scoring import BlockStatistics
 from flap_stream.engine.streamed_model import StreamedModel
 
-_LEAST_NORM = 1e-8  # of hidden states, which a product of norms is divided by
+_LEAST_NORM = 1e-8  # of the norms by which a product of hidden states is divided, at least
 
 
 class BlockSimilarity:

@@ -34,7 +34,7 @@ _READ_WHOLE = (".jinja", ".json", ".md", ".model", ".py", ".tiktoken", ".txt")  
 _NOT_READ = ("trainer_state.json",)
 _MAX_DEPTH = 16  # of nested directories; those created here have 6
 _READ_BYTES = 1 << 22  # at a time; not measured
-_WRITEBACK_BYTES = 1 << 26  # whose way to the disk begins at once; not measured
+_WRITEBACK_BYTES = 1 << 26  # after which writing to the disk begins; not measured
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _unsynced: set[int] = set()  # devices already warned about
 

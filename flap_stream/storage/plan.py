@@ -101,7 +101,7 @@ def _parse(data: bytes, shapes: Sequence[LayerShape]) -> tuple[PlanConfig, list[
 
     Raises ValueError, saying what is wrong, unless each layer's kept units exist, are listed once and in ascending
     order, and include at least one neuron of every expert or, if they are removed as a whole, of those that the router
-    needs. A layer that is removed as a whole keeps none; one layer stays.
+    needs. A layer that is removed as a whole keeps none; at least one layer is kept.
     """
     body = parse_json(data)
     layer_form = {"kept_kv_groups": list, "kept_neurons": list}

@@ -34,7 +34,7 @@ def refusal(
     return f"this job needs at least {' and '.join(found)}; it would run with {', or '.join(ways)}"
 
 
-def _roomier(limits: Limits) -> Limits:
+def _with_less_margin(limits: Limits) -> Limits:
     """The limits less a margin, within which suggested settings must fit: another process will use them."""
     return replace(limits, host=limits.host - _BETWEEN_PROCESSES)
 
@@ -47,7 +47,7 @@ def _other_settings(
     for other_batch_size, other_prefetch in ((None, prefetch), (kept, None), (None, None)):
         if other_batch_size is None and recorded is not None:
             continue
-        freer = fastest_fitting(jobs, _roomier(limits), other_batch_size, other_prefetch)
+        freer = fastest_fitting(jobs, _with_less_margin(limits), other_batch_size, other_prefetch)
         if freer is not None:
             changes = [f"--batch-size {freer.batch_size}"] if freer.batch_size != kept else []
             changes += (
@@ -62,7 +62,7 @@ def _shorter_windows(jobs: Sequence[Job], limits: Limits, batch_size: int | None
     tokens = jobs[0].tokens // 2
     while tokens >= _FEWEST_TOKENS:
         shorter = [replace(job, tokens=tokens) for job in jobs]
-        if all(placement.fits(_roomier(limits)) for placement in last_resort(shorter, batch_size, prefetch)):
+        if all(placement.fits(_with_less_margin(limits)) for placement in last_resort(shorter, batch_size, prefetch)):
             return f"windows of {tokens} tokens (--sequence-length {tokens})"
         tokens //= 2
     return None

@@ -26,7 +26,7 @@ def layer_workspace(
 ) -> tuple[int, int]:
     """Peak bytes alive, without weights but with the batch itself, while one batch runs through any layer.
 
-    Only the widest and the largest layer are tried. What was found is remembered.
+    Only the widest and the largest layer are tried. Results are cached.
     config: of config.json. batch: windows and tokens of each. device: the type of the one that the job is for.
     way: whether gradients flow `backward` through the layers, also to the outputs of mixtures of `experts`, or to the
     layers' own tensors, to `fit` them.
