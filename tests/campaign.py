@@ -49,8 +49,8 @@ def kills_at_random_times(job: Job, count: int) -> list[str]:
     return in_parallel(check, range(count))
 
 
-def kills_in_a_sweep(job: Job, count: int) -> list[str]:
-    """At random file operations of the sweep by the loss: what a kill between two leaves, one at the second does."""
+def kills_in_a_backward_pass(job: Job, count: int) -> list[str]:
+    """At random file operations of the backward pass: what a kill between two leaves, one at the second does."""
     steps = random.Random(0).choices(job.sweep_steps(), k=count)
     return in_parallel(lambda n: job.trouble_after(steps[n], f"sweep-{n}", (KILLED,)), range(count))
 

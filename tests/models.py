@@ -227,7 +227,7 @@ def load(path: Path, kind: Any = AutoModelForCausalLM, trust: bool = True, **opt
 
 
 def fisher_draw(logits: torch.Tensor) -> torch.Tensor:
-    """The slopes at all logits that a sweep by the loss begins with, `[window, token, word]`; 0 for the last token."""
+    """The slopes at all logits that a backward pass begins with, `[window, token, word]`; 0 for the last token."""
     p, found = logits[:, :-1].detach().double().softmax(dim=-1), torch.zeros_like(logits)
     for window, own in enumerate(p):
         size = len(own), -(-own.shape[1] // 8)

@@ -39,7 +39,7 @@ def test_a_kill_at_any_time_changes_nothing(kept: Job) -> None:
 def test_a_kill_in_a_sweep_by_the_loss_changes_nothing(tmp_path: Path) -> None:
     job = make_job(tmp_path, layers=2, keep_run=True, metric="fisher", loss_windows=5)
     assert any(name.startswith("loss.zarr") for name in job.statistics)
-    outcomes = campaign.kills_in_a_sweep(job, 4)
+    outcomes = campaign.kills_in_a_backward_pass(job, 4)
     assert outcomes == [campaign.SURVIVED] * 4
 
 

@@ -1,4 +1,4 @@
-"""Scores by the loss: the streamed backward sweep against autograd through the whole model."""
+"""Scores by the loss: the streamed backward pass against autograd through the whole model."""
 
 import copy
 import json

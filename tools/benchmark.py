@@ -330,7 +330,7 @@ RATIOS: dict[str, tuple[set[str], Callable[[Parts], float]]] = {
         {"flap-stream-refit"},
         partial(_predicted, part="flap-stream-refit"),
     ),
-    "collect with the sweep by the loss / collect": (
+    "collect with the backward pass / collect": (
         {"flap-stream", "flap-stream-loss"},
         lambda p: p["flap-stream-loss"]["seconds"]["collect"] / _collection(p),
     ),

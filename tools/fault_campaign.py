@@ -25,7 +25,7 @@ from flap_stream.config import METHODS, METRICS, RESTORATIONS
 CAMPAIGNS: dict[str, Callable[[Job, Job], list[str]]] = {
     "killed at every file operation": campaign.kills_at_operations,
     "killed at random times": lambda job, _: campaign.kills_at_random_times(job, 200),
-    "killed in the sweep by the loss": lambda job, _: campaign.kills_in_a_sweep(job, 100),
+    "killed in the backward pass": lambda job, _: campaign.kills_in_a_backward_pass(job, 100),
     "killed, and killed again": lambda job, _: campaign.second_kills(job, 50),
     "power cut at every fsync": lambda _, removing: campaign.power_cuts(removing, draws=3),
     "errors at every third operation": lambda _, removing: campaign.errors_at_operations(removing, stride=3),
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--family", default="llama", help="of the tiny model (default llama)")
     parser.add_argument("--method", choices=METHODS, default="flap")
     parser.add_argument("--restore", choices=RESTORATIONS)
-    parser.add_argument("--metric", choices=METRICS, default="wifv", help="fisher has the sweep by the loss")
+    parser.add_argument("--metric", choices=METRICS, default="wifv", help="fisher has the backward pass")
     parser.add_argument("--whole-experts", action="store_true")
     parser.add_argument("--depth", action="store_true")
     parser.add_argument("--ratio", type=float, default=0.3)

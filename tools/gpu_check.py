@@ -5,7 +5,7 @@
 
 The gpu tests; a random model of 65B geometry, pruned under `--device-memory 24GiB` next to the machine's rates of
 matrix products, copies and uncached reads; statistics compared with the CPU's; a kill and a resume;
-every refit; the backward sweep; where the time goes and which lines wait for the device. A stage for which too little
+every refit; the backward pass; where the time goes and which lines wait for the device. A stage for which too little
 time is left is skipped, and what fails in one is written down.
 """
 

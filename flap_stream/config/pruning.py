@@ -148,8 +148,8 @@ class CollectConfig(TextConfig, EngineConfig):
     calibration: `wikitext2`, `c4` or `ptb`, or files (.txt, .jsonl, .json, .parquet, packed or not, a directory of
     them, or one .npy). With shares of the windows, as in `prose.txt:0.7`, they are mixed.
     sequence_length: tokens in a calibration window.
-    loss_windows: windows of which a gradient is swept back through the layers, for `metric="fisher"`.
-    whole_experts, depth: the sweep scores experts as a whole, or layers, too.
+    loss_windows: windows of which a gradient is propagated back through the layers, for `metric="fisher"`.
+    whole_experts, depth: the backward pass scores experts as a whole, or layers, too.
     ratio and the fields after it, up to tensor_parallel: only for `wanda-sp`, whose pruned layers feed the next.
     Their defaults are those of `PlanConfig`.
     snapshot_interval: layers between two snapshots of the hidden states; None chooses it by their cost.

@@ -25,12 +25,12 @@ from flap_stream.stages.expert_loss import require_removable_experts
 from flap_stream.stages.job_header import engine_rows, model_row
 from flap_stream.stages.layer_statistics import Collection, layer_statistics
 from flap_stream.stages.loss import collect_loss_scores, keep_inputs, require_inputs
-from flap_stream.stages.loss_sizes import sweep_job
+from flap_stream.stages.loss_sizes import backward_job
 from flap_stream.stages.measured import Measured
 from flap_stream.stages.preparation import (
     manifest_contents,
+    place_backward,
     place_collection,
-    place_sweep,
     require_free_space,
     require_possible,
 )
@@ -99,32 +99,32 @@ def collect_into(
         samples, length = windows.tokens.shape
         give_back_heap()
         warn_of_positions(source.config, length)
-        sweep = sweep_job(model, options, samples, length)
+        backward = backward_job(model, options, samples, length)
         if out is not None and ranks.is_first:
-            require_free_space(model, options, windows.tokens.size, run, out, sweep)
-        placement = place_collection(model, options, windows, run, sweep)
+            require_free_space(model, options, windows.tokens.size, run, out, backward)
+        placement = place_collection(model, options, windows, run, backward)
         measured.placement = placement
-        if sweep is not None:
-            measured.placement = placement.together(place_sweep(model, options, sweep, placement))
+        if backward is not None:
+            measured.placement = placement.together(place_backward(model, options, backward, placement))
         progress.header(engine_rows(model, measured.placement, samples, length))
         opened = opened_run(ranks, run, lambda: _begun_run(model, run, options, windows, placement.batch_size))
         directory = stack.enter_context(opened)
         if ranks.is_first:
             directory.record_promise(measured.placement.host_bytes, measured.placement.device_bytes)
         with cpu_threads(directory.manifest["threads"]):
-            loss = None if sweep is None else _loss_store(directory, sweep, options)
+            loss = None if backward is None else _loss_store(directory, backward, options)
             collect_statistics(model, directory, options, placement, progress, loss)
-            if loss is not None and sweep is not None:
+            if loss is not None and backward is not None:
                 require_inputs(model, loss, placement, progress)
-                swept = place_sweep(model, options, sweep, placement, loss)
-                measured.placement = measured.placement.together(swept)
-                collect_loss_scores(model, loss, swept, progress, options.snapshot_interval)
+                placed = place_backward(model, options, backward, placement, loss)
+                measured.placement = measured.placement.together(placed)
+                collect_loss_scores(model, loss, placed, progress, options.snapshot_interval)
     measured.of_all(ranks, source.bytes_read)
     return directory, CollectResult(run, len(model.shapes), samples, length, measured)
 
 
-def _loss_store(run: RunDirectory, sweep: Job, options: CollectConfig) -> LossStore:
-    return LossStore(run, sweep.samples, options.whole_experts, options.depth)
+def _loss_store(run: RunDirectory, backward: Job, options: CollectConfig) -> LossStore:
+    return LossStore(run, backward.samples, options.whole_experts, options.depth)
 
 
 def check_calibration(options: CollectConfig, model: str | Path) -> None:
@@ -177,7 +177,7 @@ def collect_statistics(
 
     Layers whose statistics are stored are not measured again; they are only run, from the newest snapshot on, to
     produce the next layer's input. All ranks of the model take part, each with its share of the windows; `run` is open
-    for writing on rank 0. loss: where to keep the inputs of all layers for the backward sweep; None if there is none.
+    for writing on rank 0. loss: where to keep the inputs of all layers for the backward pass; None if there is none.
     """
     first, count = run.statistics.complete_layers(), len(model.layers)
     with progress.stage("collect", count, device=model.device) as stage, torch.inference_mode():

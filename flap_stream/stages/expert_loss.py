@@ -1,4 +1,4 @@
-"""How much each whole expert affects the loss, from what the backward sweep sees of a mixture of experts.
+"""How much each whole expert affects the loss, from what the backward pass sees of a mixture of experts.
 
 Without expert e the router chooses again among the others, for the tokens that were routed to e. With E_j(x_t) the
 output of expert j for token t, w_tj its weight (0 where it is not chosen), w'_tj the weight without e, and g_t the

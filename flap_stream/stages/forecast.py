@@ -22,7 +22,7 @@ from flap_stream.output.destination import estimated_bytes
 from flap_stream.output.fp8_config import fp8_linears
 from flap_stream.restore.requirements import refit_sizes, refit_stored_bytes, require_refittable
 from flap_stream.stages.expert_loss import require_removable_experts
-from flap_stream.stages.loss_sizes import kept_input_bytes, sweep_job, sweep_operations
+from flap_stream.stages.loss_sizes import backward_job, backward_operations, kept_input_bytes
 from flap_stream.stages.machine_rates import measure_rates
 from flap_stream.stages.preparation import require_possible
 from flap_stream.stages.removable_layers import require_removable_layers
@@ -74,7 +74,7 @@ class Forecast:
     bytes_read, bytes_written: of the model, the output and hidden states on disk.
     disk_bytes: space needed for OUT and the run directory; any more is used for snapshots.
     run_directory_bytes: the most that the run directory takes, including three snapshots of the hidden states.
-    operations: floating-point operations of collection, of the sweep by the loss and of refitting.
+    operations: floating-point operations of collection, of the backward pass and of refitting.
     floor_seconds: seconds per stage if only matrix products or the disk took time.
     """
 
@@ -138,8 +138,8 @@ def _forecast(model: StreamedModel, out: Path, options: PruneConfig, machines: M
     if machines.card is not None:
         job = replace(job, device="cuda")
         limits = replace(limits, device=int(machines.card * (1 - memory.DEVICE_MARGIN)))
-    refit, sweep = _refit(model, options), _sweep(model, options, job)
-    placement, swept = _place(model, options, job, limits, refit, sweep)
+    refit, backward = _refit(model, options), _backward(model, options, job)
+    placement, placed = _place(model, options, job, limits, refit, backward)
     if has_headers and options.method != "magnitude-sp" and not options.calibration[0].endswith(".npy"):
         load_tokenizer(source.directory, options.trust_remote_code)
     shard = source.directory / next(iter(source.shard_bytes)) if has_headers else None
@@ -149,10 +149,10 @@ def _forecast(model: StreamedModel, out: Path, options: PruneConfig, machines: M
     rates = replace(rates, network=machines.network)
     hidden_traffic = len(model.layers) * job.hidden_bytes if placement.hidden_place == "disk" else 0
     work = work_of(model, options, placement.batch_size, hidden_traffic, refit)
-    if sweep is not None and swept is not None:
-        share = sweep.samples / job.samples
-        operations = sweep_operations(sweep, int(work.operations * share))
-        loss = LossWork(sweep.samples, swept.batch_size, operations, kept_input_bytes(sweep))
+    if backward is not None and placed is not None:
+        share = backward.samples / job.samples
+        operations = backward_operations(backward, int(work.operations * share))
+        loss = LossWork(backward.samples, placed.batch_size, operations, kept_input_bytes(backward))
         work = replace(work, loss=loss)
     scaled = scale(work, rates, machines.ranks, machines.nodes)
     disk_bytes, run_directory_bytes = _disk_bytes(model, options, work, job)
@@ -186,12 +186,12 @@ def _refit(model: StreamedModel, options: PruneConfig) -> Refit | None:
     return refit_sizes(model, options.refit, options.samples * options.sequence_length)
 
 
-def _sweep(model: StreamedModel, options: PruneConfig, job: Job) -> Job | None:
-    """The sweep by the loss; None if there is none."""
-    sweep = sweep_job(model, options, job.samples, job.tokens)
-    if sweep is None:
+def _backward(model: StreamedModel, options: PruneConfig, job: Job) -> Job | None:
+    """The backward pass; None if there is none."""
+    backward = backward_job(model, options, job.samples, job.tokens)
+    if backward is None:
         return None
-    return replace(sweep, device=job.device, ranks=job.ranks, local_ranks=job.local_ranks)
+    return replace(backward, device=job.device, ranks=job.ranks, local_ranks=job.local_ranks)
 
 
 def _place(
@@ -200,20 +200,20 @@ def _place(
     job: Job,
     limits: memory.Limits,
     refit: Refit | None,
-    sweep: Job | None,
+    backward: Job | None,
 ) -> tuple[Placement, Placement | None]:
-    """How all stages of the job would run, with the largest peaks of any; and the sweep by the loss, if any."""
+    """How all stages of the job would run, with the largest peaks of any; and the backward pass, if any."""
     refits = [] if refit is None else [model.refit_after(job, refit)]
-    then = [*refits, *([] if sweep is None else [sweep])]
+    then = [*refits, *([] if backward is None else [backward])]
     placement = placements.place(job, limits, options.batch_size, options.prefetch, then)
     for second in refits:
         based = replace(second, base_bytes=placement.base_bytes)
         placement = placement.together(placements.place(based, limits, placement.batch_size, options.prefetch))
-    if sweep is None:
+    if backward is None:
         return placement, None
-    based = replace(sweep, base_bytes=placement.base_bytes)
-    swept = placements.place(based, limits, placement.batch_size, options.prefetch)
-    return placement.together(swept), swept
+    based = replace(backward, base_bytes=placement.base_bytes)
+    placed = placements.place(based, limits, placement.batch_size, options.prefetch)
+    return placement.together(placed), placed
 
 
 def _disk_bytes(model: StreamedModel, options: PruneConfig, work: Work, job: Job) -> tuple[int, int]:

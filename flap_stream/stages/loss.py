@@ -1,4 +1,4 @@
-"""How much each unit affects the loss: a backward sweep over the layers, one layer's graph in memory at a time.
+"""How much each unit affects the loss: a backward pass over the layers, one layer's graph in memory at a time.
 
 With x the input of an output projection, `mean` its baseline and g the gradient with respect to x of what is drawn for
 a window (see `HeadGradient.of_fisher_draw`), s_wtu = -sum (x - mean) g over the channels of unit u, and F_u = mean_w
@@ -93,7 +93,7 @@ class BackwardPass(LayerPass):
 
     def _load_inputs(self, layer: int) -> None:
         digest = self.model.ranks.from_first(lambda: self.store.inputs_digest(layer))
-        assert digest is not None, "the inputs of all layers are stored before the sweep"
+        assert digest is not None, "the inputs of all layers are stored before the backward pass"
         self.inputs.load(self.store.inputs_path(layer), digest, self.model.ranks)
 
     def run_batch(
@@ -159,7 +159,7 @@ def _layer_squares(inputs: torch.Tensor, outputs: torch.Tensor, gradient: torch.
 
 
 def keep_inputs(batches: LayerPass, store: LossStore, layer: int) -> None:
-    """Store the hidden states of the sweep's windows as they enter a layer.
+    """Store the hidden states of the windows of the backward pass as they enter a layer.
 
     layer: the number of layers stores the last one's output.
     """
@@ -174,7 +174,7 @@ def keep_inputs(batches: LayerPass, store: LossStore, layer: int) -> None:
 
 
 def require_inputs(model: StreamedModel, store: LossStore, placement: Placement, progress: Progress) -> None:
-    """Run the sweep's windows again if inputs of layers are missing, as when the statistics were already complete.
+    """Run these windows again if inputs of layers are missing, as when the statistics were already complete.
 
     placement: of the collection, whose batches are repeated so that the inputs are byte-identical.
     """

@@ -1,4 +1,4 @@
-"""What the sweep by the loss takes, before it runs: for the placement, the disk and the forecast."""
+"""What the backward pass takes, before it runs: for the placement, the disk and the forecast."""
 
 from dataclasses import replace
 
@@ -7,8 +7,8 @@ from flap_stream.engine.placement import Job
 from flap_stream.engine.streamed_model import StreamedModel
 
 
-def sweep_job(model: StreamedModel, options: CollectConfig, samples: int, tokens: int) -> Job | None:
-    """The job of the sweep after a collection over that many windows of `tokens` tokens; None if there is none.
+def backward_job(model: StreamedModel, options: CollectConfig, samples: int, tokens: int) -> Job | None:
+    """The job of the backward pass after a collection over that many windows of `tokens` tokens; None if there is none.
 
     Its batches may be smaller than those of the collection, since the activations of a batch stay alive.
     """
@@ -19,17 +19,18 @@ def sweep_job(model: StreamedModel, options: CollectConfig, samples: int, tokens
     return replace(job, keeps_batch_size=False, of_experts=options.whole_experts)
 
 
-def kept_input_bytes(sweep: Job | None) -> int:
+def kept_input_bytes(backward: Job | None) -> int:
     """Bytes of the layer inputs on the disk, and of the last layer's output."""
-    if sweep is None:
+    if backward is None:
         return 0
-    return (len(sweep.layers) + 1) * sweep.samples * sweep.tokens * sweep.state_size * sweep.dtype.itemsize
+    values = backward.samples * backward.tokens * backward.state_size
+    return (len(backward.layers) + 1) * values * backward.dtype.itemsize
 
 
-def sweep_operations(sweep: Job, layers: int) -> int:
-    """Multiplications and additions of the sweep: a forward and a backward pass to what layers and the head read.
+def backward_operations(backward: Job, layers: int) -> int:
+    """Multiplications and additions of a forward and a backward pass to what layers and the head read.
 
     layers: of all layers' products in a forward pass over the same windows.
     """
-    head = 0 if sweep.head is None else sweep.head.shape[0] * sweep.head.shape[1]
-    return 2 * (layers + 2 * head * sweep.samples * sweep.tokens)
+    head = 0 if backward.head is None else backward.head.shape[0] * backward.head.shape[1]
+    return 2 * (layers + 2 * head * backward.samples * backward.tokens)

@@ -56,7 +56,7 @@ def _refit(options: CollectConfig) -> str | None:
 
 
 def require_free_space(
-    model: StreamedModel, options: CollectConfig, tokens: int, run: Path, out: Path, sweep: Job | None
+    model: StreamedModel, options: CollectConfig, tokens: int, run: Path, out: Path, backward: Job | None
 ) -> None:
     """Raise InsufficientSpace unless OUT and the run directory fit; what an interrupted call has written counts."""
     refit = _refit(options)
@@ -67,19 +67,19 @@ def require_free_space(
     written -= files.tree_bytes(files.partial_path(out))
     kept = stored_bytes(model.shapes, tokens) - files.tree_bytes(run)
     kept += 0 if refit is None else refit_stored_bytes(model, refit)
-    if sweep is not None:
-        job = loss_job(sweep.samples, options.whole_experts, options.depth)
-        kept += 0 if LossStore.is_swept(run, job, len(model.shapes)) else kept_input_bytes(sweep)
+    if backward is not None:
+        job = loss_job(backward.samples, options.whole_experts, options.depth)
+        kept += 0 if LossStore.has_all_scores(run, job, len(model.shapes)) else kept_input_bytes(backward)
     require_space(out, max(0, written), run, max(0, kept))
 
 
 def place_collection(
-    model: StreamedModel, options: CollectConfig, windows: Windows, run: Path, sweep: Job | None
+    model: StreamedModel, options: CollectConfig, windows: Windows, run: Path, backward: Job | None
 ) -> Placement:
-    """How to run the layers, such that what follows fits into memory as well: a sweep, a refit whatever the plan."""
+    """How to run the layers, such that what follows fits, too: a backward pass, a refit whatever the plan."""
     refit, job = _refit(options), model.job(*windows.tokens.shape)
     then = [] if refit is None else [model.refit_after(job, refit_sizes(model, refit, windows.tokens.size))]
-    then += [] if sweep is None else [sweep]
+    then += [] if backward is None else [backward]
     return model.place(options, job, then=then, recorded=RunDirectory.recorded_batch_size(run))
 
 
@@ -118,16 +118,16 @@ def manifest_contents(
     }
 
 
-def place_sweep(
-    model: StreamedModel, options: CollectConfig, sweep: Job, collected: Placement, loss: LossStore | None = None
+def place_backward(
+    model: StreamedModel, options: CollectConfig, backward: Job, collected: Placement, loss: LossStore | None = None
 ) -> Placement:
-    """How to run the sweep by the loss. collected: the placement of the collection.
+    """How to run the backward pass. collected: the placement of the collection.
 
-    loss: the store of a sweep that begins now or goes on, with the batch size recorded there.
+    loss: the store of a backward pass that begins now or goes on, with the batch size recorded there.
     """
     ranks = model.ranks
     recorded = None if loss is None else ranks.from_first(loss.recorded_batch_size)
-    job = replace(sweep, base_bytes=collected.base_bytes, keeps_batch_size=recorded is not None)
+    job = replace(backward, base_bytes=collected.base_bytes, keeps_batch_size=recorded is not None)
     wanted = replace(options, batch_size=recorded or collected.batch_size)
     placement = model.place(wanted, job, recorded=recorded)
     if loss is not None and recorded is None and ranks.is_first:

@@ -18,7 +18,7 @@ class Work:
     layer_bytes: all layers on disk. moment_bytes: window moments of all layers.
     hidden_traffic: bytes of hidden states written to disk and read back while all layers are run once.
     read_again, written: bytes that rewriting reads from the model, and writes in `shards` shards.
-    refit: None if nothing is refitted. loss: None if no loss is swept back.
+    refit: None if nothing is refitted. loss: None if no loss scores are collected.
     """
 
     layers: int
@@ -41,25 +41,25 @@ class Work:
 
     @property
     def total_operations(self) -> int:
-        """Floating-point operations of collection, of the sweep by the loss and of refitting."""
+        """Floating-point operations of collection, of the backward pass and of refitting."""
         refit = 0 if self.refit is None else self.refit.operations + self.refit.solving
         return self.operations + (0 if self.loss is None else self.loss.operations) + refit
 
     def bytes_read(self, nodes: int) -> int:
         """Bytes of the model and of hidden states that all nodes read."""
-        swept = 0 if self.loss is None else nodes * self.layer_bytes + self.loss.input_bytes
-        return self.passes * (nodes * self.layer_bytes + self.hidden_traffic) + swept + self.read_again
+        read = 0 if self.loss is None else nodes * self.layer_bytes + self.loss.input_bytes
+        return self.passes * (nodes * self.layer_bytes + self.hidden_traffic) + read + self.read_again
 
     @property
     def bytes_written(self) -> int:
         """Bytes of the output and of hidden states."""
-        swept = 0 if self.loss is None else self.loss.input_bytes
-        return self.written + self.passes * self.hidden_traffic + swept
+        inputs = 0 if self.loss is None else self.loss.input_bytes
+        return self.written + self.passes * self.hidden_traffic + inputs
 
 
 @dataclass(frozen=True)
 class LossWork:
-    """What the sweep by the loss consists of, besides reading the layers once more.
+    """What the backward pass consists of, besides reading the layers once more.
 
     samples, batch_size: windows in total, and per batch. operations: divided among ranks.
     input_bytes: layer inputs that are written while collecting, and read back.
@@ -147,9 +147,9 @@ def scale(work: Work, rates: Rates, ranks: int = 1, nodes: int = 1) -> Scaled:
     if work.loss is not None:
         loss, own = work.loss, window_shares(work.loss.samples, work.loss.batch_size, ranks)
         seconds["collect"] += loss.input_bytes / min(rates.disk_write, rates.shared_write)  # by rank 0
-        swept = loss.operations * max(map(len, own)) / loss.samples / product
+        computing = loss.operations * max(map(len, own)) / loss.samples / product
         read_back = loss.input_bytes / min(rates.disk_read, rates.shared_read)
-        seconds["loss"] = max(swept, work.layer_bytes / min(to_node, rates.link)) + read_back + rest
+        seconds["loss"] = max(computing, work.layer_bytes / min(to_node, rates.link)) + read_back + rest
     if work.refit is not None:
         sent = work.refit.sum_bytes if nodes > 1 else 0
         leaving += sent

@@ -134,7 +134,7 @@ class LossStore:
         self.run.journal.append(_INPUTS, layer_name(layer), job=self.job, digest=digest)
 
     @staticmethod
-    def is_swept(run: Path, job: str, layers: int) -> bool:
+    def has_all_scores(run: Path, job: str, layers: int) -> bool:
         """Whether a run directory, which need not exist, holds the scores of all layers. job: see `loss_job`."""
         return len(_layers_of(Journal(run / "journal"), job)) == layers
 
