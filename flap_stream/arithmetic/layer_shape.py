@@ -64,6 +64,11 @@ class LayerShape:
         """Weights of the layer's pruned projections."""
         return self.kv_groups * self.group_cost + self.neurons * self.neuron_cost
 
+    @property
+    def attention_channels(self) -> int:
+        """Input channels of attention's output projection."""
+        return self.kv_groups * self.heads_per_group * self.head_dim
+
     def expert_sizes(self, neurons: np.ndarray) -> np.ndarray:
         """How many of these neurons each expert has, int64 `[expert]`. neurons: ascending indices."""
         return np.diff(np.searchsorted(neurons, np.cumsum((0, *self.experts))))

@@ -172,9 +172,8 @@ def flap_scores(
 
 
 def wanda_scores(layer: LayerStatistics, channels_per_group: int) -> LayerScores:
-    """Wanda-sp: mean_i |W[i, j]| * ||X[:, j]||, summed over a group's channels (lib/prune.py, prune_wanda_sp)."""
-    attention = layer.attention.weight_abs_mean * root_mean_square(layer.attention)
-    mlp = layer.mlp.weight_abs_mean * root_mean_square(layer.mlp)
+    """Wanda-sp: mean_i |W[i, j]| * ||X[:, j]|| (WIFN), summed over each group (lib/prune.py, prune_wanda_sp)."""
+    attention, mlp = (channel_metric(part, "wifn", "exact") for part in (layer.attention, layer.mlp))
     return LayerScores(_finite(attention.reshape(-1, channels_per_group).sum(axis=1)), _finite(mlp))
 
 

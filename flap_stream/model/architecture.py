@@ -1,7 +1,7 @@
 """What a model family is: where its decoder layers are, and what their units are made of. `families.py` has all."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, takewhile
 from math import prod
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from flap_stream.arithmetic.allocation import LayerKeep
 from flap_stream.arithmetic.layer_shape import LayerShape, Sublayer
 from flap_stream.errors import InvalidModel
 from flap_stream.model.unit_kinds import ATTENTION, MLP
@@ -125,6 +126,11 @@ class Family:
             else:
                 found.append(Part(kind, 0, shape.units(kind.name)))
         return found
+
+    def kept_parts(self, shape: LayerShape, keep: LayerKeep) -> Iterator[tuple[Part, np.ndarray]]:
+        """The same, each with the units of its own that are kept, int64 `[kept]`."""
+        for part in self.parts(shape):
+            yield part, part.own(keep.of(part.kind.name))
 
     def norm_before(self, kind: UnitKind) -> str | None:
         """Path of the norm that only this kind of units reads from, if it is known."""

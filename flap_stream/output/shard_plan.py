@@ -190,9 +190,9 @@ def _plan_layer(pruned: PrunedModel, index: int) -> dict[str, list[OutputTensor]
     if keep.is_gone:
         return {name: [] for name in tensors if name.startswith(prefix)}
     changed: dict[str, list[OutputTensor]] = {}
-    for part in pruned.family.parts(shape):
+    for part, units in pruned.family.kept_parts(shape, keep):
         if f"{prefix}{part.kind.output.name}.weight" in tensors:  # else an earlier pruning left only the bias
-            changed |= _plan_part(pruned, index, part, part.own(keep.of(part.kind.name)))
+            changed |= _plan_part(pruned, index, part, units)
     changed |= {name: [_whole(entry)] for name, entry in refitted.items() if name.startswith(prefix)}
     for part in pruned.family.parts(shape):
         weight, bias = (f"{prefix}{part.kind.output.name}.{name}" for name in ("weight", "bias"))

@@ -113,8 +113,7 @@ class CutLayer:
 
     def _parts(self) -> Iterator[tuple[Part, np.ndarray]]:
         """The parts of the layer, each with its kept units."""
-        for part in self.model.family.parts(self.model.shapes[self.index]):
-            yield part, part.own(self.keep.of(part.kind.name))
+        return self.model.family.kept_parts(self.model.shapes[self.index], self.keep)
 
     def _places(self, part: Part, units: np.ndarray) -> Iterator[tuple[str, int, torch.Tensor]]:
         """Names of the tensors that lose rows or columns, which axis, and what is kept of it, int64 on the device."""

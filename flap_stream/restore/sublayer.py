@@ -33,11 +33,10 @@ def refit_layer(
     """
     refitted: dict[str, torch.Tensor] = {}
     shape = refit.model.shapes[index]
-    parts = refit.model.family.parts(shape)
     silent = {half: refit.silenced(other, shape) for half, other in zip(Sublayer, reversed(Sublayer), strict=True)}
     sublayers = [
-        PrunedSublayer(refit, index, weights, part, part.own(keep.of(part.kind.name)), silent[part.kind.name])
-        for part in parts
+        PrunedSublayer(refit, index, weights, part, units, silent[part.kind.name])
+        for part, units in refit.model.family.kept_parts(shape, keep)
     ]
     experts = [sublayer for sublayer in sublayers if shape.experts and sublayer.part.kind.name is Sublayer.MLP]
     for sublayer in sublayers[: len(sublayers) - len(experts)]:

@@ -290,5 +290,5 @@ def _operations(model: StreamedModel, samples: int, tokens: int) -> int:
         for name, entry in layer.items()
         if len(entry.shape) == 2
     )
-    queries = sum(shape.kv_groups * shape.heads_per_group * shape.head_dim for shape in model.shapes)
+    queries = sum(shape.attention_channels for shape in model.shapes)
     return samples * tokens * (2 * int(matrices) + 4 * tokens * queries)

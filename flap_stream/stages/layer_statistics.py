@@ -88,8 +88,8 @@ class Collection:
         keep = model.ranks.from_first(
             lambda: keep_in_layer(wanda_scores(self.run.statistics.read(index), channels), shape, decision)
         )
-        for part in model.family.parts(shape):
-            removed = part.removed_channels(part.own(keep.of(part.kind.name)), shape)
+        for part, units in model.family.kept_parts(shape, keep):
+            removed = part.removed_channels(units, shape)
             if len(removed):
                 weights[f"{part.kind.output.name}.weight"][:, torch.from_numpy(removed).to(model.device)] = 0
 

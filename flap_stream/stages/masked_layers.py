@@ -84,8 +84,8 @@ def mending(restore: str, model: StreamedModel, run: RunDirectory, form: str) ->
 def _removed(model: StreamedModel, index: int, keep: LayerKeep) -> Iterator[tuple[Part, np.ndarray]]:
     """The parts of a layer, and the removed input channels of their output projections."""
     shape = model.shapes[index]
-    for part in model.family.parts(shape):
-        yield part, part.removed_channels(part.own(keep.of(part.kind.name)), shape)
+    for part, units in model.family.kept_parts(shape, keep):
+        yield part, part.removed_channels(units, shape)
 
 
 def _zeroing(channels: torch.Tensor) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:

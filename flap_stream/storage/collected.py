@@ -159,7 +159,7 @@ class StatisticsStore:
 
     def _array_specs(self, layer: int) -> dict[str, arrays.ArraySpec]:
         shape = self.shapes[layer]
-        channels = {"attention": shape.kv_groups * shape.heads_per_group * shape.head_dim, "mlp": shape.neurons}
+        channels = {"attention": shape.attention_channels, "mlp": shape.neurons}
         specs: dict[str, arrays.ArraySpec] = {
             f"{kind}/{array}": ("int64" if array == "count" else "float64", (channels[kind],))
             for kind in KINDS

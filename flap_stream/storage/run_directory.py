@@ -197,7 +197,7 @@ def stored_bytes(shapes: Sequence[LayerShape], tokens: int) -> int:
     """Upper bound on the disk space of a run directory without snapshots. tokens: in all calibration windows."""
     total = _blocks(8 * tokens) + 4 * _BLOCK_BYTES
     for shape in shapes:
-        channels = (shape.kv_groups * shape.heads_per_group * shape.head_dim, shape.neurons)
+        channels = (shape.attention_channels, shape.neurons)
         arrays = sum(_blocks(8 * count) for count in channels) * len(ARRAYS)
         metadata = (4 * len(ARRAYS) + 6) * len(KINDS) * _BLOCK_BYTES  # zarr.json files and directories
         plan_and_journal = 12 * (shape.kv_groups + shape.neurons) + 1000

@@ -174,7 +174,7 @@ def _is_possible(manifest: Manifest) -> bool:
 
 def _is_possible_shape(shape: LayerShape) -> bool:
     """Whether arrays of that many channels can be allocated, and the experts' neurons add up to the layer's."""
-    channels = shape.kv_groups * shape.heads_per_group * shape.head_dim
+    channels = shape.attention_channels
     fits = max(channels, shape.neurons) <= _MAX_CHANNELS and shape.kv_groups <= channels
     return fits and shape.prunable < _MAX_PARAMETERS and sum(shape.experts) in (shape.neurons, 0)
 

@@ -149,7 +149,7 @@ class Job:
     def statistics_bytes(self) -> int:
         """Bytes of a layer's statistics on the host, with the copies made until they are stored."""
         shapes = map(self.skeleton.layer_shape, range(len(self.layers)))
-        return _STATISTIC_BYTES * max(s.kv_groups * s.heads_per_group * s.head_dim + s.neurons for s in shapes)
+        return _STATISTIC_BYTES * max(s.attention_channels + s.neurons for s in shapes)
 
     def batch_bytes(self, windows: int) -> int:
         """Bytes of the hidden states of that many windows; in a refit, of the dense ones and the kept inputs too."""
@@ -245,8 +245,9 @@ def moment_bytes(shape: LayerShape, samples: int, batch_size: int) -> int:
 
     For an expert, all tokens of a batch count as one window.
     """
-    channels = shape.kv_groups * shape.heads_per_group * shape.head_dim
-    return 8 * (samples * channels + (-(-samples // batch_size) if shape.experts else samples) * shape.neurons)
+    return 8 * (
+        samples * shape.attention_channels + (-(-samples // batch_size) if shape.experts else samples) * shape.neurons
+    )
 
 
 def landing_bytes(shapes: Sequence[LayerShape], batch_size: int) -> int:
