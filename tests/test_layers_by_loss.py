@@ -17,7 +17,7 @@ import flap_stream
 from flap_stream.arithmetic.allocation import allocate
 from flap_stream.arithmetic.layer_shape import LayerShape
 from flap_stream.arithmetic.scoring import LayerScores
-from flap_stream.arithmetic.whole_layers import price
+from flap_stream.arithmetic.whole_layers import whole_layer_score
 from flap_stream.config import CollectConfig, EvaluateConfig, PlanConfig, SweepConfig
 from flap_stream.errors import RunMismatch
 from flap_stream.storage.loss import LossStore
@@ -114,7 +114,7 @@ def test_a_layer_goes_where_that_costs_less_than_the_units_that_would_go_instead
     assert gone(80, 900, 900, min_neurons=5) == [True, False, False]
 
 
-def test_the_price_of_a_layer_is_the_most_of_any_choice_of_its_units() -> None:
+def test_the_score_of_a_layer_is_the_most_of_any_choice_of_its_units() -> None:
     draw = np.random.default_rng(0)
     shape = LayerShape(3, 2, 8, 5, 7, 2)
     scores = LayerScores(draw.uniform(size=3), draw.uniform(size=5), layer=30.0)
@@ -125,7 +125,7 @@ def test_the_price_of_a_layer_is_the_most_of_any_choice_of_its_units() -> None:
         own = [unit for bit, unit in enumerate(units) if chosen >> bit & 1]
         left = shape.prunable - sum(cost for _, cost in own)
         best = max(best, (30.0 - sum(f * cost for f, cost in own)) / left)
-    assert price(scores, shape, options) == pytest.approx(best)
+    assert whole_layer_score(scores, shape, options) == pytest.approx(best)
 
 
 @pytest.mark.slow

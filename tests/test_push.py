@@ -207,7 +207,7 @@ def test_an_upload_that_failed_goes_on_where_it_was(hub: Hub, out: Path) -> None
 
 SENTENCES: dict[str, tuple[list[str], dict[str, str], int, str]] = {
     "no base model": ([], {}, 2, "was made from a directory, model; give the Hub id"),
-    "no Hub id": (["--base-model", "dense"], {}, 2, "--base-model 'dense' is no Hub id"),
+    "no Hub id": (["--base-model", "dense"], {}, 2, "--base-model 'dense' is not a Hub id"),
     "not logged in": (["--base-model", "a/b"], {"HF_TOKEN": ""}, 2, "you are not logged in; run `hf auth login`"),
     "a wrong token": (["--base-model", "a/b"], {"HF_TOKEN": "bad"}, 2, "refuses your token for name/pruned (403)"),
     "offline": (["--base-model", "a/b"], {"HF_HUB_OFFLINE": "1"}, 2, "HF_HUB_OFFLINE forbids uploading"),
@@ -226,7 +226,7 @@ def test_what_keeps_a_model_from_being_pushed_is_told_apart(case: str, hub: Hub,
 
 def test_only_what_is_as_it_was_written_is_pushed(hub: Hub, out: Path, tmp_path: Path) -> None:
     done = push(hub, tmp_path / "none", "name/pruned")
-    assert done.returncode == 2 and "is no pruned checkpoint" in done.stderr
+    assert done.returncode == 2 and "is not a pruned checkpoint" in done.stderr
     (tmp_path / "out").mkdir()
     for file in out.iterdir():
         (tmp_path / "out" / file.name).write_bytes(file.read_bytes())
@@ -240,7 +240,7 @@ def test_only_what_is_as_it_was_written_is_pushed(hub: Hub, out: Path, tmp_path:
 
 def test_evaluations_are_saved_in_pruned_checkpoints_alone(out: Path) -> None:
     text = str(DEMO / "evaluation.txt")
-    with pytest.raises(InvalidOption, match="is no pruned checkpoint"):
+    with pytest.raises(InvalidOption, match="is not a pruned checkpoint"):
         flap_stream.evaluate(out, text=text, samples=2, save=DEMO)
     saved = out / "evaluations.json"
     kept = saved.read_bytes() if saved.exists() else b"[]"

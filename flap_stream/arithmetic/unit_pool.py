@@ -66,11 +66,11 @@ class UnitPool:
         return cls(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in cls.__annotations__})
 
     def without_last_experts(self, shapes: Sequence[LayerShape], options: PlanConfig) -> "UnitPool":
-        """The same where the best experts of each mixture, up to the minimum that it keeps, do not go as a whole.
+        """The same, with each mixture's best experts, up to the minimum that it keeps, exempt from removal as a whole.
 
-        Nor do those that score infinity, which are not among the best: tokens may reach none of them. As many of the
-        best are added as make all of these a multiple of what is asked for. If that forbids keeping all, the last ones
-        of infinite score must go.
+        So are experts that score infinity, of which nothing is known and which do not count towards the minimum: tokens
+        may reach none of them. More of the best are exempted until the number of all is a multiple of
+        `round_experts_to`; where that cannot be, the last experts of infinite score must be removed.
         Raises InvalidOption if a mixture has too few experts for that multiple.
         """
         whole = self.whole.copy()
@@ -148,11 +148,12 @@ def nearest_prefix(pool: UnitPool, protected: np.ndarray, budget: float, options
     spent = np.cumsum(pool.cost[order])
     length = int(np.argmin(np.abs(spent - budget))) + 1
     if length < protected.sum():
-        rounding = f"{rounding_options(options)}, " if options.rounds else ""
+        rounding = f", {rounding_options(options)}" if options.rounds else ""
+        unreached = ", experts that no token reached" if np.isposinf(pool.score).any() else ""
         needed = 1 - (1 - options.ratio) * spent[protected.sum() - 1] / budget
         raise InvalidOption(
-            f"--ratio {options.ratio} would remove units that must be kept ({minima(options)}, {rounding}experts that "
-            f"no token reached), which allows a ratio of at most {needed:.4f}"
+            f"--ratio {options.ratio} would remove units that must be kept ({minima(options)}{rounding}{unreached}), "
+            f"which allows a ratio of at most {needed:.4f}"
         )
     keep = np.zeros(len(order), dtype=bool)
     keep[order[:length]] = True
@@ -160,7 +161,7 @@ def nearest_prefix(pool: UnitPool, protected: np.ndarray, budget: float, options
 
 
 def neurons_to_remove(shapes: Sequence[LayerShape], groups: int, options: PlanConfig, clips: bool = False) -> int:
-    """Neurons to remove in these layers together, next to `groups` KV groups, to meet the ratio.
+    """Neurons to remove in these layers together, in addition to `groups` KV groups, to meet the ratio.
 
     Raises InvalidOption if the groups alone exceed it, unless `clips`: then none.
     Source: cal_remove_neuron, lib/prune.py:226-237, in its order of multiplication.

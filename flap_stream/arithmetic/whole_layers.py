@@ -41,15 +41,16 @@ def layers_by_loss(
     options: PlanConfig,
     loss_without: Callable[[list[int], float], float],
 ) -> tuple[list[int], float]:
-    """`--depth`: the layers that are worth less than the units which would go in their place, in the order of `price`.
+    """`--depth`: the layers that are worth less than the units which would go in their place, in the order of
+    `whole_layer_score`.
 
     Returns them, and the share of the others' prunable weights that their units have to lose.
     loss_without: the predicted rise of the loss without these layers, and of the others without so large a share of
     their units; infinite where these must stay. It falls from layer to layer as long as the next one costs less by
     weight than the units at the cut, and rises after.
     """
-    prices = [price(own, shape, options) for own, shape in zip(scores, shapes, strict=True)]
-    order, total = _ordered(prices, shapes), sum(shape.prunable for shape in shapes)
+    of_layers = [whole_layer_score(own, shape, options) for own, shape in zip(scores, shapes, strict=True)]
+    order, total = _ordered(of_layers, shapes), sum(shape.prunable for shape in shapes)
     best: tuple[list[int], float] = [], options.ratio
     least = loss_without(*best)
     for count in range(1, len(order) + 1):
@@ -65,7 +66,7 @@ def layers_by_loss(
     return best
 
 
-def price(scores: LayerScores, shape: LayerShape, options: PlanConfig) -> float:
+def whole_layer_score(scores: LayerScores, shape: LayerShape, options: PlanConfig) -> float:
     """F of a whole layer by what is removed with it, once its units are gone for which that costs less.
 
     It is to the layer what `whole_expert_score` is to an expert: the most that (F_layer - sum of F_u of those gone) /

@@ -19,7 +19,7 @@ def engine_rows(model: StreamedModel, placement: Placement, samples: int, length
     if samples:
         how.append(f"{min(placement.batch_size, samples)} of {samples} windows of {length} tokens at once")
         how.append(f"hidden states on the {placement.hidden_place}")
-    how.append(f"{placement.prefetch} layer read ahead")
+    how.append("one layer read ahead" if placement.prefetch else "no layer read ahead")
     memory = f"{format_bytes(placement.host_bytes)} at its peak by prediction"
     if device.type != "cpu":
         memory += f", {format_bytes(placement.device_bytes)} on {device}"

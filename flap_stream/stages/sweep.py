@@ -282,7 +282,7 @@ class _Curve:
             middle = round((low + high) / 2, 6)
             try:
                 plan = self._plan_at(middle)
-            except InvalidOption:  # sizes are rounded so coarsely that so small a ratio removes nothing
+            except InvalidOption:  # the ratio is too small for this rounding or these options
                 low = middle
                 continue
             self.measure([plan])
