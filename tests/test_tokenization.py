@@ -176,7 +176,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     text = (DEMO / "calibration.txt").read_text()
     (tmp_path / "long.txt").write_text(text * (4_000_000 // len(text)))
     program = (
-        "import resource, sys\nfrom pathlib import Path\nfrom flap_stream.text.tokenization import load_tokenizer\nfrom flap_stream.text.windows import *\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom flap_stream.text.windows import *\n"
+        "from flap_stream.text.tokenization import load_tokenizer\n"
         "from flap_stream.config import *\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
         f"load = lambda: load_tokenizer(Path({str(DEMO / 'model')!r}), False)\n"

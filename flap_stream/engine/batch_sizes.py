@@ -10,8 +10,9 @@ from flap_stream.storage.batch_reductions import BatchReduction
 class BatchSizes:
     """Batch sizes that shrink when the device runs out of memory, at the same points when a run is resumed.
 
-    A step is one run of a layer over all windows: the layer and the number of the run there. A reduction applies to the
-    windows that follow in the same step, up to the first window of another rank, and to all windows of later steps.
+    A step is one run of a layer over all windows: the layer's place in the pass, and which run of it. A
+    reduction applies to the windows that follow in the same step, up to the first window of another rank, and to all
+    windows of later steps.
     reductions: earlier ones. windows: the range of all windows that run here; None if all do. Arguments and results
     count windows from the first of that range.
     """

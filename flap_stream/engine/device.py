@@ -14,6 +14,7 @@ import torch
 
 from flap_stream.engine.ranks import Ranks
 from flap_stream.errors import InsufficientMemory, InvalidOption
+from flap_stream.progress import format_bytes
 
 # What libraries say that allocate beside torch; their errors have neither a type nor a code of their own.
 _OUT_OF_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
@@ -244,7 +245,7 @@ def in_use(device: torch.device) -> Iterator[None]:
             raise
         reserved, _ = peak_bytes(device)
         raise InsufficientMemory(
-            f"{device} ran out of memory outside a layer's batches, with {reserved:,} bytes in use by this process; "
+            f"{device} ran out of memory outside a layer's batches; torch reserved {format_bytes(reserved)} at most; "
             "end what else uses the device, lower --device-memory so that more is left for its libraries, or lower "
             "--batch-size"
         ) from error
@@ -305,7 +306,8 @@ def unlock_pages(device: torch.device, memory: torch.Tensor) -> None:
 class HostCopy:
     """A tensor on its way to host memory: on an accelerator the copy is queued, and nothing waits for it until asked.
 
-    Its source may be changed and freed at once, by work that is queued later.
+    On an accelerator its source may be changed or freed at once, by work that is queued later; on a CPU it is the
+    source itself, which must stay as it is until it has been used.
     """
 
     def __init__(self, values: torch.Tensor, into: torch.Tensor | None = None) -> None:

@@ -22,7 +22,7 @@ class HeadGradient:
 
     def of_fisher_draw(self, hidden: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
         """The gradient of logits times `fisher_slopes`, of all tokens but the last. signs: of these tokens."""
-        return self._propagated(hidden, len(signs), lambda rows, logits: fisher_slopes(logits, signs[rows]))
+        return self._through_norm_and_head(hidden, len(signs), lambda rows, logits: fisher_slopes(logits, signs[rows]))
 
     def of_divergence(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The gradient of `divergence`."""
@@ -30,7 +30,7 @@ class HeadGradient:
         def slopes(rows: slice, logits: torch.Tensor) -> torch.Tensor:
             return torch.softmax(logits, dim=-1).sub_(torch.softmax(self._logits(target[rows]), dim=-1))
 
-        return self._propagated(hidden, len(hidden), slopes)
+        return self._through_norm_and_head(hidden, len(hidden), slopes)
 
     def divergence(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The summed Kullback-Leibler divergence of the next token's distribution from the target's, float64."""
@@ -44,7 +44,7 @@ class HeadGradient:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._skeleton.outer.logits(self._head, self._norm(hidden)).float()
 
-    def _propagated(self, hidden: torch.Tensor, count: int, slopes: _Slopes) -> torch.Tensor:
+    def _through_norm_and_head(self, hidden: torch.Tensor, count: int, slopes: _Slopes) -> torch.Tensor:
         """The gradient at the hidden states. slopes: that at the logits of some of the first `count` tokens."""
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():

@@ -69,7 +69,10 @@ class HiddenStates(ABC):
 
     @abstractmethod
     def put(self, start: int, values: torch.Tensor) -> None:
-        """Store the outputs of the windows from `start` on, whose inputs are no longer needed."""
+        """Store the outputs of the windows from `start` on, whose inputs are no longer needed.
+
+        On a CPU, values are read when they are written to a disk, and must stay as they are until then.
+        """
 
     @abstractmethod
     def advance(self) -> None:

@@ -47,8 +47,8 @@ def limits(device: torch.device, host_memory: int | None, device_memory: int | N
     if device_memory is not None and device.type == "cpu":
         raise InvalidOption("--device-memory is the limit of a GPU; this run is on the CPU, so give --host-memory")
     host = host_memory or resident_bytes() + int(free_host_bytes() * (1 - _HOST_MARGIN)) // sharers
-    there_is = int(free_bytes(device) * (1 - DEVICE_MARGIN))
-    return Limits(host, there_is if device_memory is None else min(device_memory, there_is))
+    available = int(free_bytes(device) * (1 - DEVICE_MARGIN))
+    return Limits(host, available if device_memory is None else min(device_memory, available))
 
 
 def room(device: torch.device, host_memory: int | None, device_memory: int | None, sharers: int = 1) -> int:

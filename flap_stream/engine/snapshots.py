@@ -55,6 +55,8 @@ class Snapshots:
             return
         started = time.monotonic()
         for store, hidden in self._saved:
+            if self._ranks.is_first:
+                files.make_directory(store.path(next_layer).parent)
             digest = hidden.save(store.path(next_layer), self._ranks)
             if self._ranks.is_first:
                 store.record(next_layer, digest)
@@ -66,8 +68,4 @@ class Snapshots:
             due = time.monotonic() - self._since >= _LAYER_TIME_PER_WRITE * self._write_seconds
         else:
             due = next_layer % self._interval == 0
-        if not due or files.free_bytes(self._saved[0][0].path(next_layer)) < 2 * self._nbytes:
-            return False
-        for store, _ in self._saved:
-            files.make_directory(store.path(next_layer).parent)
-        return True
+        return due and files.free_bytes(self._saved[0][0].path(next_layer)) >= 2 * self._nbytes

@@ -26,14 +26,12 @@ from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.dtypes import stored_dtype
 from flap_stream.model.families import family_of
 from flap_stream.model.safetensors_format import TensorEntry, row_ranges
-from flap_stream.model.skeleton import LayerCall, Skeleton
+from flap_stream.model.skeleton import LOGIT_BYTES, LayerCall, Skeleton
 from flap_stream.progress import format_bytes
 
 logger = logging.getLogger(__name__)
 
 Logits = Callable[[torch.Tensor], Iterator[tuple[int, torch.Tensor]]]
-
-_LOGIT_BYTES = 1 << 26  # of a chunk of logits; not measured
 
 Layer = tuple[int, dict[str, torch.Tensor]]  # its index, and its weights on the device by relative name
 
@@ -291,7 +289,7 @@ class _Rows:
 
 def _finite_layers(model: StreamedModel, layers: Iterable[Layer]) -> Iterator[Layer]:
     for i, weights in layers:
-        prefix = f"{model.family.layers}.{i}."
+        prefix = f"{model.family.layer_prefix(i)}"
         require_finite({prefix + name: w for name, w in weights.items()}, model.checkpoint.source, model.ranks)
         yield i, weights
         memory.give_back_heap()  # otherwise what activations leave there grows from layer to layer
@@ -301,7 +299,7 @@ def _chunked_logits(
     skeleton: Skeleton, norm: Callable[[torch.Tensor], torch.Tensor], head_weights: Mapping[str, torch.Tensor]
 ) -> Logits:
     """See `StreamedModel.head`. head_weights: by relative name."""
-    chunk = max(1, _LOGIT_BYTES // (4 * len(head_weights["weight"])))
+    chunk = max(1, LOGIT_BYTES // (4 * len(head_weights["weight"])))
 
     def logits_of(hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         for start in range(0, len(hidden), chunk):

@@ -33,5 +33,4 @@ class _WideAttention(TorchFunctionMode):
 
 def _wide(value: Any) -> Any:
     """A tensor of floats in float32; anything else as it is."""
-    is_wide = not isinstance(value, torch.Tensor) or not value.is_floating_point()
-    return value if is_wide else value.float()
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value

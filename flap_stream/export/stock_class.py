@@ -168,7 +168,7 @@ def _no_class(source: Checkpoint, sizes: StockSizes, shape: LayerShape, misfits:
 def cut_tensors(family: Family, shapes: Sequence[LayerShape]) -> dict[str, tuple[Projection, int, int]]:
     """The tensors that have rows or columns of units, by name: the projection, its layer, the number of its part."""
     return {
-        f"{family.layers}.{i}.{projection.name}.{name}": (projection, i, number)
+        f"{family.layer_prefix(i)}{projection.name}.{name}": (projection, i, number)
         for i, shape in enumerate(shapes)
         for number, part in enumerate(family.parts(shape))
         for projection in part.kind.projections
@@ -179,10 +179,10 @@ def cut_tensors(family: Family, shapes: Sequence[LayerShape]) -> dict[str, tuple
 def _emptied_modules(source: Checkpoint, family: Family, shapes: Sequence[LayerShape]) -> tuple[str, ...]:
     """Path prefixes of the modules that have no units left."""
     return tuple(
-        f"{family.layers}.{i}.{part.kind.module}."
+        f"{family.layer_prefix(i)}{part.kind.module}."
         for i, shape in enumerate(shapes)
         for part in family.parts(shape)
-        if f"{family.layers}.{i}.{part.kind.output.name}.weight" not in source.tensors
+        if f"{family.layer_prefix(i)}{part.kind.output.name}.weight" not in source.tensors
     )
 
 

@@ -143,6 +143,10 @@ class Family:
         own = (layers, *beside, *_FOR_LAYERS)
         return f"{base}.{name}" if name.partition(".")[0] in own else name
 
+    def layer_prefix(self, number: int) -> str:
+        """What the names of a decoder layer's tensors begin with."""
+        return f"{self.layers}.{number}."
+
     def layer_of(self, name: str) -> int | None:
         """The number of the decoder layer that a tensor belongs to; None for any other tensor."""
         found = re.match(rf"{re.escape(self.layers)}\.(\d+)\.", name)
@@ -301,7 +305,7 @@ def _experts_of(family: Family, sizes: tuple[int, ...]) -> list[UnitKind]:
 def _rest(kind: UnitKind, tensors: Mapping[str, tuple[int, ...]]) -> int:
     """Elements of a module's tensors that belong to no unit, except the output's bias, which is kept.
 
-    None where the module is another layer's kind of attention or state space.
+    0 where the layer has none: another kind of attention, a state space, a sublayer that was pruned away.
     """
     if f"{kind.output.name}.weight" not in tensors:
         return 0

@@ -13,5 +13,5 @@ def linear_weights(skeleton: Skeleton) -> frozenset[str]:
         if skeleton.family.experts is not None:
             linears -= skeleton.family.router_axes(skeleton.layer_tensors(i)).keys()
             linears = {name for name in linears if "router" not in name.split(".")}
-        found |= {f"{skeleton.family.layers}.{i}.{name}" for name in linears}
+        found |= {f"{skeleton.family.layer_prefix(i)}{name}" for name in linears}
     return frozenset(found)

@@ -25,6 +25,8 @@ from flap_stream.model.families import family_of
 from flap_stream.model.layer_state import RECOMPUTED, LayerState
 from flap_stream.model.mixture import Mixture
 
+LOGIT_BYTES = 1 << 26  # of a chunk of logits in float32, at most; not measured
+
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a decoder layer
 
 

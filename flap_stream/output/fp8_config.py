@@ -80,7 +80,7 @@ def _unit_weights(pruned: PrunedModel) -> set[str]:
     assert pruned.linears is not None
     outer = str if pruned.source.wrapper is None else pruned.source.wrapper.outer
     names = {
-        f"{pruned.family.layers}.{i}.{projection.name}.weight"
+        f"{pruned.family.layer_prefix(i)}{projection.name}.weight"
         for i, (shape, _) in enumerate(pruned.kept)
         for part in pruned.family.parts(shape)
         for projection in part.kind.projections

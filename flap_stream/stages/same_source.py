@@ -61,7 +61,7 @@ def require_same_weights(source: Checkpoint, run: RunDirectory) -> None:
             raise _mismatch(source, run, "its embedding")
         skeleton, family = Skeleton(source.config, source.source), family_of(source.config, source.source)
         for i, checksum in enumerate(run.statistics.weights_checksums()):
-            names = [f"{family.layers}.{i}.{name}" for name in skeleton.layer_tensors(i)]
+            names = [f"{family.layer_prefix(i)}{name}" for name in skeleton.layer_tensors(i)]
             if source.read_checksum([source.tensors[name] for name in names]) != checksum:
                 raise _mismatch(source, run, f"layer {i}")
     run.record_source(source.stamps, embedding)

@@ -47,7 +47,7 @@ def _fp8_sizes(model: "StreamedModel") -> Fp8Sizes | None:
     linears = linear_weights(model.skeleton)
     units = [_unit_bytes(model, i, linears) for i in range(len(model.shapes))]
     in_units = {
-        f"{model.family.layers}.{i}.{projection.name}.{name}"
+        f"{model.family.layer_prefix(i)}{projection.name}.{name}"
         for i, shape in enumerate(model.shapes)
         for part in model.family.parts(shape)
         for projection in part.kind.projections

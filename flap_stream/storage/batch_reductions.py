@@ -10,7 +10,7 @@ from flap_stream.storage.journal import Journal
 class BatchReduction:
     """From window `start` of a step on, batches had only `size` windows: larger ones did not fit in memory.
 
-    step: the layer, and which run of it. stop: first window of the next rank in this step.
+    step: the layer's place in the pass, and which run of it. stop: first window of the next rank in this step.
     """
 
     step: tuple[int, int]

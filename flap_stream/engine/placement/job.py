@@ -11,12 +11,12 @@ from flap_stream.arithmetic.least_squares import experts_workspace_bytes, produc
 from flap_stream.engine.placement.workspace import Way, layer_workspace
 from flap_stream.engine.ranks import window_shares
 from flap_stream.model.safetensors_format import TensorEntry
-from flap_stream.model.skeleton import Skeleton
+from flap_stream.model.skeleton import LOGIT_BYTES, Skeleton
 
 _LOSS_LOGIT_BYTES = 1 << 25  # of a chunk of float32 logits that are differentiated; not measured
-_HEAD_WORKSPACE = 224 << 20  # a chunk of logits in float32, held twice
+_HEAD_WORKSPACE = 7 * LOGIT_BYTES // 2  # of a chunk as computed, in float32, and what is made of it; not measured
 
-BATCHES_BEHIND = 2  # whose moments wait on the host to be merged, beside an accelerator
+BATCHES_BEHIND = 2  # whose moments wait on the host to be merged, on an accelerator
 
 # Bytes per channel: seven float64 figures, those of the moments held once and all of them up to twice more.
 _STATISTIC_BYTES = 19 * 8
