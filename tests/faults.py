@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from fork_server import KILLED, forked
-from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import contents, random_tokens, save, save_tokens, tiny_config, tiny_model
 from power_cuts import PowerCuts
 
 import flap_stream
@@ -340,10 +340,6 @@ class Job:
 
 def is_one_sentence(said: str) -> bool:
     return said.strip().startswith("flap-stream: ") and said.strip().count("\n") == 0
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 def make_job(directory: Path, layers: int = LAYERS, family: str = "llama", **changes: Any) -> Job:

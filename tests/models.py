@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -248,6 +249,16 @@ def random_tokens(samples: int, length: int, seed: int = 0) -> np.ndarray:
 def save_tokens(path: Path, tokens: np.ndarray) -> str:
     np.save(path, tokens)
     return str(path)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's safetensors files, by name."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """The bytes of all files of a directory, by relative path."""
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 def put_bos_before_texts(model: Path) -> None:

@@ -21,17 +21,13 @@ from typing import Any
 
 import torch
 from fork_server import KILLED, forked
-from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import contents, random_tokens, save, save_tokens, tiny_config, tiny_model
 from torch.distributed import TCPStore
 
 import flap_stream
 from flap_stream import PruneConfig, cli
 
 WINDOWS, LENGTH = 22, 16
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 def _rank(environment: dict[str, str], said: Path, action: Callable[[], Any], kill_after: float | None) -> None:

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from masked import projection_inputs, streamed
-from models import random_tokens, save, save_tokens, tiny_config, tiny_model
-from safetensors.torch import load_file
+from models import random_tokens, save, save_tokens, tensors_of, tiny_config, tiny_model
 
 import flap_stream
 from flap_stream.config import CollectConfig, PlanConfig, RewriteConfig
@@ -72,7 +71,7 @@ def test_exact_equals_the_float64_whole_array_for_every_batch_size(tmp_path: Pat
         flap_stream.collect(path, run, CollectConfig(calibration=(text,), batch_size=batch_size))  # once for both
         flap_stream.plan(run, PlanConfig(ratio=RATIO, head_score=head_score, round_neurons_to=1))
         record = flap_stream.rewrite(run, out, RewriteConfig()).record
-        tensors = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        tensors = tensors_of(out)
         for i, layer in enumerate(record["layers"]):
             assert layer["kept_kv_groups"] == kept[i, "attention"]
             assert layer["kept_neurons"] == kept[i, "mlp"]

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from faults import contents, make_job
+from faults import make_job
 from masked import decoder_of, hide_experts, mixture_of, projection_inputs, separate, streamed
-from models import GEMMA4_EXPERTS, load, random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import GEMMA4_EXPERTS, contents, load, random_tokens, save, save_tokens, tensors_of, tiny_config, tiny_model
 from rank_jobs import RankJob
-from safetensors.torch import load_file
 from torch import nn
 
 import flap_stream
@@ -135,8 +134,7 @@ def test_experts_that_no_token_reaches_any_more_get_the_bias(tmp_path: Path, mon
     written = []
     for restore in ("bias", "least-squares"):
         flap_stream.rewrite(run, tmp_path / restore, RewriteConfig(restore=restore))
-        files = (tmp_path / restore).glob("*.safetensors")
-        written.append({name: tensor for file in files for name, tensor in load_file(file).items()})
+        written.append(tensors_of(tmp_path / restore))
     wanted, found = written
     assert wanted.keys() == found.keys()
     for name, tensor in wanted.items():

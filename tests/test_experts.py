@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import load, random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import load, random_tokens, save, save_tokens, tensors_of, tiny_config, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -177,7 +177,7 @@ def test_an_expert_that_no_token_reached_stays_whole(
         assert all(sizes[int(layer)][int(expert)] == whole[int(expert)] for expert in experts.split(", "))
     with pytest.raises(InvalidOption, match="experts that no token reached"):
         flap_stream.prune(
-            tmp_path / "model", tmp_path / "other", PruneConfig(ratio=0.9, calibration=options.calibration)
+            tmp_path / "model", tmp_path / "other", PruneConfig(ratio=0.7, calibration=options.calibration)
         )
 
 
@@ -208,8 +208,7 @@ def test_experts_in_one_tensor_are_pruned_as_those_in_many(family: str, tmp_path
     outputs = []
     for path in (many, one):
         flap_stream.prune(path, tmp_path / f"out-{path.name}", options)
-        files = (tmp_path / f"out-{path.name}").glob("*.safetensors")
-        outputs.append({name: tensor for file in files for name, tensor in load_file(file).items()})
+        outputs.append(tensors_of(tmp_path / f"out-{path.name}"))
     assert outputs[0].keys() == outputs[1].keys()
     assert all(torch.equal(tensor, outputs[1][name]) for name, tensor in outputs[0].items())
 

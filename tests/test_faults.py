@@ -24,7 +24,6 @@ from faults import (
     READ_ONLY,
     Fault,
     Job,
-    contents,
     do,
     fail_to_lock,
     fail_to_sync_directories,
@@ -37,6 +36,7 @@ from faults import (
     terminate,
 )
 from fork_server import KILLED
+from models import contents
 
 import flap_stream
 from flap_stream.cli import main

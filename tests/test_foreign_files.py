@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults import contents
-from models import DEMO
+from models import DEMO, contents
 from run_directories import collect_runs, copy_runs, refused
 
 from flap_stream.cli import main

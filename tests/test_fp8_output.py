@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from killed_jobs import require_same_after_a_kill
-from models import load, random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import load, random_tokens, save, save_tokens, tensors_of, tiny_config, tiny_model
 from quantised_models import write_quantised
 from rank_jobs import RankJob
-from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -71,10 +70,6 @@ def plain(options: PruneConfig) -> PruneConfig:
     return replace(options, output_dtype="auto")
 
 
-def tensors_in(place: Path) -> Tensors:
-    return {name: tensor for path in sorted(place.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
 def decoded(place: Path) -> Tensors:
     """What this package reads."""
     found = Tensors()
@@ -97,7 +92,7 @@ def test_codes_are_transformers_own_and_decode_to_the_values(family: str, tmp_pa
     assert flap_stream.prune(path, tmp_path / "plain", plain(options)).record == {
         key: value for key, value in record.items() if key != "output_dtype"
     }
-    stored, values = tensors_in(tmp_path / "out"), tensors_in(tmp_path / "plain")
+    stored, values = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "plain")
     packed = {name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn}
     assert len(packed) >= 12
     assert packed == {n for n in values if n.endswith("weight") and ("_proj." in n or ".each." in n)}
@@ -146,9 +141,9 @@ def test_blocks_of_zeros_and_of_the_smallest_numbers() -> None:
 def test_shards_ranks_and_kills_change_no_value(tmp_path: Path) -> None:
     path, options = model_of(tmp_path), options_of(tmp_path)
     flap_stream.prune(path, tmp_path / "out", options)
-    whole = tensors_in(tmp_path / "out")
+    whole = tensors_of(tmp_path / "out")
     flap_stream.prune(path, tmp_path / "apart", replace(options, max_shard_bytes=1))  # scales apart from their codes
-    apart = tensors_in(tmp_path / "apart")
+    apart = tensors_of(tmp_path / "apart")
     assert apart.keys() == whole.keys() and len(list((tmp_path / "apart").glob("*.safetensors"))) == len(whole)
     assert all(torch.equal(apart[name].view(torch.uint8), whole[name].view(torch.uint8)) for name in whole)
     require_same_after_a_kill(path, tmp_path / "out", options, tmp_path / "killed")
@@ -162,7 +157,7 @@ def test_any_restoration_is_written_in_fp8(restore: str, tmp_path: Path) -> None
     path, options = model_of(tmp_path), options_of(tmp_path, restore=restore)
     for name, own in (("out", options), ("plain", plain(options))):
         flap_stream.prune(path, tmp_path / name, own)
-    stored, values = tensors_in(tmp_path / "out"), tensors_in(tmp_path / "plain")
+    stored, values = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "plain")
     for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"):
         expected = Fp8Quantize(QUANTIZER).convert({name: values[name]})  # type: ignore[arg-type]
         assert torch.equal(stored[name].view(torch.uint8), expected[name].view(torch.uint8))
@@ -174,7 +169,7 @@ def test_experts_that_are_numbered_anew_keep_their_scales(changes: dict[str, Any
     path, options = model_of(tmp_path, "qwen3_moe"), options_of(tmp_path, **changes)
     kept = flap_stream.prune(path, tmp_path / "out", options).record["experts"]
     flap_stream.prune(path, tmp_path / "plain", plain(options))
-    values, read = tensors_in(tmp_path / "plain"), decoded(tmp_path / "out")
+    values, read = tensors_of(tmp_path / "plain"), decoded(tmp_path / "out")
     assert kept["after"] < kept["before"] and values.keys() == read.keys()
     for name, value in values.items():
         assert (read[name].float() - value.float()).abs().max() <= value.float().abs().max() * 2.0**-4
@@ -201,7 +196,7 @@ def test_on_a_gpu_transformers_finds_every_code_and_scale(family: str, tmp_path:
     as_on_a_gpu(model, tmp_path / "out")
     found = [
         {name: (tuple(tensor.shape), tensor.dtype == torch.float8_e4m3fn) for name, tensor in tensors.items()}
-        for tensors in (model.state_dict(), tensors_in(tmp_path / "out"))
+        for tensors in (model.state_dict(), tensors_of(tmp_path / "out"))
     ]
     assert found[0] == found[1]
 
@@ -238,7 +233,7 @@ def test_an_fp8_model_stays_one_on_request(tmp_path: Path) -> None:
     write_quantised("FP8 by block", dense, tmp_path / "model8", tmp_path / "decoded")
     for name, options in (("out", options_of(tmp_path)), ("plain", plain(options_of(tmp_path)))):
         flap_stream.prune(tmp_path / "model8", tmp_path / name, options)
-    stored, values = tensors_in(tmp_path / "out"), tensors_in(tmp_path / "plain")
+    stored, values = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "plain")
     name = "model.layers.0.mlp.down_proj.weight"
     expected = Fp8Quantize(QUANTIZER).convert({name: values[name]})  # type: ignore[arg-type]
     assert torch.equal(stored[name].view(torch.uint8), expected[name].view(torch.uint8))
@@ -256,7 +251,7 @@ def test_of_a_multimodal_model_the_text_decoder_is_in_fp8(tmp_path: Path) -> Non
     save_tokens(tmp_path / "tokens.npy", random_tokens(8, 24) % 90)
     path = save(tiny_model(config, kind=SimpleNamespace(from_config=LlavaForConditionalGeneration)), tmp_path / "model")
     flap_stream.prune(path, tmp_path / "out", options_of(tmp_path))
-    packed = {name for name, tensor in tensors_in(tmp_path / "out").items() if tensor.dtype == torch.float8_e4m3fn}
+    packed = {name for name, tensor in tensors_of(tmp_path / "out").items() if tensor.dtype == torch.float8_e4m3fn}
     assert len(packed) == 21 and all("language_model." in name for name in packed)
     model = load(tmp_path / "out", AutoModelForImageTextToText).to("meta")
     as_on_a_gpu(model, tmp_path / "out")
@@ -274,7 +269,7 @@ def test_sizes_are_known_before(family: str, tmp_path: Path) -> None:
     foreseen = [forecast(path, tmp_path / "none", own).bytes_written for own in (options, plain(options))]
     for name, own, expected in zip(("out", "plain"), (options, plain(options)), foreseen, strict=True):
         flap_stream.prune(path, tmp_path / name, own)
-        written = sum(prod(tensor.shape) * tensor.element_size() for tensor in tensors_in(tmp_path / name).values())
+        written = sum(prod(tensor.shape) * tensor.element_size() for tensor in tensors_of(tmp_path / name).values())
         assert written == pytest.approx(expected, rel=0.05)
     assert foreseen[0] < 0.55 * foreseen[1]
 
@@ -306,7 +301,7 @@ def test_matrices_that_do_not_fill_blocks_stay(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING):
         record = flap_stream.prune(path, tmp_path / "out", options).record
     assert "must be multiples of 128, for which prune with --round-neurons-to 128 and --round-heads-to 4" in caplog.text
-    stored = tensors_in(tmp_path / "out")
+    stored = tensors_of(tmp_path / "out")
     left = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
     for i, layer in enumerate(record["layers"]):
         for name, size in (
@@ -383,7 +378,7 @@ def test_scales_are_those_of_the_codes_in_layers_that_got_new_numbers(
     monkeypatch.setattr("flap_stream.output.shard_writer._scales", None)  # all codes are in the shard of their scales
     assert 5 not in flap_stream.prune(place, tmp_path / "out", options).record["kept_layers"]
     flap_stream.prune(place, tmp_path / "plain", plain(options))
-    stored, values = tensors_in(tmp_path / "out"), tensors_in(tmp_path / "plain")
+    stored, values = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "plain")
     packed = [name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn]
     assert len(packed) == 11 * 7
     for name in packed:
@@ -396,7 +391,7 @@ def test_layers_that_got_new_numbers_are_in_fp8_too(tmp_path: Path) -> None:
     record = flap_stream.prune(path, tmp_path / "out", options).record
     assert len(record["kept_layers"]) == 2
     flap_stream.prune(path, tmp_path / "plain", plain(options))
-    stored, values = tensors_in(tmp_path / "out"), tensors_in(tmp_path / "plain")
+    stored, values = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "plain")
     packed = {name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn}
     assert packed == {name for name in values if "_proj." in name and name.endswith("weight")}
     ids = torch.from_numpy(random_tokens(2, 12, seed=5))

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import LAYERS, Job, contents, make_job
+from faults import LAYERS, Job, make_job
 from fork_server import KILLED
-from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import contents, random_tokens, save, save_tokens, tiny_config, tiny_model
 from warm_commands import WarmProcess, run_warm
 
 import flap_stream

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
-from models import DEMO, load, random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import DEMO, load, random_tokens, save, save_tokens, tensors_of, tiny_config, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,10 +26,6 @@ from flap_stream.model.model_files import INDEX_NAME, SINGLE_NAME
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INV_FREQ = "model.layers.1.self_attn.rotary_emb.inv_freq"
 TOKENS = random_tokens(8, 24)
-
-
-def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def rewritten(path: Path, tensors: dict[str, torch.Tensor]) -> Path:

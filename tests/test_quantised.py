@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import load, random_tokens, save_tokens, tiny_config, tiny_model
+from models import load, random_tokens, save_tokens, tensors_of, tiny_config, tiny_model
 from quantised_models import COMPRESSED, FP8, write_microscaled, write_quantised
 from safetensors.torch import load_file, save_file
 from simulated_device import simulated
@@ -33,8 +33,7 @@ def options_of(place: Path) -> PruneConfig:
 
 def pruned(model: Path, out: Path, options: PruneConfig) -> tuple[dict[str, torch.Tensor], list[dict[str, object]]]:
     record = flap_stream.prune(model, out, options).record
-    files = [load_file(path) for path in sorted(out.glob("*.safetensors"))]
-    return {name: tensor for file in files for name, tensor in file.items()}, record["layers"]
+    return tensors_of(out), record["layers"]
 
 
 def require_the_same(place: Path, options: PruneConfig) -> None:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from fork_server import KILLED
 from launchers import accelerate, finish, finish_warm, ranks_of, start, torchrun, two_hosts, wait_for
-from models import random_tokens, save, save_tokens, tiny_config, tiny_model
-from rank_jobs import LENGTH, WINDOWS, RankJob, contents, launch
+from models import contents, random_tokens, save, save_tokens, tiny_config, tiny_model
+from rank_jobs import LENGTH, WINDOWS, RankJob, launch
 
 import flap_stream
 from flap_stream.config import EvaluateConfig

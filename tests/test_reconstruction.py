@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from faults import contents, make_job
-from models import DEMO, load, random_tokens, save, save_tokens, tiny_config, tiny_model
+from faults import make_job
+from models import DEMO, contents, load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from placements import placed
 
 import flap_stream

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import random_tokens, save, save_tokens, tensors_of, tiny_config, tiny_model
 from released_reference import ReleasedDecision, released_baseline, released_flap, released_statistics
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flap_stream
@@ -104,7 +103,7 @@ def test_biases_equal_the_released_codes(
     text = (str(place / "tokens.npy"),)
     options = PruneConfig(ratio=0.3, structure=structure, statistics="released", dtype="float32", calibration=text)
     flap_stream.prune(place / "model", tmp_path / "out", options)
-    tensors = {k: v for file in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(file).items()}
+    tensors = tensors_of(tmp_path / "out")
     theirs = theirs_of(0.3, structure)
     for i in range(model.config.num_hidden_layers):
         for name, expected in (("self_attn.o_proj", theirs.attention_bias[i]), ("mlp.down_proj", theirs.mlp_bias[i])):

@@ -8,9 +8,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from faults import contents, make_job
+from faults import make_job
 from fork_server import KILLED
-from models import DEMO, load, random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import DEMO, contents, load, random_tokens, save, save_tokens, tiny_config, tiny_model
 from placements import placed
 from torch import nn
 from torch.nn import functional

@@ -11,7 +11,8 @@ from typing import Any
 import numcodecs
 import numpy as np
 import pytest
-from faults import Fault, contents, make_job
+from faults import Fault, make_job
+from models import contents
 from rank_jobs import RankJob, launch
 from run_directories import collect_runs, copy_runs, refused
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import random_tokens, save, save_tokens, tiny_config, tiny_model
+from models import random_tokens, save, save_tokens, tensors_of, tiny_config, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -17,10 +17,6 @@ from flap_stream.model.safetensors_format import row_ranges
 from flap_stream.model.shard_files import ShardFiles
 
 PRUNED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import random_tokens, save, save_tokens, tiny_config, tiny_model
-from safetensors.torch import load_file
+from models import random_tokens, save, save_tokens, tensors_of, tiny_config, tiny_model
 from simulated_device import POLICIES, simulated
 from simulated_jobs import (
     BATCH,
@@ -106,10 +105,6 @@ def collect_options(text: str, device: str) -> CollectConfig:
     return CollectConfig(calibration=(text,), device=device, batch_size=BATCH, loss_windows=5)
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
-
-
 def rewritten(collected: Collected, name: str, device: str, restore: str) -> Path:
     out = collected.place / name
     options = RewriteConfig(device=device, batch_size=BATCH, restore=restore)
@@ -124,7 +119,7 @@ def refitted(collected: Collected) -> Callable[[str], dict[str, torch.Tensor]]:
 
     def of(restore: str) -> dict[str, torch.Tensor]:
         if restore not in known:
-            known[restore] = tensors(rewritten(collected, f"cpu-{restore}", "cpu", restore))
+            known[restore] = tensors_of(rewritten(collected, f"cpu-{restore}", "cpu", restore))
         return known[restore]
 
     return of
@@ -142,9 +137,9 @@ def test_experts_are_refitted_as_on_the_cpu(tmp_path: Path) -> None:
     flap_stream.collect(model, tmp_path / "run", collect_options(text, "cpu"))
     flap_stream.plan(tmp_path / "run", PlanConfig(ratio=0.3))
     own = Collected(tmp_path, tmp_path / "run", text)
-    expected = tensors(rewritten(own, "cpu", "cpu", "least-squares"))
+    expected = tensors_of(rewritten(own, "cpu", "cpu", "least-squares"))
     with simulated("random", 1):
-        found = tensors(rewritten(own, "simulated", "cuda", "least-squares"))
+        found = tensors_of(rewritten(own, "simulated", "cuda", "least-squares"))
     assert_near(found, expected)
 
 
@@ -154,7 +149,7 @@ def test_refits_are_the_cpus_whatever_runs_when(
     collected: Collected, refitted: Callable[[str], dict[str, torch.Tensor]], restore: str, policy: str, seed: int
 ) -> None:
     with simulated(policy, seed):
-        found = tensors(rewritten(collected, f"{policy}-{restore}", "cuda", restore))
+        found = tensors_of(rewritten(collected, f"{policy}-{restore}", "cuda", restore))
     assert_near(found, refitted(restore))
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import random_tokens, save, save_tokens, tiny_config, tiny_model
-from rank_jobs import Prune, contents, launch
+from models import contents, random_tokens, save, save_tokens, tiny_config, tiny_model
+from rank_jobs import Prune, launch
 from simulated_device import simulated
 
 from flap_stream.config import PruneConfig

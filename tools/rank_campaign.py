@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from launchers import ALONE, ranks_of, start, torchrun
-from models import random_tokens, save, save_tokens, tiny_config, tiny_model
-from rank_jobs import RankJob, contents
+from models import contents, random_tokens, save, save_tokens, tiny_config, tiny_model
+from rank_jobs import RankJob
 
 SECONDS = 10.0
 
