@@ -124,3 +124,8 @@ class InsufficientSpace(InvalidInput):
 
 class InsufficientMemory(InvalidInput):
     """The job cannot run within the allowed memory."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what a library's error says, for a message; its class if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

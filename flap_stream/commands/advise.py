@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from flap_stream.commands import options as shared
+from flap_stream.commands import printing
 from flap_stream.config import AdviseConfig
 from flap_stream.progress import format_bytes
 
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, default=AdviseConfig.batch, metavar="N", help="texts at once (default: %(default)s)"
     )
     shared.add_revision(group)
-    shared.add_output(parser)
+    shared.add_output(parser, runs_layers=False)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -44,10 +45,10 @@ def run(options: argparse.Namespace) -> None:
     found = advise(shared.model_of(options.model, options), config)
     if options.json:
         job = None if found.forecast is None else found.forecast.record()
-        shared.print_json({**asdict(found), "forecast": job})
+        printing.print_json({**asdict(found), "forecast": job})
         return
     size, limit = format_bytes(found.capacity), format_bytes(found.limit)
-    shared.show(f"model    {found.parameters:,} parameters in {found.layers} layers of {found.model_type}")
+    printing.show(f"model    {found.parameters:,} parameters in {found.layers} layers of {found.model_type}")
     print(f"memory   {size}, of which {limit} ({USED:.0%}) are for weights and KV cache")
     print(f"         KV cache of {config.batch} x {config.context:,} tokens, 16 bits a value\n")
     print(f"{'form':10} {'weights':>10} {'KV cache':>10} {'to remove':>10}  runs in")
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         print(f"As {found.chosen} it fits without pruning.")
     for command in found.commands:
-        shared.show(f"  {command}")
+        printing.show(f"  {command}")
 
 
 def _print_job(job: Any, is_elsewhere: bool) -> None:

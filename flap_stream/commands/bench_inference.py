@@ -4,6 +4,7 @@ import argparse
 from dataclasses import asdict
 
 from flap_stream.commands import options as shared
+from flap_stream.commands import printing
 from flap_stream.config import DTYPES, BenchInferenceConfig
 from flap_stream.config.values import dtype_name
 from flap_stream.progress import format_bytes
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
 
     result = bench_inference(shared.model_of(options.dense, options), options.out, config, progress)
     if options.json:
-        shared.print_json({"dense": options.dense, "out": options.out, **asdict(result)})
+        printing.print_json({"dense": options.dense, "out": options.out, **asdict(result)})
         return
     before, after = (format_bytes(result.weight_bytes[name]) for name in ("dense", "pruned"))
     print(f"weights {before} -> {after}; {result.device}, {result.dtype}, medians of {result.rounds} rounds")

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from shlex import quote
 
 from flap_stream.commands import options as shared
+from flap_stream.commands import printing
 from flap_stream.config import CollectConfig, changed_options
 from flap_stream.config.rules import FED_ON
 from flap_stream.config.values import option_name
@@ -36,10 +37,10 @@ def run(options: argparse.Namespace) -> None:
     model = shared.model_of(options.model, options)
     result = collect(model, options.run_directory, config, progress=progress)
     if options.json:
-        shared.print_json({**asdict(result), "run": str(result.run)})
+        printing.print_json({**asdict(result), "run": str(result.run)})
     else:
-        shared.show(f"statistics of {result.layers} layers written to {result.run}")
-        shared.show(f"next: flap-stream plan {quote(str(result.run))} {' '.join(_plan_options(config))}")
+        printing.show(f"statistics of {result.layers} layers written to {result.run}")
+        printing.show(f"next: flap-stream plan {quote(str(result.run))} {' '.join(_plan_options(config))}")
 
 
 def _plan_options(config: CollectConfig) -> list[str]:

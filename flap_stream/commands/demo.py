@@ -6,6 +6,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from flap_stream.commands import options as shared
+from flap_stream.commands import printing
 from flap_stream.config import EvaluateConfig, PruneConfig
 from flap_stream.progress import format_bytes
 
@@ -48,11 +49,11 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         perplexity = {"before": before.perplexity, "after": after.perplexity}
         weights = {"before": dense_bytes, "after": pruned_bytes}
-        shared.print_json({**shared.totals(result), "perplexity": perplexity, "weight_bytes": weights})
+        printing.print_json({**printing.totals(result), "perplexity": perplexity, "weight_bytes": weights})
         return
     print(f"perplexity   {before.perplexity:.2f} -> {after.perplexity:.2f}  (held-out text, windows of 128)")
     print(f"weights      {format_bytes(dense_bytes)} -> {format_bytes(pruned_bytes)}")
-    shared.print_result(result)
+    printing.print_result(result)
 
 
 def _weight_bytes(directory: Path) -> int:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from flap_stream.commands import options as shared
+from flap_stream.commands import printing
 from flap_stream.errors import FlapStreamError
 
 EXAMPLES = (
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "directory", metavar="DIR", nargs="?", default=".", help="where results will be (default: here)"
     )
-    shared.add_output(parser)
+    shared.add_output(parser, runs_layers=False)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -30,9 +31,9 @@ def run(options: argparse.Namespace) -> None:
     for finding in examine(Path(options.directory)):
         found.append(finding)
         if not options.json:
-            shared.show(f"{finding.level:5} {finding.name:9} {finding.text}")
+            printing.show(f"{finding.level:5} {finding.name:9} {finding.text}")
     if options.json:
-        shared.print_json({"findings": [asdict(finding) for finding in found]})
+        printing.print_json({"findings": [asdict(finding) for finding in found]})
     faults = sum(finding.level == "fault" for finding in found)
     if faults:
         raise FlapStreamError(f"{faults} fault{'s' * (faults > 1)} found, which jobs would fail by; see above")

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import asdict
 
 from flap_stream.commands import options as shared
+from flap_stream.commands import printing
 from flap_stream.config import EvaluateConfig
 
 EXAMPLES = (
@@ -32,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
 
     result = evaluate(shared.model_of(options.model, options), config, progress)
     if options.json:
-        shared.print_json({"model": options.model, **asdict(result)})
+        printing.print_json({"model": options.model, **asdict(result)})
     else:
         error = "" if result.standard_error is None else f" ± {result.standard_error:.4f} (standard error)"
         over = f"{result.windows} windows of {result.sequence_length} tokens"

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import asdict
 
 from flap_stream.commands import options as shared
+from flap_stream.commands import printing
 from flap_stream.config import GGUF_TYPES, ExportGgufConfig
 from flap_stream.config.values import gguf_type
 from flap_stream.progress import format_bytes
@@ -38,8 +39,8 @@ def run(options: argparse.Namespace) -> None:
 
     result = export_gguf(options.out, options.file, config, progress)
     if options.json:
-        shared.print_json(asdict(result) | {"file": str(result.file)})
+        printing.print_json(asdict(result) | {"file": str(result.file)})
         return
     print(f"architecture {result.architecture}, {result.type}, {result.tensors} tensors")
     print(f"size         {format_bytes(result.nbytes)}")
-    shared.show(f"result       {result.file}")
+    printing.show(f"result       {result.file}")

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import asdict
 
 from flap_stream.commands import options as shared
+from flap_stream.commands import printing
 from flap_stream.config import ExportStockConfig
 from flap_stream.progress import format_bytes
 
@@ -33,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
 
     result = export_stock(options.out, options.directory, config, progress)
     if options.json:
-        shared.print_json(asdict(result) | {"directory": str(result.directory)})
+        printing.print_json(asdict(result) | {"directory": str(result.directory)})
         return
     before, after = result.kv_cache_bytes_before, result.kv_cache_bytes_after
     mixtures = f"{result.experts} experts of {result.expert_neurons} neurons" if result.experts else ""
@@ -41,4 +42,4 @@ def run(options: argparse.Namespace) -> None:
     print(f"class        {result.model_class}, {result.kv_groups} KV groups and {sizes} in every layer")
     print(f"parameters   {result.parameters_before:,} -> {result.parameters_after:,}")
     print(f"KV cache     {format_bytes(before)} -> {format_bytes(after)} per token")
-    shared.show(f"result       {result.directory}")
+    printing.show(f"result       {result.directory}")

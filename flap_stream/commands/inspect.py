@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flap_stream.commands import options as shared
+from flap_stream.commands import printing
 from flap_stream.progress import format_bytes, printable
 
 EXAMPLES = (
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("place", metavar="RUN|OUT", help="run directory, pruned checkpoint or dense model")
     parser.add_argument("--verify", action="store_true", help="check the digests of all files; fails if one is wrong")
-    shared.add_output(parser)
+    shared.add_output(parser, runs_layers=False)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -60,12 +61,12 @@ def _inspect_run(place: Path, as_json: bool, verifies: bool) -> None:
                 )
             body["verified"] = True
     if as_json:
-        shared.print_json(body)
+        printing.print_json(body)
         return
-    shared.show(f"run of {body['model']}, method {body['method']}")
+    printing.show(f"run of {body['model']}, method {body['method']}")
     print(f"statistics   {body['complete_layers']} of {total} layers")
     print(f"plan         {'made' if body['has_plan'] else 'none yet'}")
-    shared.print_target(body)
+    printing.print_target(body)
     if verifies:
         print("verified: every completed part is unchanged since it was written")
 
@@ -95,20 +96,19 @@ def _inspect_output(place: Path, as_json: bool, verifies: bool) -> None:
     if wrong:
         raise CorruptCheckpoint(f"{place}: {'; '.join(wrong)}; move it away and prune again")
     if as_json:
-        shared.print_json({"out": str(place), **record, **({"verified": True} if verifies else {})})
+        printing.print_json({"out": str(place), **record, **({"verified": True} if verifies else {})})
         return
     options = record["options"]
     how = ", ".join(options[name] for name in ("method", "structure", *(["metric"] * (options["method"] == "flap"))))
-    shared.show(f"pruned from {record['base']['name']} by {how}")
-    shared.print_sizes(record)
-    shared.print_target(record)
-    print("layer   KV groups        neurons")
+    printing.show(f"pruned from {record['base']['name']} by {how}")
+    printing.print_sizes(record)
+    printing.print_target(record)
     kept = record.get("kept_layers", range(len(record["layers"])))
-    for i, layer in enumerate(record["layers"]):
-        gone = "" if i in kept else "  (removed)"
-        groups, neurons = len(layer["kept_kv_groups"]), len(layer["kept_neurons"])
-        print(f"{i:5d}   {groups:4d} of {layer['kv_groups']:<6d}  {neurons:6d} of {layer['neurons']}{gone}")
-    shared.print_left_whole(record)
+    printing.print_layers(
+        (len(layer["kept_kv_groups"]), layer["kv_groups"], len(layer["kept_neurons"]), layer["neurons"], i in kept)
+        for i, layer in enumerate(record["layers"])
+    )
+    printing.print_left_whole(record)
     if verifies:
         print("verified: every file is unchanged since it was written")
 
@@ -120,7 +120,7 @@ def _inspect_dense(place: Path, as_json: bool) -> None:
     if model is None:
         raise nothing_pruned(place)
     if as_json:
-        shared.print_json({"model": str(place), "is_dense": True, **asdict(model)})
+        printing.print_json({"model": str(place), "is_dense": True, **asdict(model)})
         return
     groups = model.kv_heads or model.heads
     print(printable(f"{place} is {model}, not pruned"))

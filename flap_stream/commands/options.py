@@ -1,12 +1,10 @@
 """What several verbs share: their options, checks before heavy imports, and what they print."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from flap_stream.config.rules import REMOVED
 from flap_stream.config.values import dtype_name
 from flap_stream.errors import InvalidOption
 from flap_stream.integrations.tracking import TRACKERS, tracker
-from flap_stream.progress import Progress, format_bytes, printable
+from flap_stream.progress import Progress
 
 
 def batch_size(text: str) -> str | None:
@@ -24,12 +22,14 @@ def batch_size(text: str) -> str | None:
     return None if text == "auto" else text
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """--json and --quiet."""
+def add_output(parser: argparse.ArgumentParser, runs_layers: bool = True) -> None:
+    """--json, --quiet and --log, and for verbs that run layers or write shards, what follows these."""
     group = parser.add_argument_group("printing")
     group.add_argument("--json", action="store_true", help="print one JSON object on stdout at the end")
     group.add_argument("--quiet", action="store_true", help="print no progress on stderr")
     group.add_argument("--log", metavar="FILE", help="append progress and messages to a file, with their times")
+    if not runs_layers:
+        return
     group.add_argument("--events", metavar="FILE", help="append a line of JSON for every layer and shard to a file")
     group.add_argument("--track", choices=TRACKERS, help="log every layer and shard in a tracker, if it is installed")
 
@@ -327,71 +327,7 @@ def check_text(options: Any) -> None:
 def progress_of(options: argparse.Namespace) -> Progress:
     """Progress on stderr, unless --quiet; with several ranks only on the first."""
     is_first = interruption.is_first_rank()
-    events = Path(options.events) if is_first and options.events is not None else None
-    listeners = [tracker(options.track)] if is_first and options.track is not None else []
+    file, tool = getattr(options, "events", None), getattr(options, "track", None)
+    events = Path(file) if is_first and file is not None else None
+    listeners = [tracker(tool)] if is_first and tool is not None else []
     return Progress("auto" if is_first and not options.quiet else "silent", events, listeners)
-
-
-def show(line: str) -> None:
-    """Print a line that may quote names from files, with terminal control characters escaped."""
-    print(printable(line))
-
-
-def print_json(body: dict[str, Any]) -> None:
-    """Print the object that --json promises."""
-    print(json.dumps(body))
-
-
-def print_sizes(record: dict[str, Any]) -> None:
-    """Print parameters and ratios of a pruning.json, or of anything with the same fields."""
-    parameters, ratios = record["parameters"], record["realised_ratio"]
-    added = parameters.get("added_biases", 0)
-    biases = f", {added:,} of them biases that compensate for what was removed" if added else ""
-    print(f"parameters   {parameters['before']:,} -> {parameters['after']:,}{biases}")
-    if "experts" in record:
-        print(f"experts      {record['experts']['before']:,} -> {record['experts']['after']:,}")
-    print(f"removed      {ratios['decoder']:.2%} of the prunable weights, {ratios['model']:.2%} of the model")
-
-
-def print_target(record: dict[str, Any]) -> None:
-    """Print what a target asked for and what came of it, if there is one in a pruning.json."""
-    if record.get("target"):
-        from flap_stream.arithmetic.targets import target_sentence
-
-        print(f"target       {target_sentence(record['target'])}")
-
-
-def print_left_whole(record: dict[str, Any]) -> None:
-    """Print what loses nothing, if a pruning.json names anything."""
-    if record.get("left_whole"):
-        print(f"left whole   {', '.join(record['left_whole'])}")
-
-
-def totals(result: Any) -> dict[str, Any]:
-    """Totals of a PruneResult, as printed by `--json`."""
-    record, measured = result.record, result.measured
-    return {
-        "out": str(result.out),
-        "realised_ratio": record["realised_ratio"],
-        "parameters": record["parameters"],
-        **({"target": record["target"]} if "target" in record else {}),
-        "seconds": measured.seconds,
-        "bytes_read": measured.bytes_read,
-        "node_bytes_read": measured.node_bytes_read,
-        "bytes_written": measured.bytes_written,
-        "peak_host_bytes": measured.peak_host_bytes,
-        "peak_device_bytes": measured.peak_device_bytes,
-        "peak_device_allocated_bytes": measured.peak_device_allocated_bytes,
-        "placement": asdict(measured.placement) if measured.placement else None,
-    }
-
-
-def print_result(result: Any) -> None:
-    """Print a PruneResult in lines."""
-    print_sizes(result.record)
-    print_target(result.record)
-    if result.measured.seconds:
-        spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.measured.seconds.items())
-        print(f"time         {spent}")
-        print(f"peak memory  {format_bytes(result.measured.peak_host_bytes)}")
-    show(f"result       {result.out}")

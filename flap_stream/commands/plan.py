@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import asdict
 
-from flap_stream.commands import interruption
+from flap_stream.commands import interruption, printing
 from flap_stream.commands import options as shared
 from flap_stream.config import PlanConfig
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_method(parser)
     shared.add_targets(parser)
     shared.add_plan(parser)
-    shared.add_output(parser)
+    shared.add_output(parser, runs_layers=False)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
     if result.left_whole:
         sizes["left_whole"] = list(result.left_whole)
     if options.json:
-        shared.print_json(
+        printing.print_json(
             {
                 "run": str(result.run),
                 **sizes,
@@ -48,14 +48,14 @@ def run(options: argparse.Namespace) -> None:
             }
         )
         return
-    print("layer   KV groups        neurons")
-    for i, (keep, groups, neurons) in enumerate(zip(result.layers, result.kv_groups, result.neurons, strict=True)):
-        gone = "  (removed)" if keep.is_gone else ""
-        print(f"{i:5d}   {len(keep.kv_groups):4d} of {groups:<6d}  {len(keep.neurons):6d} of {neurons}{gone}")
-    shared.print_sizes(sizes)
-    shared.print_target(sizes)
-    shared.print_left_whole(sizes)
+    printing.print_layers(
+        (len(keep.kv_groups), groups, len(keep.neurons), neurons, not keep.is_gone)
+        for keep, groups, neurons in zip(result.layers, result.kv_groups, result.neurons, strict=True)
+    )
+    printing.print_sizes(sizes)
+    printing.print_target(sizes)
+    printing.print_left_whole(sizes)
     if result.predicted is not None:
         print(f"loss         predicted to rise by {result.predicted}")
     print(f"widths       {width_note(result.sizes.width_multiple)}")
-    shared.show(f"next: flap-stream rewrite {result.run} OUT")
+    printing.show(f"next: flap-stream rewrite {result.run} OUT")

@@ -3,6 +3,7 @@
 import argparse
 
 from flap_stream.commands import options as shared
+from flap_stream.commands import printing
 from flap_stream.config import PruneConfig
 from flap_stream.config.values import parse_size
 from flap_stream.errors import InvalidOption
@@ -55,9 +56,9 @@ def run(options: argparse.Namespace) -> None:
     model = shared.model_of(options.model, options)
     result = prune(model, options.out, config, run=options.run, progress=progress)
     if options.json:
-        shared.print_json(shared.totals(result))
+        printing.print_json(printing.totals(result))
     else:
-        shared.print_result(result)
+        printing.print_result(result)
 
 
 def _dry_run(options: argparse.Namespace, config: PruneConfig) -> None:
@@ -69,7 +70,7 @@ def _dry_run(options: argparse.Namespace, config: PruneConfig) -> None:
     model = shared.model_of(options.model, options)
     found = forecast(model, options.out, config, Machines(ranks, nodes, network))
     if options.json:
-        shared.print_json(found.record())
+        printing.print_json(found.record())
         return
     placement, limits, rates = found.placement, found.limits, found.rates
     origin = "tensor headers" if found.has_headers else "config.json only"

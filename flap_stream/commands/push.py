@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict
 
 from flap_stream.commands import options as shared
+from flap_stream.commands import printing
 from flap_stream.config import PushConfig
 from flap_stream.progress import format_bytes
 
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-model", metavar="ID", help="Hub id of the dense model, if it was pruned from a directory"
     )
-    shared.add_output(parser)
+    shared.add_output(parser, runs_layers=False)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
 
     result = push(options.out, options.repository, config)
     if options.json:
-        shared.print_json(asdict(result))
+        printing.print_json(asdict(result))
         return
     print(f"uploaded     {result.files} files, {format_bytes(result.nbytes)}, all of them compared by digest")
-    shared.show(f"result       {result.url}")
+    printing.show(f"result       {result.url}")

@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from flap_stream.commands import interruption
+from flap_stream.commands import interruption, printing
 from flap_stream.commands import options as shared
 from flap_stream.errors import InvalidOption
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PORT",
         help="serve the page of a job that runs, only to this machine, until interrupted (default port: a free one)",
     )
-    shared.add_output(parser)
+    shared.add_output(parser, runs_layers=False)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -42,12 +42,12 @@ def run(options: argparse.Namespace) -> None:
     result = write_report(options.place, options.html, options.png)
     if options.json:
         files = {"html": options.html, "pngs": [str(path) for path in result.pngs]}
-        shared.print_json({**asdict(result), **files})
+        printing.print_json({**asdict(result), **files})
         return
     for path in ([result.html] if result.html else []) + result.pngs:
-        shared.show(f"written      {path}")
+        printing.show(f"written      {path}")
     for sentence in result.missing:
-        shared.show(f"not shown    {sentence}")
+        printing.show(f"not shown    {sentence}")
 
 
 def _watch(options: argparse.Namespace) -> None:

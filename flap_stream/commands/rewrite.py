@@ -3,6 +3,7 @@
 import argparse
 
 from flap_stream.commands import options as shared
+from flap_stream.commands import printing
 from flap_stream.config import RewriteConfig
 
 EXAMPLES = (
@@ -31,6 +32,6 @@ def run(options: argparse.Namespace) -> None:
     model = shared.model_of(options.model, options)
     result = rewrite(options.run_directory, options.out, config, model=model, progress=progress)
     if options.json:
-        shared.print_json(shared.totals(result))
+        printing.print_json(printing.totals(result))
     else:
-        shared.print_result(result)
+        printing.print_result(result)

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from flap_stream.commands import options as shared
+from flap_stream.commands import printing
 from flap_stream.config import SWEPT_RESTORATIONS, SweepConfig
 
 EXAMPLES = (
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     model = shared.model_of(options.model, options)
     result = sweep(options.run_directory, config, model=model, progress=progress)
     if options.json:
-        shared.print_json({**asdict(result), "run": str(result.run)})
+        printing.print_json({**asdict(result), "run": str(result.run)})
         return
     dense = result.dense_perplexity
     heads = "   perplexity    rise" if dense else ""

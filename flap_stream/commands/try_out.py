@@ -4,6 +4,7 @@ import argparse
 from dataclasses import asdict
 
 from flap_stream.commands import options as shared
+from flap_stream.commands import printing
 from flap_stream.config import CHAT_TEMPLATE, TryConfig
 from flap_stream.progress import printable
 
@@ -46,10 +47,10 @@ def run(options: argparse.Namespace) -> None:
         found.append(one)
         if not options.json:
             slowly = ", streamed from disk for every token" if one.is_streamed else ""
-            shared.show(f"--- {one.model} ({len(one.tokens)} tokens, {one.seconds:.1f} s{slowly})")
+            printing.show(f"--- {one.model} ({len(one.tokens)} tokens, {one.seconds:.1f} s{slowly})")
             print("\n".join(map(printable, one.text.strip("\n").split("\n"))))
     if options.json:
-        shared.print_json({"prompt": options.prompt, "generations": [asdict(one) for one in found]})
+        printing.print_json({"prompt": options.prompt, "generations": [asdict(one) for one in found]})
     elif len(found) == 2:
         pairs = zip(*(one.tokens for one in found), strict=False)
         same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one.tokens) for one in found))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from flap_stream.errors import InvalidText
+from flap_stream.errors import InvalidText, first_line
 
 DATASETS = ("wikitext2", "c4", "ptb")
 
@@ -48,8 +48,7 @@ def fetched(source: str, evaluation: bool) -> tuple[Path, str]:
     try:
         found = hf_hub_download(file.repository, file.name, repo_type="dataset", revision=file.revision)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InvalidText(
-            f"{source} could not be downloaded from the Hub ({reason}); give a local text file instead"
+            f"{source} could not be downloaded from the Hub ({first_line(error)}); give a local text file instead"
         ) from error
     return Path(found), file.column

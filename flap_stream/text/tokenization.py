@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from flap_stream.errors import InvalidOption, InvalidText
+from flap_stream.errors import InvalidOption, InvalidText, first_line
 from flap_stream.model.model_code import tokenizer_config
 
 logger = logging.getLogger(__name__)
@@ -252,7 +252,7 @@ def _renderer(tokenizer: Any, directory: Path) -> Callable[[list[dict[str, Any]]
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # a template is a sandboxed program, which may raise anything
-            raise InvalidText(f"the chat template does not accept this conversation ({_first_line(error)})") from error
+            raise InvalidText(f"the chat template does not accept this conversation ({first_line(error)})") from error
 
     return render
 
@@ -279,12 +279,8 @@ def pretrained_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
             ) from error
         _require_known_form(directory / "tokenizer.json")
         raise InvalidText(
-            f"the tokenizer of {directory} does not load ({_first_line(error)}); give token ids as a .npy file instead"
+            f"the tokenizer of {directory} does not load ({first_line(error)}); give token ids as a .npy file instead"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _require_known_form(path: Path) -> None:
@@ -307,7 +303,7 @@ def _require_known_form(path: Path) -> None:
         Backend.from_file(str(path))
     except Exception as error:  # the tokenizers library raises plain Exception
         raise InvalidText(
-            f"{path} is not supported by tokenizers {installed} ({_first_line(error)}); a newer one may do so: pip "
+            f"{path} is not supported by tokenizers {installed} ({first_line(error)}); a newer one may do so: pip "
             "install -U tokenizers transformers; or give token ids as a .npy file"
         ) from error
 
@@ -372,5 +368,5 @@ def _fetch_code(directory: Path) -> None:
                 hf_hub_download(repository, name, revision=directory.name)
             except (OSError, ValueError, RuntimeError) as error:
                 raise InvalidText(
-                    f"{name} of the tokenizer of {repository} could not be downloaded ({_first_line(error)})"
+                    f"{name} of the tokenizer of {repository} could not be downloaded ({first_line(error)})"
                 ) from error
