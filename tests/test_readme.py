@@ -50,7 +50,7 @@ FURTHER = [
     ("a shard of the model changes or goes while in use", "2", "reported; resumes when restored", changed_in_use),
     ("a shard changes between two calls", "2", "reported, naming the layer; resumes when restored", changed_between),
     ("short reads and writes, the clock set back", "0", SAME, clock_and_short_io),
-    ("the temporary folder is full or gone", "0", SAME, no_temporary_folder),
+    ("the temporary folder is gone", "0", SAME, no_temporary_folder),
     ("out of device memory", "0", "halves the batch from there on", out_of_memory),
     ("no memory for a single window", "2", "reported; resumes with more memory", too_small),
     ("NaN or infinity in weights", "2", "names the tensor", not_finite),

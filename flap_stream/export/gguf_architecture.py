@@ -2,9 +2,10 @@
 
 from flap_stream.engine.streamed_model import StreamedModel
 from flap_stream.errors import UnsupportedModel
+from flap_stream.model.families import COMPUTE_AS_LLAMA
 
 # Families whose layers are written as Llama's; whatever else they compute is folded into their weights.
-WRITTEN_AS_LLAMA = ("granite", "llama", "ministral", "mistral", "phi3", "qwen2", "seed_oss")
+WRITTEN_AS_LLAMA = tuple(sorted((*COMPUTE_AS_LLAMA, "granite", "phi3")))
 # model_type to architecture: layers with query and key norms, all of one size and without added biases.
 WITH_QK_NORMS = {"qwen3": "qwen3"}
 # Families whose export-stock checkpoints llama.cpp's converter was seen to accept with fewer heads than dense.

@@ -12,14 +12,11 @@ from flap_stream.config import FAST_MULTIPLE
 from flap_stream.errors import InvalidModel, UnsupportedModel
 from flap_stream.model.architecture import Family
 from flap_stream.model.checkpoint import Checkpoint
-from flap_stream.model.families import FAMILIES
+from flap_stream.model.families import COMPUTE_AS_LLAMA, FAMILIES
 from flap_stream.model.model_code import decoded
 from flap_stream.model.skeleton import Skeleton
 from flap_stream.model.units import ROWS, Projection
 
-# Families whose layers compute exactly what Llama's do, so that Llama's class, or SeedOss's with any number of heads,
-# can hold them too.
-_LOADABLE_AS_LLAMA = ("llama", "ministral", "mistral", "qwen2", "seed_oss")
 _BIAS_FLAGS = ("attention_bias", "attention_out_bias", "mlp_bias")
 _SHARED_KEYS = (
     "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "head_dim", "hidden_act", "hidden_size",
@@ -207,7 +204,8 @@ def _candidates(config: Mapping[str, Any], sizes: StockSizes, layer: LayerShape)
     flags = {flag: True for flag in _BIAS_FLAGS if hasattr(known, flag)}
     if flags:
         yield _named(own | flags)
-    if config["model_type"] in _LOADABLE_AS_LLAMA and not _has_window(known):
+    # Llama's class, or SeedOss's with any number of heads, can hold these too.
+    if config["model_type"] in COMPUTE_AS_LLAMA and not _has_window(known):
         given = {**known.to_dict(), **config}
         shared = {key: given[key] for key in _SHARED_KEYS if given.get(key) is not None} | own_sizes
         flags = dict.fromkeys(_BIAS_FLAGS, True)

@@ -37,6 +37,9 @@ _SEPARATE = ((r"\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.", r".mlp.experts.ea
 _BLOCK_SPARSE = (*_numbered("block_sparse_moe", "mlp"), (r"\.block_sparse_moe\.", ".mlp."))
 _LFM2_MLP = mlp_kind("w1 w3", "w2", "feed_forward", norm="ffn_norm")
 
+# Families whose layers compute exactly what Llama's do.
+COMPUTE_AS_LLAMA = ("llama", "ministral", "mistral", "qwen2", "seed_oss")
+
 # To add a family: a row here under its model_type, naming its class in transformers and, if its layers are built
 # differently from Llama's, the projections of its units. A row in FAMILY_EXTRAS of tests/models.py then runs the whole
 # suite on it.

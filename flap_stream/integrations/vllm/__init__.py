@@ -3,8 +3,6 @@
 vLLM calls `register` through the entry point group `vllm.general_plugins`; nothing here is imported before that.
 """
 
-_TYPES = ("llama", "ministral", "mistral", "qwen2", "qwen3", "seed_oss")
-
 
 def register() -> None:
     """Register the architectures of pruned checkpoints with vLLM, and their configs with transformers."""
@@ -12,10 +10,10 @@ def register() -> None:
     from vllm import ModelRegistry
 
     from flap_stream.model.architecture import PRUNED_TYPE
-    from flap_stream.model.families import FAMILIES
+    from flap_stream.model.families import COMPUTE_AS_LLAMA, FAMILIES
     from flap_stream.modeling import modeling_flap_stream
 
-    for name in _TYPES:
+    for name in (*COMPUTE_AS_LLAMA, "qwen3"):
         config = getattr(modeling_flap_stream, f"Pruned{CONFIG_MAPPING[name].__name__}")
         CONFIG_MAPPING.register(PRUNED_TYPE + name, config, exist_ok=True)
         architecture = FAMILIES[name].pruned_classes["AutoModelForCausalLM"]
