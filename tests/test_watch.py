@@ -43,7 +43,7 @@ def test_the_page_of_a_job_that_runs_says_how_far_it_is(place: Path, monkeypatch
         done = got(server)[1]
     assert collected.measured.placement is not None
     promised = format_bytes(collected.measured.placement.host_bytes)
-    assert all(f"promised to stay within {promised}." in page for page in (*seen, done))
+    assert all(f"is predicted to use at most {promised}." in page for page in (*seen, done))
     assert f"pid {os.getpid()} on ".capitalize() in seen[0] and "at its peak" in seen[0]
     assert "<td>collect</td><td>1 of 3</td>" in seen[0] and "minutes more" in seen[0] and "tokens/s" in seen[0]
     assert "<td>collect</td><td>3 of 3</td>" in done and "<td>gradient of the loss</td><td>3 of 3</td>" in done

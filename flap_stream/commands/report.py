@@ -57,8 +57,7 @@ def _watch(options: argparse.Namespace) -> None:
     with interruption.loading():
         from flap_stream.report.live import Watch
 
-    with Watch(Path(options.place), options.watch) as server:
+    with suppress(KeyboardInterrupt), Watch(Path(options.place), options.watch) as server:
         port = server.server_port
         print(f"{server.url} (from another machine: ssh -L {port}:127.0.0.1:{port} HOST); Ctrl-C ends it", flush=True)
-        with suppress(KeyboardInterrupt):
-            server.serve_forever()
+        server.serve_forever()

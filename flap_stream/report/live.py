@@ -150,7 +150,7 @@ def _sentences(status: Status) -> Sequence[str]:
     if status.promised is not None:
         host, device = status.promised
         promised.append(f"The job is predicted to use at most {format_bytes(host)}")
-        promised[-1] += f", and on the device within {format_bytes(device)}" if device else ""
+        promised[-1] += f", and on the device {format_bytes(device)}" if device else ""
         promised[-1] += f", of which it has taken {format_bytes(status.device_peak)}." if status.device_peak else "."
     left = [f"Collection takes {status.seconds_left / 60:,.1f} minutes more."] if status.seconds_left else []
     return [f"{status.process[0].upper()}{status.process[1:]}.", *promised, *rate, *left]
