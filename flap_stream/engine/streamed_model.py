@@ -25,6 +25,7 @@ from flap_stream.model.checked_tensors import CheckedTensors
 from flap_stream.model.checkpoint import Checkpoint
 from flap_stream.model.dtypes import stored_dtype
 from flap_stream.model.families import family_of
+from flap_stream.model.mixture import expert_share
 from flap_stream.model.safetensors_format import TensorEntry, row_ranges
 from flap_stream.model.skeleton import LOGIT_BYTES, LayerCall, Skeleton
 from flap_stream.progress import format_bytes
@@ -40,7 +41,7 @@ class StreamedModel:
     """A causal language model that has weights for one decoder layer at a time.
 
     shapes, layer_entries, outer_entries, embedding_entry, input_entry, head_entries: see `CheckedTensors`.
-    layers: the modules.
+    layers: the modules. expert_share: see `mixture.expert_share`.
     ranks: the processes of the job, each of which runs a part of the windows.
     Creating one changes the process: see `device.begin`, which `device.release` undoes, `memory.keep_malloc_steady` and
     `memory.keep_few_kernels`.
@@ -62,18 +63,11 @@ class StreamedModel:
         self.embedding_entry, self.input_entry = tensors.embedding_entry, tensors.input_entry
         self.head_entries = tensors.head_entries
         self.vocab_size, self.hidden_size = tensors.vocab_size, tensors.hidden_size
+        self.expert_share = expert_share(self.skeleton.hf_config, max(len(shape.experts) for shape in self.shapes))
         stored = stored_dtype(next(iter(self.layer_entries[0].values())))
         self.dtype: torch.dtype = stored if options.dtype == "auto" else getattr(torch, options.dtype)
         self._calls: dict[tuple[int, int], list[LayerCall]] = {}  # by number of windows and of tokens in each
         self._ends: list[torch.Tensor] = []  # of outputs: smallest and largest value, until they are looked at
-
-    @property
-    def expert_share(self) -> float:
-        """Share of a layer's experts that a token is routed to; 1 without experts."""
-        config, experts = self.skeleton.hf_config, max((len(shape.experts) for shape in self.shapes), default=0)
-        chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)
-        chosen = max(chosen) if isinstance(chosen, list) else chosen  # of HunYuan one for each layer
-        return (chosen or experts) / experts if experts else 1.0
 
     def layer_bytes(self, index: int) -> int:
         """Bytes of one decoder layer in the checkpoint."""
@@ -106,13 +100,6 @@ class StreamedModel:
         Raises InsufficientMemory if there is no way, InvalidOption for ranks on devices of different types.
         """
         limits = _common_limits(self.device, options, self.ranks)
-        if options.device_memory is not None and limits.device < options.device_memory and self.ranks.is_first:
-            logger.warning(
-                "--device-memory is %s, but only %s of %s are free for tensors; that is the limit",
-                format_bytes(options.device_memory),
-                format_bytes(limits.device),
-                self.device,
-            )
         limit_memory(self.device, limits.device)
         chosen = self.ranks.from_first(
             lambda: placement.place(job, limits, options.batch_size, options.prefetch, then, recorded)
@@ -309,7 +296,7 @@ def _chunked_logits(
 
 
 def _common_limits(device: torch.device, options: EngineConfig, ranks: Ranks) -> memory.Limits:
-    """The limits of the rank with the least memory.
+    """The limits of the rank with the least memory; warns if they are less than what was asked for.
 
     Raises InvalidOption for ranks on devices of different types, and for ranks that share an accelerator.
     """
@@ -324,4 +311,12 @@ def _common_limits(device: torch.device, options: EngineConfig, ranks: Ranks) ->
             "all devices of its machine or only its own"
         )
     own = memory.limits(device, options.host_memory, options.device_memory, ranks.local[1])
-    return memory.Limits(*map(min, zip(*map(astuple, ranks.gathered(own)), strict=True)))
+    common = memory.Limits(*map(min, zip(*map(astuple, ranks.gathered(own)), strict=True)))
+    if options.device_memory is not None and common.device < options.device_memory and ranks.is_first:
+        logger.warning(
+            "--device-memory is %s, but only %s of %s are free for tensors; that is the limit",
+            format_bytes(options.device_memory),
+            format_bytes(common.device),
+            device,
+        )
+    return common

@@ -7,9 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from transformers import PreTrainedConfig
 
 from flap_stream.model.architecture import Family
 from flap_stream.modeling.modeling_flap_stream import router_modules, run_experts
+
+
+def expert_share(config: PreTrainedConfig, experts: int) -> float:
+    """Share of a layer's experts that a token is routed to; 1 without experts."""
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)
+    chosen = max(chosen) if isinstance(chosen, list) else chosen  # of HunYuan one for each layer
+    return (chosen or experts) / experts if experts else 1.0
 
 
 class Mixture:
