@@ -45,17 +45,9 @@ FUSED = ("gpt_oss", "llama4_text")  # whose dense checkpoints have all experts o
 ALL_HEADS = ("helium",)  # families whose class has no other number of heads, which padding restores
 
 
-def pruned(
-    place: Path,
-    family: str,
-    structure: str,
-    restore: str,
-    kv_heads: int = 2,
-    round_neurons_to: int | None = None,
-    ratio: float = 0.5,
-) -> Path:
+def pruned(place: Path, family: str, structure: str, restore: str, kv_heads: int = 2, **plan: Any) -> Path:
     run = collected(family, kv_heads)
-    flap_stream.plan(run, ratio=ratio, structure=structure, round_neurons_to=round_neurons_to)
+    flap_stream.plan(run, structure=structure, **{"ratio": 0.5, **plan})
     flap_stream.rewrite(run, place / "out", restore=restore, max_shard_bytes=60_000)
     return place / "out"
 
