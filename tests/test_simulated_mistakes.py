@@ -152,6 +152,18 @@ def put_and_saved(device: str) -> list[float]:
         return torch.frombuffer(bytearray(b"".join(hidden._blocks(hidden.nbytes))), dtype=torch.float32).tolist()
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_pass_waits_for_the_copies_of_the_one_before(policy: str, tmp_path: Path) -> None:
+    with simulated(policy), torch.inference_mode():
+        device = torch.device("cuda:0")
+        with make_hidden_states("disk", (3, 2, 4), torch.float32, device, tmp_path) as hidden:
+            for window in range(3):
+                hidden.put(window, torch.full((1, 2, 4), float(window), device=device))
+            hidden.advance()
+            passes = [[values for _, values in hidden.stream(1)] for _ in range(3)]
+            assert [[float(values.mean()) for values in seen] for seen in passes] == [[0, 1, 2]] * 3
+
+
 def passed_through(model: Path, device: str) -> list[float]:
     """Sums of the outputs of all batches, with hidden states on disk; nothing waits for them within a layer."""
     place = "disk"
