@@ -210,8 +210,8 @@ class Progress:
     """What stages report to. `mode` is `auto` (bars on a terminal, else lines) or `silent`.
 
     events: a file to which a line of JSON is appended for every layer or shard: `time` (seconds since 1970), `stage`,
-    `unit`, `done`, `total`, `seconds` of the stage, its `tokens` and `bytes`, `peak_host_bytes`, `peak_device_bytes`,
-    and the share of the `job`. listeners: called with the same, as a dict.
+    `unit`, `done`, `total`, `seconds` since the stage began, `tokens` and `bytes` of this layer or shard,
+    `peak_host_bytes`, `peak_device_bytes`, and the share of the `job`. listeners: called with the same, as a dict.
     Raises InvalidOption if the file cannot be written.
     """
 

@@ -137,7 +137,7 @@ def add_evaluation(group: argparse._ActionsContainer, option: str, default: Sequ
         nargs="+",
         default=[*default],
         metavar="TEXT",
-        help=f"text to measure perplexity on, in the forms that prune takes as --calibration{shown}",
+        help=f"text to measure perplexity on, in the forms of --calibration, without shares{shown}",
     )
     group.add_argument("--samples", type=int, metavar="N", help="use at most N windows (default: all)")
     add_sequence_length(group)

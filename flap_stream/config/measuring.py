@@ -23,7 +23,7 @@ from flap_stream.errors import InvalidOption
 class EvaluateConfig(TextConfig, EngineConfig):
     """Perplexity: which text, in windows of how many tokens.
 
-    text: as `CollectConfig.calibration`.
+    text: as `CollectConfig.calibration`, without shares.
     samples: at most this many windows, from the beginning of the text; None is all.
     save: a pruned checkpoint to note the result in, of it or of its dense model, for `push`.
     """

@@ -32,7 +32,7 @@ class PlanConfig(TargetConfig):
     """The decision: which KV groups and neurons are kept.
 
     ratio: share of the decoder layers' prunable weights (q k v o gate up down) to remove, for `reap` of the experts'
-    alone; 0 with a target. `shortgpt` removes as many whole layers as do not exceed it.
+    weights only; 0 with a target. `shortgpt` removes as many whole layers as do not exceed it.
     remove_heads: query heads to remove in all layers together, only for `al-mm` and `ul-mm`.
     min_heads, min_neurons: every layer keeps at least that many.
     whole_experts: experts are removed as a whole, too, with their rows of the router. min_experts: a mixture keeps at

@@ -35,8 +35,8 @@ class Form:
     """A form in which the model can be served.
 
     name: a dtype, or a type of GGUF. programs: that run it. weight_bytes, kv_bytes: of the dense model.
-    ratio: about the share of the prunable weights that is to be removed until it fits, as if as many KV groups went as
-    neurons; 0 if it fits as it is, None if none does.
+    ratio: roughly the share of the prunable weights to remove so that it fits, if as large a part of the KV groups is
+    removed as of the neurons; 0 if it fits as it is, None if none does.
     pruned_bytes: of weights and KV cache at that ratio, biases of the restoration included.
     """
 

@@ -40,7 +40,7 @@ class FlapStreamLM(TemplateLM):
     """Log-likelihoods of a model that has one decoder layer in memory at a time.
 
     Requests are grouped by length, rounded up to a power of two, and padded within their group: at most half of the
-    computation is padding, and each group reads the model once.
+    computation is padding, except for the shortest requests, and each group reads the model once.
     pretrained: a directory or a Hub id (at `revision`), dense or pruned.
     max_length: tokens of the longest window; None is the model's.
     host_memory, device_memory: sizes such as `20GiB`; the other options are those of `flap-stream evaluate`. As there,

@@ -130,7 +130,7 @@ def _json_values(rows: Iterable[tuple[int, Any]], path: Path, unit: str, reading
             yield where, row
             continue
         if not isinstance(row, dict):
-            raise InvalidText(f'{where} is not a JSON object with a "text" field')
+            raise InvalidText(f"{where} is neither a JSON object nor a string")
         if column is None:
             column = _column({name: isinstance(row[name], str) for name in row}, where, path, reading)
         if column not in row:
@@ -148,7 +148,7 @@ def _json_lines(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise InvalidText(f'{path} line {number} is not a JSON object with a "text" field') from error
+                raise InvalidText(f"{path} line {number} is not valid JSON ({error})") from error
 
 
 def _json_rows(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
@@ -174,7 +174,7 @@ def _json_rows(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
         if not more and not buffer and not in_array:
             return
         if not more or len(buffer) > _LONGEST_ROW:
-            raise InvalidText(f'{path} row {number + 1} is not a JSON object with a "text" field, or is truncated')
+            raise InvalidText(f"{path} row {number + 1} is not valid JSON, or is truncated")
         buffer, size = buffer + more, 2 * size  # doubling, so that a long row is not decoded again for each piece
 
 
