@@ -302,6 +302,14 @@ def test_a_sweep_of_which_nothing_but_the_dense_model_is_measured_says_so(run: P
     assert caption.startswith("Perplexity of the dense model, the only one measured: ")
 
 
+def test_a_plan_of_another_method_than_was_written_is_drawn(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    flap_stream.plan(run, PlanConfig(ratio=0.3))
+    flap_stream.rewrite(run, tmp_path / "out")
+    flap_stream.plan(run, PlanConfig(method="magnitude-sp", ratio=0.3))
+    assert captions(run).keys() >= {"sizes", "kept", "scores"}
+
+
 def test_a_target_is_of_the_dtype_that_was_written(tmp_path: Path) -> None:
     wide = tiny_config(hidden_size=128, intermediate_size=384, num_attention_heads=4, head_dim=32)
     model = save(tiny_model(wide), tmp_path / "model", dtype=torch.bfloat16)

@@ -130,7 +130,7 @@ def facts_of(run: RunDirectory) -> Facts:
             f"Only {done} of {len(shapes)} layers have statistics; run flap-stream collect again to continue."
         )
     shown = options or PlanConfig(method=run.manifest["options"]["method"])
-    target = run_target(run, shown, _last_rewrite(run))
+    target = run_target(run, shown, _last_rewrite(run, shown))
     kv_groups, neurons = _units(run, shown, keeps, target)
     if shown.method in _WITHOUT_UNIT_SCORES:
         missing.append(f"{shown.method} scores {_WITHOUT_UNIT_SCORES[shown.method]}, so there are no scores of units.")
@@ -188,10 +188,10 @@ def _planned(dense: int, kept: np.ndarray) -> dict[str, Any]:
     return {"kept": len(kept), "keep": keep}
 
 
-def _last_rewrite(run: RunDirectory) -> RewriteConfig:
-    """How the checkpoint last written from the run was written; the defaults if there is none."""
+def _last_rewrite(run: RunDirectory, options: PlanConfig) -> RewriteConfig:
+    """How the checkpoint last written from the run was written; the defaults if there is none, or of another method."""
     written = run.journal.of_kind("rewrite")
-    if not written:
+    if not written or (options.method != "flap" and written[-1]["restore"] != "none"):
         return RewriteConfig()
     output_dtype = "fp8" if written[-1].get("fp8") else RewriteConfig.output_dtype
     return RewriteConfig(restore=written[-1]["restore"], output_dtype=output_dtype)
@@ -199,7 +199,7 @@ def _last_rewrite(run: RunDirectory) -> RewriteConfig:
 
 def _restoration(run: RunDirectory, options: PlanConfig) -> str:
     """The restoration of the checkpoint last written from the run; the method's default if there is none."""
-    return require_restoration(options.method, _last_rewrite(run).restore)
+    return require_restoration(options.method, _last_rewrite(run, options).restore)
 
 
 def _of_record(place: Path, record: dict[str, Any]) -> Facts:
