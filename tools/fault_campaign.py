@@ -55,7 +55,7 @@ def main() -> int:
         print(f"a job of {len(job.steps)} file operations, {syncs} of them fsyncs; {len(removing.steps)} with removal")
         failed = 0
         for name, run in CAMPAIGNS.items():
-            if options.only not in (None, name) or ("sweep" in name and options.metric != "fisher"):
+            if options.only not in (None, name) or ("backward" in name and options.metric != "fisher"):
                 continue
             started = time.monotonic()
             found = Counter(run(job, removing))
