@@ -51,8 +51,8 @@ def kills_at_random_times(job: Job, count: int) -> list[str]:
 
 def kills_in_a_backward_pass(job: Job, count: int) -> list[str]:
     """At random file operations of the backward pass: what a kill between two leaves, one at the second does."""
-    steps = random.Random(0).choices(job.sweep_steps(), k=count)
-    return in_parallel(lambda n: job.trouble_after(steps[n], f"sweep-{n}", (KILLED,)), range(count))
+    steps = random.Random(0).choices(job.backward_steps(), k=count)
+    return in_parallel(lambda n: job.trouble_after(steps[n], f"backward-{n}", (KILLED,)), range(count))
 
 
 def second_kills(job: Job, count: int) -> list[str]:

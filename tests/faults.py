@@ -266,7 +266,7 @@ class Job:
         """Numbers of the steps that write to the journal."""
         return [n for n, name in enumerate(self.steps, 1) if name.startswith("os.write") and "journal" in name]
 
-    def sweep_steps(self) -> range:
+    def backward_steps(self) -> range:
         """Numbers of the steps from the first layer inputs kept for the loss to the last score."""
         found = [n for n, name in enumerate(self.steps, 1) if "/loss" in name]
         return range(found[0], found[-1] + 1)

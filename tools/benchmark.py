@@ -334,7 +334,7 @@ RATIOS: dict[str, tuple[set[str], Callable[[Parts], float]]] = {
         {"flap-stream", "flap-stream-loss"},
         lambda p: p["flap-stream-loss"]["seconds"]["collect"] / _collection(p),
     ),
-    "peak host with the sweep, predicted / measured": (
+    "peak host with the backward pass, predicted / measured": (
         {"flap-stream-loss"},
         partial(_predicted, part="flap-stream-loss"),
     ),

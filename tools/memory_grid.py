@@ -66,7 +66,7 @@ def main() -> None:
     parser.set_defaults(layers=2)
     parser.add_argument("--tokens", type=int, default=1 << 16, help="in all windows together")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 2048])
-    parser.add_argument("--loss-windows", type=int, default=0, help="swept by the loss; 0 is no sweep")
+    parser.add_argument("--loss-windows", type=int, default=0, help="of the backward pass; 0 is none")
     parser.add_argument("--restore", help="what makes up for what was removed")
     parser.add_argument("--quantised", metavar="KIND", help="the checkpoint's format, such as 'FP8 by block'")
     parser.add_argument("further", nargs="*", metavar="OPTION", help="of prune besides, after --")
