@@ -276,7 +276,7 @@ class _Rows:
 
 def _finite_layers(model: StreamedModel, layers: Iterable[Layer]) -> Iterator[Layer]:
     for i, weights in layers:
-        prefix = f"{model.family.layer_prefix(i)}"
+        prefix = model.family.layer_prefix(i)
         require_finite({prefix + name: w for name, w in weights.items()}, model.checkpoint.source, model.ranks)
         yield i, weights
         memory.give_back_heap()  # otherwise what activations leave there grows from layer to layer

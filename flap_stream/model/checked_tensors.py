@@ -28,7 +28,7 @@ class CheckedTensors:
         self.skeleton = Skeleton(checkpoint.config, checkpoint.source)
         count = len(self.skeleton.layers)
         self.layer_entries = [
-            self._entries_of(f"{self.family.layer_prefix(i)}", self.skeleton.layer_tensors(i)) for i in range(count)
+            self._entries_of(self.family.layer_prefix(i), self.skeleton.layer_tensors(i)) for i in range(count)
         ]
         self.outer_entries = self._entries_of(f"{self.family.base_path}.", self.skeleton.outer.tensors())
         table = self.skeleton.outer.input_embedding()

@@ -117,7 +117,7 @@ def _renumbered(outputs: list[OutputTensor], pruned: PrunedModel) -> list[Output
     for tensor in outputs:
         number = family.layer_of(tensor.name)
         if number is not None:  # also of layers that predict further ahead, which come after all others
-            own = tensor.name.removeprefix(f"{family.layer_prefix(number)}")
+            own = tensor.name.removeprefix(family.layer_prefix(number))
             number -= sum(other < number for other in gone)
             tensor = replace(tensor, name=f"{family.layer_prefix(number)}{own}")
         found.append(tensor)
@@ -186,7 +186,7 @@ def header_bytes(
 def _plan_layer(pruned: PrunedModel, index: int) -> dict[str, list[OutputTensor]]:
     """Tensors of one layer that change: dense name to the tensors that replace it."""
     tensors, refitted = pruned.source.tensors, pruned.restoration.refitted
-    prefix, (shape, keep) = f"{pruned.family.layer_prefix(index)}", pruned.layers[index]
+    prefix, (shape, keep) = pruned.family.layer_prefix(index), pruned.layers[index]
     if keep.is_gone:
         return {name: [] for name in tensors if name.startswith(prefix)}
     changed: dict[str, list[OutputTensor]] = {}
@@ -232,7 +232,7 @@ def _plan_part(pruned: PrunedModel, index: int, part: Part, units: np.ndarray) -
     units: those kept, counted from the part's first.
     """
     tensors, shape, kind = pruned.source.tensors, pruned.shapes[index], part.kind
-    prefix = f"{pruned.family.layer_prefix(index)}"
+    prefix = pruned.family.layer_prefix(index)
     changed: dict[str, list[OutputTensor]] = {}
     if len(units) == 0:
         changed = {name: [] for name in tensors if name.startswith(f"{prefix}{kind.module}.")}

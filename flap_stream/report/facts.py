@@ -93,13 +93,8 @@ class Facts:
 
     @property
     def has_scores(self) -> bool:
-        """Whether the units' fluctuations are known, and their scores, unless the method has none."""
-        return bool(self.kv_groups) and self.kv_groups[0].scores is not None
-
-    @property
-    def scores_units(self) -> bool:
-        """Whether the method scores units."""
-        return self.method not in _WITHOUT_UNIT_SCORES
+        """Whether the method scores units, and their scores and fluctuations are known."""
+        return self.method not in _WITHOUT_UNIT_SCORES and bool(self.kv_groups) and self.kv_groups[0].scores is not None
 
 
 def read_facts(place: Path) -> Facts:

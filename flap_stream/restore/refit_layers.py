@@ -100,7 +100,7 @@ def _refit_rest(refit: RefitPass, job: RefitJob, stage: Stage, complete: int) ->
     model, run, count = refit.model, refit.run, len(refit.model.layers)
     refitted_layer = reconstruct_layer if job.restore == "reconstruct" else refit_layer
     for i, weights in refit.batches.layers(stage, complete, job.snapshot_interval):
-        prefix = f"{model.family.layer_prefix(i)}"
+        prefix = model.family.layer_prefix(i)
         if job.keeps[i].is_gone:  # the pruned hidden states stay as they are
             if refit.dense is not None:
                 refit.batches.run_all(i, weights, refit.dense)

@@ -37,17 +37,16 @@ def calibration_record(options: CollectConfig) -> dict[str, Any]:
 
 def require_possible(model: StreamedModel, options: CollectConfig) -> None:
     """Raise what deciding and refitting, if this job does so, would raise for this model whatever the scores."""
-    if options.method == "wanda-sp":  # decides while statistics are collected
+    if isinstance(options, PruneConfig):
+        require_minimum(model.shapes, options)
+        fp8_linears(model.checkpoint, options, model.skeleton)
+        rehearse(model, options)
+        if options.refit is not None:
+            require_refittable(model, options.refit)
+    elif options.method == "wanda-sp":  # decides while statistics are collected
         plan = part_of(options, PlanConfig)
         require_minimum(model.shapes, plan)
         allocate(unscored(model.shapes, plan), model.shapes, plan)
-    if not isinstance(options, PruneConfig):
-        return
-    require_minimum(model.shapes, options)
-    fp8_linears(model.checkpoint, options, model.skeleton)
-    rehearse(model, options)
-    if options.refit is not None:
-        require_refittable(model, options.refit)
 
 
 def _refit(options: CollectConfig) -> str | None:

@@ -22,7 +22,7 @@ _METRIC_NAMES = {
 
 def drawing(facts: Facts) -> Drawing | None:
     """A map of KV groups and one of neurons."""
-    if not (facts.has_scores and facts.scores_units):
+    if not facts.has_scores:
         return None
     height = min(6.0, 1.7 + 0.16 * len(facts.kv_groups))
     kinds = (facts.kv_groups, facts.neurons)

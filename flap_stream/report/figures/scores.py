@@ -21,7 +21,7 @@ Scored = tuple[np.ndarray, np.ndarray]  # finite scores, and a bool for each: Tr
 
 def drawing(facts: Facts) -> Drawing | None:
     """KV groups as dots in a row for each layer where they are few, else a histogram as for neurons."""
-    if not (facts.has_scores and facts.scores_units):
+    if not facts.has_scores:
         return None
     height = 2.8 if facts.has_plan and len(facts.kv_groups) <= 12 else 3.4
     units = ([scores for scores, _ in scored(layers)] for layers in (facts.kv_groups, facts.neurons))
